@@ -1,0 +1,33 @@
+"""How long work tells of itself, without knowing the terminal."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """A sink for progress: one task at a time, counted in whatever unit `begin` names."""
+
+    def begin(self, what: str, total: int | None) -> None:
+        """Start a task; `total` is None where the end is unknown."""
+
+    def update(self, done: int, **fields: str) -> None:
+        """`done` is the absolute count so far; `fields` are short values to show beside the bar."""
+
+    def message(self, line: str) -> None:
+        """A line for the reader that stays on the screen (a warning, a note)."""
+
+    def end(self) -> None:
+        """The task is over."""
+
+
+class Silent:
+    """The sink that shows nothing."""
+
+    def begin(self, what: str, total: int | None) -> None: ...
+
+    def update(self, done: int, **fields: str) -> None: ...
+
+    def message(self, line: str) -> None: ...
+
+    def end(self) -> None: ...

@@ -1,0 +1,167 @@
+"""What a cache holds of the teacher, as numpy records.
+
+Shapes: B batch, T sequence, V vocabulary, K kept entries, D hidden, P visual tokens of an image,
+R response positions, N positions. The target at position t is the teacher's distribution of token
+t + 1 given tokens 0..t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+
+IGNORE_INDEX = -100
+"""Label of a token that is not supervised, as in PyTorch's cross entropy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopK:
+    """The teacher's distribution at N positions: K entries and what lies outside them.
+
+    token_ids (N, K) int32, most likely first; logprobs (N, K) float32, natural log of the full softmax
+    at temperature 1, non-increasing along K. tail_logprob (N, n_T) float32: the log of the mass outside
+    the K entries of the distribution at each of `temperatures` (n_T,) float32, -inf where there is none.
+    logsumexp (N,) float32 of the raw logits. entropy (N,) float32 in nats, temperature 1.
+    label_logprob (N,) float32: the log-probability of the token that follows; None where that token is
+    not text (visual positions). sampled_ids, sampled_counts (N, M) int32: draws from the tail at
+    `sample_temperature`, unused places have count 0; None when not captured.
+    """
+
+    token_ids: Int32
+    logprobs: Float32
+    tail_logprob: Float32
+    temperatures: Float32
+    logsumexp: Float32
+    entropy: Float32
+    label_logprob: Float32 | None = None
+    sampled_ids: Int32 | None = None
+    sampled_counts: Int32 | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relation:
+    """The Gram matrix R = Z Z^T (P, P) of an image's raw logits Z (P, V) (LLaVA-KD eq. 4).
+
+    Exactly one of `factor` (P, r) float32 with R ~= factor factor^T, and `gram` (P, P) float32, is set.
+    residual: 1 - cos(R, factor factor^T) as stored; norm: the Frobenius norm of R.
+    """
+
+    residual: float
+    norm: float
+    factor: Float32 | None = None
+    gram: Float32 | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord:
+    """One image of a sample: where it comes from and which tokens stand for it.
+
+    path: relative to the image root, with forward slashes; sha256: hex digest of the file's bytes;
+    width, height: pixels after decoding (EXIF applied). positions (P,) int32: every placeholder token of
+    this image in the sequence, ascending, not necessarily contiguous.
+    """
+
+    path: str
+    sha256: str
+    width: int
+    height: int
+    positions: Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedImage:
+    """An image as the capture hands it to the writer.
+
+    prefix_key: hex digest of everything that decides the targets of a shared visual prefix, None when
+    prefixes are not shared. `visual` and `relation` may be None although asked for when an earlier
+    sample of the same shard carries the same prefix_key: the writer then points at that record.
+    """
+
+    record: ImageRecord
+    prefix_key: str | None = None
+    visual: TopK | None = None
+    relation: Relation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedSample:
+    """One sample as the capture hands it to the writer.
+
+    row: its number in the dataset (its identity); sample_id: the dataset's label, may repeat.
+    input_ids (T,) int32; label_spans (S, 2) int32: half-open token ranges that are supervised.
+    model_inputs: whatever else of the model's inputs comes from the ids (token types, ...), keyed as the
+    model names it, arrays without a batch dimension.
+    """
+
+    row: int
+    sample_id: str
+    input_ids: Int32
+    label_spans: Int32
+    images: tuple[CapturedImage, ...] = ()
+    response: TopK | None = None
+    prompt: TopK | None = None
+    model_inputs: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantinedRow:
+    """A dataset row that could not be captured, and why (reason: a code; detail: a sentence)."""
+
+    row: int
+    sample_id: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sample as the cache hands it to a reader. A part that was not captured is None or empty.
+
+    input_ids, labels (T,) int32 (labels: IGNORE_INDEX where not supervised). response_positions (R,),
+    visual_positions (sum of P,), prompt_positions int32; `response`, `visual`, `prompt` hold their rows
+    in the order of those positions; visual positions of all images, in order.
+    """
+
+    row: int
+    sample_id: str
+    input_ids: Int32
+    labels: Int32
+    response_positions: Int32
+    visual_positions: Int32
+    prompt_positions: Int32
+    images: tuple[ImageRecord, ...]
+    response: TopK | None
+    visual: TopK | None
+    prompt: TopK | None
+    relations: list[Relation]
+    model_inputs: Mapping[str, NDArray[np.generic]]
+
+
+def labels_of(input_ids: Int32, label_spans: Int32) -> Int32:
+    """labels (T,) of input_ids (T,) with only the half-open `label_spans` (S, 2) supervised."""
+    labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int32)
+    for start, end in label_spans:
+        labels[start:end] = input_ids[start:end]
+    return labels
+
+
+def response_positions_of(labels: Int32) -> Int32:
+    """Every t whose label t + 1 is supervised, ascending."""
+    return np.flatnonzero(labels[1:] != IGNORE_INDEX).astype(np.int32)
+
+
+def prompt_positions_of(length: int, response: Int32, visual: Int32) -> Int32:
+    """Every position of 0..length-1 that is neither a response nor a visual position."""
+    rest = np.ones(length, dtype=bool)
+    rest[response] = False
+    rest[visual] = False
+    return np.flatnonzero(rest).astype(np.int32)
