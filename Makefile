@@ -1,0 +1,50 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up .venv where needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+RUN_DIR ?= demo-run
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow check format lint types install bench demo-teacher clean
+
+demo: install
+	$(BIN)/kdcache demo --out $(RUN_DIR)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not vllm"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+check: install lint types test
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+demo-teacher: install
+	$(BIN)/python -m demo.train_teacher --out demo/teacher
+
+install: $(VENV)/.installed
+
+# torch first: a plain `pip install` of the rest would fetch the newest build of it.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(RUN_DIR) build *.egg-info

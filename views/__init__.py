@@ -1,0 +1,1 @@
+"""What a person looks at: terminal, pages and pictures made of caches and runs."""

@@ -1,0 +1,78 @@
+"""The terminal: progress bars and notes on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+results = Console(highlight=False)
+notes = Console(stderr=True, highlight=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON object on stdout and nothing else."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+class Bar:
+    """A `cache_schema.progress.Progress` as a bar on stderr, with what the task says of itself beside it.
+
+    Where stderr is no terminal, a task is a line when it begins and a line when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._what = ""
+        self._fields = ""
+
+    def begin(self, what: str, total: int | None) -> None:
+        self.end()
+        self._what, self._fields = what, ""
+        if not notes.is_terminal:
+            notes.print(f"{what} ...", markup=False)
+        self._bar = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[said]}", markup=False),
+            console=notes,
+            disable=not notes.is_terminal,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(what, total=total, said="")
+
+    def update(self, done: int, **fields: str) -> None:
+        if self._bar is None or self._task is None:
+            return
+        self._fields = "  ".join(f"{name} {value}" for name, value in fields.items()) or self._fields
+        self._bar.update(self._task, completed=done, said=self._fields)
+
+    def message(self, line: str) -> None:
+        notes.print(line, markup=False, soft_wrap=True)
+
+    def end(self) -> None:
+        if self._bar is None or self._task is None:
+            return
+        seconds = self._bar.tasks[0].elapsed or 0.0
+        self._bar.stop()
+        self._bar = self._task = None
+        if not notes.is_terminal:
+            notes.print(
+                f"{self._what}: {seconds:.1f} s  {self._fields}".rstrip(), markup=False, soft_wrap=True
+            )
