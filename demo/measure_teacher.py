@@ -1,0 +1,91 @@
+"""What the demo teacher can do: free generation of every answer, and how sharp its distributions are."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from demo.easy_vqa import KINDS, Picture, question_kind
+from demo.language_model import IGNORE
+from demo.teacher_texts import Texts
+from demo.vision_tower import normalized
+
+
+@torch.no_grad()
+def answer_accuracy(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    pictures: Sequence[Picture],
+    *,
+    batch: int = 128,
+) -> dict[str, dict[str, float]]:
+    """Greedy free generation of every answer through the chat template; exact match.
+
+    Returns:
+        By kind: accuracy, questions, majority (share of the commonest answer) and confidence (mean
+        probability of the first generated token).
+    """
+    was_training = model.training
+    model.eval()
+    asked = [(picture, question, answer) for picture in pictures for question, answer in picture.questions]
+    asked.sort(key=lambda item: len(item[1]))
+    right: Counter[str] = Counter()
+    confidence: Counter[str] = Counter()
+    answers: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        prompts = [
+            processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+                add_generation_prompt=True,
+            )
+            for _, question, _ in part
+        ]
+        images = [Image.open(picture.path).convert("RGB") for picture, _, _ in part]
+        inputs = processor(
+            text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"
+        )
+        output = model.generate(**inputs, return_dict_in_generate=True, output_logits=True)
+        generated = output.sequences[:, inputs["input_ids"].shape[1] :]
+        first = output.logits[0].float().softmax(-1).max(-1).values
+        texts = processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        for (_, _, answer), text, probability in zip(part, texts, first.tolist(), strict=True):
+            kind = question_kind(answer)
+            answers[kind][answer] += 1
+            right[kind] += text.strip() == answer
+            confidence[kind] += probability
+    model.train(was_training)
+    return {
+        kind: {
+            "accuracy": right[kind] / counts.total(),
+            "questions": counts.total(),
+            "majority": max(counts.values()) / counts.total(),
+            "confidence": confidence[kind] / counts.total(),
+        }
+        for kind, counts in answers.items()
+    }
+
+
+@torch.no_grad()
+def mean_entropy(
+    model: LlavaForConditionalGeneration, texts: Texts, pictures: Sequence[Picture], images: Tensor
+) -> dict[str, float]:
+    """Mean entropy, in nats, of the next token at visual and at response positions of the conversations."""
+    sums = {"visual": 0.0, "response": 0.0}
+    counts = {"visual": 0, "response": 0}
+    for row, picture in enumerate(pictures):
+        ids, labels = texts.conversation(row, picture.questions)
+        logits = model(input_ids=torch.tensor([ids]), pixel_values=normalized(images[row : row + 1])).logits[
+            0
+        ]
+        logprobs = logits[:, : texts.vocabulary].log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        visual = torch.tensor(ids) == model.config.image_token_id
+        response = torch.tensor([*labels[1:], IGNORE]) != IGNORE
+        for name, positions in (("visual", visual), ("response", response)):
+            sums[name] += entropy[positions].sum().item()
+            counts[name] += int(positions.sum())
+    return {name: sums[name] / counts[name] for name in sums}

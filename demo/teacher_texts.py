@@ -1,0 +1,51 @@
+"""The training split as token ids and labels, as the teacher's training reads it."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from demo.easy_vqa import Picture
+from demo.language_model import IGNORE
+from demo.tokenizer import END, IMAGE
+from demo.vision_tower import VISUAL_TOKENS
+
+
+class Texts:
+    """A split as token ids and labels, each image token repeated for every visual token."""
+
+    def __init__(self, pictures: Sequence[Picture], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.vocabulary = len(tokenizer)
+        self._tokenizer = tokenizer
+        self._image_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
+        self._cache: dict[str, list[int]] = {}
+        self._pictures = pictures
+
+    def caption(self, row: int) -> tuple[list[int], list[int]]:
+        """(ids, labels) of `<image>{caption}` and a line end; image and text, the text supervised."""
+        answer = self._encode(f"{self._pictures[row].attributes.caption}\n")
+        return self._joined([(self._encode(IMAGE), answer)])
+
+    def conversation(self, row: int, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """(ids, labels) of the turns as the chat template writes them; answers and their ends supervised."""
+        pieces = []
+        for number, (question, answer) in enumerate(turns):
+            image = f"{IMAGE}\n" if number == 0 else ""
+            pieces.append(
+                (self._encode(f"USER: {image}{question} ASSISTANT:"), self._encode(f" {answer}{END}"))
+            )
+        return self._joined(pieces)
+
+    def _encode(self, text: str) -> list[int]:
+        if text not in self._cache:
+            self._cache[text] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._cache[text]
+
+    def _joined(self, pieces: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for prompt, answer in pieces:
+            for token in prompt:
+                ids += [token] * (VISUAL_TOKENS if token == self._image_id else 1)
+            ids += answer
+            labels += [IGNORE] * (len(ids) - len(labels) - len(answer)) + answer
+        return ids, labels

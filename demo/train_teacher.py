@@ -1,0 +1,401 @@
+"""Makes the demo's teacher from easy-VQA's training split: python -m demo.train_teacher --out demo/teacher.
+
+Four phases, each kept in the work folder and skipped when it is there with the same settings: the vision
+tower learns attributes; a language model learns the text; the projector learns captions; projector and
+language model learn captions and conversations together, tower frozen. The test split is for measuring only.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+    SiglipVisionModel,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from cache_schema.progress import Progress
+from demo.easy_vqa import Picture, load_pictures
+from demo.language_model import IGNORE, padded, train_language_model
+from demo.measure_teacher import answer_accuracy, mean_entropy
+from demo.teacher_texts import Texts
+from demo.tokenizer import CHAT_TEMPLATE, IMAGE, train_tokenizer, training_texts, turn_text
+from demo.vision_tower import (
+    FEATURE_LAYER,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    VISUAL_TOKENS,
+    TowerTraining,
+    load_images,
+    normalized,
+    one_cycle,
+    shifted,
+    train_tower,
+)
+
+HELD_OUT = 400
+Rows = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherTraining:
+    """The teacher's size and schedule. Batches count images."""
+
+    tower: TowerTraining = field(default_factory=TowerTraining)
+    hidden_size: int = 160
+    layers: int = 4
+    heads: int = 5
+    text_steps: int = 300
+    caption_steps: int = 200
+    caption_learning_rate: float = 3e-3
+    instruction_steps: int = 2400
+    instruction_learning_rate: float = 1e-3
+    batch: int = 32
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def caption_batches(
+    pictures: Sequence[Picture], texts: Texts, batch: int, steps: int, rng: random.Random
+) -> Iterator[tuple[list[int], Rows]]:
+    """(picture numbers, rows) for each step, captions only."""
+    for _ in range(steps):
+        chosen = [rng.randrange(len(pictures)) for _ in range(batch)]
+        yield chosen, [texts.caption(row) for row in chosen]
+
+
+def instruction_batches(
+    pictures: Sequence[Picture], texts: Texts, batch: int, steps: int, rng: random.Random
+) -> Iterator[tuple[list[int], Rows]]:
+    """Batches of one kind each: captions (a tenth), single questions (half, twice the rows), conversations.
+
+    Single questions keep the model looking: in a conversation, earlier answers give later ones away.
+    """
+    for _ in range(steps):
+        draw = rng.random()
+        count = 2 * batch if draw < 0.6 else batch
+        chosen = [rng.randrange(len(pictures)) for _ in range(count)]
+        rows = []
+        for row in chosen:
+            questions = pictures[row].questions
+            if draw < 0.1:
+                rows.append(texts.caption(row))
+            elif draw < 0.6:
+                rows.append(texts.conversation(row, [rng.choice(questions)]))
+            else:
+                rows.append(texts.conversation(row, rng.sample(questions, min(len(questions), 8))))
+        yield chosen, rows
+
+
+def train_phase(
+    name: str,
+    model: LlavaForConditionalGeneration,
+    images: Tensor,
+    batches: Iterator[tuple[list[int], Rows]],
+    *,
+    trained: Sequence[nn.Module],
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    progress: Progress,
+    check: Callable[[], str] | None = None,
+) -> None:
+    """Next-token training of the `trained` modules on supervised positions; everything else is frozen."""
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
+    progress.begin(name, steps)
+    running = 0.0
+    for step, (chosen, rows) in enumerate(batches, start=1):
+        pixels = normalized(shifted(images[chosen], generator))
+        ids = padded([row[0] for row in rows], model.config.text_config.pad_token_id)
+        labels = padded([row[1] for row in rows], IGNORE)
+        supervised = labels[:, 1:] != IGNORE
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            # Padding is on the right and attention is causal: no mask is needed at supervised positions.
+            hidden = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state
+            logits = model.lm_head(hidden[:, :-1][supervised])
+        loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][supervised])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if step == 1 else 0.95 * running + 0.05 * loss.item()
+        progress.update(step, loss=f"{running:.4f}")
+        if check is not None and (step % 400 == 0 or step == steps):
+            progress.message(f"{name}, step {step}: {check()}")
+    progress.end()
+
+
+def assemble(
+    tower: SiglipVisionModel,
+    language_model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+) -> LlavaForConditionalGeneration:
+    """A LLaVA model around the two parts, its projector fresh; generation is greedy."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        projector_hidden_act="gelu",
+        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_select_strategy="full",
+        image_seq_length=VISUAL_TOKENS,
+        tie_word_embeddings=language_model.config.tie_word_embeddings,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(language_model.model.state_dict())
+    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=16,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """The processor that feeds `assemble`'s model; images of another size are resized to a square."""
+    return LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
+        tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+class WorkFolder:
+    """Finished phases, each a folder with its settings; a phase whose settings differ is made again."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path = path
+        self._progress = progress
+
+    def phase(self, name: str, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
+        """The folder of phase `name`, made by `make` unless it is there; renamed into place when complete."""
+        folder, partial = self._path / name, self._path / f"{name}.partial"
+        stamp = folder / "settings.json"
+        if stamp.exists() and json.loads(stamp.read_text()) == settings:
+            self._progress.message(f"{name}: kept from {folder}")
+            return folder
+        for stale in (folder, partial):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir(parents=True)
+        started = time.monotonic()
+        make(partial)
+        (partial / "seconds.json").write_text(json.dumps(round(time.monotonic() - started, 1)))
+        (partial / "settings.json").write_text(json.dumps(settings, indent=1))
+        partial.rename(folder)
+        return folder
+
+
+class Lines:
+    """Progress as plain lines, one every ten seconds."""
+
+    def __init__(self) -> None:
+        self._what, self._total, self._began, self._told = "", 0, 0.0, 0.0
+
+    def begin(self, what: str, total: int | None) -> None:
+        self._what, self._total, self._began = what, total or 0, time.monotonic()
+
+    def update(self, done: int, **fields: str) -> None:
+        now = time.monotonic()
+        if now - self._told < 10 and done != self._total:
+            return
+        self._told = now
+        shown = ", ".join(f"{name} {value}" for name, value in fields.items())
+        print(f"{self._what} {done}/{self._total}: {shown}, {now - self._began:.0f} s", flush=True)
+
+    def message(self, line: str) -> None:
+        print(line, flush=True)
+
+    def end(self) -> None: ...
+
+
+def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Progress) -> dict[str, Any]:
+    """Runs or resumes all phases, saves model and processor in `out`, and measures what was saved.
+
+    Returns:
+        The record that stands in `out`/TRAINING.json.
+    """
+    folder = WorkFolder(work, progress)
+    pictures = load_pictures("train")
+    images = load_images(pictures)
+    seen, held_out = pictures[:-HELD_OUT], pictures[-HELD_OUT:]
+    tokenizer = train_tokenizer(training_texts(seen))
+    texts = Texts(pictures, tokenizer)
+
+    def make_tower(path: Path) -> None:
+        attributes = [picture.attributes for picture in pictures]
+        tower, _ = train_tower(
+            images, attributes, HELD_OUT, settings.tower, seed=settings.seed, progress=progress
+        )
+        tower.save_pretrained(path)
+
+    def make_language_model(path: Path) -> None:
+        rng = random.Random(settings.seed)
+        lines = []
+        for picture in seen:
+            turns = rng.sample(picture.questions, len(picture.questions))
+            lines.append("".join(turn_text(question, answer) for question, answer in turns))
+            lines.append(f"{picture.attributes.caption}\n")
+        train_language_model(
+            lines,
+            tokenizer,
+            path,
+            hidden_size=settings.hidden_size,
+            layers=settings.layers,
+            heads=settings.heads,
+            steps=settings.text_steps,
+            seed=settings.seed,
+            tied=False,
+            progress=progress,
+        )
+
+    def make_aligned(path: Path) -> None:
+        model = assemble(
+            SiglipVisionModel.from_pretrained(tower_folder),
+            Qwen2ForCausalLM.from_pretrained(text_folder),
+            tokenizer,
+            seed=settings.seed,
+        )
+        train_phase(
+            "projector on captions",
+            model,
+            images,
+            caption_batches(
+                seen, texts, settings.batch, settings.caption_steps, random.Random(settings.seed)
+            ),
+            trained=[model.model.multi_modal_projector],
+            steps=settings.caption_steps,
+            learning_rate=settings.caption_learning_rate,
+            weight_decay=0.0,
+            seed=settings.seed,
+            progress=progress,
+        )
+        model.save_pretrained(path)
+
+    def make_instructed(path: Path) -> None:
+        model = LlavaForConditionalGeneration.from_pretrained(aligned_folder)
+        processor = make_processor(tokenizer)
+
+        def check() -> str:
+            found = answer_accuracy(model, processor, held_out[:100])
+            return "held-out " + ", ".join(f"{kind} {value['accuracy']:.4f}" for kind, value in found.items())
+
+        train_phase(
+            "projector and language model",
+            model,
+            images,
+            instruction_batches(
+                seen, texts, settings.batch, settings.instruction_steps, random.Random(settings.seed)
+            ),
+            trained=[model.model.multi_modal_projector, model.model.language_model, model.lm_head],
+            steps=settings.instruction_steps,
+            learning_rate=settings.instruction_learning_rate,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+            progress=progress,
+            check=check,
+        )
+        model.to(torch.bfloat16).save_pretrained(path)
+
+    # A later phase's settings contain the earlier ones', so that a change is carried through.
+    chain: dict[str, Any] = {"seed": settings.seed, "tower": asdict(settings.tower)}
+    tower_folder = folder.phase("tower", chain, make_tower)
+    language = {"hidden_size": settings.hidden_size, "layers": settings.layers, "heads": settings.heads}
+    chain = {**chain, **language, "text_steps": settings.text_steps}
+    text_folder = folder.phase("text", chain, make_language_model)
+    chain = {**chain, **{k: v for k, v in asdict(settings).items() if k.startswith("caption")}}
+    aligned_folder = folder.phase("aligned", chain, make_aligned)
+    instructed_folder = folder.phase("instructed", asdict(settings), make_instructed)
+    seconds = {
+        path.name: json.loads((path / "seconds.json").read_text())
+        for path in (tower_folder, text_folder, aligned_folder, instructed_folder)
+    }
+    save_teacher(instructed_folder, out, tokenizer)
+    record = measure(out, progress)
+    record = {"settings": asdict(settings), "seconds": seconds, **record}
+    (out / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def save_teacher(trained: Path, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes `out`: bfloat16 weights, configuration, processor. Files of an older teacher are replaced."""
+    shutil.rmtree(out, ignore_errors=True)
+    LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(out)
+    make_processor(tokenizer).save_pretrained(out)
+
+
+def measure(out: Path, progress: Progress) -> dict[str, Any]:
+    """Loads the shipped teacher in float32, as a user would, and measures it on the test split."""
+    model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(out)
+    pictures = load_pictures("test")
+    started = time.monotonic()
+    accuracy = answer_accuracy(model, processor, pictures)
+    entropy = mean_entropy(model, Texts(pictures, processor.tokenizer), pictures, load_images(pictures))
+    for kind, found in accuracy.items():
+        progress.message(f"test {kind}: {found['accuracy']:.4f} (majority {found['majority']:.4f})")
+    parts = {
+        "vision_tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "language_model": model.model.language_model,
+        "head": model.lm_head,
+    }
+    weights = out / "model.safetensors"
+    return {
+        "test": accuracy,
+        "test_entropy_nats": entropy,
+        "test_seconds": round(time.monotonic() - started, 1),
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished teacher; replaced")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/demo-teacher"), help="finished phases are kept here"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train_teacher(arguments.out, arguments.work, TeacherTraining(seed=arguments.seed), Lines())
+
+
+if __name__ == "__main__":
+    main()
