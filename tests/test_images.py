@@ -1,0 +1,110 @@
+"""Images as they are in the wild: every mode decodes to RGB, every fault has its reason."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cache_schema.errors import RowRejected
+from cache_schema.images import open_image
+
+RAMP = np.linspace(0, 1, 24 * 16).reshape(16, 24)
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def grey8() -> Image.Image:
+    return Image.fromarray((RAMP * 255).astype(np.uint8))
+
+
+def write(path: Path, kind: str) -> None:
+    colour = Image.merge("RGB", (grey8(), grey8(), grey8()))
+    if kind == "gif":
+        second = Image.new("RGB", colour.size, "red")
+        colour.save(path, format="GIF", save_all=True, append_images=[second])
+    elif kind == "cmyk":
+        colour.convert("CMYK").save(path, format="JPEG", quality=95)
+    elif kind == "palette":
+        colour.quantize(256).save(path, format="PNG", transparency=bytes(range(256)))
+    elif kind == "alpha":
+        colour.putalpha(7)
+        colour.save(path, format="PNG")
+    elif kind == "sixteen":
+        Image.fromarray((RAMP * 65535).astype(np.uint16)).save(path, format="PNG")
+    elif kind == "float":
+        Image.fromarray(RAMP.astype(np.float32)).save(path, format="TIFF")
+    else:
+        grey8().convert(kind).save(path, format="PNG")
+
+
+@pytest.mark.parametrize("kind", ["gif", "cmyk", "palette", "alpha", "sixteen", "float", "L", "LA", "RGB"])
+def test_every_mode_keeps_the_picture(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "x.jpg", kind)  # the suffix says nothing, as in the wild
+    opened = open_image(tmp_path, "x.jpg")
+    assert opened.image.mode == "RGB"
+    assert (opened.width, opened.height) == (24, 16)
+    assert opened.sha256 == hashlib.sha256((tmp_path / "x.jpg").read_bytes()).hexdigest()
+    error = np.abs(np.asarray(opened.image, dtype=np.float64) - (RAMP * 255)[..., None])
+    assert error.max() <= (12 if kind in ("cmyk", "gif", "palette") else 1)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (30, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(tmp_path / "x.jpg", exif=exif)
+    opened = open_image(tmp_path, "x.jpg")
+    assert (opened.width, opened.height) == (10, 30) == opened.image.size
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "GIF"])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.95])
+def test_truncated_files_are_broken(tmp_path: Path, format_: str, kept: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    whole = saved(tmp_path / "whole", Image.fromarray(noise), format=format_).read_bytes()
+    (tmp_path / "x").write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(RowRejected) as caught:
+        open_image(tmp_path, "x")
+    assert caught.value.reason == "broken_image"
+
+
+def test_paths_that_are_no_image(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "folder").mkdir(parents=True)
+    (root / "folder" / "text").write_text("no image")
+    grey8().save(tmp_path / "outside.png")
+    (root / "link.png").symlink_to(tmp_path / "outside.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (root / "back").symlink_to(root / "folder")
+    reasons = {
+        "nowhere.png": "missing_image",
+        "folder": "missing_image",
+        "folder/text/x.png": "missing_image",
+        "folder/text": "broken_image",
+        "back/text": "broken_image",  # a link that stays inside is followed
+        "../outside.png": "outside_root",
+        "folder/../../outside.png": "outside_root",
+        str(tmp_path / "outside.png"): "outside_root",
+        "https://example.org/x.png": "outside_root",
+        "link.png": "outside_root",
+        "x" * 5000: "unreadable_image",
+        "nul\0.png": "outside_root",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(RowRejected) as caught:
+            open_image(root, name)
+        assert caught.value.reason == reason, name
+    with pytest.raises(RowRejected):
+        open_image(root, "loop.png")
+
+
+def test_a_path_inside_through_a_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root").mkdir()
+    grey8().save(tmp_path / "root" / "x.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_image("root", "./x.png").width == 24
