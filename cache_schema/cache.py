@@ -1,0 +1,189 @@
+"""Reading a cache: whole shards at a time, every byte checked against its commit record."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.block import ShardBlock
+from cache_schema.errors import CacheDamaged, KdcacheError
+from cache_schema.manifest import CommitRecord, Manifest, Plan
+from cache_schema.records import QuarantinedRow, Sample
+from cache_schema.shard import read_groups, read_table
+from cache_schema.spec import TargetSpec
+from cache_schema.store import Store, open_store
+from cache_schema.writer import MANIFEST
+
+KEPT_SHARDS = 3
+"""Shards that `cache[i]` keeps in memory."""
+
+REMEDY = "run `kdcache verify --repair` on the cache, then the same `kdcache build` again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheIndex:
+    """Per captured sample, in cache order: row, tokens T, images, response positions R; each (len,) int64."""
+
+    row: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    images: NDArray[np.int64]
+    responses: NDArray[np.int64]
+
+
+class Cache:
+    """An open cache: the samples of its committed shards, in (shard, position) order.
+
+    What is committed after opening is not seen. Not safe to share between threads; cheap to open again.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.url = store.url
+        self.manifest = _read_manifest(store)
+        self.commits = _read_commits(store, self.manifest)
+        self.shards = sorted(self.commits)
+        self._starts = np.cumsum([0] + [self.commits[i].counts["samples"] for i in self.shards]).tolist()
+        self._kept: OrderedDict[int, ShardBlock] = OrderedDict()
+
+    @property
+    def spec(self) -> TargetSpec:
+        """What was captured."""
+        return self.manifest.spec
+
+    @property
+    def plan(self) -> Plan:
+        """Which rows stand in which shard."""
+        return self.manifest.plan
+
+    @property
+    def assets(self) -> dict[str, bytes]:
+        """The teacher's tokenizer and processor files, name -> bytes."""
+        return self.manifest.assets
+
+    def write_assets(self, folder: Path) -> None:
+        """Write the assets as files into `folder`, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self.assets.items():
+            (folder / Path(name).name).write_bytes(data)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, position = self.shard_of(index)
+        if shard not in self._kept:
+            self._kept[shard] = self.read_shard(shard)
+            if len(self._kept) > KEPT_SHARDS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(shard)
+        return self._kept[shard].sample(position)
+
+    def shard_of(self, index: int) -> tuple[int, int]:
+        """(shard, position in it) of a sample. IndexError outside -len..len-1."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index %= len(self)
+        place = bisect.bisect_right(self._starts, index) - 1
+        return self.shards[place], index - int(self._starts[place])
+
+    def shard_length(self, shard: int) -> int:
+        """Captured samples of a committed shard."""
+        return self.commits[shard].counts["samples"]
+
+    def read_shard(self, shard: int, *, parts: Collection[str] | None = None) -> ShardBlock:
+        """A shard in memory. parts: which of the captured targets to read; None: all, (): none."""
+        wanted = set(self.spec.targets if parts is None else parts)
+        if unknown := wanted - set(self.spec.targets):
+            raise ValueError(f"{self.url}: holds no {', '.join(sorted(unknown))} targets")
+        record = self.commits[shard]
+        base = f"targets/{shard:05d}-{record.attempt}.zarr/"
+
+        def needed(path: str) -> bool:
+            if not path.startswith(base):
+                return path.startswith("samples/")
+            pieces = path.removeprefix(base).split("/")
+            return len(pieces) == 1 or pieces[0] in wanted
+
+        files = self._read(record, needed)
+        groups = read_groups({p.removeprefix(base): d for p, d in files.items() if p.startswith(base)})
+        table = next(data for path, data in files.items() if path.startswith("samples/"))
+        return ShardBlock(read_table(table), groups, self.spec, frozenset(wanted))
+
+    def index(self) -> CacheIndex:
+        """Sizes of every sample, without reading a target."""
+        columns = ["row", "tokens", "image_count", "responses"]
+        found: dict[str, list[NDArray[np.int64]]] = {name: [np.zeros(0, np.int64)] for name in columns}
+        for shard in self.shards:
+            table = self._table(shard, "samples", columns)
+            for name in columns:
+                found[name].append(table[name].to_numpy().astype(np.int64))
+        row, tokens, images, responses = (np.concatenate(found[name]) for name in columns)
+        return CacheIndex(row=row, tokens=tokens, images=images, responses=responses)
+
+    def find(self, row_or_id: int | str) -> list[int]:
+        """The indices of the samples with this row number or this label (labels may repeat)."""
+        found = []
+        for start, shard in zip(self._starts, self.shards, strict=False):
+            table = self._table(shard, "samples", ["row", "sample_id"])
+            column = table["row" if isinstance(row_or_id, int) else "sample_id"].to_pylist()
+            found += [int(start) + place for place, value in enumerate(column) if value == row_or_id]
+        return found
+
+    def quarantined(self) -> Iterator[QuarantinedRow]:
+        """The rows that could not be captured, of all committed shards."""
+        for shard in self.shards:
+            for row in self._table(shard, "quarantine").to_pylist():
+                yield QuarantinedRow(**row)
+
+    def _table(self, shard: int, kind: str, columns: list[str] | None = None) -> Any:
+        files = self._read(self.commits[shard], lambda path: path.startswith(f"{kind}/"))
+        return read_table(next(iter(files.values())), columns)
+
+    def _read(self, record: CommitRecord, needed: Any) -> dict[str, bytes]:
+        wanted = {file.path: file for file in record.files if needed(file.path)}
+        try:
+            files = self.store.read_many({path: file.bytes for path, file in wanted.items()})
+        except FileNotFoundError as error:
+            missing = next((p for p in wanted if not self.store.exists(p)), "a file")
+            raise CacheDamaged(f"{self.url}/{missing}: missing; {REMEDY}") from error
+        for path, data in files.items():
+            if len(data) != wanted[path].bytes or hashlib.sha256(data).hexdigest() != wanted[path].sha256:
+                raise CacheDamaged(f"{self.url}/{path}: truncated or altered; {REMEDY}")
+        return files
+
+
+def open_cache(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Cache:
+    """Open the cache at a path or fsspec URL for reading.
+
+    KdcacheError when none is there; CacheDamaged when its manifest or a commit record is altered.
+    """
+    return Cache(open_store(path, storage_options))
+
+
+def _read_manifest(store: Store) -> Manifest:
+    try:
+        return Manifest.from_bytes(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
+    except FileNotFoundError as error:
+        raise KdcacheError(
+            f"{store.url}: no cache there (no {MANIFEST}); name the directory that `kdcache build` made"
+        ) from error
+
+
+def _read_commits(store: Store, manifest: Manifest) -> dict[int, CommitRecord]:
+    commits = {}
+    paths = [path for path in store.list("commits") if not path.startswith("commits/.")]
+    for path in paths:
+        record = CommitRecord.from_bytes(store.read(path), f"{store.url}/{path}")
+        if record.path != path or record.cache != manifest.identity:
+            raise CacheDamaged(f"{store.url}/{path}: the record of another shard or cache; {REMEDY}")
+        commits[record.shard] = record
+    return commits

@@ -1,0 +1,84 @@
+"""What must hold of records, checked before they are written and again by `verify`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cache_schema.records import Relation, TopK
+from cache_schema.spec import TargetSpec
+
+
+def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list[str]:
+    """Every way in which a block of positions is not what `spec` says; empty when it is sound.
+
+    vocab_size: ids must lie below it; None: only above -1.
+    """
+    positions = len(record)
+    problems = []
+    if record.token_ids.shape != (positions, spec.top_k) or record.logprobs.shape != (positions, spec.top_k):
+        return [
+            f"shapes {record.token_ids.shape}, {record.logprobs.shape} are not ({positions}, {spec.top_k})"
+        ]
+    if record.tail_logprob.shape != (positions, len(spec.temperatures)):
+        return [f"tail of shape {record.tail_logprob.shape}, temperatures are {list(spec.temperatures)}"]
+    if not np.array_equal(record.temperatures, np.array(spec.temperatures, np.float32)):
+        problems.append(f"temperatures {record.temperatures.tolist()} are not {list(spec.temperatures)}")
+    for name in ("logsumexp", "entropy", "label_logprob", "logprobs"):
+        values = getattr(record, name)
+        if values is not None and not np.isfinite(values).all():
+            problems.append(f"{name} is not finite at {_first(~np.isfinite(values))}")
+    bad = np.isnan(record.tail_logprob) | (record.tail_logprob > 1e-6)
+    if bad.any():
+        problems.append(f"tail_logprob is no log of a mass at {_first(bad)}")
+    rising = np.diff(record.logprobs, axis=1) > 0
+    if rising.any():
+        problems.append(f"logprobs rise along the entries at {_first(rising)}")
+    elif not problems and positions:
+        at_one = spec.temperatures.index(1.0)
+        mass = np.exp(record.logprobs).sum(axis=1) + np.exp(record.tail_logprob[:, at_one])
+        if (np.abs(mass - 1.0) > 2e-3).any():
+            problems.append(f"entries and tail do not sum to 1 at {_first(np.abs(mass - 1.0) > 2e-3)}")
+    problems += _id_problems(record, spec, vocab_size)
+    return problems
+
+
+def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list[str]:
+    limit = vocab_size if vocab_size is not None else 2**31 - 1
+    problems = []
+    outside = (record.token_ids < 0) | (record.token_ids >= limit)
+    if outside.any():
+        problems.append(f"token ids outside 0..{limit - 1} at {_first(outside)}")
+    ordered = np.sort(record.token_ids, axis=1)
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if twice.any():
+        problems.append(f"a token id stands twice in a position at {_first(twice)}")
+    if (record.sampled_ids is None) != (spec.tail_samples == 0):
+        problems.append(f"tail samples are {'missing' if spec.tail_samples else 'not asked for'}")
+    elif record.sampled_ids is not None and record.sampled_counts is not None:
+        drawn = record.sampled_counts > 0
+        outside = drawn & ((record.sampled_ids < 0) | (record.sampled_ids >= limit))
+        if outside.any():
+            problems.append(f"sampled ids outside 0..{limit - 1} at {_first(outside)}")
+    return problems
+
+
+def relation_problems(record: Relation, tokens: int) -> list[str]:
+    """Every way in which the relation of an image of `tokens` visual tokens is unsound."""
+    matrix = record.factor if record.factor is not None else record.gram
+    if matrix is None or (record.factor is not None and record.gram is not None):
+        return ["neither or both of factor and gram are set"]
+    if matrix.ndim != 2 or len(matrix) != tokens:
+        return [f"a matrix of shape {matrix.shape} for {tokens} tokens"]
+    problems = []
+    if not np.isfinite(matrix).all():
+        problems.append("the matrix is not finite")
+    if not (np.isfinite(record.norm) and record.norm >= 0.0):
+        problems.append(f"norm {record.norm} is no norm")
+    if not -1e-6 <= record.residual <= 2.0:
+        problems.append(f"residual {record.residual} is no residual")
+    return problems
+
+
+def _first(bad: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> str:
+    where = np.argwhere(bad)[0].tolist()
+    return f"position {where[0]}" + (f", entry {where[1]}" if len(where) > 1 else "")

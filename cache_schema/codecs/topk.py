@@ -1,0 +1,98 @@
+"""A block of `TopK` records as arrays, compact or full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.codecs.ids import decode_ids, encode_ids
+from cache_schema.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
+from cache_schema.records import TopK
+from cache_schema.spec import Precision
+
+Arrays = dict[str, NDArray[Any]]
+Rows = slice | NDArray[np.int64]
+
+_HALF = np.float32(np.finfo(np.float16).max)
+
+
+def join_topk(records: Sequence[TopK]) -> TopK:
+    """One record of all positions, in order. Optional fields must be set in all or in none."""
+    if len(records) == 1:
+        return records[0]
+    fields: dict[str, Any] = {"temperatures": records[0].temperatures}
+    for name in TopK.__dataclass_fields__:
+        if name != "temperatures":
+            parts = [getattr(record, name) for record in records]
+            assert all((part is None) == (parts[0] is None) for part in parts), name
+            fields[name] = None if parts[0] is None else np.concatenate(parts)
+    return TopK(**fields)
+
+
+def encode_topk(record: TopK, precision: Precision) -> Arrays:
+    """The arrays of a block of N positions; see docs/cache-format.md for each.
+
+    full: token_ids (N, K) int32 and all else float32, exact. compact: ids through a dictionary,
+    log-probabilities in 8 bits, tail, entropy and label in float16; logsumexp stays exact.
+    """
+    arrays: Arrays = {"logsumexp": record.logsumexp}
+    if precision == "full":
+        arrays |= {
+            "token_ids": record.token_ids,
+            "logprobs": record.logprobs,
+            "tail_logprob": record.tail_logprob.T,
+            "entropy": record.entropy,
+        }
+        if record.label_logprob is not None:
+            arrays["label_logprob"] = record.label_logprob
+        if record.sampled_ids is not None:
+            arrays["sampled_ids"] = record.sampled_ids
+    else:
+        sampled = record.sampled_ids
+        both = record.token_ids if sampled is None else np.concatenate([record.token_ids, sampled], axis=1)
+        arrays["vocabulary"], index = encode_ids(both)
+        arrays["ids"] = index[:, : record.token_ids.shape[1]]
+        arrays["steps"], arrays["scale"] = encode_logprobs(record.logprobs)
+        arrays["tail_logprob"] = encode_tail(record.tail_logprob).T
+        arrays["entropy"] = record.entropy.astype(np.float16)
+        if record.label_logprob is not None:
+            arrays["label_logprob"] = np.maximum(record.label_logprob, -_HALF).astype(np.float16)
+        if sampled is not None:
+            arrays["sampled_ids"] = index[:, record.token_ids.shape[1] :]
+    if record.sampled_counts is not None:
+        counts = record.sampled_counts
+        arrays["sampled_counts"] = counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
+    return arrays
+
+
+def decode_topk(arrays: Mapping[str, NDArray[Any]], rows: Rows, temperatures: NDArray[np.float32]) -> TopK:
+    """The record of some rows (positions) of a block."""
+
+    def floats(name: str) -> NDArray[np.float32] | None:
+        return arrays[name][rows].astype(np.float32) if name in arrays else None
+
+    tail = arrays["tail_logprob"][:, rows]
+    if "vocabulary" in arrays:
+        vocabulary = arrays["vocabulary"]
+        token_ids = decode_ids(vocabulary, arrays["ids"][rows])
+        at_one = int(np.flatnonzero(temperatures == 1.0)[0])
+        logprobs = decode_logprobs(arrays["steps"][:, rows], arrays["scale"][rows], tail[at_one])
+        sampled = decode_ids(vocabulary, arrays["sampled_ids"][rows]) if "sampled_ids" in arrays else None
+    else:
+        token_ids, logprobs = arrays["token_ids"][rows], arrays["logprobs"][rows]
+        sampled = arrays["sampled_ids"][rows] if "sampled_ids" in arrays else None
+    counts = arrays["sampled_counts"][rows].astype(np.int32) if "sampled_counts" in arrays else None
+    return TopK(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        tail_logprob=np.ascontiguousarray(tail.T, dtype=np.float32),
+        temperatures=temperatures,
+        logsumexp=arrays["logsumexp"][rows],
+        entropy=arrays["entropy"][rows].astype(np.float32),
+        label_logprob=floats("label_logprob"),
+        sampled_ids=sampled,
+        sampled_counts=counts,
+    )

@@ -1,0 +1,214 @@
+"""The documents of a cache: the manifest (what it is) and the commit records (what of it exists)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.errors import CacheDamaged, KdcacheError
+from cache_schema.identity import Fingerprint, digest_of
+from cache_schema.sealed import seal, unseal
+from cache_schema.spec import TargetSpec
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which dataset rows stand in which shard, the same for every number of workers.
+
+    rows: of the dataset. shard_size: rows a shard, the last may hold fewer. order (rows,) int64: plan
+    position -> dataset row, a permutation; shard i is order[i * shard_size : (i + 1) * shard_size].
+    """
+
+    rows: int
+    shard_size: int
+    order: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.shard_size < 1:
+            raise ValueError(f"plan: rows {self.rows} and shard_size {self.shard_size} must be at least 1")
+        if len(self.order) != self.rows or not np.array_equal(np.sort(self.order), np.arange(self.rows)):
+            raise ValueError(f"plan: order is not a permutation of the {self.rows} rows")
+
+    @property
+    def shards(self) -> int:
+        """How many shards the cache has when it is complete."""
+        return -(-self.rows // self.shard_size)
+
+    def rows_of(self, shard: int) -> NDArray[np.int64]:
+        """The dataset rows of a shard, in the order in which they stand there."""
+        if not 0 <= shard < self.shards:
+            raise ValueError(f"plan: no shard {shard}, there are {self.shards}")
+        return self.order[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def to_json(self) -> dict[str, Any]:
+        """rows, shard_size and `order` as base64 of zlib of little-endian int64."""
+        return {
+            "rows": self.rows,
+            "shard_size": self.shard_size,
+            "order": _pack(self.order.astype("<i8").tobytes()),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Plan:
+        """The plan of a manifest."""
+        order = np.frombuffer(_unpack(document["order"]), dtype="<i8").astype(np.int64)
+        return cls(rows=document["rows"], shard_size=document["shard_size"], order=order)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a cache is. Written once.
+
+    assets: the teacher's tokenizer and processor files, name -> bytes. created: ISO 8601, UTC. dataset:
+    for the reader only (name, path as given, image root as given, ...).
+    """
+
+    fingerprint: Fingerprint
+    spec: TargetSpec
+    plan: Plan
+    created: str
+    assets: dict[str, bytes] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def identity(self) -> str:
+        """Digest of fingerprint, spec and plan: two builds with the same may share a cache."""
+        return digest_of([self.fingerprint.digest, self.spec.to_json(), self.plan_digest])
+
+    @property
+    def plan_digest(self) -> str:
+        """Digest of the plan: rows, shard size, order."""
+        order = hashlib.sha256(self.plan.order.astype("<i8").tobytes()).hexdigest()
+        return digest_of([self.plan.rows, self.plan.shard_size, order])
+
+    def to_bytes(self) -> bytes:
+        """The content of `manifest.json`."""
+        return seal(
+            {
+                "format": "kdcache",
+                "format_version": self.format_version,
+                "created": self.created,
+                "identity": self.identity,
+                "fingerprint": self.fingerprint.to_json() | {"digest_of_both": self.fingerprint.digest},
+                "spec": self.spec.to_json(),
+                "dataset": self.dataset,
+                "plan": self.plan.to_json(),
+                "assets": {
+                    name: {
+                        "bytes": len(data),
+                        "sha256": hashlib.sha256(data).hexdigest(),
+                        "data": _pack(data),
+                    }
+                    for name, data in sorted(self.assets.items())
+                },
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str = "manifest.json") -> Manifest:
+        """The manifest of `manifest.json`. CacheDamaged when altered, KdcacheError for another format."""
+        document = unseal(data, where)
+        if document.get("format") != "kdcache":
+            raise KdcacheError(f"{where}: not the manifest of a kdcache cache; name another directory")
+        if document["format_version"] != FORMAT_VERSION:
+            raise KdcacheError(
+                f"{where}: format version {document['format_version']}, this kdcache reads "
+                f"{FORMAT_VERSION}; install a kdcache that reads it"
+            )
+        assets = {name: _unpack(entry["data"]) for name, entry in document["assets"].items()}
+        for name, entry in document["assets"].items():
+            if hashlib.sha256(assets[name]).hexdigest() != entry["sha256"]:
+                raise CacheDamaged(f"{where}: asset {name} does not match its digest")
+        return cls(
+            fingerprint=Fingerprint.from_json(document["fingerprint"]),
+            spec=TargetSpec.from_json(document["spec"]),
+            plan=Plan.from_json(document["plan"]),
+            created=document["created"],
+            assets=assets,
+            dataset=document["dataset"],
+            format_version=document["format_version"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """A file of a shard: path from the cache's root, size in bytes, SHA-256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRecord:
+    """The proof that a shard exists.
+
+    cache: the manifest's identity. attempt: the id in the names of its files. counts: samples,
+    quarantined, tokens, images, shared_images, response_positions, visual_positions, prompt_positions,
+    relations. statistics: see `cache_schema.statistics`. seconds: of capture. created: ISO 8601, UTC.
+    """
+
+    cache: str
+    shard: int
+    attempt: str
+    counts: dict[str, int]
+    statistics: dict[str, Any]
+    files: tuple[StoredFile, ...]
+    engine: dict[str, str]
+    seconds: float
+    created: str
+
+    @property
+    def path(self) -> str:
+        """Where the record stands, from the cache's root."""
+        return commit_path(self.shard)
+
+    def to_bytes(self) -> bytes:
+        """The content of `commits/<shard>.json`."""
+        return seal(
+            {
+                "format": "kdcache-commit",
+                "format_version": FORMAT_VERSION,
+                "cache": self.cache,
+                "shard": self.shard,
+                "attempt": self.attempt,
+                "created": self.created,
+                "seconds": self.seconds,
+                "engine": self.engine,
+                "counts": self.counts,
+                "statistics": self.statistics,
+                "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> CommitRecord:
+        """The record in `data`. CacheDamaged when altered."""
+        document = unseal(data, where)
+        if document.pop("format") != "kdcache-commit" or document.pop("format_version") != FORMAT_VERSION:
+            raise CacheDamaged(f"{where}: not a commit record of format version {FORMAT_VERSION}")
+        files = tuple(StoredFile(**entry) for entry in document.pop("files"))
+        return cls(files=files, **document)
+
+
+def commit_path(shard: int) -> str:
+    """Path of a shard's commit record from the cache's root."""
+    return f"commits/{shard:05d}.json"
+
+
+def _pack(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 6)).decode()
+
+
+def _unpack(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))

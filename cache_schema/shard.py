@@ -1,0 +1,293 @@
+"""One shard as files: an Arrow table of samples, zarr arrays of targets, an Arrow table of quarantine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+
+from cache_schema.codecs.relation import encode_relation, pack_relations
+from cache_schema.codecs.topk import Arrays, encode_topk, join_topk
+from cache_schema.records import CapturedImage, CapturedSample, QuarantinedRow, Relation, TopK
+from cache_schema.spec import TargetSpec
+from cache_schema.statistics import relation_statistics, sample_statistics, topk_statistics
+
+_SPANS = pa.list_(pa.list_(pa.int32(), 2))
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("sample_id", pa.string()),
+        ("tokens", pa.int32()),
+        ("responses", pa.int32()),
+        ("image_count", pa.int32()),
+        ("response_start", pa.int64()),
+        ("prompt_start", pa.int64()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("label_spans", _SPANS),
+        (
+            "images",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("path", pa.string()),
+                        ("sha256", pa.string()),
+                        ("width", pa.int32()),
+                        ("height", pa.int32()),
+                        ("spans", _SPANS),
+                        ("prefix_key", pa.string()),
+                        ("visual_start", pa.int64()),
+                        ("relation", pa.int64()),
+                    ]
+                )
+            ),
+        ),
+        (
+            "model_inputs",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("name", pa.string()),
+                        ("dtype", pa.string()),
+                        ("shape", pa.list_(pa.int64())),
+                        ("data", pa.binary()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+"""One row a sample. `*_start`: the first row of its targets in that group; null: not captured."""
+
+QUARANTINE_SCHEMA = pa.schema(
+    [("row", pa.int64()), ("sample_id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
+
+CHUNK_BYTES = 256 << 20
+"""Arrays are one chunk up to this size; blosc takes at most 2 GiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedShard:
+    """The files of a shard, path from the cache's root -> bytes, and what the commit record tells of it."""
+
+    tables: dict[str, bytes]
+    targets: str
+    arrays: dict[str, bytes]
+    counts: dict[str, int]
+    statistics: dict[str, Any]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """All files by their path from the cache's root."""
+        return self.tables | {f"{self.targets}/{name}": data for name, data in self.arrays.items()}
+
+
+class _Targets:
+    """Collects the targets of a shard; equal prefixes are kept once."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        self.spec = spec
+        self.blocks: dict[str, list[TopK]] = {"response": [], "visual": [], "prompt": []}
+        self.lengths = dict.fromkeys(self.blocks, 0)
+        self.relations: list[Relation] = []
+        self.shared = 0
+        self._prefixes: dict[str, tuple[int | None, int | None]] = {}
+
+    def add(self, kind: str, record: TopK | None) -> int | None:
+        """The first row of `record` in its group."""
+        if record is None:
+            return None
+        start = self.lengths[kind]
+        self.blocks[kind].append(record)
+        self.lengths[kind] += len(record)
+        return start
+
+    def add_image(self, image: CapturedImage) -> tuple[int | None, int | None]:
+        """The first visual row of an image and its row among the relations."""
+        key = image.prefix_key
+        if key is not None and key in self._prefixes:
+            self.shared += 1
+            return self._prefixes[key]
+        relation = None
+        if image.relation is not None:
+            relation = len(self.relations)
+            self.relations.append(image.relation)
+        places = (self.add("visual", image.visual), relation)
+        if key is not None:
+            self._prefixes[key] = places
+        return places
+
+
+def encode_shard(
+    name: str, samples: Sequence[CapturedSample], quarantined: Sequence[QuarantinedRow], spec: TargetSpec
+) -> EncodedShard:
+    """The files of the shard `name` ("00000-<attempt>") that holds these samples."""
+    targets = _Targets(spec)
+    rows = [_sample_row(sample, targets) for sample in samples]
+    groups: dict[str, Arrays] = {}
+    statistics = sample_statistics(samples, quarantined)
+    for kind, records in targets.blocks.items():
+        joined = join_topk(records) if records else None
+        statistics[kind] = topk_statistics(joined)
+        if joined is not None:
+            groups[kind] = encode_topk(joined, spec.precision)
+    stored = [encode_relation(relation, spec) for relation in targets.relations]
+    if stored:
+        groups["relation"] = pack_relations(stored)
+    statistics["relation"] = relation_statistics(
+        [len(r.wide) + len(r.narrow) for r in stored], [r.residual for r in stored]
+    )
+    return EncodedShard(
+        tables={
+            f"samples/{name}.arrow": write_table(pa.Table.from_pylist(rows, SAMPLE_SCHEMA)),
+            f"quarantine/{name}.arrow": write_table(_quarantine_table(quarantined)),
+        },
+        targets=f"targets/{name}.zarr",
+        arrays=write_groups(groups, {"temperatures": list(spec.temperatures)}),
+        counts={
+            "samples": len(samples),
+            "quarantined": len(quarantined),
+            "tokens": sum(len(sample.input_ids) for sample in samples),
+            "images": sum(len(sample.images) for sample in samples),
+            "shared_images": targets.shared,
+            **{f"{kind}_positions": count for kind, count in targets.lengths.items()},
+            "relations": len(stored),
+        },
+        statistics=statistics,
+    )
+
+
+def _sample_row(sample: CapturedSample, targets: _Targets) -> dict[str, Any]:
+    images = []
+    for image in sample.images:
+        visual, relation = targets.add_image(image)
+        record = image.record
+        images.append(
+            {
+                "path": record.path,
+                "sha256": record.sha256,
+                "width": record.width,
+                "height": record.height,
+                "spans": spans_of(record.positions).tolist(),
+                "prefix_key": image.prefix_key,
+                "visual_start": visual,
+                "relation": relation,
+            }
+        )
+    inputs = [
+        {
+            "name": name,
+            "dtype": array.dtype.newbyteorder("<").str,
+            "shape": list(array.shape),
+            "data": array.astype(array.dtype.newbyteorder("<")).tobytes(),
+        }
+        for name, array in sorted(sample.model_inputs.items())
+    ]
+    return {
+        "row": sample.row,
+        "sample_id": sample.sample_id,
+        "tokens": len(sample.input_ids),
+        "responses": response_count(sample.label_spans),
+        "image_count": len(images),
+        "response_start": targets.add("response", sample.response),
+        "prompt_start": targets.add("prompt", sample.prompt),
+        "input_ids": sample.input_ids,
+        "label_spans": sample.label_spans.tolist(),
+        "images": images,
+        "model_inputs": inputs,
+    }
+
+
+def response_count(label_spans: NDArray[np.int32]) -> int:
+    """How many response positions the spans make: a supervised token 0 has no position before it."""
+    return int(sum(int(end) - max(int(start), 1) for start, end in label_spans if end > max(start, 1)))
+
+
+def spans_of(positions: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Ascending positions (P,) as half-open runs (S, 2)."""
+    if len(positions) == 0:
+        return np.zeros((0, 2), np.int32)
+    breaks = np.flatnonzero(np.diff(positions) != 1)
+    starts = positions[np.concatenate([[0], breaks + 1])]
+    ends = positions[np.concatenate([breaks, [len(positions) - 1]])] + 1
+    return np.stack([starts, ends], axis=1).astype(np.int32)
+
+
+def positions_of(spans: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The positions (P,) of half-open runs (S, 2)."""
+    runs = [np.arange(start, end, dtype=np.int32) for start, end in spans]
+    return np.concatenate(runs) if runs else np.zeros(0, np.int32)
+
+
+def _quarantine_table(quarantined: Sequence[QuarantinedRow]) -> pa.Table:
+    names = QUARANTINE_SCHEMA.names
+    rows = [{name: getattr(row, name) for name in names} for row in quarantined]
+    return pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
+
+
+def write_table(table: pa.Table) -> bytes:
+    """An Arrow IPC file, buffers compressed with zstd."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def read_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of an Arrow IPC file; only `columns` are decompressed."""
+    if columns is None:
+        return pa.ipc.open_file(data).read_all()
+    schema = pa.ipc.open_file(data).schema
+    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in columns])
+    return pa.ipc.open_file(data, options=options).read_all()
+
+
+def write_groups(groups: Mapping[str, Arrays], attributes: dict[str, Any]) -> dict[str, bytes]:
+    """A zarr v3 hierarchy in memory: path inside it -> bytes. Every array carries a checksum."""
+    files: dict[str, Any] = {}
+    root = zarr.open_group(
+        zarr.storage.MemoryStore(files), mode="w", zarr_format=3, attributes={"kdcache": 1, **attributes}
+    )
+    for group, arrays in groups.items():
+        for name, values in arrays.items():
+            target = root.create_array(
+                f"{group}/{name}",
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=_chunks(values),
+                compressors=[_compressor(values), Crc32cCodec()],
+                config={"write_empty_chunks": True},
+            )
+            if values.size:
+                target[...] = values
+    return {path: buffer.to_bytes() for path, buffer in sorted(files.items())}
+
+
+def read_groups(files: Mapping[str, bytes]) -> dict[str, Arrays]:
+    """The arrays of a hierarchy, group -> name -> values.
+
+    The caller has seen to it that no file is missing: zarr would read a missing chunk as zeros.
+    """
+    prototype = default_buffer_prototype()
+    store = zarr.storage.MemoryStore(
+        {path: prototype.buffer.from_bytes(data) for path, data in files.items()}
+    )
+    root = zarr.open_group(store, mode="r", zarr_format=3)
+    return {group: {name: array[...] for name, array in members.arrays()} for group, members in root.groups()}
+
+
+def _chunks(values: NDArray[Any]) -> tuple[int, ...]:
+    width = max(values.nbytes // max(len(values), 1), 1)
+    return (max(min(len(values), CHUNK_BYTES // width), 1), *(max(size, 1) for size in values.shape[1:]))
+
+
+def _compressor(values: NDArray[Any]) -> BloscCodec:
+    return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=values.dtype.itemsize)

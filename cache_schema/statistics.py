@@ -1,0 +1,76 @@
+"""What a commit record tells of its shard, so that `inspect` need not read targets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cache_schema.records import CapturedSample, QuarantinedRow, TopK
+
+MASS_EDGES: tuple[float, ...] = (*(round(0.05 * i, 2) for i in range(20)), 0.99, 0.999, 1.0)
+"""Bin edges of the mass that the K entries hold: 20 bins of 0.05, the last split at 0.99 and 0.999."""
+
+RANK_EDGES: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1 << 30)
+"""Bin edges of a relation's rank; rank 0 is a stored triangle."""
+
+
+def topk_statistics(record: TopK | None) -> dict[str, Any]:
+    """positions; histogram of the covered mass over MASS_EDGES; sums of entropy, of the tail's
+    mass and of the label's log-probability (nats); labels, and how many of them are the first entry.
+
+    A label counts as first when its log-probability is that of the first entry, to float32 rounding.
+    """
+    if record is None or len(record) == 0:
+        return {"positions": 0}
+    at_one = record.temperatures.tolist().index(1.0)
+    tail = np.exp(record.tail_logprob[:, at_one].astype(np.float64))
+    found: dict[str, Any] = {
+        "positions": len(record),
+        "covered_mass": np.histogram(np.clip(1.0 - tail, 0.0, 1.0), MASS_EDGES)[0].tolist(),
+        "sum_tail_mass": float(tail.sum()),
+        "sum_entropy": float(record.entropy.sum(dtype=np.float64)),
+    }
+    if record.label_logprob is not None:
+        first = record.label_logprob >= record.logprobs[:, 0] - 1e-5
+        found |= {
+            "labels": len(record),
+            "sum_label_logprob": float(record.label_logprob.sum(dtype=np.float64)),
+            "label_is_first": int(first.sum()),
+        }
+    return found
+
+
+def relation_statistics(ranks: Sequence[int], residuals: Sequence[float]) -> dict[str, Any]:
+    """relations; histogram of the rank over RANK_EDGES; sum of ranks; largest and sum of the residuals."""
+    return {
+        "relations": len(ranks),
+        "ranks": np.histogram(ranks, RANK_EDGES)[0].tolist(),
+        "sum_rank": int(sum(ranks)),
+        "max_residual": float(max(residuals, default=0.0)),
+        "sum_residual": float(sum(residuals)),
+    }
+
+
+def sample_statistics(
+    samples: Sequence[CapturedSample], quarantined: Sequence[QuarantinedRow]
+) -> dict[str, Any]:
+    """The five longest samples as [row, tokens], supervised tokens, quarantine by reason."""
+    longest = sorted(((len(s.input_ids), s.row) for s in samples), reverse=True)[:5]
+    return {
+        "longest": [[row, tokens] for tokens, row in longest],
+        "supervised_tokens": int(sum(np.diff(s.label_spans, axis=1).sum() for s in samples)),
+        "quarantined": dict(Counter(row.reason for row in quarantined)),
+    }
+
+
+def bytes_by_part(files: Mapping[str, bytes]) -> dict[str, int]:
+    """Bytes of a shard's files: samples, quarantine, response, visual, prompt, relation, other."""
+    sizes: Counter[str] = Counter()
+    for path, data in files.items():
+        pieces = path.split("/")
+        part = pieces[0] if pieces[0] != "targets" else (pieces[2] if len(pieces) > 3 else "other")
+        sizes[part] += len(data)
+    return dict(sorted(sizes.items()))

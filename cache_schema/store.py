@@ -1,0 +1,253 @@
+"""Where a cache lies: a directory, or any fsspec URL. Writes are whole files; a file never changes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+
+RANGE_BYTES = 8 << 20
+"""Objects above this size are read as several ranges at once."""
+
+READERS = 8
+"""Files read at once from a directory."""
+
+_CREATION = threading.Lock()
+
+
+class Store(Protocol):
+    """What a cache needs of the place where it lies. Paths are relative, with forward slashes.
+
+    `put` and `put_folder` return when the bytes are durable; a reader never sees a part of a file.
+    `create` is exclusive: False, and nothing changed, when the path exists. OSError where the place
+    fails (FileNotFoundError for a missing file).
+    """
+
+    url: str
+
+    def read(self, path: str) -> bytes: ...
+
+    def read_many(self, sizes: Mapping[str, int]) -> dict[str, bytes]: ...
+
+    def exists(self, path: str) -> bool: ...
+
+    def list(self, folder: str = "") -> list[str]: ...
+
+    def modified(self, path: str) -> float: ...
+
+    def put(self, path: str, data: bytes) -> None: ...
+
+    def put_folder(self, folder: str, files: Mapping[str, bytes]) -> None: ...
+
+    def create(self, path: str, data: bytes) -> bool: ...
+
+    def move(self, path: str, target: str) -> None: ...
+
+    def remove(self, paths: Sequence[str]) -> None: ...
+
+
+def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+    """The store at a path or fsspec URL (`s3://bucket/cache`, `memory://cache`, `file:///...`)."""
+    text = os.fspath(url)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if "://" not in text:
+        return LocalStore(Path(text))
+    return ObjectStore(text, dict(storage_options or {}))
+
+
+class LocalStore:
+    """A directory. Write, fsync, rename, fsync the directory; `create` by a hard link."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def read(self, path: str) -> bytes:
+        return (self.root / path).read_bytes()
+
+    def read_many(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(sizes, pool.map(self.read, sizes), strict=True))
+
+    def exists(self, path: str) -> bool:
+        return (self.root / path).exists()
+
+    def list(self, folder: str = "") -> list[str]:
+        found = []
+        for parent, _, names in os.walk(self.root / folder):
+            found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
+        return sorted(found)
+
+    def modified(self, path: str) -> float:
+        return (self.root / path).stat().st_mtime
+
+    def put(self, path: str, data: bytes) -> None:
+        part = self._part(path)
+        try:
+            self._write(part, data)
+            os.replace(part, self.root / path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(part.parent)
+
+    def put_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
+        part = self._part(folder)
+        try:
+            for name, data in files.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                self._write(part / name, data)
+            for parent, _, _ in os.walk(part, topdown=False):
+                _sync_folder(Path(parent))
+            os.rename(part, self.root / folder)
+        except OSError:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        _sync_folder(part.parent)
+
+    def create(self, path: str, data: bytes) -> bool:
+        part = self._part(path)
+        try:
+            self._write(part, data)
+            os.link(part, self.root / path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            return self._create_without_links(path, data)
+        finally:
+            part.unlink(missing_ok=True)
+        _sync_folder(part.parent)
+        return True
+
+    def move(self, path: str, target: str) -> None:
+        (self.root / target).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(self.root / path, self.root / target)
+        _sync_folder((self.root / target).parent)
+        _sync_folder((self.root / path).parent)
+
+    def remove(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            (self.root / path).unlink(missing_ok=True)
+            for parent in Path(path).parents[:-2]:  # the folders of a shard, never samples/, targets/, ...
+                with contextlib.suppress(OSError):
+                    (self.root / parent).rmdir()
+
+    def _part(self, path: str) -> Path:
+        final = self.root / path
+        if not final.parent.exists():
+            final.parent.mkdir(parents=True)
+            _sync_folder(final.parent.parent)
+        return final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.part"
+
+    def _create_without_links(self, path: str, data: bytes) -> bool:
+        # A file system without hard links: exclusive, but a crash may leave a torn file, which its own
+        # digest gives away.
+        try:
+            with open(self.root / path, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            return False
+        _sync_folder((self.root / path).parent)
+        return True
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class ObjectStore:
+    """An object store or other fsspec file system: no rename, so only `create` decides.
+
+    `create` relies on the conditional put of the file system (`mode="create"` of fsspec: If-None-Match
+    on S3). Whether a store honours it cannot be known beforehand: `CacheWriter.open` tries it.
+    """
+
+    def __init__(self, url: str, storage_options: dict[str, Any]) -> None:
+        self.url = url.rstrip("/")
+        self._fs, root = fsspec.core.url_to_fs(self.url, **storage_options)
+        self._root = root.rstrip("/")
+
+    def read(self, path: str) -> bytes:
+        data = self._fs.cat_file(self._at(path))
+        assert isinstance(data, bytes)
+        return data
+
+    def read_many(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
+        ranges = [
+            (path, start, min(start + RANGE_BYTES, size))
+            for path, size in sizes.items()
+            for start in range(0, max(size, 1), RANGE_BYTES)
+        ]
+        pieces = self._fs.cat_ranges(
+            [self._at(path) for path, _, _ in ranges],
+            [start for _, start, _ in ranges],
+            [end for _, _, end in ranges],
+            on_error="raise",
+        )
+        joined: dict[str, list[bytes]] = {path: [] for path in sizes}
+        for (path, _, _), piece in zip(ranges, pieces, strict=True):
+            joined[path].append(piece)
+        return {path: b"".join(parts) for path, parts in joined.items()}
+
+    def exists(self, path: str) -> bool:
+        self._fs.invalidate_cache()
+        return bool(self._fs.exists(self._at(path)))
+
+    def list(self, folder: str = "") -> list[str]:
+        self._fs.invalidate_cache()
+        found = self._fs.find(self._at(folder) if folder else self._root)
+        return sorted(self._fs._strip_protocol(name)[len(self._root) + 1 :] for name in found)
+
+    def modified(self, path: str) -> float:
+        return float(self._fs.modified(self._at(path)).timestamp())
+
+    def put(self, path: str, data: bytes) -> None:
+        self._fs.pipe_file(self._at(path), data)
+
+    def put_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
+        self._fs.pipe({self._at(f"{folder}/{name}"): data for name, data in files.items()})
+
+    def create(self, path: str, data: bytes) -> bool:
+        # The lock is for memory://, whose test and set are two steps; it is of one process, as they are.
+        with _CREATION:
+            try:
+                self._fs.pipe_file(self._at(path), data, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def move(self, path: str, target: str) -> None:
+        self._fs.pipe_file(self._at(target), self.read(path))
+        self._fs.rm_file(self._at(path))
+
+    def remove(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._at(path))
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

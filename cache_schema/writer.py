@@ -1,0 +1,230 @@
+"""Writing a cache: shard by shard, each made real by its commit record alone."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from cache_schema.checks import relation_problems, topk_problems
+from cache_schema.errors import IdentityMismatch, KdcacheError
+from cache_schema.identity import compare
+from cache_schema.manifest import CommitRecord, Manifest, StoredFile, commit_path
+from cache_schema.records import CapturedSample, QuarantinedRow
+from cache_schema.shard import EncodedShard, encode_shard, response_count
+from cache_schema.statistics import bytes_by_part
+from cache_schema.store import Store, open_store
+
+MANIFEST = "manifest.json"
+FOLDERS = ("commits", "samples", "targets", "quarantine", "aside")
+
+
+class CacheWriter:
+    """A cache open for writing; any number of processes may write to one cache at once."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+        self._vocab_size = manifest.fingerprint.training.get("vocab_size")
+
+    @classmethod
+    def open(
+        cls,
+        url: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> CacheWriter:
+        """Create the cache at `url`, or join the one that is there.
+
+        IdentityMismatch when the cache there has another fingerprint, spec or plan; KdcacheError when
+        something else is there or the place cannot be written.
+        """
+        return cls.join(open_store(url, storage_options), manifest)
+
+    @classmethod
+    def join(cls, store: Store, manifest: Manifest) -> CacheWriter:
+        """As `open`, on a store."""
+        try:
+            if not store.exists(MANIFEST):
+                _refuse_foreign(store)
+                store.create(MANIFEST, manifest.to_bytes())
+            present = Manifest.from_bytes(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
+        except OSError as error:
+            raise store_failure(error, store) from error
+        _refuse_other_identity(store, manifest, present)
+        return cls(store, present)
+
+    def committed(self) -> set[int]:
+        """The shards that exist now."""
+        names = [path.removeprefix("commits/") for path in self.store.list("commits")]
+        return {int(name.removesuffix(".json")) for name in names if not name.startswith(".")}
+
+    def pending(self, rank: int = 0, world_size: int = 1) -> Iterator[int]:
+        """Shards to make: those with i mod world_size = rank, then any that nobody has finished.
+
+        The store is asked again before each is handed out.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} workers")
+        shards = self.manifest.plan.shards
+        own = [i for i in range(shards) if i % world_size == rank]
+        others = [i for i in range(shards) if i % world_size != rank]
+        for shard in own + others:
+            if not self.store.exists(commit_path(shard)):
+                yield shard
+
+    def write_shard(
+        self,
+        index: int,
+        samples: Sequence[CapturedSample],
+        quarantined: Sequence[QuarantinedRow],
+        *,
+        engine: Mapping[str, str],
+        seconds: float,
+    ) -> CommitRecord | None:
+        """Write and commit a shard; None when another attempt committed it first.
+
+        ValueError when the rows are not exactly those of the plan, or a record is not as the spec says.
+        """
+        self._refuse_unsound(index, samples, quarantined)
+        attempt = uuid.uuid4().hex[:12]
+        shard = encode_shard(f"{index:05d}-{attempt}", samples, quarantined, self.manifest.spec)
+        record = self._record(index, attempt, shard, engine, seconds)
+        try:
+            self.store.put_folder(shard.targets, shard.arrays)
+            for path, data in shard.tables.items():
+                self.store.put(path, data)
+            won = self.store.create(record.path, record.to_bytes())
+            if not won:
+                self.store.remove([file.path for file in record.files])
+        except OSError as error:
+            raise store_failure(error, self.store) from error
+        return record if won else None
+
+    def reopen(self, index: int) -> None:
+        """Set a shard aside so that it is captured anew (`--retry-quarantine`)."""
+        set_aside(self.store, commit_path(index))
+
+    def _record(
+        self, index: int, attempt: str, shard: EncodedShard, engine: Mapping[str, str], seconds: float
+    ) -> CommitRecord:
+        files = shard.files
+        return CommitRecord(
+            cache=self.manifest.identity,
+            shard=index,
+            attempt=attempt,
+            counts=shard.counts,
+            statistics=shard.statistics | {"bytes": bytes_by_part(files)},
+            files=tuple(
+                StoredFile(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                for path, data in sorted(files.items())
+            ),
+            engine=dict(engine),
+            seconds=seconds,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def _refuse_unsound(
+        self, index: int, samples: Sequence[CapturedSample], quarantined: Sequence[QuarantinedRow]
+    ) -> None:
+        planned = self.manifest.plan.rows_of(index).tolist()
+        given = sorted([s.row for s in samples] + [q.row for q in quarantined])
+        if given != sorted(planned):
+            raise ValueError(
+                f"shard {index}: {len(given)} rows given that are not the {len(planned)} of the plan"
+            )
+        spec, seen = self.manifest.spec, set()
+        for sample in samples:
+            where = f"shard {index}, row {sample.row}"
+            parts = {
+                "response": (sample.response, response_count(sample.label_spans)),
+                "prompt": (sample.prompt, None),
+            }
+            for number, image in enumerate(sample.images):
+                first = image.prefix_key is None or image.prefix_key not in seen
+                seen.add(image.prefix_key)
+                tokens = len(image.record.positions)
+                if first or image.visual is not None:
+                    parts[f"visual {number}"] = (image.visual, tokens)
+                if "relation" in spec.targets and first and image.relation is None:
+                    raise ValueError(f"{where}, image {number}: no relation")
+                if image.relation is not None and (found := relation_problems(image.relation, tokens)):
+                    raise ValueError(f"{where}, image {number}, relation: {'; '.join(found)}")
+            for name, (record, count) in parts.items():
+                asked = name.split()[0] in spec.targets
+                if asked != (record is not None):
+                    raise ValueError(f"{where}: {name} targets are {'missing' if asked else 'not asked for'}")
+                if record is None:
+                    continue
+                if count is not None and len(record) != count:
+                    raise ValueError(f"{where}: {name} has {len(record)} positions, not {count}")
+                if found := topk_problems(record, spec, self._vocab_size):
+                    raise ValueError(f"{where}, {name}: {'; '.join(found)}")
+            ends = np.append(sample.label_spans.ravel(), len(sample.input_ids))
+            if (np.diff(ends) < 0).any() or (ends < 0).any():
+                raise ValueError(
+                    f"{where}: label spans {sample.label_spans.tolist()} do not ascend in the sample"
+                )
+
+
+def set_aside(store: Store, commit: str) -> None:
+    """Move a commit record, which ends its shard, then the files it names, below `aside/`."""
+    mark = uuid.uuid4().hex[:8]
+    try:
+        record = CommitRecord.from_bytes(store.read(commit), commit)
+        store.move(commit, f"aside/{mark}/{commit}")
+        for file in record.files:
+            store.move(file.path, f"aside/{mark}/{file.path}")
+    except OSError as error:
+        raise store_failure(error, store) from error
+
+
+def store_failure(error: OSError, store: Store) -> KdcacheError:
+    """The user's line for what the place of a cache refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "the disk is full: free space there and run the same command again"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        remedy = "it cannot be written: make it writable or name another place"
+    else:
+        remedy = f"{error.strerror or error}: see to it and run the same command again"
+    return KdcacheError(f"{store.url}: {remedy}; every committed shard is intact")
+
+
+def _refuse_foreign(store: Store) -> None:
+    foreign = [
+        path
+        for path in store.list()
+        if path.split("/")[0] not in FOLDERS and not path.startswith(".manifest")
+    ]
+    if foreign:
+        raise KdcacheError(
+            f"{store.url}: no cache, but not empty either ({foreign[0]}); name an empty or a new directory"
+        )
+
+
+def _refuse_other_identity(store: Store, ours: Manifest, present: Manifest) -> None:
+    if ours.identity == present.identity:
+        return
+    differences = [str(d) for d in compare(ours.fingerprint, present.fingerprint) if d.blocks != "nothing"]
+    mine, theirs = ours.spec.to_json(), present.spec.to_json()
+    for key in mine:
+        if mine[key] != theirs[key] and not any(key in text for text in differences):
+            differences.append(f"spec.{key}: here {mine[key]}, in the cache {theirs[key]}")
+    if ours.plan_digest != present.plan_digest:
+        a, b = ours.plan, present.plan
+        differences.append(
+            f"plan: here {a.rows} rows in shards of {a.shard_size}, in the cache {b.rows} in shards of "
+            f"{b.shard_size}"
+            + ("" if (a.rows, a.shard_size) != (b.rows, b.shard_size) else ", ordered otherwise")
+        )
+    raise IdentityMismatch(
+        f"{store.url}: a cache of another identity is there: {'; '.join(differences)}; build with the same "
+        "teacher, data and settings, or into another directory"
+    )

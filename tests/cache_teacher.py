@@ -1,0 +1,143 @@
+"""A torch-free stand-in for the teacher: targets that depend on nothing but the row number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cache_schema.identity import Fingerprint
+from cache_schema.manifest import Manifest, Plan
+from cache_schema.records import (
+    CapturedImage,
+    CapturedSample,
+    ImageRecord,
+    QuarantinedRow,
+    Relation,
+    TopK,
+    prompt_positions_of,
+)
+from cache_schema.shard import response_count
+from cache_schema.spec import TargetSpec
+
+VOCAB = 500
+
+
+def make_topk(rng: np.random.Generator, positions: int, spec: TargetSpec, vocab: int = VOCAB) -> TopK:
+    """A true softmax of random logits, cut to its K largest."""
+    logits = rng.normal(size=(positions, vocab)).astype(np.float32) * 3
+    logsumexp = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
+    order = np.argsort(-logits, axis=1, kind="stable")
+    ids = order[:, : spec.top_k].astype(np.int32)
+    logprobs = logits - logsumexp[:, None]
+    tails = []
+    with np.errstate(divide="ignore"):
+        for t in spec.temperatures:
+            scaled = np.exp(logits.astype(np.float64) / t)
+            scaled /= scaled.sum(axis=1, keepdims=True)
+            tails.append(np.log(np.take_along_axis(scaled, order[:, spec.top_k :], 1).sum(axis=1)))
+    sampled = {}
+    if spec.tail_samples:
+        drawn = rng.integers(spec.top_k, vocab, size=(positions, spec.tail_samples))
+        sampled = {
+            "sampled_ids": np.take_along_axis(order, drawn, 1).astype(np.int32),
+            "sampled_counts": rng.integers(1, 4, size=drawn.shape).astype(np.int32),
+        }
+    return TopK(
+        token_ids=ids,
+        logprobs=np.take_along_axis(logprobs, ids.astype(np.int64), 1).astype(np.float32),
+        tail_logprob=np.stack(tails, axis=1).astype(np.float32),
+        temperatures=np.array(spec.temperatures, np.float32),
+        logsumexp=logsumexp.astype(np.float32),
+        entropy=-(np.exp(logprobs) * logprobs).sum(axis=1).astype(np.float32),
+        label_logprob=logprobs[:, 0].astype(np.float32),
+        **sampled,
+    )
+
+
+def make_relation(rng: np.random.Generator, tokens: int, width: int = 8) -> Relation:
+    factor = (rng.normal(size=(tokens, width)) * 100 / (1 + np.arange(width)) ** 2).astype(np.float32)
+    factor[:, 0] += 300
+    left, singular, _ = np.linalg.svd(factor, full_matrices=False)
+    factor = (left * singular).astype(np.float32)
+    gram = factor.astype(np.float64) @ factor.T.astype(np.float64)
+    return Relation(residual=0.0, norm=float(np.linalg.norm(gram)), factor=factor)
+
+
+def make_sample(row: int, spec: TargetSpec, *, tokens: int = 9, share: bool = False) -> CapturedSample:
+    """Row `row`: two images when it is a multiple of 5, none when of 7, else one; turns of varying length."""
+    rng = np.random.default_rng(row)
+    image_count = 2 if row % 5 == 0 else 0 if row % 7 == 0 else 1
+    length = 4 + image_count * (tokens + 1) + int(rng.integers(3, 12))
+    spans = np.array(
+        [[length - 3, length]] if row % 3 else [[length - 6, length - 4], [length - 3, length]], np.int32
+    )
+    images, start = [], 1
+    for number in range(image_count):
+        source = row // 2 if share and number == 0 else 1000 * (number + 1) + row
+        of_image = np.random.default_rng(source)
+        record = ImageRecord(
+            path=f"images/{source}.png",
+            sha256=f"{source:064x}",
+            width=24,
+            height=24,
+            positions=np.arange(start, start + tokens, dtype=np.int32),
+        )
+        visual = make_topk(of_image, tokens, spec) if "visual" in spec.targets else None
+        if visual is not None:
+            visual = TopK(
+                **{n: getattr(visual, n) for n in TopK.__dataclass_fields__ if n != "label_logprob"}
+            )
+        images.append(
+            CapturedImage(
+                record=record,
+                prefix_key=f"{source:064x}" if share and number == 0 else None,
+                visual=visual,
+                relation=make_relation(of_image, tokens) if "relation" in spec.targets else None,
+            )
+        )
+        start += tokens + 1
+    responses = response_count(spans)
+    ids = rng.integers(0, VOCAB, size=length).astype(np.int32)
+    visual_positions = np.concatenate([np.zeros(0, np.int32), *(i.record.positions for i in images)])
+    response_positions = np.concatenate([np.arange(a - 1, b - 1) for a, b in spans])
+    prompts = len(prompt_positions_of(length, response_positions, visual_positions))
+    return CapturedSample(
+        row=row,
+        sample_id=f"id-{row // 2}",
+        input_ids=ids,
+        label_spans=spans,
+        images=tuple(images),
+        response=make_topk(rng, responses, spec) if "response" in spec.targets else None,
+        prompt=make_topk(rng, prompts, spec) if "prompt" in spec.targets else None,
+        model_inputs={"token_type_ids": (np.arange(length) % 2).astype(np.int64)} if row % 2 else {},
+    )
+
+
+def make_manifest(spec: TargetSpec, rows: int = 20, shard_size: int = 4, weights: str = "a" * 64) -> Manifest:
+    order = np.random.default_rng(7).permutation(rows).astype(np.int64)
+    return Manifest(
+        fingerprint=Fingerprint(
+            capture={"teacher_weights": weights, "spec": spec.to_json()},
+            training={"tokenizer": "t" * 64, "vocab_size": VOCAB},
+            recorded={"engine": "stand-in"},
+        ),
+        spec=spec,
+        plan=Plan(rows=rows, shard_size=shard_size, order=order),
+        created="2026-01-01T00:00:00+00:00",
+        assets={"tokenizer.json": b'{"vocab": "\xc3\xa4"}', "chat_template.jinja": b"{{ messages }}"},
+        dataset={"name": "stand-in", "rows": rows},
+    )
+
+
+def capture(
+    rows: list[int], spec: TargetSpec, *, share: bool = False
+) -> tuple[list[CapturedSample], list[QuarantinedRow]]:
+    """The samples of these rows; every row that is 3 mod 11 is quarantined."""
+    good = [make_sample(row, spec, share=share) for row in rows if row % 11 != 3]
+    bad = [
+        QuarantinedRow(
+            row=row, sample_id=f"id-{row // 2}", reason="missing_image", detail=f"no file {row}.png"
+        )
+        for row in rows
+        if row % 11 == 3
+    ]
+    return good, bad
