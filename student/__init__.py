@@ -1,0 +1,1 @@
+"""The student side: cache -> model."""

@@ -1,0 +1,26 @@
+"""LLaVA-KD's objective from sparse cached targets, without a (T, V) array."""
+
+from student.losses.functions import cross_entropy, relation_loss, sparse_kl
+from student.losses.head import Head
+from student.losses.objective import DistillationLoss, LossParts
+from student.losses.targets import (
+    Denominators,
+    DistillationTargets,
+    LossWeights,
+    PositionTargets,
+    RelationTargets,
+)
+
+__all__ = [
+    "Denominators",
+    "DistillationLoss",
+    "DistillationTargets",
+    "Head",
+    "LossParts",
+    "LossWeights",
+    "PositionTargets",
+    "RelationTargets",
+    "cross_entropy",
+    "relation_loss",
+    "sparse_kl",
+]

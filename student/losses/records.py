@@ -1,0 +1,106 @@
+"""From a sparse target to what the student's distribution is compared with: entries and a tail event."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from student.losses.targets import Tail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Entries:
+    """N distributions, each as E entries and one event for everything else.
+
+    ids (N, E) int64; an id equal to the number of logits is a blank: no entry. logprobs (N, E) and
+    log_tail (N,): natural logs, -inf where there is no mass. They need not add up to 1.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+
+
+def log_complement(log_mass: Tensor) -> Tensor:
+    """log(1 - exp(log_mass)) for log_mass <= 0, to rounding at both ends."""
+    log_mass = log_mass.clamp(max=0.0)
+    near_one = torch.log(-torch.expm1(log_mass))
+    return torch.where(log_mass > -math.log(2.0), near_one, torch.log1p(-torch.exp(log_mass)))
+
+
+def entries_of(target: Any, *, tail: Tail, temperature: float, columns: int, dtype: torch.dtype) -> Entries:
+    """The entries of `target` (any object with the fields of TopK as tensors) at `temperature`.
+
+    With p the teacher's softmax at that temperature: `bucket` keeps p of the K entries and the mass
+    outside them as one event; `drop` forgets that mass; `renormalize` divides p by its sum over the K
+    entries; `sampled` gives each drawn id j the mass p_tail * count_j / M. columns: the number of logits.
+    ValueError when the tail mass of that temperature was not captured, when draws are asked for that were
+    not captured or were captured at another temperature, and when an id with mass is no column.
+    """
+    ids = torch.as_tensor(target.token_ids).long()
+    logprobs = torch.as_tensor(target.logprobs).to(dtype)
+    if ids.dim() != 2 or ids.shape != logprobs.shape:
+        shapes = f"{tuple(ids.shape)} and {tuple(logprobs.shape)}"
+        raise ValueError(f"sparse target: token_ids and logprobs must both be (N, K), not {shapes}")
+    # At T != 1 the entries are known up to a factor, which their common mass fixes.
+    tempered = torch.log_softmax(logprobs / temperature, dim=1).nan_to_num(nan=-math.inf)
+    if tail == "renormalize":
+        return Entries(ids=_checked(ids, tempered, columns), logprobs=tempered, log_tail=_none(tempered))
+    if temperature == 1.0 and tail == "drop":
+        return Entries(ids=_checked(ids, logprobs, columns), logprobs=logprobs, log_tail=_none(logprobs))
+    log_tail = _tail_at(target, temperature).to(dtype)
+    if temperature != 1.0:
+        logprobs = tempered + log_complement(log_tail)[:, None]
+    if tail == "bucket":
+        return Entries(ids=_checked(ids, logprobs, columns), logprobs=logprobs, log_tail=log_tail)
+    if tail == "drop":
+        return Entries(ids=_checked(ids, logprobs, columns), logprobs=logprobs, log_tail=_none(logprobs))
+    if tail == "sampled":
+        drawn, drawn_logprobs = _draws(target, temperature, log_tail, columns)
+        ids, logprobs = torch.cat([ids, drawn], dim=1), torch.cat([logprobs, drawn_logprobs], dim=1)
+        return Entries(ids=_checked(ids, logprobs, columns), logprobs=logprobs, log_tail=_none(logprobs))
+    raise ValueError(f"sparse target: tail must be bucket, renormalize, drop or sampled, not {tail}")
+
+
+def _none(logprobs: Tensor) -> Tensor:
+    return logprobs.new_full(logprobs.shape[:1], -math.inf)
+
+
+def _checked(ids: Tensor, logprobs: Tensor, columns: int) -> Tensor:
+    """ids, with those of no mass that are no column turned to blanks."""
+    if bool(((ids >= columns) & (logprobs > -math.inf) & (ids != columns)).any()):
+        worst = int(ids.max())
+        raise ValueError(f"sparse target: token id {worst} has mass, but the student has {columns} logits")
+    return ids.clamp(max=columns)
+
+
+def _tail_at(target: Any, temperature: float) -> Tensor:
+    """tail_logprob (N,) at `temperature`."""
+    captured = torch.as_tensor(target.temperatures).tolist()
+    for column, value in enumerate(captured):
+        if math.isclose(value, temperature, rel_tol=1e-6):
+            return torch.as_tensor(target.tail_logprob)[:, column]
+    raise ValueError(
+        f"sparse target: the tail mass at temperature {temperature} was not captured, only at"
+        f" {[round(value, 6) for value in captured]}; use one of these, or capture again with it"
+    )
+
+
+def _draws(target: Any, temperature: float, log_tail: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """ids (N, M) and log-masses (N, M) of the draws from the tail."""
+    if target.sampled_ids is None or target.sampled_counts is None:
+        raise ValueError("sparse target: tail 'sampled' needs draws from the tail, and none were captured")
+    captured = getattr(target, "sample_temperature", 1.0)
+    if not math.isclose(captured, temperature, rel_tol=1e-6):
+        raise ValueError(
+            f"sparse target: the tail was drawn at temperature {captured}; at {temperature} the draws are"
+            " biased; use that temperature or another tail"
+        )
+    counts = torch.as_tensor(target.sampled_counts).to(log_tail.dtype)
+    share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
+    ids = torch.as_tensor(target.sampled_ids).long().masked_fill(counts == 0, columns)
+    return ids, log_tail[:, None] + share.log()

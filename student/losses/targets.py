@@ -1,0 +1,174 @@
+"""What the losses are given: targets of a batch, weights of the terms, denominators of the global batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Tail = Literal["bucket", "renormalize", "drop", "sampled"]
+Reduction = Literal["sample_mean", "token_mean"]
+
+IGNORE_INDEX = -100
+"""Label of a token that is not supervised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PositionTargets:
+    """The teacher's distribution at N positions of a batch, flattened over its samples.
+
+    positions (N,) int64 into hidden.reshape(B * T, D), no position twice; samples (N,) int64 in 0..B-1:
+    whose position it is. token_ids (N, K) int64, distinct along K; logprobs (N, K) float32, natural log of
+    the full softmax at temperature 1; tail_logprob (N, n_T) float32: log of the mass outside the K
+    entries at each of `temperatures` (n_T,) float32. sampled_ids (N, M) int64, distinct along M and not
+    among token_ids, with sampled_counts (N, M): draws from the tail at `sample_temperature`; places with
+    count 0 are unused. `temperatures` stays on the CPU.
+    """
+
+    positions: Tensor
+    samples: Tensor
+    token_ids: Tensor
+    logprobs: Tensor
+    tail_logprob: Tensor
+    temperatures: Tensor
+    sampled_ids: Tensor | None = None
+    sampled_counts: Tensor | None = None
+    sample_temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device | str) -> PositionTargets:
+        """The same targets with their tensors on `device`."""
+        names = ("positions", "samples", "token_ids", "logprobs", "tail_logprob")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        for name in ("sampled_ids", "sampled_counts"):
+            value = getattr(self, name)
+            moved[name] = None if value is None else value.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RelationTargets:
+    """The teacher's Gram matrix R (P, P) of one image: exactly one of factor (P, r), R ~= factor factor^T,
+    and gram (P, P), float32.
+
+    positions (P,) int64 into hidden.reshape(B * T, D); sample: whose image it is; norm: the Frobenius norm
+    of R, not used by the loss (the cosine takes the norm of what is given).
+    """
+
+    positions: Tensor
+    sample: int
+    factor: Tensor | None = None
+    gram: Tensor | None = None
+    norm: float = math.nan
+
+    def __post_init__(self) -> None:
+        if (self.factor is None) == (self.gram is None):
+            raise ValueError("a relation target needs exactly one of factor and gram")
+
+    def to(self, device: torch.device | str) -> RelationTargets:
+        """The same target with its tensors on `device`."""
+        return replace(
+            self,
+            positions=self.positions.to(device, non_blocking=True),
+            factor=None if self.factor is None else self.factor.to(device, non_blocking=True),
+            gram=None if self.gram is None else self.gram.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DistillationTargets:
+    """All targets of a batch. A kind that no sample has is None or empty."""
+
+    response: PositionTargets | None = None
+    visual: PositionTargets | None = None
+    prompt: PositionTargets | None = None
+    relations: tuple[RelationTargets, ...] = ()
+
+    def to(self, device: torch.device | str) -> DistillationTargets:
+        """The same targets with their tensors on `device`."""
+        return DistillationTargets(
+            response=None if self.response is None else self.response.to(device),
+            visual=None if self.visual is None else self.visual.to(device),
+            prompt=None if self.prompt is None else self.prompt.to(device),
+            relations=tuple(relation.to(device) for relation in self.relations),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossWeights:
+    """L = ce * L_CE + response * L_res + visual * L_vis + relation * L_rel + prompt * L_prompt.
+
+    The defaults are LLaVA-KD's (alpha 1, beta 1, gamma 0.5); supervised fine-tuning has every weight 0 but
+    `ce`. A term of weight 0 is not computed. `temperature` and `tail` are those of `sparse_kl`.
+    reduction: `sample_mean`, the mean over all samples of the token means within each (images for the
+    relation), samples without the term included; `token_mean`, the mean over all tokens (images).
+    """
+
+    ce: float = 1.0
+    response: float = 1.0
+    visual: float = 1.0
+    relation: float = 0.5
+    prompt: float = 0.0
+    temperature: float = 1.0
+    tail: Tail = "bucket"
+    reduction: Reduction = "sample_mean"
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be finite and not negative, not {getattr(self, name)}"
+            for name in ("ce", "response", "visual", "relation", "prompt")
+            if not 0.0 <= getattr(self, name) < math.inf
+        ]
+        if not 0.0 < self.temperature < math.inf:
+            problems.append(f"temperature must be positive, not {self.temperature}")
+        if self.tail not in get_args(Tail):
+            problems.append(f"tail must be one of {', '.join(get_args(Tail))}, not {self.tail}")
+        if self.reduction not in get_args(Reduction):
+            problems.append(
+                f"reduction must be one of {', '.join(get_args(Reduction))}, not {self.reduction}"
+            )
+        if problems:
+            raise ValueError("loss weights: " + "; ".join(problems))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denominators:
+    """Counts over the GLOBAL batch: all ranks, all accumulation steps. Add up, all-reduce, hand over."""
+
+    samples: float = 0.0
+    ce_tokens: float = 0.0
+    response_tokens: float = 0.0
+    visual_tokens: float = 0.0
+    prompt_tokens: float = 0.0
+    images: float = 0.0
+
+    @classmethod
+    def of(cls, labels: Tensor, targets: DistillationTargets | None) -> Denominators:
+        """Those of one micro-batch with labels (B, T), unshifted."""
+        kinds = (None, None, None) if targets is None else (targets.response, targets.visual, targets.prompt)
+        response, visual, prompt = (0.0 if kind is None else float(len(kind)) for kind in kinds)
+        return cls(
+            samples=float(labels.shape[0]),
+            ce_tokens=float((labels[:, 1:] != IGNORE_INDEX).sum()),
+            response_tokens=response,
+            visual_tokens=visual,
+            prompt_tokens=prompt,
+            images=0.0 if targets is None else float(len(targets.relations)),
+        )
+
+    def __add__(self, other: Denominators) -> Denominators:
+        return Denominators.from_tensor(self.to_tensor() + other.to_tensor())
+
+    def to_tensor(self, device: torch.device | str = "cpu") -> Tensor:
+        """(6,) float64 in the order of the fields, to be summed over ranks."""
+        return torch.tensor(astuple(self), dtype=torch.float64, device=device)
+
+    @classmethod
+    def from_tensor(cls, counts: Tensor) -> Denominators:
+        """The inverse of `to_tensor`."""
+        return cls(**dict(zip((f.name for f in fields(cls)), counts.tolist(), strict=True)))
