@@ -24,24 +24,32 @@ FORMAT_VERSION = 1
 class Plan:
     """Which dataset rows stand in which shard, the same for every number of workers.
 
-    rows: of the dataset. shard_size: rows a shard, the last may hold fewer. order (rows,) int64: plan
-    position -> dataset row, a permutation; shard i is order[i * shard_size : (i + 1) * shard_size].
+    rows: that are planned. shard_size: rows a shard, the last may hold fewer. order (rows,) int64: plan
+    position -> dataset row, each at most once (all of them in a build; a selection keeps some). Shard i is
+    order[i * shard_size : (i + 1) * shard_size], or order[ends[i - 1] : ends[i]] where `ends` (shards,)
+    is given: a cache made of others takes their shards over whole, at whatever size they have.
     """
 
     rows: int
     shard_size: int
     order: NDArray[np.int64]
+    ends: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.shard_size < 1:
             raise ValueError(f"plan: rows {self.rows} and shard_size {self.shard_size} must be at least 1")
-        if len(self.order) != self.rows or not np.array_equal(np.sort(self.order), np.arange(self.rows)):
-            raise ValueError(f"plan: order is not a permutation of the {self.rows} rows")
+        distinct = np.unique(self.order)
+        if len(self.order) != self.rows or len(distinct) != self.rows or distinct[0] < 0:
+            raise ValueError(f"plan: order does not hold {self.rows} different row numbers")
+        if self.ends is not None:
+            sizes = np.diff(self.ends, prepend=0)
+            if self.ends[-1] != self.rows or (sizes < 1).any():
+                raise ValueError(f"plan: ends do not cut the {self.rows} rows into shards")
 
     @property
     def shards(self) -> int:
         """How many shards the cache has when it is complete."""
-        return -(-self.rows // self.shard_size)
+        return -(-self.rows // self.shard_size) if self.ends is None else len(self.ends)
 
     def rows_of(self, shard: int) -> NDArray[np.int64]:
         """The dataset rows of a shard, in the order in which they stand there."""
@@ -60,8 +68,12 @@ class Plan:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Plan:
         """The plan of a manifest."""
-        order = np.frombuffer(_unpack(document["order"]), dtype="<i8").astype(np.int64)
-        return cls(rows=document["rows"], shard_size=document["shard_size"], order=order)
+        order, ends = (
+            np.frombuffer(_unpack(document[name]), dtype="<i8").astype(np.int64) if name in document else None
+            for name in ("order", "ends")
+        )
+        assert order is not None
+        return cls(rows=document["rows"], shard_size=document["shard_size"], order=order, ends=ends)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +99,10 @@ class Manifest:
 
     @property
     def plan_digest(self) -> str:
-        """Digest of the plan: rows, shard size, order."""
-        order = hashlib.sha256(self.plan.order.astype("<i8").tobytes()).hexdigest()
-        return digest_of([self.plan.rows, self.plan.shard_size, order])
+        """Digest of the plan: rows, shard size, order, and where the shards end if they are uneven."""
+        parts = [self.plan.order] if self.plan.ends is None else [self.plan.order, self.plan.ends]
+        digests = [hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() for part in parts]
+        return digest_of([self.plan.rows, self.plan.shard_size, *digests])
 
     def to_bytes(self) -> bytes:
         """The content of `manifest.json`."""

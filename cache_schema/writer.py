@@ -96,6 +96,12 @@ class CacheWriter:
         self._refuse_unsound(index, samples, quarantined)
         attempt = uuid.uuid4().hex[:12]
         shard = encode_shard(f"{index:05d}-{attempt}", samples, quarantined, self.manifest.spec)
+        return self.commit(index, attempt, shard, engine=engine, seconds=seconds)
+
+    def commit(
+        self, index: int, attempt: str, shard: EncodedShard, *, engine: Mapping[str, str], seconds: float
+    ) -> CommitRecord | None:
+        """Write the files of an encoded shard, then its record; None when another attempt was first."""
         record = self._record(index, attempt, shard, engine, seconds)
         try:
             self.store.put_folder(shard.targets, shard.arrays)

@@ -211,6 +211,19 @@ class RelationBlock:
         factor = np.concatenate([wide, narrow]).astype(np.float32) * scales[:, None]
         return Relation(residual=residual, norm=norm, factor=np.ascontiguousarray(factor.T))
 
+    def stored(self, image: int) -> StoredRelation:
+        """The record of one image as it is stored, so that it can pass into another block unchanged."""
+        tokens = int(self._arrays["tokens"][image])
+        return StoredRelation(
+            tokens=tokens,
+            residual=float(self._arrays["residual"][image]),
+            norm=float(self._arrays["norm"][image]),
+            scales=self._part("scales", image),
+            wide=self._part("wide_columns", image).reshape(-1, tokens),
+            narrow=self._part("narrow_columns", image).reshape(-1, tokens),
+            triangle=self._part("triangles", image),
+        )
+
     def __iter__(self) -> Iterator[Relation]:
         return (self[image] for image in range(len(self)))
 
