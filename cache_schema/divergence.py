@@ -1,0 +1,82 @@
+"""How far two records of the same positions, or of the same image, are from each other."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.records import Int32, Relation, TopK
+
+Float64 = NDArray[np.float64]
+
+LOG_NOTHING = -100.0
+"""Log-probability of an event that one side gives no mass at all: it keeps a KL finite."""
+
+
+def kl(a: TopK, b: TopK) -> Float64:
+    """KL(a || b) in nats at each of N positions, (N,) float64, temperature 1.
+
+    The events are the ids that both keep, and one more for everything else: a lower bound of the KL
+    between the full distributions. The two may keep different numbers of entries. ValueError when they
+    have different N.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"KL of {len(a)} positions against {len(b)}")
+    log_p, log_q = a.logprobs.astype(np.float64), b.logprobs.astype(np.float64)
+    in_b = _places(a.token_ids, b.token_ids)  # (N, K_a)
+    in_a = _places(b.token_ids, a.token_ids)  # (N, K_b)
+    same = np.take_along_axis(log_q, np.maximum(in_b, 0), axis=1)
+    terms = np.where(in_b >= 0, np.exp(log_p) * (log_p - same), 0.0).sum(axis=1)
+    rest_p = _rest(a, log_p, in_b < 0)
+    rest_q = np.maximum(_rest(b, log_q, in_a < 0), LOG_NOTHING)
+    rest = np.exp(rest_p) * (np.maximum(rest_p, LOG_NOTHING) - rest_q)
+    return np.asarray(terms + rest, dtype=np.float64)
+
+
+def relation_cosine(a: Relation, b: Relation) -> float:
+    """cos(R_a, R_b) of two relation records of the same image, in [-1, 1]; factors stay factors."""
+    size_a, size_b = len(_matrix(a)), len(_matrix(b))
+    if size_a != size_b:
+        raise ValueError(f"relation of {size_a} tokens against {size_b}")
+    norms = np.sqrt(_inner(a, a) * _inner(b, b))
+    return float(np.clip(_inner(a, b) / norms, -1.0, 1.0)) if norms > 0 else 1.0
+
+
+def _places(ids: Int32, among: Int32) -> NDArray[np.int64]:
+    """For each entry of ids (N, K): its place in the same row of among (N, M), or -1."""
+    count, width = among.shape
+    stride = int(max(ids.max(initial=0), among.max(initial=0))) + 1
+    offset = np.arange(count, dtype=np.int64)[:, None] * stride
+    keys = (among + offset).ravel()
+    order = np.argsort(keys, kind="stable")
+    wanted = (ids + offset).ravel()
+    found = np.minimum(np.searchsorted(keys, wanted, sorter=order), max(len(keys) - 1, 0))
+    if not len(keys):
+        return np.full(ids.shape, -1, dtype=np.int64)
+    place = np.where(keys[order[found]] == wanted, order[found] % width, -1)
+    return np.asarray(place.reshape(ids.shape), dtype=np.int64)
+
+
+def _rest(record: TopK, logprobs: Float64, outside: NDArray[np.bool_]) -> Float64:
+    """(N,) log of the mass in the tail and in the entries marked `outside`."""
+    tail = record.tail_logprob[:, int(np.flatnonzero(record.temperatures == 1.0)[0])].astype(np.float64)
+    entries = np.where(outside, logprobs, -np.inf)
+    return np.asarray(np.logaddexp(np.logaddexp.reduce(entries, axis=1), tail), dtype=np.float64)
+
+
+def _matrix(relation: Relation) -> NDArray[np.float32]:
+    matrix = relation.gram if relation.factor is None else relation.factor
+    assert matrix is not None
+    return matrix
+
+
+def _inner(a: Relation, b: Relation) -> float:
+    """<R_a, R_b>, without a (P, P) matrix where both are factors."""
+    left, right = _matrix(a).astype(np.float64), _matrix(b).astype(np.float64)
+    if a.factor is not None and b.factor is not None:
+        return float(np.square(left.T @ right).sum())
+    if a.factor is not None:
+        return float(((right @ left) * left).sum())
+    if b.factor is not None:
+        return float(((left @ right) * right).sum())
+    return float((left * right).sum())

@@ -1,0 +1,38 @@
+"""What the teacher's response targets say of a sample: how sure it is, and how far from the labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache_schema.records import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """confidence: mean probability of the likeliest token over R response positions; disagreement: the
+    share of them whose label is not that token; perplexity: of the labels, exp(-mean log-probability).
+    All NaN where there is no response position.
+    """
+
+    confidence: float
+    disagreement: float
+    perplexity: float
+
+
+def scores_of(sample: Sample) -> Scores:
+    """Scores of a sample whose response targets were read. ValueError when they were not."""
+    response = sample.response
+    if response is None or response.label_logprob is None:
+        raise ValueError(f"row {sample.row} carries no response targets")
+    if not len(response):
+        return Scores(confidence=np.nan, disagreement=np.nan, perplexity=np.nan)
+    labels = sample.labels[sample.response_positions + 1]
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(-response.label_logprob.astype(np.float64).mean()))
+    return Scores(
+        confidence=float(np.exp(response.logprobs[:, 0].astype(np.float64)).mean()),
+        disagreement=float((response.token_ids[:, 0] != labels).mean()),
+        perplexity=perplexity,
+    )

@@ -1,0 +1,195 @@
+"""The condition of `select --where`: a small language of comparisons, read with `ast` and never executed.
+
+`tokens < 512 and confidence > 0.5`, `image == "coco/1.jpg" or "cat" in id`, `not (row in [1, 2, 3])`,
+`100 <= tokens < 200`, `rows:FILE` and `ids:FILE` (one row number or id a line).
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.errors import KdcacheError
+
+Mask = NDArray[np.bool_]
+Columns = Mapping[str, Any]
+"""Fields, all of one length: an array of numbers, a list of str, or a list of tuples of str."""
+
+NUMBERS = {
+    "row": "the dataset row number",
+    "tokens": "length of the sample, images included",
+    "images": "number of images",
+    "response_tokens": "number of response positions",
+    "confidence": "mean probability of the teacher's likeliest token over the response positions",
+    "disagreement": "share of response positions whose label is not the teacher's likeliest token",
+    "perplexity": "of the teacher on the labels, exp of the mean negative log-likelihood",
+}
+TEXTS = {"id": "the dataset's label of the sample", "image": "path of any of its images"}
+FIELDS = NUMBERS | TEXTS
+FROM_TARGETS = frozenset({"confidence", "disagreement", "perplexity"})
+
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A parsed condition. fields: the columns it reads."""
+
+    text: str
+    fields: frozenset[str]
+    _mask: Callable[[Columns], Mask]
+
+    def mask(self, columns: Columns) -> Mask:
+        """True where the samples of `columns` (at least `fields`) meet the condition."""
+        return self._mask(columns)
+
+
+def parse(text: str) -> Condition:
+    """The condition that `text` spells. KdcacheError with the place where it is not one."""
+    kind, _, path = text.strip().partition(":")
+    if kind in ("rows", "ids") and path:
+        return _listed(text, kind, Path(path.strip()))
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        fields = frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+        return Condition(text, fields, _Compiler(text.strip()).boolean(tree))
+    except (SyntaxError, RecursionError, ValueError) as error:  # ValueError: a null byte
+        raise KdcacheError(f"--where {text!r} is not a condition: {error}; fields: {_known()}") from None
+
+
+def _listed(text: str, kind: str, path: Path) -> Condition:
+    """Rows or ids from a file, one a line; blank lines do not count."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise KdcacheError(f"--where {text}: cannot read {path}: {error}") from None
+    if kind == "ids":
+        wanted = set(lines)
+        return Condition(
+            text,
+            frozenset({"id"}),
+            lambda columns: np.array([i in wanted for i in columns["id"]], dtype=bool),
+        )
+    try:
+        numbers = np.array([int(line) for line in lines], dtype=np.int64)
+    except ValueError:
+        raise KdcacheError(
+            f"--where {text}: {path} must hold one row number a line; ids:{path} reads ids"
+        ) from None
+    return Condition(text, frozenset({"row"}), lambda columns: np.isin(columns["row"], numbers))
+
+
+class _Compiler:
+    """Turns a syntax tree into a function of columns; whatever is not in the language is refused."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def refuse(self, node: ast.AST, why: str) -> KdcacheError:
+        part = ast.get_source_segment(self.text, node) if hasattr(node, "lineno") else None
+        where = f" at {part!r}" if part and part != self.text else ""
+        return KdcacheError(f"--where {self.text!r}{where}: {why}; fields: {_known()}")
+
+    def boolean(self, node: ast.expr) -> Callable[[Columns], Mask]:
+        match node:
+            case ast.BoolOp(op=op, values=values):
+                parts = [self.boolean(value) for value in values]
+                join = np.logical_and if isinstance(op, ast.And) else np.logical_or
+                return lambda columns: join.reduce([part(columns) for part in parts])
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                inner = self.boolean(operand)
+                return lambda columns: ~inner(columns)
+            case ast.Compare(left=left, ops=ops, comparators=rights):
+                sides = [left, *rights]
+                links = [self.comparison(a, op, b) for a, op, b in zip(sides, ops, rights, strict=False)]
+                return lambda columns: np.logical_and.reduce([link(columns) for link in links])
+        raise self.refuse(node, "expected a comparison such as tokens < 512")
+
+    def comparison(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Callable[[Columns], Mask]:
+        if isinstance(op, (ast.In, ast.NotIn)):
+            inside = self.membership(left, right)
+            return inside if isinstance(op, ast.In) else lambda columns: ~inside(columns)
+        if type(op) not in _COMPARE:
+            raise self.refuse(right, "`is` compares nothing here, use ==")
+        compare = _COMPARE[type(op)]
+        if isinstance(left, ast.Name) and isinstance(right, ast.Name):
+            a, b = self.field(left), self.field(right)
+            if a in TEXTS or b in TEXTS:
+                raise self.refuse(right, "only numbers are compared with each other")
+            return lambda columns: compare(columns[a], columns[b])
+        if isinstance(left, ast.Name):
+            name, value = self.field(left), self.constant(right)
+        elif isinstance(right, ast.Name):
+            name, value = self.field(right), self.constant(left)
+            swapped = compare
+            compare = lambda x, y: swapped(y, x)  # noqa: E731
+        else:
+            raise self.refuse(left, "one side must be a field")
+        self.check_kind(left, name, value)
+        if name in NUMBERS:
+            return lambda columns: compare(columns[name], value)
+        if not isinstance(op, (ast.Eq, ast.NotEq)):
+            raise self.refuse(left, f"{name} is text: ==, != and `in` apply")
+        if isinstance(op, ast.NotEq):
+            return lambda columns: ~_any_text(columns[name], lambda text: text == value)
+        return lambda columns: _any_text(columns[name], lambda text: text == value)
+
+    def membership(self, left: ast.expr, right: ast.expr) -> Callable[[Columns], Mask]:
+        if isinstance(left, ast.Name) and isinstance(right, (ast.List, ast.Tuple, ast.Set)):
+            name, values = self.field(left), [self.constant(item) for item in right.elts]
+            for value in values:
+                self.check_kind(left, name, value)
+            if name in NUMBERS:
+                return lambda columns: np.isin(columns[name], values)
+            return lambda columns: _any_text(columns[name], lambda text: text in values)
+        if isinstance(right, ast.Name) and isinstance(left, ast.Constant) and isinstance(left.value, str):
+            name, part = self.field(right), left.value
+            if name in NUMBERS:
+                raise self.refuse(right, f"{name} is a number and holds no text")
+            return lambda columns: _any_text(columns[name], lambda text: part in text)
+        raise self.refuse(left, "`in` needs a field and a list, or a text and a field")
+
+    def field(self, node: ast.Name) -> str:
+        if node.id not in FIELDS:
+            raise self.refuse(node, f"no field {node.id!r}")
+        return node.id
+
+    def constant(self, node: ast.expr) -> int | float | str:
+        match node:
+            case ast.Constant(value=int() | float() | str() as value) if not isinstance(value, bool):
+                return value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() as inner):
+                value = self.constant(inner)
+                if not isinstance(value, str):
+                    return -value
+        raise self.refuse(node, "expected a number or a text in quotes")
+
+    def check_kind(self, node: ast.expr, name: str, value: int | float | str) -> None:
+        if (name in NUMBERS) == isinstance(value, str):
+            wanted = "number" if name in NUMBERS else "text in quotes"
+            raise self.refuse(node, f"{name} is compared with a {wanted}, not {value!r}")
+
+
+def _any_text(values: Sequence[str | tuple[str, ...]], meets: Callable[[str], bool]) -> Mask:
+    """Per sample: does its text, or any of its texts, meet the test."""
+    return np.array(
+        [meets(value) if isinstance(value, str) else any(map(meets, value)) for value in values], dtype=bool
+    )
+
+
+def _known() -> str:
+    return ", ".join(FIELDS)

@@ -1,0 +1,187 @@
+"""One sample of a cache as a document: what every token is, and what the teacher says there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.cache import Cache
+from cache_schema.errors import KdcacheError
+from cache_schema.records import IGNORE_INDEX, ImageRecord, Relation, Sample, TopK
+from cache_schema.scores import scores_of
+from views.grid import ImageSettings, grid_of
+from views.token_text import TokenText
+
+TOP = 5
+"""Entries of a distribution that a document shows."""
+
+
+def find_sample(cache: Cache, row_or_id: int | str) -> Sample:
+    """The sample of this row number, or else the first with this id; "12" may be either. KdcacheError when
+    there is none, telling of quarantine."""
+    found = cache.find(int(row_or_id)) if str(row_or_id).isdecimal() else []
+    found = found or cache.find(str(row_or_id))
+    if found:
+        return cache[found[0]]
+    for row in cache.quarantined():
+        if str(row_or_id) in (str(row.row), row.sample_id):
+            raise KdcacheError(
+                f"{cache.url}: row {row.row} is in quarantine ({row.reason}): {row.detail}; "
+                "build --retry-quarantine tries it again"
+            )
+    raise KdcacheError(
+        f"{cache.url}: no sample with row number or id {str(row_or_id)!r}; `kdcache inspect` tells what is there"
+    )
+
+
+def sample_document(cache: Cache, row_or_id: int | str, *, top: int = TOP) -> dict[str, Any]:
+    """What `inspect --sample` shows, as JSON values; `top` entries of each distribution.
+
+    tokens: position, id, text, role (prompt, visual, response) of each, runs of visual tokens as one entry
+    with `count`. response: a list over response positions; images: a list with `visual` over their tokens.
+    rows_with_this_id: other rows that carry the same label.
+    """
+    sample = find_sample(cache, row_or_id)
+    document = describe(cache, sample, TokenText.of_assets(cache.assets), top=top)
+    same_id = cache.index().row[cache.find(sample.sample_id)] if sample.sample_id else []
+    return document | {"rows_with_this_id": sorted({int(row) for row in same_id} - {sample.row})}
+
+
+def describe(cache: Cache, sample: Sample, text: TokenText, *, top: int = TOP) -> dict[str, Any]:
+    """`sample_document` of a sample that is already at hand, without the other rows of its id."""
+    scores = None
+    if sample.response is not None and len(sample.response):
+        found = scores_of(sample)
+        scores = {
+            "confidence": found.confidence,
+            "disagreement": found.disagreement,
+            "perplexity": found.perplexity if np.isfinite(found.perplexity) else None,
+        }
+    return {
+        "row": int(sample.row),
+        "id": sample.sample_id,
+        "length": len(sample.input_ids),
+        "scores": scores,
+        "tokens": _tokens(sample, text),
+        "response": _response(sample, text, top),
+        "images": [
+            _image(cache, sample, number, image, text, top) for number, image in enumerate(sample.images)
+        ],
+    }
+
+
+def roles_of(sample: Sample) -> NDArray[np.str_]:
+    """(T,) prompt, visual or response: response where the token itself is supervised."""
+    roles = np.full(len(sample.input_ids), "prompt", dtype="<U8")
+    roles[sample.labels != IGNORE_INDEX] = "response"
+    roles[sample.visual_positions] = "visual"
+    return roles
+
+
+def _tokens(sample: Sample, text: TokenText) -> list[dict[str, Any]]:
+    roles = roles_of(sample)
+    owner = np.full(len(roles), -1, dtype=np.int64)
+    for number, image in enumerate(sample.images):
+        owner[image.positions] = number
+    entries: list[dict[str, Any]] = []
+    for position, piece in enumerate(text.flow([int(i) for i in sample.input_ids])):
+        role, image_number = str(roles[position]), int(owner[position])
+        last = entries[-1] if entries else None
+        if role == "visual" and last and last["role"] == "visual" and last["image"] == image_number:
+            last["count"] += 1
+            continue
+        entry = {"position": position, "id": int(sample.input_ids[position]), "text": piece, "role": role}
+        entries.append(entry | ({"image": image_number, "count": 1} if role == "visual" else {}))
+    return entries
+
+
+def _response(sample: Sample, text: TokenText, top: int) -> list[dict[str, Any]]:
+    record = sample.response
+    if record is None:
+        return []
+    tops = top_entries(record, text, top)
+    labels = sample.labels[sample.response_positions + 1]
+    text.learn(labels)
+    entries = []
+    for n, (position, label) in enumerate(zip(sample.response_positions, labels, strict=True)):
+        place = np.flatnonzero(record.token_ids[n] == label)
+        entries.append(
+            {
+                "position": int(position),
+                "label_id": int(label),
+                "label": text.piece(int(label)),
+                "label_probability": _probability(record.label_logprob, n),
+                "label_rank": int(place[0]) if len(place) else None,
+                "agrees": bool(len(place) and place[0] == 0),
+                "entropy": round(float(record.entropy[n]), 4),
+                "outside": tail_probability(record, n),
+                "top": tops[n],
+            }
+        )
+    return entries
+
+
+def _image(
+    cache: Cache, sample: Sample, number: int, image: ImageRecord, text: TokenText, top: int
+) -> dict[str, Any]:
+    settings = ImageSettings(cache.assets)
+    thw = sample.model_inputs.get("image_grid_thw")
+    grid = grid_of(len(image.positions), None if thw is None else np.atleast_2d(thw)[number], settings.merge)
+    document: dict[str, Any] = {
+        "path": image.path,
+        "sha256": image.sha256,
+        "width": image.width,
+        "height": image.height,
+        "tokens": len(image.positions),
+        "grid": {"rows": grid.rows, "columns": grid.columns, "on_image": grid.on_image},
+        "visual": [],
+        "relation": None,
+    }
+    if sample.visual is not None:
+        start = sum(len(before.positions) for before in sample.images[:number])
+        rows = slice(start, start + len(image.positions))
+        tops = top_entries(sample.visual, text, top, rows)
+        document["visual"] = [
+            {"position": int(position), "entropy": round(float(entropy), 4), "top": entries}
+            for position, entropy, entries in zip(
+                image.positions, sample.visual.entropy[rows], tops, strict=True
+            )
+        ]
+    if sample.relations:
+        document["relation"] = _relation(sample.relations[number])
+    return document
+
+
+def _relation(relation: Relation) -> dict[str, Any]:
+    rank = None if relation.factor is None else relation.factor.shape[1]
+    form = "exact" if relation.factor is None else "factor"
+    return {"form": form, "rank": rank, "residual": float(relation.residual), "norm": float(relation.norm)}
+
+
+def top_entries(
+    record: TopK, text: TokenText, top: int, rows: slice = slice(None)
+) -> list[list[dict[str, Any]]]:
+    """The `top` likeliest tokens at the positions `rows` of the record: id, text, probability."""
+    ids = record.token_ids[rows, :top]
+    probabilities = np.exp(record.logprobs[rows, :top].astype(np.float64))
+    text.learn(ids.ravel())
+    return [
+        [
+            {"id": int(i), "text": text.piece(int(i)), "probability": round(float(p), 6)}
+            for i, p in zip(row_ids, row_probabilities, strict=True)
+        ]
+        for row_ids, row_probabilities in zip(ids, probabilities, strict=True)
+    ]
+
+
+def tail_probability(record: TopK, n: int) -> float:
+    """The mass outside the kept entries at position n, temperature 1."""
+    column = [float(t) for t in record.temperatures].index(1.0)
+    return round(float(np.exp(np.float64(record.tail_logprob[n, column]))), 6)
+
+
+def _probability(logprobs: Sequence[float] | NDArray[np.float32] | None, n: int) -> float | None:
+    return None if logprobs is None else round(float(np.exp(np.float64(logprobs[n]))), 6)
