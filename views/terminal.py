@@ -76,3 +76,38 @@ class Bar:
             notes.print(
                 f"{self._what}: {seconds:.1f} s  {self._fields}".rstrip(), markup=False, soft_wrap=True
             )
+
+
+def print_summary(title: str, summary: dict[str, Any]) -> None:
+    """What a command did, one fact a line; nested facts are indented."""
+    results.print(title, style="bold", markup=False)
+    for line in _facts(summary, 1):
+        results.print(line, markup=False, soft_wrap=True)
+
+
+def print_problems(title: str, problems: list[tuple[str, str, str]]) -> None:
+    """Problems as (file, what, remedy), each on a line of its own."""
+    results.print(title, style="bold", markup=False)
+    for file, what, remedy in problems:
+        results.print(f"  {file}: {what}; {remedy}", markup=False, soft_wrap=True)
+
+
+def _facts(facts: dict[str, Any], depth: int) -> list[str]:
+    lines = []
+    for name, value in facts.items():
+        label = "  " * depth + name.replace("_", " ")
+        if isinstance(value, dict):
+            lines += [label, *_facts(value, depth + 1)] if value else []
+        elif isinstance(value, list):
+            lines.append(f"{label}: {', '.join(map(str, value)) or 'none'}")
+        else:
+            lines.append(f"{label}: {_short(value)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
