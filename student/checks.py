@@ -1,0 +1,172 @@
+"""Before training: is this cache about this student's tokens, images and template?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache_schema.cache import Cache
+from cache_schema.errors import IdentityMismatch
+from cache_schema.identity import tokenizer_digest
+from cache_schema.records import ImageRecord
+from student.collate import Collator
+from student.folder import special_tokens
+from student.stages import Stage
+
+_SIZES = 4
+_PROBE = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    {"role": "user", "content": [{"type": "text", "text": "And there?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+]
+
+
+def check_student(
+    cache: Cache,
+    model: Any,
+    processor: Any,
+    image_root: Path,
+    stage: Stage,
+    *,
+    adopt_template: bool = False,
+) -> int | None:
+    """None when the student's tokenizer, image token, template and visual tokens are the cache's.
+
+    Where only the number of visual tokens differs and the stage reads no target that hangs on them, the
+    student's number is returned: each image's placeholders are then to be replaced by so many
+    (`Collator.placeholders`). Any other difference: IdentityMismatch, all of them in one line, each with
+    both values and the remedy.
+    """
+    training = cache.manifest.fingerprint.training
+    problems = _token_problems(training, model, processor)
+    problems += _target_problems(cache, stage)
+    if not adopt_template:
+        problems += _template_problems(training, processor)
+    placeholders = None
+    if not problems:
+        counts = _visual_tokens(cache, model, processor, image_root)
+        different = [(record, seen) for record, seen in counts if seen != len(record.positions)]
+        if different:
+            bound = [name for name in stage.targets if name != "response"]
+            constant = len({seen for _, seen in counts}) == 1
+            if bound or not constant:
+                problems.append(_spans_problem(different[0], bound))
+            else:
+                placeholders = counts[0][1]
+    if problems:
+        raise IdentityMismatch(f"the student does not fit the cache {cache.url}: {'; '.join(problems)}")
+    return placeholders
+
+
+def _token_problems(training: dict[str, Any], model: Any, processor: Any) -> list[str]:
+    tokenizer = processor.tokenizer
+    problems = []
+    ours = tokenizer_digest(tokenizer.get_vocab(), special_tokens(tokenizer))
+    if ours != training["tokenizer"]:
+        problems.append(
+            f"tokenizer {ours[:12]} ({len(tokenizer)} tokens) here, {training['tokenizer'][:12]} "
+            f"({training['vocab_size']} tokens) in the cache: token ids would mean other words; "
+            "make the student with `kdcache new-student --like CACHE`"
+        )
+    image_token = getattr(model.config, "image_token_id", None)
+    if image_token != training["image_token_id"]:
+        problems.append(
+            f"image token id {image_token} here, {training['image_token_id']} in the cache; "
+            "set it in the student's config.json or make the student with `--like CACHE`"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < training["vocab_size"]:
+        problems.append(
+            f"{rows} embedding rows here, {training['vocab_size']} tokens in the cache; "
+            "resize the student's embeddings"
+        )
+    return problems
+
+
+def _target_problems(cache: Cache, stage: Stage) -> list[str]:
+    spec, losses = cache.spec, stage.losses
+    problems = []
+    absent = [name for name in stage.targets if name not in spec.targets]
+    if absent:
+        left = [name for name in stage.targets if name in spec.targets]
+        problems.append(
+            f"stage {stage.name} learns from {', '.join(stage.targets)}, the cache holds "
+            f"{', '.join(spec.targets)}; use `--targets {','.join(left) or 'none'}` or build the cache with "
+            f"{', '.join(absent)}"
+        )
+    if not stage.targets:
+        return problems
+    if losses.tail == "sampled":
+        if not spec.tail_samples or spec.sample_temperature != losses.temperature:
+            problems.append(
+                f"tail `sampled` at temperature {losses.temperature} needs draws, the cache holds "
+                f"{spec.tail_samples} at {spec.sample_temperature}; use tail `bucket`"
+            )
+    elif losses.temperature not in spec.temperatures:
+        problems.append(
+            f"temperature {losses.temperature} is asked, the cache holds tails at {list(spec.temperatures)}; "
+            "use one of those or build the cache with it"
+        )
+    return problems
+
+
+def _template_problems(training: dict[str, Any], processor: Any) -> list[str]:
+    """What a user's chat would look like against what the student learns from."""
+    theirs = training["chat_template"]
+    if training["template_name"] == "plain" or processor.chat_template == theirs:
+        return []  # captions of pre-training are no chat
+    here = "no chat template"
+    if processor.chat_template is not None:
+        here = processor.apply_chat_template(_PROBE, tokenize=False)
+    there = processor.apply_chat_template(_PROBE, chat_template=theirs, tokenize=False)
+    if here == there:
+        return []
+    return [
+        f"chat template {here!r} here, {there!r} in the cache: chats would not look like the training text; "
+        "use `--adopt-template` to give the student the cache's template"
+    ]
+
+
+def _visual_tokens(
+    cache: Cache, model: Any, processor: Any, image_root: Path
+) -> list[tuple[ImageRecord, int]]:
+    """(image, tokens the student makes of it) for one image of each of the first sizes met."""
+    collator = Collator(
+        image_processor=processor.image_processor,
+        image_root=image_root,
+        pad_token_id=0,
+        image_token_id=cache.manifest.fingerprint.training["image_token_id"],
+    )
+    found: dict[tuple[int, int], ImageRecord] = {}
+    block = cache.read_shard(cache.shards[0], parts=())
+    for place in range(len(block)):
+        for image in block.sample(place).images:
+            found.setdefault((image.width, image.height), image)
+        if len(found) >= _SIZES:
+            break
+    counts = []
+    with torch.inference_mode():
+        for image in found.values():
+            pixels = {
+                name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in collator.pixels([image]).items()
+            }
+            features = model.get_image_features(**pixels).pooler_output
+            counts.append((image, sum(feature.shape[-2] for feature in features)))
+    return counts
+
+
+def _spans_problem(different: tuple[ImageRecord, int], bound: list[str]) -> str:
+    image, seen = different
+    remedy = (
+        "train with `--targets response`"
+        if bound
+        else "the number varies with the image's size, so the cache must be built with this processor"
+    )
+    return (
+        f"image {image.path} ({image.width}x{image.height}) is {seen} visual tokens here, "
+        f"{len(image.positions)} in the cache; {remedy}"
+    )

@@ -1,0 +1,307 @@
+"""Samples to tensors: padded ids and labels, pixels by the student's image processor, targets by position."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
+from cache_schema.images import open_image
+from cache_schema.records import IGNORE_INDEX, ImageRecord, Sample, TopK
+from student.losses import Denominators, DistillationTargets, PositionTargets, RelationTargets
+from student.stream import Located, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch on one device.
+
+    inputs: what the model's forward takes: input_ids (B, T) and attention_mask (B, T) int64, pixel inputs
+    when any sample has an image, and whatever else the cache stores of the inputs. labels (B, T) int64.
+    rows, sample_ids: which samples these are; both empty in an idle batch, which only keeps a rank in step.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    targets: DistillationTargets | None
+    denominators: Denominators
+    rows: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        return replace(
+            self,
+            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            labels=self.labels.to(device, non_blocking=True),
+            targets=None if self.targets is None else self.targets.to(device),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.inputs["attention_mask"].sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collator:
+    """Makes a Batch of samples, in any thread.
+
+    image_processor: the student's, of transformers. image_root: the folder that the cache's image paths
+    start from. pad_token_id: fills the right of shorter samples. targets: which of the cache's targets
+    become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every
+    image's placeholder tokens are replaced by so many of `image_token_id` (a student that sees images in
+    another number of tokens than the teacher; visual and relation targets are then impossible).
+    """
+
+    image_processor: Any
+    image_root: Path
+    pad_token_id: int
+    image_token_id: int
+    targets: tuple[str, ...] = ()
+    sample_temperature: float = 1.0
+    placeholders: int | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """A Batch of `samples`. KdcacheError when an image is missing or is not the captured one."""
+        if not samples:
+            return self._idle()
+        if self.placeholders is not None:
+            samples = [respan(sample, self.placeholders, self.image_token_id) for sample in samples]
+        length = max(len(sample.input_ids) for sample in samples)
+        input_ids = np.full((len(samples), length), self.pad_token_id, dtype=np.int64)
+        labels = np.full((len(samples), length), IGNORE_INDEX, dtype=np.int64)
+        attention = np.zeros((len(samples), length), dtype=np.int64)
+        for place, sample in enumerate(samples):
+            input_ids[place, : len(sample.input_ids)] = sample.input_ids
+            labels[place, : len(sample.labels)] = sample.labels
+            attention[place, : len(sample.input_ids)] = 1
+        inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}
+        inputs |= _extra_inputs(samples, length)
+        inputs |= self.pixels([image for sample in samples for image in sample.images])
+        targets = self._targets(samples, length)
+        made = torch.from_numpy(labels)
+        return Batch(
+            inputs=inputs,
+            labels=made,
+            targets=targets,
+            denominators=Denominators.of(made, targets),
+            rows=tuple(sample.row for sample in samples),
+            sample_ids=tuple(sample.sample_id for sample in samples),
+        )
+
+    def pixels(self, images: Sequence[ImageRecord]) -> dict[str, Tensor]:
+        """What the image processor makes of the images; empty without images."""
+        if not images:
+            return {}
+        opened = [self._open(image) for image in images]
+        made = self.image_processor(images=opened, return_tensors="pt")
+        return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+    def _open(self, record: ImageRecord) -> Any:
+        try:
+            opened = open_image(self.image_root, record.path)
+        except RowRejected as error:
+            raise KdcacheError(
+                f"image {record.path} of the cache cannot be read under {self.image_root} ({error.detail}); "
+                "give the --image-root that the cache was built with"
+            ) from error
+        if opened.sha256 != record.sha256:
+            raise KdcacheError(
+                f"image {record.path} under {self.image_root} is not the one the teacher saw: sha256 "
+                f"{opened.sha256[:12]} here, {record.sha256[:12]} in the cache; restore the file"
+            )
+        return opened.image
+
+    def _idle(self) -> Batch:
+        ids = torch.full((1, 1), self.pad_token_id)
+        labels = torch.full((1, 1), IGNORE_INDEX)
+        nothing = Denominators.of(labels[:0], None)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return Batch(inputs=inputs, labels=labels, targets=None, denominators=nothing, rows=(), sample_ids=())
+
+    def _targets(self, samples: Sequence[Sample], length: int) -> DistillationTargets | None:
+        if not self.targets:
+            return None
+        kinds = {
+            name: _position_targets(samples, length, name, self.sample_temperature)
+            if name in self.targets
+            else None
+            for name in ("response", "visual", "prompt")
+        }
+        relations = _relation_targets(samples, length) if "relation" in self.targets else ()
+        return DistillationTargets(relations=relations, **kinds)
+
+
+def load_ahead(
+    steps: Generator[Step], collator: Callable[[Sequence[Sample]], Batch], *, workers: int, ahead: int = 2
+) -> Generator[tuple[int, list[Batch]]]:
+    """(step, its micro-batches) in order, decoded and collated by `workers` threads, `ahead` steps early.
+
+    The order of what comes out does not depend on `workers`; 0 does the work in the calling thread. Threads
+    suffice: reading, decoding, resizing and array work all release the interpreter's lock.
+    """
+    if workers == 0:
+        for step in steps:
+            yield step.number, [collator(_samples(part)) for part in step.micro_batches]
+        return
+
+    def collate(part: Sequence[Located]) -> Batch:
+        return collator(_samples(part))
+
+    def feed() -> tuple[int, list[Future[Batch]]] | None:
+        step = next(steps, None)
+        if step is None:
+            return None
+        return step.number, [pool.submit(collate, part) for part in step.micro_batches]
+
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="loader")
+    feeder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder")
+
+    coming: deque[Future[tuple[int, list[Future[Batch]]] | None]] = deque(
+        feeder.submit(feed) for _ in range(ahead)
+    )
+    try:
+        while (entry := coming.popleft().result()) is not None:
+            coming.append(feeder.submit(feed))
+            yield entry[0], [future.result() for future in entry[1]]
+    finally:
+        feeder.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
+        steps.close()
+
+
+def _samples(part: Sequence[Located]) -> list[Sample]:
+    return [located.sample() for located in part]
+
+
+def respan(sample: Sample, placeholders: int, image_token_id: int) -> Sample:
+    """The sample with `placeholders` tokens for each of its images in place of those that were captured.
+
+    Response positions move along: one that stood on an image's last token stands on its last token again.
+    Visual and prompt targets and relations have no counterpart and are dropped.
+    """
+    old = sample.input_ids
+    keep = np.ones(len(old), dtype=bool)
+    repeats = np.ones(len(old), dtype=np.int64)
+    for image in sample.images:
+        keep[image.positions] = False
+        keep[image.positions[-1]] = True
+        repeats[image.positions] = 0
+        repeats[image.positions[-1]] = placeholders
+    new_end = np.cumsum(repeats)  # one past the last new token of each old one
+    input_ids = np.repeat(old, repeats).astype(np.int32)
+    labels = np.repeat(sample.labels, repeats).astype(np.int32)
+    images = []
+    for image in sample.images:
+        end = int(new_end[image.positions[-1]])
+        positions = np.arange(end - placeholders, end, dtype=np.int32)
+        input_ids[positions] = image_token_id
+        labels[positions] = IGNORE_INDEX
+        images.append(replace(image, positions=positions))
+    visual = np.concatenate([image.positions for image in images]) if images else sample.visual_positions
+    return replace(
+        sample,
+        input_ids=input_ids,
+        labels=labels,
+        response_positions=(new_end[sample.response_positions] - 1).astype(np.int32),
+        visual_positions=visual,
+        images=tuple(images),
+        visual=None,
+        prompt=None,
+        prompt_positions=np.zeros(0, dtype=np.int32),
+        relations=[],
+        model_inputs={},
+    )
+
+
+def _extra_inputs(samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
+    """The cache's further inputs: (T,) arrays padded with 0 to (B, T), others concatenated."""
+    made: dict[str, Tensor] = {}
+    for name in sorted({name for sample in samples for name in sample.model_inputs}):
+        arrays = [np.asarray(sample.model_inputs[name]) for sample in samples if name in sample.model_inputs]
+        per_token = all(
+            name in sample.model_inputs and sample.model_inputs[name].shape == sample.input_ids.shape
+            for sample in samples
+        )
+        if per_token:
+            padded = np.zeros((len(samples), length), dtype=arrays[0].dtype)
+            for place, array in enumerate(arrays):
+                padded[place, : len(array)] = array
+            made[name] = torch.from_numpy(padded)
+        else:
+            made[name] = torch.from_numpy(np.concatenate(arrays))
+    return made
+
+
+def _position_targets(
+    samples: Sequence[Sample], length: int, kind: str, sample_temperature: float
+) -> PositionTargets | None:
+    """The TopK records of all samples, one after the other, with their places in hidden.reshape(B * T, D)."""
+    records: list[tuple[int, NDArray[Any], TopK]] = []
+    for place, sample in enumerate(samples):
+        record: TopK | None = getattr(sample, kind)
+        positions = getattr(sample, f"{kind}_positions")
+        if record is None or len(record) == 0:
+            continue
+        if len(record) != len(positions):
+            raise CacheDamaged(
+                f"row {sample.row} has {len(positions)} {kind} positions but {len(record)} targets; "
+                "run `kdcache verify` on the cache"
+            )
+        records.append((place, positions.astype(np.int64) + place * length, record))
+    if not records:
+        return None
+
+    def joined(name: str, dtype: torch.dtype) -> Tensor | None:
+        arrays = [getattr(record, name) for _, _, record in records]
+        if any(array is None for array in arrays):
+            return None
+        return torch.from_numpy(np.concatenate(arrays)).to(dtype)
+
+    token_ids = joined("token_ids", torch.int64)
+    logprobs = joined("logprobs", torch.float32)
+    tail = joined("tail_logprob", torch.float32)
+    assert token_ids is not None
+    assert logprobs is not None
+    assert tail is not None
+    counts = [len(record) for _, _, record in records]
+    places = np.repeat([place for place, _, _ in records], counts)
+    return PositionTargets(
+        positions=torch.from_numpy(np.concatenate([positions for _, positions, _ in records])),
+        samples=torch.from_numpy(places.astype(np.int64)),
+        token_ids=token_ids,
+        logprobs=logprobs,
+        tail_logprob=tail,
+        temperatures=torch.from_numpy(np.array(records[0][2].temperatures, dtype=np.float32)),
+        sampled_ids=joined("sampled_ids", torch.int64),
+        sampled_counts=joined("sampled_counts", torch.float32),
+        sample_temperature=sample_temperature,
+    )
+
+
+def _relation_targets(samples: Sequence[Sample], length: int) -> tuple[RelationTargets, ...]:
+    made = []
+    for place, sample in enumerate(samples):
+        if not sample.relations:
+            continue
+        for image, relation in zip(sample.images, sample.relations, strict=True):
+            made.append(
+                RelationTargets(
+                    positions=torch.from_numpy(image.positions.astype(np.int64) + place * length),
+                    sample=place,
+                    factor=None if relation.factor is None else torch.from_numpy(np.array(relation.factor)),
+                    gram=None if relation.gram is None else torch.from_numpy(np.array(relation.gram)),
+                    norm=float(relation.norm),
+                )
+            )
+    return tuple(made)

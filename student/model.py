@@ -1,0 +1,189 @@
+"""The student and its loss as one module, so that DDP and FSDP see every use of the head's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache_schema.errors import KdcacheError
+from student.folder import freeze, part_of
+from student.losses import Denominators, DistillationLoss, DistillationTargets, Head, LossParts, LossWeights
+from student.stages import Part
+from student.timing import Stopwatch
+
+_AGREEMENT_ROWS = 1024
+_EVERY_TERM = LossWeights(relation=1.0, prompt=1.0, reduction="token_mean")
+_SUMS = Denominators(
+    samples=1.0, ce_tokens=1.0, response_tokens=1.0, visual_tokens=1.0, prompt_tokens=1.0, images=1.0
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """At how many positions the student's likeliest token is the teacher's."""
+
+    response: Tensor
+    visual: Tensor
+
+
+class DistilledStudent(nn.Module):
+    """A vision-language model of transformers with the distillation loss on top.
+
+    model: its base model must return the final hidden states, after the last norm, that its output
+    embeddings turn into logits (`check_head` proves it). Of its parameters only the `trainable` parts
+    require gradients; the vision tower stays in eval mode and autograd keeps nothing of it unless it is
+    trainable. vocab_size: logits at and above it are padding of the matrix.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        weights: LossWeights,
+        *,
+        vocab_size: int,
+        trainable: tuple[Part, ...] = (),
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = DistillationLoss(weights)
+        self.measure_loss = DistillationLoss(_EVERY_TERM)
+        self.vocab_size = vocab_size
+        freeze(model, trainable)
+        self._stopwatch = stopwatch or Stopwatch()
+
+    def train(self, mode: bool = True) -> DistilledStudent:
+        """Training mode for all but a frozen vision tower."""
+        super().train(mode)
+        for name, module in self.model.named_modules():
+            parameters = list(module.parameters())
+            if (
+                name
+                and part_of(f"{name}.") == "vision_tower"
+                and not any(p.requires_grad for p in parameters)
+            ):
+                module.training = False
+        return self
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        targets: DistillationTargets | None,
+        denominators: Denominators,
+        world_size: int = 1,
+    ) -> LossParts:
+        """The loss of a micro-batch: inputs as `Batch.inputs`, labels (B, T), counts of the global batch."""
+        with self._stopwatch.lap("forward"):
+            hidden = self.hidden_states(inputs)  # (B, T, D)
+        with self._stopwatch.lap("loss"), _full_precision(hidden.device):
+            parts = self.loss(hidden, labels, targets, self.head, denominators, world_size=world_size)
+            bare = not parts.total.requires_grad
+            if torch.is_grad_enabled() and (bare or "pixel_values" not in inputs):
+                parts = self._touch(parts, hidden, everything=bare)
+        return parts
+
+    @torch.no_grad()
+    def measure(
+        self, inputs: Mapping[str, Tensor], labels: Tensor, targets: DistillationTargets | None
+    ) -> tuple[LossParts, Agreement]:
+        """Sums over tokens (over images for the relation) of the terms, whatever the stage weighs, and the
+        top-1 agreement with the teacher."""
+        hidden = self.hidden_states(inputs)
+        targets = targets or DistillationTargets()
+        with _full_precision(hidden.device):
+            parts = self.measure_loss(hidden, labels, targets, self.head, _SUMS)
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            response, visual = (
+                torch.zeros((), device=hidden.device)
+                if record is None
+                else _same(rows[record.positions], self.head, record.token_ids[:, 0])
+                for record in (targets.response, targets.visual)
+            )
+        return parts, Agreement(response=response, visual=visual)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The trainable parameters by their names in the model."""
+        return {
+            name: tensor.detach() for name, tensor in self.model.named_parameters() if tensor.requires_grad
+        }
+
+    @torch.no_grad()
+    def load_trained(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over the trainable parameters of a checkpoint, which must be exactly these."""
+        ours = self.trained()
+        if ours.keys() != weights.keys():
+            different = sorted(ours.keys() ^ weights.keys())
+            raise KdcacheError(
+                f"the checkpoint trains other parameters than this stage: {len(different)} differ, first "
+                f"{different[0]}; give the same stage and student"
+            )
+        for name, tensor in ours.items():
+            tensor.copy_(weights[name])
+
+    @property
+    def head(self) -> Head:
+        """The output head over the tokenizer's columns."""
+        return Head.of(self.model, self.vocab_size)
+
+    def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The final hidden states (B, T, D), without any logits."""
+        hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def check_head(self, inputs: Mapping[str, Tensor], *, tolerance: float = 1e-3) -> None:
+        """KdcacheError unless hidden states and head give the model's own logits on these inputs."""
+        hidden = self.hidden_states(inputs)[:1, -8:]
+        own = self.model(**inputs, use_cache=False).logits[:1, -8:, : self.vocab_size].float()
+        ours = _logits(hidden[0], self.head)[None]
+        difference = ((ours - own).abs().max() / own.abs().max().clamp_min(1e-6)).item()
+        if not difference <= tolerance:
+            raise KdcacheError(
+                f"{type(self.model).__name__}: hidden states and head differ from its own logits by "
+                f"{difference:.1e} (relative): the head holds something that the losses do not know"
+            )
+
+    def _touch(self, parts: LossParts, hidden: Tensor, *, everything: bool) -> LossParts:
+        """Adds 0 of what this batch did not use, so that every rank has a gradient for every parameter."""
+        unused = [
+            parameter.sum()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and (everything or part_of(name) == "projector")
+        ]
+        nothing: Tensor = 0.0 * sum(unused, hidden.sum())
+        return replace(parts, total=parts.total + nothing)
+
+
+def _full_precision(device: torch.device) -> Any:
+    """The losses choose their own precision: autocast would take their fp32 products down."""
+    return (
+        torch.autocast(device.type, enabled=False)
+        if torch.is_autocast_enabled(device.type)
+        else nullcontext()
+    )
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
+    """(N, V) float32 logits of hidden (N, D)."""
+    weight = head.weight[: head.columns]
+    logits = (hidden.float() @ weight.float().T) * head.logit_scale
+    if head.bias is not None:
+        logits = logits + head.bias[: head.columns].float() * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits
+
+
+def _same(hidden: Tensor, head: Head, token_ids: Tensor) -> Tensor:
+    """How many of hidden (N, D) have token_ids (N,) as their likeliest token, in bounded memory."""
+    same = torch.zeros((), device=hidden.device)
+    for start in range(0, len(hidden), _AGREEMENT_ROWS):
+        stop = start + _AGREEMENT_ROWS
+        same = same + (_logits(hidden[start:stop], head).argmax(-1) == token_ids[start:stop]).sum()
+    return same

@@ -1,0 +1,176 @@
+"""The folder of a run: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, result.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+
+from cache_schema.errors import KdcacheError
+from student.checkpoint import refuse_other
+from student.folder import sync
+from student.settings import TrainConfig
+from student.timing import Stopwatch, shares
+
+TERMS = ("loss", "ce", "response", "visual", "prompt", "relation")
+
+
+def write_settings(config: TrainConfig, identity: Mapping[str, Any]) -> None:
+    """Writes recipe.yaml: every setting as resolved, the identity and the versions it ran with."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions["accelerate"] = accelerate.__version__
+    document = {**config.to_json(), "identity": dict(identity), "versions": versions}
+    write_text(config.out / "recipe.yaml", yaml.safe_dump(document, sort_keys=False))
+
+
+def write_result(out: Path, result: Mapping[str, Any]) -> None:
+    """Writes result.json, the proof that the run is finished."""
+    write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def read_result(out: Path) -> dict[str, Any] | None:
+    """The result of a finished run; None when it is not finished."""
+    path = out / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise KdcacheError(f"{path} is not JSON: {error}; remove it to finish the run again") from error
+    return result
+
+
+def finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result when `out` holds this very run, finished. IdentityMismatch when it holds another one."""
+    result = read_result(out)
+    if result is not None:
+        refuse_other(identity, result["identity"], out)
+    return result
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+class Journal:
+    """metrics.jsonl, one JSON object a line, and the same to accelerate's trackers.
+
+    Lines after `step`, of a run that was killed after its last checkpoint, are dropped when it goes on.
+    Only the main process writes.
+    """
+
+    def __init__(self, accelerator: Accelerator, out: Path, *, step: int) -> None:
+        self._accelerator = accelerator
+        self._path = out / "metrics.jsonl"
+        if accelerator.is_main_process:
+            kept = [line for line in read_metrics(out) if line["step"] <= step]
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        if accelerator.log_with:
+            # The tracker's folder is the project's name within the run's folder.
+            purge = {"purge_step": step + 1} if step else {}
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+
+    def write(self, step: int, values: Mapping[str, Any], *, group: str) -> None:
+        """One line: the step, the group (`train`, `held-out`), the values; `group/name` to the trackers."""
+        finite = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None
+            for name, value in values.items()
+        }
+        if self._accelerator.is_main_process:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "group": group, **finite}) + "\n")
+        numbers = {f"{group}/{name}": value for name, value in finite.items() if value is not None}
+        self._accelerator.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        if self._accelerator.is_main_process:
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that a kill cut off is left out."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    made = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            made.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return made
+
+
+class Meter:
+    """Means over the steps since the last line of the journal."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+        self.samples = 0
+        self.latest: dict[str, Any] = {}
+        self._begin()
+
+    def add(self, terms: Mapping[str, float], *, norm: float, samples: int, tokens: int) -> None:
+        """A step: the terms of its loss, its gradient norm, its samples and tokens over all ranks."""
+        self._steps += 1
+        for name, value in {**terms, "grad_norm": norm}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._samples += samples
+        self._tokens += tokens
+        self.samples += samples
+
+    def fields(self) -> dict[str, str]:
+        """Short values for the screen."""
+        shown = {
+            name: f"{self._sums[name] / self._steps:.3f}"
+            for name in TERMS
+            if self._sums.get(name, 0.0) != 0.0
+        }
+        wait = shares(self._stopwatch.seconds)["data wait"]
+        return {**shown, "samples/s": f"{self._rate(self._samples):.1f}", "data wait": f"{wait:.0%}"}
+
+    def close(self) -> dict[str, Any]:
+        """The means since the last call, and begins anew."""
+        spent = {
+            name: value - self._seconds.get(name, 0.0) for name, value in self._stopwatch.seconds.items()
+        }
+        self.latest = {
+            **{name: value / self._steps for name, value in self._sums.items()},
+            "samples_per_second": self._rate(self._samples),
+            "tokens_per_second": self._rate(self._tokens),
+            **{f"time {name}": share for name, share in shares(spent).items()},
+        }
+        self._begin()
+        return dict(self.latest)
+
+    def _begin(self) -> None:
+        self._steps = self._samples = self._tokens = 0
+        self._sums: dict[str, float] = {}
+        self._seconds = dict(self._stopwatch.seconds)
+        self._started = time.perf_counter()
+
+    def _rate(self, count: int) -> float:
+        return count / max(time.perf_counter() - self._started, 1e-9)
+
+
+def time_line(seconds: Mapping[str, float]) -> str:
+    """How the time was spent, for a reader."""
+    return "time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares(seconds).items())
