@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.block import ShardBlock
+from cache_schema.codecs.topk import Arrays
 from cache_schema.errors import CacheDamaged, KdcacheError
 from cache_schema.manifest import CommitRecord, Manifest, Plan
 from cache_schema.records import QuarantinedRow, Sample
@@ -101,8 +103,12 @@ class Cache:
 
     def read_shard(self, shard: int, *, parts: Collection[str] | None = None) -> ShardBlock:
         """A shard in memory. parts: which of the captured targets to read; None: all, (): none."""
-        wanted = set(self.spec.targets if parts is None else parts)
-        if unknown := wanted - set(self.spec.targets):
+        wanted = frozenset(self.spec.targets if parts is None else parts)
+        return ShardBlock(*self.stored_shard(shard, wanted), self.spec, wanted)
+
+    def stored_shard(self, shard: int, parts: Collection[str]) -> tuple[pa.Table, dict[str, Arrays]]:
+        """The table of samples and the arrays of the targets `parts`, by group and name, as stored."""
+        if unknown := set(parts) - set(self.spec.targets):
             raise ValueError(f"{self.url}: holds no {', '.join(sorted(unknown))} targets")
         record = self.commits[shard]
         base = f"targets/{shard:05d}-{record.attempt}.zarr/"
@@ -111,12 +117,12 @@ class Cache:
             if not path.startswith(base):
                 return path.startswith("samples/")
             pieces = path.removeprefix(base).split("/")
-            return len(pieces) == 1 or pieces[0] in wanted
+            return len(pieces) == 1 or pieces[0] in parts
 
         files = self._read(record, needed)
         groups = read_groups({p.removeprefix(base): d for p, d in files.items() if p.startswith(base)})
         table = next(data for path, data in files.items() if path.startswith("samples/"))
-        return ShardBlock(read_table(table), groups, self.spec, frozenset(wanted))
+        return read_table(table), groups
 
     def index(self) -> CacheIndex:
         """Sizes of every sample, without reading a target."""

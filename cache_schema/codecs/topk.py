@@ -16,6 +16,9 @@ from cache_schema.spec import Precision
 Arrays = dict[str, NDArray[Any]]
 Rows = slice | NDArray[np.int64]
 
+_POSITIONS_LAST = ("steps", "tail_logprob")
+"""Arrays whose last axis, not the first, runs over the positions."""
+
 _HALF = np.float32(np.finfo(np.float16).max)
 
 
@@ -96,3 +99,27 @@ def decode_topk(arrays: Mapping[str, NDArray[Any]], rows: Rows, temperatures: ND
         sampled_ids=sampled,
         sampled_counts=counts,
     )
+
+
+def join_stored(pieces: Sequence[tuple[Mapping[str, NDArray[Any]], Rows]]) -> Arrays:
+    """The block of some rows of several blocks, as stored: only the ids get a new dictionary, so the new
+    block decodes to the same values bit by bit."""
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for arrays, rows in pieces:
+        for name, values in arrays.items():
+            if name == "vocabulary":
+                continue
+            cut = values[:, rows] if name in _POSITIONS_LAST else values[rows]
+            coded = "vocabulary" in arrays and name in ("ids", "sampled_ids")
+            parts.setdefault(name, []).append(decode_ids(arrays["vocabulary"], cut) if coded else cut)
+    joined = {
+        name: np.concatenate(cuts, axis=1 if name in _POSITIONS_LAST else 0) for name, cuts in parts.items()
+    }
+    if "ids" in joined:
+        kept = joined["ids"].shape[1]
+        both = np.concatenate([joined[name] for name in ("ids", "sampled_ids") if name in joined], axis=1)
+        joined["vocabulary"], index = encode_ids(both)
+        joined["ids"] = index[:, :kept]
+        if "sampled_ids" in joined:
+            joined["sampled_ids"] = index[:, kept:]
+    return joined
