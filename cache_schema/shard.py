@@ -15,6 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from cache_schema.codecs.relation import encode_relation, pack_relations
 from cache_schema.codecs.topk import Arrays, encode_topk, join_topk
+from cache_schema.errors import CacheDamaged
 from cache_schema.records import CapturedImage, CapturedSample, QuarantinedRow, Relation, TopK
 from cache_schema.spec import TargetSpec
 from cache_schema.statistics import relation_statistics, sample_statistics, topk_statistics
@@ -281,6 +282,11 @@ def read_groups(files: Mapping[str, bytes]) -> dict[str, Arrays]:
         {path: prototype.buffer.from_bytes(data) for path, data in files.items()}
     )
     root = zarr.open_group(store, mode="r", zarr_format=3)
+    for group, members in root.groups():
+        for name, array in members.arrays():
+            chunks = sum(path.startswith(f"{group}/{name}/c/") for path in files)
+            if chunks != array.nchunks:
+                raise CacheDamaged(f"{group}/{name}: {chunks} chunks of {array.nchunks} are there")
     return {group: {name: array[...] for name, array in members.arrays()} for group, members in root.groups()}
 
 

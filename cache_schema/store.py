@@ -18,8 +18,8 @@ import fsspec
 RANGE_BYTES = 8 << 20
 """Objects above this size are read as several ranges at once."""
 
-READERS = 8
-"""Files read at once from a directory."""
+WORKERS = 8
+"""Files of a directory read or synced at once."""
 
 _CREATION = threading.Lock()
 
@@ -27,8 +27,8 @@ _CREATION = threading.Lock()
 class Store(Protocol):
     """What a cache needs of the place where it lies. Paths are relative, with forward slashes.
 
-    `put` and `put_folder` return when the bytes are durable; a reader never sees a part of a file.
-    `create` is exclusive: False, and nothing changed, when the path exists. OSError where the place
+    `list` gives path -> bytes of every file below a folder. `put` and `put_folder` return when the bytes
+    are durable; a reader never sees a part of a file. `create` is exclusive: False, and nothing changed, when the path exists. OSError where the place
     fails (FileNotFoundError for a missing file).
     """
 
@@ -40,7 +40,7 @@ class Store(Protocol):
 
     def exists(self, path: str) -> bool: ...
 
-    def list(self, folder: str = "") -> list[str]: ...
+    def list(self, folder: str = "") -> dict[str, int]: ...
 
     def modified(self, path: str) -> float: ...
 
@@ -76,17 +76,20 @@ class LocalStore:
         return (self.root / path).read_bytes()
 
     def read_many(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(WORKERS) as pool:
             return dict(zip(sizes, pool.map(self.read, sizes), strict=True))
 
     def exists(self, path: str) -> bool:
         return (self.root / path).exists()
 
-    def list(self, folder: str = "") -> list[str]:
-        found = []
+    def list(self, folder: str = "") -> dict[str, int]:
+        found = {}
         for parent, _, names in os.walk(self.root / folder):
-            found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
-        return sorted(found)
+            for name in names:
+                path = Path(parent) / name
+                with contextlib.suppress(FileNotFoundError):  # another process may be renaming it
+                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return dict(sorted(found.items()))
 
     def modified(self, path: str) -> float:
         return (self.root / path).stat().st_mtime
@@ -99,21 +102,23 @@ class LocalStore:
         except OSError:
             part.unlink(missing_ok=True)
             raise
-        _sync_folder(part.parent)
+        _sync(part.parent)
 
     def put_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
         part = self._part(folder)
         try:
             for name, data in files.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
-                self._write(part / name, data)
-            for parent, _, _ in os.walk(part, topdown=False):
-                _sync_folder(Path(parent))
+                (part / name).write_bytes(data)
+            folders = [Path(parent) for parent, _, _ in os.walk(part, topdown=False)]
+            with ThreadPoolExecutor(WORKERS) as pool:  # fsyncs at once share one journal commit
+                list(pool.map(_sync, [part / name for name in files]))
+                list(pool.map(_sync, folders))
             os.rename(part, self.root / folder)
         except OSError:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        _sync_folder(part.parent)
+        _sync(part.parent)
 
     def create(self, path: str, data: bytes) -> bool:
         part = self._part(path)
@@ -128,14 +133,14 @@ class LocalStore:
             return self._create_without_links(path, data)
         finally:
             part.unlink(missing_ok=True)
-        _sync_folder(part.parent)
+        _sync(part.parent)
         return True
 
     def move(self, path: str, target: str) -> None:
         (self.root / target).parent.mkdir(parents=True, exist_ok=True)
         os.rename(self.root / path, self.root / target)
-        _sync_folder((self.root / target).parent)
-        _sync_folder((self.root / path).parent)
+        _sync((self.root / target).parent)
+        _sync((self.root / path).parent)
 
     def remove(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -148,7 +153,7 @@ class LocalStore:
         final = self.root / path
         if not final.parent.exists():
             final.parent.mkdir(parents=True)
-            _sync_folder(final.parent.parent)
+            _sync(final.parent.parent)
         return final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.part"
 
     def _create_without_links(self, path: str, data: bytes) -> bool:
@@ -161,7 +166,7 @@ class LocalStore:
                 os.fsync(file.fileno())
         except FileExistsError:
             return False
-        _sync_folder((self.root / path).parent)
+        _sync((self.root / path).parent)
         return True
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -209,10 +214,10 @@ class ObjectStore:
         self._fs.invalidate_cache()
         return bool(self._fs.exists(self._at(path)))
 
-    def list(self, folder: str = "") -> list[str]:
+    def list(self, folder: str = "") -> dict[str, int]:
         self._fs.invalidate_cache()
-        found = self._fs.find(self._at(folder) if folder else self._root)
-        return sorted(self._fs._strip_protocol(name)[len(self._root) + 1 :] for name in found)
+        found = self._fs.find(self._at(folder) if folder else self._root, detail=True)
+        return {name[len(self._root) + 1 :]: int(info["size"]) for name, info in sorted(found.items())}
 
     def modified(self, path: str) -> float:
         return float(self._fs.modified(self._at(path)).timestamp())
@@ -245,8 +250,8 @@ class ObjectStore:
         return f"{self._root}/{path}"
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

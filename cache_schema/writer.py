@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cache_schema.checks import relation_problems, topk_problems
-from cache_schema.errors import IdentityMismatch, KdcacheError
+from cache_schema.errors import CacheDamaged, IdentityMismatch, KdcacheError
 from cache_schema.identity import compare
 from cache_schema.manifest import CommitRecord, Manifest, StoredFile, commit_path
 from cache_schema.records import CapturedSample, QuarantinedRow
@@ -53,7 +53,7 @@ class CacheWriter:
         """As `open`, on a store."""
         try:
             if not store.exists(MANIFEST):
-                _refuse_foreign(store)
+                _refuse_foreign(store, manifest)
                 store.create(MANIFEST, manifest.to_bytes())
             present = Manifest.from_bytes(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
         except OSError as error:
@@ -63,8 +63,7 @@ class CacheWriter:
 
     def committed(self) -> set[int]:
         """The shards that exist now."""
-        names = [path.removeprefix("commits/") for path in self.store.list("commits")]
-        return {int(name.removesuffix(".json")) for name in names if not name.startswith(".")}
+        return {int(path[8:-5]) for path in self.store.list("commits") if not path.startswith("commits/.")}
 
     def pending(self, rank: int = 0, world_size: int = 1) -> Iterator[int]:
         """Shards to make: those with i mod world_size = rank, then any that nobody has finished.
@@ -181,13 +180,20 @@ class CacheWriter:
 
 
 def set_aside(store: Store, commit: str) -> None:
-    """Move a commit record, which ends its shard, then the files it names, below `aside/`."""
+    """Move a commit record, which ends its shard, then those of its files that exist, below `aside/`.
+
+    An altered record no longer tells its files: they stay where they are, named by nothing.
+    """
     mark = uuid.uuid4().hex[:8]
     try:
-        record = CommitRecord.from_bytes(store.read(commit), commit)
+        try:
+            files = CommitRecord.from_bytes(store.read(commit), commit).files
+        except CacheDamaged:
+            files = ()
         store.move(commit, f"aside/{mark}/{commit}")
-        for file in record.files:
-            store.move(file.path, f"aside/{mark}/{file.path}")
+        for file in files:
+            if store.exists(file.path):
+                store.move(file.path, f"aside/{mark}/{file.path}")
     except OSError as error:
         raise store_failure(error, store) from error
 
@@ -203,16 +209,20 @@ def store_failure(error: OSError, store: Store) -> KdcacheError:
     return KdcacheError(f"{store.url}: {remedy}; every committed shard is intact")
 
 
-def _refuse_foreign(store: Store) -> None:
-    foreign = [
-        path
-        for path in store.list()
-        if path.split("/")[0] not in FOLDERS and not path.startswith(".manifest")
-    ]
-    if foreign:
-        raise KdcacheError(
-            f"{store.url}: no cache, but not empty either ({foreign[0]}); name an empty or a new directory"
-        )
+def _refuse_foreign(store: Store, manifest: Manifest) -> None:
+    """A place without a manifest must be empty, or be this very cache whose manifest was set aside."""
+    for path in store.list():
+        if path.split("/")[0] not in FOLDERS and not path.startswith(".manifest"):
+            raise KdcacheError(
+                f"{store.url}: no cache, but not empty either ({path}); name an empty or a new directory"
+            )
+        if path.startswith("commits/") and not path.startswith("commits/."):
+            record = CommitRecord.from_bytes(store.read(path), f"{store.url}/{path}")
+            if record.cache != manifest.identity:
+                raise IdentityMismatch(
+                    f"{store.url}: no manifest there, and {path} is of a cache of another identity; build with "
+                    "the same teacher, data and settings, or into another directory"
+                )
 
 
 def _refuse_other_identity(store: Store, ours: Manifest, present: Manifest) -> None:

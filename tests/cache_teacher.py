@@ -17,6 +17,7 @@ from cache_schema.records import (
 )
 from cache_schema.shard import response_count
 from cache_schema.spec import TargetSpec
+from cache_schema.writer import CacheWriter
 
 VOCAB = 500
 
@@ -141,3 +142,13 @@ def capture(
         if row % 11 == 3
     ]
     return good, bad
+
+
+def build_cache(
+    url: object, spec: TargetSpec, *, share: bool = False, rows: int = 20, **options: object
+) -> None:
+    """Build, or complete, the stand-in cache at `url`."""
+    writer = CacheWriter.open(url, make_manifest(spec, rows), **options)
+    for shard in writer.pending():
+        samples, bad = capture(writer.manifest.plan.rows_of(shard).tolist(), spec, share=share)
+        assert writer.write_shard(shard, samples, bad, engine={"engine": "stand-in"}, seconds=0.5) is not None

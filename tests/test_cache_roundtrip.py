@@ -16,7 +16,7 @@ from cache_schema import (
     open_cache,
 )
 from cache_schema.records import CapturedSample, labels_of, response_positions_of
-from tests.cache_teacher import capture, make_manifest
+from tests.cache_teacher import build_cache, capture, make_manifest
 
 SPECS = {
     "compact": TargetSpec(top_k=8),
@@ -30,13 +30,6 @@ SPECS = {
     "exact": TargetSpec(targets=("relation",), relation="exact"),
     "text": TargetSpec(targets=("response",), top_k=1),
 }
-
-
-def build(url: str, spec: TargetSpec, *, share: bool = False, rows: int = 20, **options: object) -> None:
-    writer = CacheWriter.open(url, make_manifest(spec, rows), **options)
-    for shard in writer.pending():
-        samples, bad = capture(writer.manifest.plan.rows_of(shard).tolist(), spec, share=share)
-        assert writer.write_shard(shard, samples, bad, engine={"engine": "stand-in"}, seconds=0.5) is not None
 
 
 def assert_topk(found: TopK | None, given: TopK | None, precision: str) -> None:
@@ -104,7 +97,7 @@ def assert_sample(found: Sample, given: CapturedSample, spec: TargetSpec) -> Non
 @pytest.mark.parametrize("name", SPECS)
 def test_round_trip(tmp_path, name: str, share: bool) -> None:
     spec = SPECS[name]
-    build(str(tmp_path / "cache"), spec, share=share)
+    build_cache(str(tmp_path / "cache"), spec, share=share)
     cache = open_cache(tmp_path / "cache")
     order = cache.plan.order.tolist()
     given, bad = capture(order, spec, share=share)
@@ -123,7 +116,7 @@ def test_round_trip(tmp_path, name: str, share: bool) -> None:
 
 def test_parts_of_a_shard_are_read_alone(tmp_path) -> None:
     spec = SPECS["compact"]
-    build(str(tmp_path / "cache"), spec)
+    build_cache(str(tmp_path / "cache"), spec)
     cache = open_cache(tmp_path / "cache")
     block = cache.read_shard(0, parts=("response",))
     assert block.sample(0).response is not None
@@ -147,7 +140,7 @@ def test_joining_with_another_identity_is_refused_with_both_values(tmp_path) -> 
 
 
 def test_a_missing_or_altered_target_raises(tmp_path) -> None:
-    build(str(tmp_path / "cache"), SPECS["compact"])
+    build_cache(str(tmp_path / "cache"), SPECS["compact"])
     cache = open_cache(tmp_path / "cache")
     chunk = next((tmp_path / "cache" / "targets").glob("00001-*/visual/ids/c/0/0"))
     data = chunk.read_bytes()
