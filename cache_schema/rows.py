@@ -145,6 +145,7 @@ def _index_json(path: Path, progress: Progress) -> tuple[JsonSource, list[NDArra
             spans.append(block[:, :2])
             keys.append(block[:, 2])
             progress.update(int(block[-1, 1]))
+            content.madvise(mmap.MADV_DONTNEED)  # what is indexed need not stay resident
     return JsonSource(path, np.concatenate(spans)), keys
 
 

@@ -1,0 +1,1 @@
+"""The teacher side: from dataset rows to a cache."""

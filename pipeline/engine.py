@@ -1,0 +1,90 @@
+"""What the capture asks of a teacher: final hidden states, and the head that turns them into logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cache_schema.errors import KdcacheError
+from pipeline.samples import PreparedSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The map from a final hidden state h (D,) to logits (V,), after the last norm.
+
+    z = scale * (weight h + bias), then softcap * tanh(z / softcap) where softcap is set. weight (rows, D)
+    may have more rows than vocab_size (V, the tokenizer's length); those columns do not exist for us.
+    """
+
+    weight: Tensor
+    vocab_size: int
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) float32 logits of hidden (N, D): low-precision inputs, float32 products and output."""
+        weight = self.weight[: self.vocab_size]
+        logits = _product(hidden.to(weight.device), weight)
+        if self.bias is not None:
+            logits += self.bias[: self.vocab_size].float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (N, D) @ weight (V, D)^T, accumulated and returned in float32."""
+    if weight.dtype == torch.float32 or weight.device.type != "cuda":
+        return hidden.float() @ weight.float().T
+    return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+
+
+class Engine(Protocol):
+    """A loaded teacher.
+
+    Nothing is promised about batch composition beyond rounding: float32 hidden states of a sample agree
+    between batches to about 1e-6 relative, not bit by bit.
+    """
+
+    @property
+    def head(self) -> Head:
+        """The head; its weight stays where the teacher keeps it."""
+
+    @property
+    def description(self) -> dict[str, str]:
+        """Names and versions to record with every shard."""
+
+    def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
+        """One (T, D) tensor a sample, after the final norm, in the teacher's dtype, on its device."""
+
+    def logits(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
+        """The model's own logits (T, rows), one tensor a sample, for checks only."""
+
+
+def check_head(engine: Engine, samples: Sequence[PreparedSample]) -> float:
+    """Largest difference between head(hidden) and the model's own logits, relative to their spread.
+
+    KdcacheError when it exceeds what the dtype explains: then a bias, a soft-cap, a logit scale or a norm
+    is not where it was looked for, and every target would be wrong.
+    """
+    worst = 0.0
+    head = engine.head
+    tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    for hidden, own in zip(engine.hidden_states(samples), engine.logits(samples), strict=True):
+        ours = head.logits(hidden)
+        theirs = own[:, : head.vocab_size].to(ours.device).float()
+        worst = max(worst, float((ours - theirs).abs().max() / theirs.std()))
+    if not worst <= tolerance:  # not a number counts as wrong
+        raise KdcacheError(
+            f"the teacher's hidden states and head do not give its own logits (off by {worst:.2g} of their "
+            "spread): this architecture's head is not understood, and nothing was captured"
+        )
+    return worst

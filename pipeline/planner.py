@@ -1,0 +1,55 @@
+"""The plan: which rows stand in which shard."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.manifest import Plan
+
+
+def plan_rows(first_images: NDArray[np.int64], *, shard_size: int, seed: int) -> Plan:
+    """A plan in which rows with the same first image stand side by side in one shard.
+
+    first_images (rows,) int64: the image's key, 0 for none. Rows without an image stand alone. Groups are
+    shuffled by `seed`, so that every shard is a fair sample of the data; a group over shard_size is
+    split, and so is one that no row is left to make room for.
+    """
+    rows = len(first_images)
+    members, starts = _groups(first_images, shard_size)
+    sizes = np.diff(starts)
+    generator = np.random.Generator(np.random.Philox(seed))
+    shuffled = generator.permutation(len(sizes))
+    alone = shuffled[sizes[shuffled] == 1]
+    together = shuffled[sizes[shuffled] > 1]
+    # Groups and single rows in the proportion of the whole, so that no shard is all of one kind.
+    turn = (len(alone) + 1) / (len(together) + 1)
+    order = np.empty(rows, dtype=np.int64)
+    filled = used = 0  # rows placed, single rows used
+    for done, group in enumerate(together, start=1):
+        size = int(sizes[group])
+        room = -filled % shard_size or shard_size
+        singles = min(len(alone) - used, max(0, int(turn * done) - used))
+        if room < size:
+            singles = min(room, len(alone) - used)  # the shard is filled up with single rows instead
+        elif size <= room < size + singles:
+            singles = room - size
+        taken = alone[used : used + singles]
+        order[filled : filled + singles] = members[starts[taken]]
+        filled, used = filled + singles, used + singles
+        order[filled : filled + size] = members[starts[group] : starts[group + 1]]
+        filled += size
+    order[filled:] = members[starts[alone[used:]]]
+    return Plan(rows=rows, shard_size=shard_size, order=order)
+
+
+def _groups(first_images: NDArray[np.int64], largest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows sorted by group, and where each group of at most `largest` starts (groups + 1,)."""
+    members = np.argsort(first_images, kind="stable")
+    keys = first_images[members]
+    fresh = np.ones(len(keys), dtype=bool)
+    fresh[1:] = (keys[1:] != keys[:-1]) | (keys[1:] == 0)
+    starts = np.flatnonzero(fresh)
+    within = np.arange(len(keys)) - np.repeat(starts, np.diff(np.append(starts, len(keys))))
+    fresh |= within % largest == 0
+    return members, np.append(np.flatnonzero(fresh), len(keys))

@@ -1,0 +1,67 @@
+"""Shared visual prefixes: whether a teacher allows them, and which images have the same targets.
+
+Under causal attention an image's hidden states depend only on what stands before its end, so rows about
+the same image with the same text before it share their visual and relation targets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pipeline.engine import Engine
+from pipeline.samples import PreparedSample
+
+
+def prefix_is_independent(engine: Engine, sample: PreparedSample) -> bool:
+    """Whether the hidden states up to the end of the last image ignore all that follows it.
+
+    Probed on one sample with an image: once with every later id changed, once with all of it cut off.
+    """
+    end = int(sample.images[-1].positions[-1]) + 1
+    other = sample.input_ids.copy()
+    other[end:] = _other_ids(sample, end)
+    changed = replace(sample, input_ids=other)
+    cut = replace(
+        sample,
+        input_ids=sample.input_ids[:end],
+        token_inputs={name: value[:end] for name, value in sample.token_inputs.items()},
+    )
+    (reference,) = engine.hidden_states([sample])
+    tolerance = 1e-3 if reference.dtype == torch.float32 else 5e-2
+    for variant in (changed, cut):
+        (hidden,) = engine.hidden_states([variant])
+        moved = (hidden[:end] - reference[:end]).float().norm() / reference[:end].float().norm()
+        if not float(moved) <= tolerance:
+            return False
+    return True
+
+
+def _other_ids(sample: PreparedSample, end: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+    """Ids to put in the place of those from `end` on: ordinary ones of the sample, each another than was."""
+    images = {int(position) for image in sample.images for position in image.positions}
+    ordinary = np.unique([int(i) for t, i in enumerate(sample.input_ids) if t not in images])
+    places = np.searchsorted(ordinary, sample.input_ids[end:])
+    found: np.ndarray[tuple[int, ...], np.dtype[np.int32]] = ordinary[(places + 1) % len(ordinary)]
+    return found.astype(np.int32)
+
+
+def prefix_keys(sample: PreparedSample, fingerprint: str) -> list[str]:
+    """One hex digest an image: of everything that its hidden states depend on.
+
+    The teacher (by `fingerprint`), the ids through the image's end, the files and token counts of this
+    and every earlier image, and how many images the row has (some processors cut single images finer).
+    """
+    keys = []
+    state = hashlib.sha256(f"{fingerprint} {len(sample.images)}".encode())
+    done = 0
+    for image in sample.images:
+        end = int(image.positions[-1]) + 1
+        state.update(sample.input_ids[done:end].tobytes())
+        state.update(f" {image.sha256} {image.width} {image.height} {len(image.positions)} ".encode())
+        done = end
+        keys.append(state.hexdigest())
+    return keys

@@ -1,0 +1,152 @@
+"""The relation target of an image: R = Z Z^T of its raw logits, without ever forming Z where it is linear.
+
+For a linear head Z = s [H, 1] [W, b]^T, so R = s^2 [H, 1] (A^T A) [H, 1]^T with A = [W, b]. With
+C^T C = A^T A, the matrix G = s [H, 1] C^T (P, D) is an exact factor: R = G G^T. Its leading singular
+vectors, found by subspace iteration (Halko, Martinsson and Tropp, 2011, alg. 4.4), give the best factor
+of a rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cache_schema.records import Relation
+from cache_schema.spec import TargetSpec
+from pipeline.engine import Head
+
+_COLUMNS = 8192  # vocabulary entries a chunk where the logits are needed
+_FIRST_RANK = 64
+_SLACK = 0.25  # the encoder rounds what it stores, so it is given a factor well within the bound
+
+
+class RelationMaker:
+    """Makes Relation records; holds C (D, D) float32 for a linear head."""
+
+    def __init__(self, head: Head, spec: TargetSpec) -> None:
+        self._head = head
+        self._spec = spec
+        self._root = None if head.softcap is not None else root_of(head)
+
+    def __call__(self, hidden: Tensor) -> Relation:
+        """The record of one image's hidden (P, D).
+
+        relation `factor`: columns orthogonal and falling in norm, of the smallest tried rank (64, doubled
+        up to relation_max_rank) within a quarter of the bound. `exact`: the Gram matrix.
+        """
+        with torch.inference_mode():
+            if self._root is None:
+                return self._from_gram(_chunked_gram(self._head, hidden))
+            exact = self._exact_factor(hidden)
+            if self._spec.relation == "exact":
+                return self._from_gram(exact.double() @ exact.double().T)
+            factor, residual, norm = truncate(
+                exact, bound=_SLACK * self._spec.relation_bound, max_rank=self._spec.relation_max_rank
+            )
+            return Relation(residual=residual, norm=norm, factor=factor.cpu().numpy())
+
+    def _exact_factor(self, hidden: Tensor) -> Tensor:
+        """G (P, D) float32 with R = G G^T."""
+        assert self._root is not None
+        inputs = hidden.to(self._root.device).float()
+        if self._head.bias is not None:
+            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+        exact: Tensor = inputs @ self._root
+        return exact
+
+    def _from_gram(self, gram: Tensor) -> Relation:
+        """The record of R (P, P) float64 itself."""
+        norm = float(gram.norm())
+        if self._spec.relation == "exact":
+            return Relation(residual=0.0, norm=norm, gram=gram.float().cpu().numpy())
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.flip(0)[: self._spec.relation_max_rank].clamp(min=0.0)
+        factor = vectors.flip(1)[:, : len(values)] * values.sqrt()
+        residual = _residual(values, norm * norm)
+        return Relation(residual=residual, norm=norm, factor=factor.float().cpu().numpy())
+
+
+def root_of(head: Head) -> Tensor:
+    """C^T (D, D) float32 with C^T C = s^2 A^T A, A = [W, b] over the real vocabulary; (D + 1) with a bias.
+
+    Cholesky in float64, or the eigendecomposition where A^T A is singular (V < D).
+    """
+    weight = head.weight[: head.vocab_size]
+    bias = None if head.bias is None else head.bias[: head.vocab_size]
+    device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # no float64 there
+    width = weight.shape[1] + (bias is not None)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    with torch.inference_mode():
+        for start in range(0, len(weight), _COLUMNS):
+            piece = weight[start : start + _COLUMNS].to(device).double()
+            if bias is not None:
+                piece = torch.cat([piece, bias[start : start + _COLUMNS, None].to(device).double()], dim=1)
+            gram.addmm_(piece.T, piece)
+        gram *= head.scale**2
+        root: Tensor
+        root, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed):
+            values, vectors = torch.linalg.eigh(gram)
+            root = vectors * values.clamp(min=0.0).sqrt()
+        return root.float().to(weight.device)
+
+
+def truncate(exact: Tensor, *, bound: float, max_rank: int) -> tuple[Tensor, float, float]:
+    """The leading part U (P, r) of an exact factor G (P, D), 1 - cos(G G^T, U U^T), and the norm of G G^T.
+
+    Columns of U are orthogonal and fall in norm. r grows from 64 until the residual is within `bound`, or
+    to max_rank. Residual and norm come from float64 sums.
+    """
+    tokens, width = exact.shape
+    wide = exact if exact.device.type == "mps" else exact.double()
+    small = wide @ wide.T if tokens <= width else wide.T @ wide
+    energy = float(small.square().sum())
+    limit = min(tokens, width, max_rank)
+    rank = min(_FIRST_RANK, limit)
+    while True:
+        factor, values = _leading(exact, rank)
+        residual = _residual(values, energy)
+        if residual <= bound or rank == limit:
+            return factor, residual, energy**0.5
+        rank = min(2 * rank, limit)
+
+
+def _leading(exact: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U (P, rank) and its squared column norms, by two rounds of subspace iteration from a fixed start."""
+    if rank == min(exact.shape):
+        left, sizes, _ = torch.linalg.svd(exact, full_matrices=False)
+        return left * sizes, sizes.square()
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(exact.shape[1], rank, generator=generator).to(exact.device)
+    basis = torch.linalg.qr(exact @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(exact @ torch.linalg.qr(exact.T @ basis).Q).Q
+    inner = basis.T @ exact  # (rank, D)
+    left, sizes, _ = torch.linalg.svd(inner, full_matrices=False)
+    return basis @ (left * sizes), sizes.square()
+
+
+def _residual(values: Tensor, energy: float) -> float:
+    """1 - cos(R, its part with eigenvalues `values`) where the squared norm of R is `energy`."""
+    if energy == 0.0:
+        return 0.0
+    cosine: float = (sum(value * value for value in values.tolist()) / energy) ** 0.5
+    return max(0.0, 1.0 - cosine)
+
+
+def _chunked_gram(head: Head, hidden: Tensor) -> Tensor:
+    """R (P, P) float64 of a head that is not linear, from chunks of its logits."""
+    device = torch.device("cpu") if hidden.device.type == "mps" else hidden.device
+    gram = torch.zeros(len(hidden), len(hidden), dtype=torch.float64, device=device)
+    for start in range(0, head.vocab_size, _COLUMNS):
+        end = min(start + _COLUMNS, head.vocab_size)
+        piece = Head(
+            weight=head.weight[start:end],
+            vocab_size=end - start,
+            bias=None if head.bias is None else head.bias[start:end],
+            softcap=head.softcap,
+            scale=head.scale,
+        )
+        logits = piece.logits(hidden)
+        gram += (logits @ logits.T).to(device)
+    return gram

@@ -1,0 +1,260 @@
+"""The default engine: any AutoModelForImageTextToText of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from cache_schema.errors import KdcacheError
+from pipeline.engine import Head
+from pipeline.samples import PreparedSample
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TransformersEngine:
+    """Runs the base model of a transformers model on right-padded batches."""
+
+    def __init__(self, model: Any, *, vocab_size: int, pad_token_id: int) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._pad_token_id = pad_token_id
+        self._base = model.base_model
+        if self._base is model:
+            raise KdcacheError(
+                f"{type(model).__name__} has no base model under its head; it cannot be a teacher"
+            )
+        self._head = head_of(model, vocab_size)
+
+    @property
+    def head(self) -> Head:
+        """See Engine."""
+        return self._head
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    @property
+    def description(self) -> dict[str, str]:
+        """See Engine."""
+        return {
+            "engine": "transformers",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "device": device_name(self._base.device),
+            "dtype": str(self._base.dtype).removeprefix("torch."),
+            "attention": str(self._model.config._attn_implementation),
+        }
+
+    def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
+        """See Engine."""
+        with torch.inference_mode():
+            output = self._base(**self._inputs(samples), use_cache=False, return_dict=True)
+        hidden = output.last_hidden_state
+        return [hidden[index, : len(sample)] for index, sample in enumerate(samples)]
+
+    def logits(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
+        """See Engine."""
+        with torch.inference_mode():
+            logits = self._model(**self._inputs(samples), use_cache=False, return_dict=True).logits
+        return [logits[index, : len(sample)] for index, sample in enumerate(samples)]
+
+    def _inputs(self, samples: Sequence[PreparedSample]) -> dict[str, Tensor]:
+        return {
+            name: self._placed(value)
+            for name, value in collate(samples, pad_token_id=self._pad_token_id).items()
+        }
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """On the model's device, floating point in the model's dtype, as the processors' callers do."""
+        return value.to(self._base.device, self._base.dtype if value.is_floating_point() else None)
+
+
+def collate(samples: Sequence[PreparedSample], *, pad_token_id: int) -> dict[str, Tensor]:
+    """Model inputs of a right-padded batch: ids (B, T), mask, token inputs, and pixel inputs.
+
+    Pixel inputs are joined along their first dimension; where others differ (patches or images a sample),
+    they are padded with zeros at the end, as the processors themselves do.
+    """
+    length = max(len(sample) for sample in samples)
+    inputs = {
+        "input_ids": _pad([torch.from_numpy(s.input_ids).long() for s in samples], length, pad_token_id),
+        "attention_mask": _pad([torch.ones(len(s), dtype=torch.long) for s in samples], length, 0),
+    }
+    for name in samples[0].token_inputs:
+        values = [torch.from_numpy(sample.token_inputs[name]) for sample in samples]
+        inputs[name] = _pad(values, length, 0)
+    for name in {name: None for sample in samples for name in sample.pixel_inputs}:
+        inputs[name] = join([s.pixel_inputs[name] for s in samples if name in s.pixel_inputs])
+    return inputs
+
+
+def _pad(rows: Sequence[Tensor], length: int, value: int) -> Tensor:
+    return torch.stack([functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+
+
+def join(values: Sequence[Tensor]) -> Tensor:
+    """Tensors joined along dimension 0, zero-padded to one shape in all others."""
+    if len(values) == 1:
+        return values[0]
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [wanted - size for size, wanted in zip(value.shape[1:], shape, strict=True)]
+        padding = [part for amount in reversed(missing) for part in (0, amount)]
+        padded.append(functional.pad(value, padding) if any(missing) else value)
+    return torch.cat(padded)
+
+
+def head_of(model: Any, vocab_size: int) -> Head:
+    """The head of a transformers model, its soft-cap and logit scale from the text config."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise KdcacheError(f"{type(model).__name__} has no language-model head; it cannot be a teacher")
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    weight = layer.weight.detach()
+    if weight.shape[0] < vocab_size:
+        raise KdcacheError(
+            f"the teacher's head has {weight.shape[0]} rows but its tokenizer {vocab_size} tokens; "
+            "the folder mixes two models"
+        )
+    bias = getattr(layer, "bias", None)
+    return Head(
+        weight=weight,
+        vocab_size=vocab_size,
+        bias=None if bias is None else bias.detach(),
+        softcap=None if softcap is None else float(softcap),
+        scale=scale,
+    )
+
+
+def load_processor(folder: Path) -> Any:
+    """The teacher's processor. KdcacheError that says what is missing."""
+    require_model_folder(folder)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        needs = "torchvision" if "torchvision" in str(error).lower() else "a package that is not installed"
+        raise KdcacheError(
+            f"the processor in {folder} needs {needs}; install it: {_one_line(error)}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KdcacheError(f"no usable processor in {folder}: {_one_line(error)}") from error
+    if not hasattr(processor, "tokenizer") or getattr(processor, "image_token", None) is None:
+        raise KdcacheError(
+            f"{folder} holds a {type(processor).__name__}, not a processor for images and text; "
+            "save the teacher's processor (processor_config.json, preprocessor_config.json) with it"
+        )
+    return processor
+
+
+def load_engine(
+    folder: Path,
+    *,
+    vocab_size: int,
+    pad_token_id: int,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    quantization: str | None = None,
+) -> TransformersEngine:
+    """Loads a teacher for inference.
+
+    dtype: `auto` (as saved), float32, bfloat16 or float16. device: `auto` takes the accelerator if there
+    is one, by LOCAL_RANK when several workers share a machine. device_map: given to transformers instead.
+    quantization: `8bit` or `4bit` through bitsandbytes. KdcacheError where the folder cannot be loaded.
+    """
+    require_model_folder(folder)
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else DTYPES[dtype], "local_files_only": True}
+    placed = device_map is not None or quantization is not None
+    if placed:
+        options["device_map"] = device_map or choose_device(device)
+    if quantization is not None:
+        bits = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}[quantization]
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**{bits: True})
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        hint = "; `kdcache convert` turns it into a transformers folder" if "tinyllava" in str(error) else ""
+        raise KdcacheError(f"cannot load the teacher in {folder}: {_one_line(error)}{hint}") from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise KdcacheError(
+            f"the weights in {folder} lack {len(missing)} tensors of the model ({missing[0]}, ...): "
+            "they would be random; get the whole checkpoint"
+        )
+    if not placed:
+        model = model.to(choose_device(device))
+    return TransformersEngine(model, vocab_size=vocab_size, pad_token_id=pad_token_id)
+
+
+def require_model_folder(folder: Path) -> None:
+    """KdcacheError unless `folder` holds a config.json of a model that transformers knows how to name."""
+    if not folder.is_dir():
+        raise KdcacheError(
+            f"teacher folder {folder} does not exist; give a folder with config.json and weights"
+        )
+    config = folder / "config.json"
+    if not config.is_file():
+        raise KdcacheError(f"{folder} holds no config.json; give a folder that `save_pretrained` wrote")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise KdcacheError(f"{config} is not valid JSON: {error}; get it anew") from error
+    if isinstance(kind, str) and kind.startswith("tinyllava"):
+        raise KdcacheError(
+            f"{folder} is a {kind} checkpoint; turn it into a transformers one with `kdcache convert`"
+        )
+
+
+def choose_device(device: str) -> str:
+    """`auto` as a device name; any other name as it is."""
+    if device != "auto":
+        return device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "cpu"
+    if accelerator.type == "mps":
+        return "mps"
+    return f"{accelerator.type}:{int(os.environ.get('LOCAL_RANK', '0')) % torch.accelerator.device_count()}"
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the accelerator's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def image_token_id_of(config: Any) -> int:
+    """The id that the model replaces by image features. KdcacheError when the config names none."""
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise KdcacheError(f"the config of {config.model_type} names no image token; it cannot be a teacher")
+
+
+def special_tokens(tokenizer: Any) -> Mapping[str, str | None]:
+    """The special tokens by role, as the tokenizer's digest wants them."""
+    return {role: getattr(tokenizer, f"{role}_token", None) for role in ("eos", "bos", "pad", "unk")}
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
