@@ -28,8 +28,8 @@ class Store(Protocol):
     """What a cache needs of the place where it lies. Paths are relative, with forward slashes.
 
     `list` gives path -> bytes of every file below a folder. `put` and `put_folder` return when the bytes
-    are durable; a reader never sees a part of a file. `create` is exclusive: False, and nothing changed, when the path exists. OSError where the place
-    fails (FileNotFoundError for a missing file).
+    are durable; a reader never sees a part of a file. `create` is exclusive: False, and nothing changed,
+    when the path exists. OSError where the place fails (FileNotFoundError for a missing file).
     """
 
     url: str

@@ -44,8 +44,9 @@ class Problem:
 
 @dataclass(slots=True, kw_only=True)
 class VerifyReport:
-    """What `verify` found. shards, samples, quarantined: by the commit records. missing_shards: not yet built,
-    which is no problem. leftovers: files of attempts that were never committed, harmless."""
+    """What `verify` found. shards, samples, quarantined: by the commit records. missing_shards: not yet
+    built, which is no problem. leftovers: files of attempts that were never committed, harmless.
+    """
 
     url: str
     problems: list[Problem] = field(default_factory=list)
@@ -117,7 +118,7 @@ class _Verification:
             self._problem(
                 MANIFEST,
                 what,
-                "run `kdcache verify --repair`, then the same `kdcache build` again: it writes the manifest anew",
+                "run `kdcache verify --repair`, then the same `kdcache build` again: it is written anew",
             )
 
     def _read_records(self, paths: list[str]) -> None:

@@ -220,8 +220,8 @@ def _refuse_foreign(store: Store, manifest: Manifest) -> None:
             record = CommitRecord.from_bytes(store.read(path), f"{store.url}/{path}")
             if record.cache != manifest.identity:
                 raise IdentityMismatch(
-                    f"{store.url}: no manifest there, and {path} is of a cache of another identity; build with "
-                    "the same teacher, data and settings, or into another directory"
+                    f"{store.url}: no manifest there, and {path} is of a cache of another identity; "
+                    "build with the same teacher, data and settings, or into another directory"
                 )
 
 
