@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,7 @@ def load_engine(
     quantization: `8bit` or `4bit` through bitsandbytes. KdcacheError where the folder cannot be loaded.
     """
     require_model_folder(folder)
+    transformers.utils.logging.disable_progress_bar()  # a second bar inside ours
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else DTYPES[dtype], "local_files_only": True}
     placed = device_map is not None or quantization is not None
     if placed:
@@ -248,11 +249,6 @@ def image_token_id_of(config: Any) -> int:
         if isinstance(value, int):
             return value
     raise KdcacheError(f"the config of {config.model_type} names no image token; it cannot be a teacher")
-
-
-def special_tokens(tokenizer: Any) -> Mapping[str, str | None]:
-    """The special tokens by role, as the tokenizer's digest wants them."""
-    return {role: getattr(tokenizer, f"{role}_token", None) for role in ("eos", "bos", "pad", "unk")}
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,102 @@
+"""`build`: turns a dataset and a teacher into a cache."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from cache_schema.cache import open_cache
+from cache_schema.manifest import Manifest
+from cache_schema.progress import Progress
+from cache_schema.store import open_store
+from cache_schema.writer import MANIFEST, CacheWriter
+from pipeline.engine import Engine, check_head
+from pipeline.extract import Extractor
+from pipeline.job import Job, open_job
+from pipeline.loop import CaptureLoop
+from pipeline.prefix import prefix_is_independent
+from pipeline.settings import BuildConfig, BuildSummary
+from pipeline.transformers_engine import load_engine
+from pipeline.workers import place_among_workers
+
+__all__ = ["BuildConfig", "BuildSummary", "build"]
+
+
+def build(config: BuildConfig, progress: Progress) -> BuildSummary:
+    """Captures every row of the dataset that is not in the cache yet.
+
+    Any number of workers may run it over one cache, and any run continues what is there. KdcacheError in
+    one line when it cannot go on; StoppedEarly after Ctrl-C or SIGTERM. Finished shards are kept always.
+    """
+    started = time.monotonic()
+    rank, world_size = place_among_workers(config.rank, config.world_size)
+    job = open_job(config, progress)
+    present = _present_manifest(config.out)
+    if present is not None:
+        writer = CacheWriter.open(config.out, job.manifest(present.fingerprint.capture["sharing"]))
+        if config.retry_quarantine:
+            _reopen_quarantine(writer, config.out, rank, world_size)
+        if len(writer.committed()) == job.plan.shards:
+            progress.message(f"{config.out} is finished: nothing left to capture")
+            return _summary(config.out, started, already_done=True)
+    progress.begin("loading the teacher", None)
+    engine = load_engine(
+        config.teacher,
+        vocab_size=job.vocab_size,
+        pad_token_id=job.pad_token_id,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        quantization=config.quantization,
+    )
+    sharing = _check_teacher(engine, job)
+    progress.end()
+    manifest = job.manifest(sharing)
+    writer = CacheWriter.open(config.out, manifest)
+    extractor = Extractor(
+        engine,
+        config.spec,
+        fingerprint=manifest.fingerprint.digest,
+        share=sharing,
+        batch_tokens=config.batch_tokens,
+    )
+    commits = list(open_cache(config.out).commits.values())
+    CaptureLoop(job, writer, extractor, engine, progress).run(rank, world_size, commits)
+    return _summary(config.out, started, already_done=False)
+
+
+def _check_teacher(engine: Engine, job: Job) -> bool:
+    """Refuses a teacher whose head is not understood; tells whether prefixes may be shared."""
+    sample = job.probe()
+    check_head(engine, [sample])
+    return bool(sample.images) and prefix_is_independent(engine, sample)
+
+
+def _present_manifest(out: str) -> Manifest | None:
+    """The manifest of the cache at `out`, if there is one."""
+    store = open_store(out)
+    if not store.exists(MANIFEST):
+        return None
+    return Manifest.from_bytes(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
+
+
+def _reopen_quarantine(writer: CacheWriter, out: str, rank: int, world_size: int) -> None:
+    """Sets aside this worker's shards that hold quarantined rows, so that they are captured anew."""
+    for shard, commit in open_cache(out).commits.items():
+        if shard % world_size == rank and commit.counts["quarantined"]:
+            writer.reopen(shard)
+
+
+def _summary(out: str, started: float, *, already_done: bool) -> BuildSummary:
+    commits = open_cache(out).commits.values()
+    reasons: Counter[str] = Counter()
+    for commit in commits:
+        reasons.update(commit.statistics["quarantined"])
+    return BuildSummary(
+        captured=sum(commit.counts["samples"] for commit in commits),
+        quarantined=dict(sorted(reasons.items())),
+        shards=len(commits),
+        tokens=sum(commit.counts["tokens"] for commit in commits),
+        seconds=time.monotonic() - started,
+        already_done=already_done,
+    )

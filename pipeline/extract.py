@@ -1,0 +1,253 @@
+"""From prepared samples to captured ones: batches, one forward each, targets of every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_schema.records import (
+    IGNORE_INDEX,
+    CapturedImage,
+    CapturedSample,
+    QuarantinedRow,
+    Relation,
+    TopK,
+    labels_of,
+    prompt_positions_of,
+    response_positions_of,
+)
+from cache_schema.spec import TargetSpec
+from pipeline.engine import Engine
+from pipeline.prefix import prefix_keys
+from pipeline.samples import PreparedSample
+from pipeline.targets import TargetMaker
+
+Captured = CapturedSample | QuarantinedRow
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """The positions of one sample whose records are asked for, kind by kind."""
+
+    sample: PreparedSample
+    keys: list[str | None]
+    owned: list[bool]  # per image: whether this sample brings its visual and relation records
+    response: NDArray[np.int32] | None
+    prompt: NDArray[np.int32] | None
+
+    def positions(self, spec: TargetSpec) -> list[NDArray[np.int32]]:
+        """Position arrays in the order response, prompt, each owned image."""
+        parts = [part for part in (self.response, self.prompt) if part is not None]
+        if "visual" in spec.targets:
+            images = zip(self.sample.images, self.owned, strict=True)
+            parts += [image.positions for image, owned in images if owned]
+        return parts
+
+
+class Extractor:
+    """Captures windows of samples with one engine.
+
+    share: images with equal prefix keys (under `fingerprint`) get their visual and relation records once.
+    batch_tokens: padded tokens of a batch; it halves by itself when memory runs out, and stays so.
+    """
+
+    def __init__(
+        self, engine: Engine, spec: TargetSpec, *, fingerprint: str, share: bool, batch_tokens: int
+    ) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._maker = TargetMaker(engine.head, spec)
+        self._fingerprint = fingerprint
+        self._share = share
+        self.batch_tokens = batch_tokens
+
+    def capture(self, samples: Sequence[PreparedSample], seen: set[str]) -> Iterator[list[Captured]]:
+        """Captured samples (or rows that turned out not to be capturable), a list for every batch run.
+
+        A row may come twice; the later result counts.
+        seen: prefix keys whose records the shard already has; keys captured here are added. The first of
+        `samples` with a key brings the records, the others refer to them.
+        """
+        waiting = list(samples)
+        while waiting:
+            claimed: set[str] = set()
+            wanted = [self._wanted(sample, seen, claimed) for sample in waiting]
+            orphans = []
+            results: dict[int, Captured] = {}
+            for batch in batches(waiting, self.batch_tokens):
+                captured = self._run([wanted[index] for index in batch])
+                results |= zip(batch, captured, strict=True)
+                yield captured
+            for index, want in enumerate(wanted):
+                if isinstance(results[index], CapturedSample):
+                    seen.update(k for k, owned in zip(want.keys, want.owned, strict=True) if owned and k)
+            # Samples whose records an uncapturable one was to bring are captured again, on their own.
+            for index, want in enumerate(wanted):
+                if isinstance(results[index], CapturedSample) and not seen.issuperset(
+                    filter(None, want.keys)
+                ):
+                    orphans.append(want.sample)
+            waiting = orphans
+
+    def _wanted(self, sample: PreparedSample, seen: set[str], claimed: set[str]) -> _Wanted:
+        keys: list[str | None] = [None] * len(sample.images)
+        if self._share:
+            keys = list(prefix_keys(sample, self._fingerprint))
+        owned = []
+        for key in keys:
+            owned.append(key is None or (key not in seen and key not in claimed))
+            if key is not None:
+                claimed.add(key)
+        response = response_positions_of(labels_of(sample.input_ids, sample.label_spans))
+        visual = np.concatenate([np.empty(0, np.int32), *(image.positions for image in sample.images)])
+        prompt = prompt_positions_of(len(sample), response, visual)
+        return _Wanted(
+            sample=sample,
+            keys=keys,
+            owned=owned,
+            response=response if "response" in self._spec.targets else None,
+            prompt=prompt if "prompt" in self._spec.targets else None,
+        )
+
+    def _run(self, wanted: Sequence[_Wanted]) -> list[Captured]:
+        """One batch; on exhausted memory its halves, and the budget shrinks."""
+        try:
+            return self._forward(wanted)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        _release_memory()
+        if len(wanted) == 1:
+            sample = wanted[0].sample
+            detail = f"{len(sample)} tokens do not fit into memory on their own"
+            return [
+                QuarantinedRow(
+                    row=sample.row, sample_id=sample.sample_id, reason="out_of_memory", detail=detail
+                )
+            ]
+        longest = max(len(want.sample) for want in wanted)
+        self.batch_tokens = max(longest, min(self.batch_tokens, longest * len(wanted)) // 2)
+        half = len(wanted) // 2
+        return self._run(wanted[:half]) + self._run(wanted[half:])
+
+    def _forward(self, wanted: Sequence[_Wanted]) -> list[Captured]:
+        hidden = self._engine.hidden_states([want.sample for want in wanted])
+        parts = [want.positions(self._spec) for want in wanted]
+        picked, labels, rows, positions = [], [], [], []
+        for want, states, own in zip(wanted, hidden, parts, strict=True):
+            ids = np.append(want.sample.input_ids[1:], IGNORE_INDEX)
+            for part in own:
+                picked.append(states[torch.from_numpy(part).long().to(states.device)])
+                labels.append(ids[part])
+                rows.append(np.full(len(part), want.sample.row))
+                positions.append(part)
+        records: Iterator[TopK] = iter(())
+        if picked:
+            whole = self._maker.topk(
+                torch.cat(picked),
+                np.concatenate(labels),
+                rows=np.concatenate(rows),
+                positions=np.concatenate(positions),
+            )
+            records = iter(_split(whole, [len(part) for part in positions]))
+        return [
+            self._assemble(want, states, [next(records) for _ in own])
+            for want, states, own in zip(wanted, hidden, parts, strict=True)
+        ]
+
+    def _assemble(self, want: _Wanted, hidden: Tensor, records: list[TopK]) -> Captured:
+        sample = want.sample
+        left = iter(records)
+        response = next(left) if want.response is not None else None
+        prompt = next(left) if want.prompt is not None else None
+        images = []
+        relations: list[Relation] = []
+        for image, key, owned in zip(sample.images, want.keys, want.owned, strict=True):
+            visual = relation = None
+            if owned and "visual" in self._spec.targets:
+                visual = replace(next(left), label_logprob=None)  # no text follows there
+            if owned and "relation" in self._spec.targets:
+                relation = self._maker.relation(
+                    hidden[torch.from_numpy(image.positions).long().to(hidden.device)]
+                )
+                relations.append(relation)
+            images.append(CapturedImage(record=image, prefix_key=key, visual=visual, relation=relation))
+        finite = all(np.isfinite(record.logsumexp).all() for record in records)
+        if not finite or not all(np.isfinite(relation.norm) for relation in relations):
+            return QuarantinedRow(
+                row=sample.row,
+                sample_id=sample.sample_id,
+                reason="not_finite",
+                detail="the teacher's logits are not finite numbers",
+            )
+        return CapturedSample(
+            row=sample.row,
+            sample_id=sample.sample_id,
+            input_ids=sample.input_ids,
+            label_spans=sample.label_spans,
+            images=tuple(images),
+            response=response,
+            prompt=prompt,
+            model_inputs=sample.token_inputs,
+        )
+
+
+def batches(samples: Sequence[PreparedSample], batch_tokens: int) -> list[list[int]]:
+    """Indices of samples, cut into batches of similar length, longest first, at most batch_tokens padded.
+
+    A sample over the budget is a batch of its own. Samples with and without images do not mix. Depends on
+    the samples alone, so that every worker forms the same batches.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (not samples[i].images, -len(samples[i]), i))
+    found: list[list[int]] = []
+    for index in order:
+        if found:
+            first = samples[found[-1][0]]
+            room = len(first) * (len(found[-1]) + 1) <= batch_tokens
+            if room and bool(first.images) == bool(samples[index].images):
+                found[-1].append(index)
+                continue
+        found.append([index])
+    return found
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch failed for want of memory, on an accelerator or on the CPU."""
+    text = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
+
+
+def _release_memory() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def _split(whole: TopK, lengths: Sequence[int]) -> list[TopK]:
+    """Consecutive pieces of a record."""
+    pieces, start = [], 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        start += length
+        pieces.append(
+            replace(
+                whole,
+                token_ids=whole.token_ids[piece],
+                logprobs=whole.logprobs[piece],
+                tail_logprob=whole.tail_logprob[piece],
+                logsumexp=whole.logsumexp[piece],
+                entropy=whole.entropy[piece],
+                label_logprob=None if whole.label_logprob is None else whole.label_logprob[piece],
+                sampled_ids=None if whole.sampled_ids is None else whole.sampled_ids[piece],
+                sampled_counts=None if whole.sampled_counts is None else whole.sampled_counts[piece],
+            )
+        )
+    return pieces

@@ -1,0 +1,124 @@
+"""The identity of a build: teacher, tokenizer, template, image processor, data and spec."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PretrainedConfig
+
+from cache_schema.errors import KdcacheError
+from cache_schema.identity import Fingerprint, digest_of, tokenizer_digest
+from cache_schema.spec import TargetSpec
+from pipeline.templates import ChatTemplate
+
+ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+)
+"""The teacher's small files that a cache carries, so that students are made without the teacher."""
+
+_CONFIG_NOISE = frozenset({"_name_or_path", "transformers_version", "architectures"})
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over names and SHA-256 of the weight files in `folder` (.safetensors, else .bin)."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise KdcacheError(f"{folder} holds no weights (*.safetensors); give the whole checkpoint")
+    digests = {}
+    for path in files:
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of(digests)
+
+
+def fingerprint_of(
+    *,
+    weights: str,
+    config: PretrainedConfig,
+    processor: Any,
+    template: ChatTemplate,
+    image_token_id: int,
+    dtype: str,
+    dataset: str,
+    spec: TargetSpec,
+    sharing: bool,
+    rules: dict[str, Any],
+    recorded: dict[str, Any],
+) -> Fingerprint:
+    """The fingerprint of a build.
+
+    weights, dataset: digests. rules: what decides which rows are captured and how they are cut.
+    """
+    tokenizer = processor.tokenizer
+    special = {role: getattr(tokenizer, f"{role}_token", None) for role in ("eos", "bos", "pad", "unk")}
+    vocabulary = tokenizer_digest(tokenizer.get_vocab(), special)
+    settings = json.loads(json.dumps(config.to_dict(), default=str))
+    return Fingerprint(
+        capture={
+            "teacher_weights": weights,
+            "teacher_config": digest_of(_without_noise(settings)),
+            "dtype": dtype,
+            "tokenizer": vocabulary,
+            "chat_template": digest_of(template.text),
+            "image_processor": digest_of(json.loads(processor.image_processor.to_json_string())),
+            "dataset": dataset,
+            "spec": spec.to_json(),
+            "sharing": sharing,
+            "rules": rules,
+        },
+        training={
+            "tokenizer": vocabulary,
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": pad_token_id_of(tokenizer),
+            "image_token_id": image_token_id,
+            "chat_template": template.text,
+            "template_name": template.name,
+            "vision_feature_layer": settings.get("vision_feature_layer"),
+            "vision_feature_select_strategy": settings.get("vision_feature_select_strategy"),
+            "model_type": config.model_type,
+            "image_seq_tokens": image_tokens(processor, image_token_id),
+        },
+        recorded=recorded,
+    )
+
+
+def pad_token_id_of(tokenizer: Any) -> int:
+    """The padding id, or the end-of-sequence id, or 0: padded positions are masked, so any id serves."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def image_tokens(processor: Any, image_token_id: int) -> int | None:
+    """Placeholder tokens of an image when images of all shapes have as many, else None."""
+    counts = set()
+    for size in ((96, 96), (160, 96), (96, 224)):
+        images = [[Image.new("RGB", size)]]
+        ids = processor(text=[processor.image_token], images=images, return_tensors="np")["input_ids"]
+        counts.add(int((ids == image_token_id).sum()))
+    return counts.pop() if len(counts) == 1 else None
+
+
+def read_assets(folder: Path) -> dict[str, bytes]:
+    """The files of ASSETS that `folder` has, name -> bytes."""
+    return {name: (folder / name).read_bytes() for name in ASSETS if (folder / name).is_file()}
+
+
+def _without_noise(settings: Any) -> Any:
+    """Config values without those that say nothing about the model."""
+    if isinstance(settings, dict):
+        return {key: _without_noise(value) for key, value in settings.items() if key not in _CONFIG_NOISE}
+    return [_without_noise(item) for item in settings] if isinstance(settings, list) else settings

@@ -1,0 +1,149 @@
+"""All of a build that is known before the teacher's weights are loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig
+
+from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.manifest import Manifest, Plan
+from cache_schema.progress import Progress
+from cache_schema.rows import Dataset, open_dataset
+from pipeline.fingerprint import fingerprint_of, pad_token_id_of, read_assets, weights_digest
+from pipeline.planner import plan_rows
+from pipeline.samples import PreparedSample, SamplePreparer
+from pipeline.settings import BuildConfig
+from pipeline.templates import ChatTemplate, load_template
+from pipeline.transformers_engine import image_token_id_of, load_processor
+
+_PROBES = 64  # rows looked at for those that can probe the teacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A dataset, its plan, and a teacher as far as its small files tell."""
+
+    config: BuildConfig
+    dataset: Dataset
+    plan: Plan
+    processor: Any
+    template: ChatTemplate
+    teacher_config: Any
+    weights: str
+    preparer: SamplePreparer
+    rules: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's length."""
+        return len(self.processor.tokenizer)
+
+    @property
+    def pad_token_id(self) -> int:
+        """See pad_token_id_of."""
+        return pad_token_id_of(self.processor.tokenizer)
+
+    @property
+    def dtype(self) -> str:
+        """The name of the teacher's dtype: as asked for, or as its config says."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        return str(self.teacher_config.dtype or "float32").removeprefix("torch.")
+
+    def manifest(self, sharing: bool) -> Manifest:
+        """The manifest of this build; sharing: whether images with equal prefixes share records."""
+        fingerprint = fingerprint_of(
+            weights=self.weights,
+            config=self.teacher_config,
+            processor=self.processor,
+            template=self.template,
+            image_token_id=image_token_id_of(self.teacher_config),
+            dtype=self.dtype if self.config.quantization is None else self.config.quantization,
+            dataset=self.dataset.digest,
+            spec=self.config.spec,
+            sharing=sharing,
+            rules=self.rules,
+            recorded={"engine": self.config.engine, "transformers": transformers.__version__},
+        )
+        return Manifest(
+            fingerprint=fingerprint,
+            spec=self.config.spec,
+            plan=self.plan,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            assets=read_assets(self.config.teacher),
+            dataset={
+                "data": str(self.config.data),
+                "image_root": str(self.config.image_root),
+                "rows": len(self.dataset),
+                "rows_captured_from": self.plan.rows,
+                "teacher": str(self.config.teacher),
+            },
+        )
+
+    def probe(self) -> PreparedSample:
+        """A capturable sample, the first in plan order that has an image, or else any.
+
+        KdcacheError when none of the rows looked at can be captured: then the data or its root is wrong.
+        """
+        order, images = self.plan.order, self.dataset.first_images
+        looked_at = [*order[images[order] != 0][:_PROBES], *order[images[order] == 0][:_PROBES]]
+        failures: list[RowRejected] = []
+        for row in looked_at:
+            try:
+                return self.preparer.prepare(self.dataset[int(row)])
+            except RowRejected as error:
+                failures.append(error)
+        reasons = Counter(error.reason for error in failures)
+        raise KdcacheError(
+            f"none of {len(failures)} rows tried can be captured "
+            f"({', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}); "
+            f"for example row {looked_at[0]}: {failures[0].detail}"
+        )
+
+
+def open_job(config: BuildConfig, progress: Progress) -> Job:
+    """Reads everything but the weights' values. KdcacheError names what is missing or does not fit."""
+    processor = load_processor(config.teacher)
+    template = load_template(processor, config.template)
+    teacher_config = AutoConfig.from_pretrained(config.teacher, local_files_only=True)
+    dataset = open_dataset(config.data, progress)
+    rows = min(len(dataset), config.limit or len(dataset))
+    first_images = dataset.first_images[:rows]
+    if first_images.any() and not config.image_root.is_dir():
+        raise KdcacheError(
+            f"image root {config.image_root} is not a folder; give the one that image paths start in"
+        )
+    max_length = config.max_length
+    longest = getattr(teacher_config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        progress.message(
+            f"max_length {max_length} is more than the teacher's {longest} positions; using {longest}"
+        )
+        max_length = longest
+    progress.begin("hashing the teacher's weights", None)
+    weights = weights_digest(config.teacher)
+    progress.end()
+    return Job(
+        config=config,
+        dataset=dataset,
+        plan=plan_rows(first_images, shard_size=config.shard_size, seed=config.spec.seed),
+        processor=processor,
+        template=template,
+        teacher_config=teacher_config,
+        weights=weights,
+        preparer=SamplePreparer(
+            processor,
+            template,
+            image_token_id=image_token_id_of(teacher_config),
+            image_root=Path(config.image_root),
+            max_length=max_length,
+            over_long=config.over_long,
+        ),
+        rules={"max_length": max_length, "over_long": config.over_long},
+    )

@@ -1,0 +1,197 @@
+"""The capture loop: shards, windows of prepared samples, batches, and the writer, all at once."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly
+from cache_schema.manifest import CommitRecord
+from cache_schema.progress import Progress
+from cache_schema.records import CapturedSample, QuarantinedRow
+from cache_schema.writer import CacheWriter
+from pipeline.engine import Engine
+from pipeline.extract import Captured, Extractor
+from pipeline.interrupt import Interrupt
+from pipeline.job import Job
+from pipeline.prefetch import Prefetch
+from pipeline.samples import PreparedSample, SamplePreparer
+
+_WINDOW_BYTES = 512 << 20  # pixels prepared at once; up to three windows are in memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Consecutive rows of a shard, prepared or rejected. last: the shard ends with it."""
+
+    shard: int
+    samples: list[PreparedSample]
+    rejected: list[QuarantinedRow]
+    last: bool
+
+
+@dataclass(slots=True)
+class _Shard:
+    """A shard under way."""
+
+    index: int
+    started: float
+    results: dict[int, Captured] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+
+
+class CaptureLoop:
+    """Captures the pending shards of one worker."""
+
+    def __init__(
+        self, job: Job, writer: CacheWriter, extractor: Extractor, engine: Engine, progress: Progress
+    ) -> None:
+        self._job = job
+        self._writer = writer
+        self._extractor = extractor
+        self._engine = engine
+        self._progress = progress
+        self._threads = threading.local()
+        self._rows = self._samples = self._tokens = self._bytes = 0  # of this run
+        self._bad: Counter[str] = Counter()  # of the whole cache, by reason
+        self._good = 0
+
+    def run(self, rank: int, world_size: int, commits: list[CommitRecord]) -> None:
+        """Captures until no shard is pending. commits: what the cache already has.
+
+        StoppedEarly after Ctrl-C or SIGTERM; KdcacheError when too many rows are bad or the disk refuses.
+        """
+        plan = self._job.plan
+        for commit in commits:
+            self._good += commit.counts["samples"]
+            self._bad.update(commit.statistics["quarantined"])
+        self._rows = sum(len(plan.rows_of(commit.shard)) for commit in commits)
+        self._started, self._already = time.monotonic(), self._rows
+        self._progress.begin("capturing", plan.rows)
+        self._progress.update(self._rows)
+        windows = self._windows(self._writer.pending(rank, world_size))
+        try:
+            with Interrupt() as interrupt, ThreadPoolExecutor(1) as disk, Prefetch(windows) as ready:
+                writing: Future[CommitRecord | None] | None = None
+                shard: _Shard | None = None
+                for window in ready:
+                    if shard is None or shard.index != window.shard:
+                        shard = _Shard(index=window.shard, started=time.monotonic())
+                    self._capture(window, shard, interrupt)
+                    if window.last:
+                        self._refuse_bad_data(shard)
+                        self._settle(writing)
+                        writing = disk.submit(self._write, shard)
+                        shard = None
+                self._settle(writing)
+        finally:
+            self._progress.end()
+
+    # ---- preparing, in the prefetch thread ----
+
+    def _windows(self, shards: Iterator[int]) -> Iterator[Window]:
+        """The rows of every shard, in windows of limited size, prepared by several threads."""
+        with ThreadPoolExecutor(self._job.config.prepare_threads) as pool:
+            for shard in shards:
+                samples: list[PreparedSample] = []
+                rejected: list[QuarantinedRow] = []
+                pixels = 0
+                rows = self._job.plan.rows_of(shard).tolist()
+                step = 4 * self._job.config.prepare_threads
+                for start in range(0, len(rows), step):
+                    for result in pool.map(self._prepare, rows[start : start + step]):
+                        if isinstance(result, QuarantinedRow):
+                            rejected.append(result)
+                        else:
+                            samples.append(result)
+                            pixels += result.pixel_bytes
+                    last = start + step >= len(rows)
+                    if last or pixels >= _WINDOW_BYTES:
+                        yield Window(shard=shard, samples=samples, rejected=rejected, last=last)
+                        samples, rejected, pixels = [], [], 0
+
+    def _prepare(self, row: int) -> PreparedSample | QuarantinedRow:
+        """One row; every thread has a processor of its own, because tokenizers are not to be shared."""
+        preparer: SamplePreparer | None = getattr(self._threads, "preparer", None)
+        if preparer is None:
+            preparer = self._threads.preparer = copy.deepcopy(self._job.preparer)
+        dataset = self._job.dataset
+        try:
+            return preparer.prepare(dataset[row])
+        except RowRejected as error:
+            return QuarantinedRow(
+                row=row, sample_id=dataset.label_of(row), reason=error.reason, detail=error.detail
+            )
+
+    # ---- capturing, in the main thread ----
+
+    def _capture(self, window: Window, shard: _Shard, interrupt: Interrupt) -> None:
+        shard.results |= {row.row: row for row in window.rejected}
+        self._rows += len(window.rejected)
+        for captured in self._extractor.capture(window.samples, shard.seen):
+            for result in captured:
+                fresh = result.row not in shard.results
+                shard.results[result.row] = result
+                if fresh:
+                    self._rows += 1
+                    if isinstance(result, CapturedSample):
+                        self._samples += 1
+                        self._tokens += len(result.input_ids)
+            self._show()
+            if interrupt.asked:
+                raise StoppedEarly(
+                    "stopped on request; finished shards are kept: run the same command again to go on"
+                )
+
+    def _refuse_bad_data(self, shard: _Shard) -> None:
+        """KdcacheError when the share of bad rows, of the cache so far and this shard, is over the limit."""
+        bad = [result for result in shard.results.values() if isinstance(result, QuarantinedRow)]
+        self._bad.update(row.reason for row in bad)
+        self._good += len(shard.results) - len(bad)
+        total, limit = self._bad.total(), self._job.config.max_bad
+        share = total / (total + self._good)
+        if (share > limit) if limit is not None else (self._good == 0):
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self._bad.most_common())
+            allowed = "" if limit is None else f", more than --max-bad {limit:g}"
+            raise KdcacheError(
+                f"{total} of {total + self._good} rows so far cannot be captured ({reasons}){allowed}; "
+                f"for example row {bad[0].row}: {bad[0].detail}"
+            )
+
+    # ---- writing, in a thread of its own ----
+
+    def _write(self, shard: _Shard) -> CommitRecord | None:
+        rows = [shard.results[row] for row in self._job.plan.rows_of(shard.index).tolist()]
+        return self._writer.write_shard(
+            shard.index,
+            [row for row in rows if isinstance(row, CapturedSample)],
+            [row for row in rows if isinstance(row, QuarantinedRow)],
+            engine=self._engine.description,
+            seconds=time.monotonic() - shard.started,
+        )
+
+    def _settle(self, writing: Future[CommitRecord | None] | None) -> None:
+        """Waits for the shard that is being written; its errors are raised here."""
+        if writing is None:
+            return
+        record = writing.result()
+        if record is None:
+            self._progress.message("a shard was finished by another worker first; this one's copy is dropped")
+        else:
+            self._bytes += sum(file.bytes for file in record.files)
+        self._show()
+
+    def _show(self) -> None:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self._progress.update(
+            self._rows,
+            samples=f"{self._samples / seconds:.1f}/s",
+            tokens=f"{self._tokens / seconds:,.0f}/s",
+            written=f"{self._bytes / 1e6:,.1f} MB",
+            batch=f"{self._extractor.batch_tokens} tokens",
+        )
