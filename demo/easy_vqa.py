@@ -39,10 +39,14 @@ class Attributes:
     color: str | None
 
     @property
-    def caption(self) -> str:
-        """For example "a red circle", "a circle" or "a red shape"."""
-        words = [word for word in (self.color, self.shape or "shape") if word]
-        return "a " + " ".join(words)
+    def captions(self) -> tuple[str, ...]:
+        """Ways to say it, for example ("red circle", "circle in red"); one way where an attribute is unknown.
+
+        No article: after `<image>` comes a word about the image, not the same "a" for all of them.
+        """
+        if self.shape and self.color:
+            return f"{self.color} {self.shape}", f"{self.shape} in {self.color}"
+        return (self.shape or f"{self.color or 'plain'} shape",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +131,9 @@ def write_dataset(
 ) -> DemoData:
     """Writes images, captions.json, conversations.json and test.json under `out`, in LLaVA's row format.
 
-    A caption row and a conversation row for each training image, the conversation's turns in an order drawn
-    from (seed, image id); one single-turn row for each test question, with its "kind" (`question_kind`). Same
-    arguments, same bytes.
+    A caption row and a conversation row for each training image, the caption's wording and the order of turns
+    drawn from (seed, image id); one single-turn row for each test question, with its "kind".
+    Same arguments, same bytes.
 
     Args:
         out: folder to write to, made when absent; files of the same names are overwritten.
@@ -152,9 +156,11 @@ def write_dataset(
     captions, conversations, questions = [], [], []
     for picture in train:
         image = _copy_image(picture, data.image_root, "train")
-        captions.append(_row(f"caption-{picture.image_id}", image, [(DESCRIBE, picture.attributes.caption)]))
+        rng = random.Random(f"row-{seed}-{picture.image_id}")
+        caption = rng.choice(picture.attributes.captions)
+        captions.append(_row(f"caption-{picture.image_id}", image, [(DESCRIBE, caption)]))
         turns = list(picture.questions)
-        random.Random(f"turns-{seed}-{picture.image_id}").shuffle(turns)
+        rng.shuffle(turns)
         conversations.append(_row(f"conversation-{picture.image_id}", image, turns))
     for picture in test:
         image = _copy_image(picture, data.image_root, "test")

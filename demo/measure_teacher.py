@@ -77,7 +77,7 @@ def mean_entropy(
     sums = {"visual": 0.0, "response": 0.0}
     counts = {"visual": 0, "response": 0}
     for row, picture in enumerate(pictures):
-        ids, labels = texts.conversation(row, picture.questions)
+        ids, labels = texts.conversation(picture.questions)
         logits = model(input_ids=torch.tensor([ids]), pixel_values=normalized(images[row : row + 1])).logits[
             0
         ]

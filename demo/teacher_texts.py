@@ -1,31 +1,29 @@
-"""The training split as token ids and labels, as the teacher's training reads it."""
+"""Captions and turns as token ids and labels, as the teacher's training reads them."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from demo.easy_vqa import Picture
 from demo.language_model import IGNORE
 from demo.tokenizer import END, IMAGE
 from demo.vision_tower import VISUAL_TOKENS
 
 
 class Texts:
-    """A split as token ids and labels, each image token repeated for every visual token."""
+    """Captions and turns as token ids and labels, the image token repeated for every visual token."""
 
-    def __init__(self, pictures: Sequence[Picture], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.vocabulary = len(tokenizer)
         self._tokenizer = tokenizer
         self._image_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
         self._cache: dict[str, list[int]] = {}
-        self._pictures = pictures
 
-    def caption(self, row: int) -> tuple[list[int], list[int]]:
-        """(ids, labels) of `<image>{caption}` and a line end; image and text, the text supervised."""
-        answer = self._encode(f"{self._pictures[row].attributes.caption}\n")
+    def caption(self, caption: str) -> tuple[list[int], list[int]]:
+        """(ids, labels) of `<image>{caption}` and a line end; the caption and the line end supervised."""
+        answer = self._encode(f"{caption}\n")
         return self._joined([(self._encode(IMAGE), answer)])
 
-    def conversation(self, row: int, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    def conversation(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """(ids, labels) of the turns as the chat template writes them; answers and their ends supervised."""
         pieces = []
         for number, (question, answer) in enumerate(turns):

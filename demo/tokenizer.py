@@ -40,9 +40,9 @@ def turn_text(question: str, answer: str) -> str:
 def training_texts(pictures: Sequence[Picture]) -> Iterator[str]:
     """The text of a split: every turn, the captions, and the request for one, without image tokens."""
     for picture in pictures:
-        caption = picture.attributes.caption
-        yield f"{caption}\n"
-        yield turn_text(f"\n{DESCRIBE}", caption)
+        for caption in picture.attributes.captions:
+            yield f"{caption}\n"
+            yield turn_text(f"\n{DESCRIBE}", caption)
         for question, answer in picture.questions:
             yield turn_text(question, answer)
             yield turn_text(f"\n{question}", answer)

@@ -22,27 +22,19 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    GenerationConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
     SiglipVisionModel,
 )
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from cache_schema.progress import Progress
 from demo.easy_vqa import Picture, load_pictures
 from demo.language_model import IGNORE, padded, train_language_model
 from demo.measure_teacher import answer_accuracy, mean_entropy
+from demo.teacher_model import assemble, make_processor, save_teacher
 from demo.teacher_texts import Texts
-from demo.tokenizer import CHAT_TEMPLATE, IMAGE, train_tokenizer, training_texts, turn_text
+from demo.tokenizer import train_tokenizer, training_texts, turn_text
 from demo.vision_tower import (
-    FEATURE_LAYER,
-    IMAGE_SIZE,
-    PATCH_SIZE,
-    VISUAL_TOKENS,
     TowerTraining,
     load_images,
     normalized,
@@ -63,10 +55,10 @@ class TeacherTraining:
     hidden_size: int = 160
     layers: int = 4
     heads: int = 5
-    text_steps: int = 300
-    caption_steps: int = 200
+    text_steps: int = 150
+    caption_steps: int = 100
     caption_learning_rate: float = 3e-3
-    instruction_steps: int = 2400
+    instruction_steps: int = 1200
     instruction_learning_rate: float = 1e-3
     batch: int = 32
     weight_decay: float = 0.05
@@ -79,7 +71,7 @@ def caption_batches(
     """(picture numbers, rows) for each step, captions only."""
     for _ in range(steps):
         chosen = [rng.randrange(len(pictures)) for _ in range(batch)]
-        yield chosen, [texts.caption(row) for row in chosen]
+        yield chosen, [texts.caption(rng.choice(pictures[row].attributes.captions)) for row in chosen]
 
 
 def instruction_batches(
@@ -97,11 +89,11 @@ def instruction_batches(
         for row in chosen:
             questions = pictures[row].questions
             if draw < 0.1:
-                rows.append(texts.caption(row))
+                rows.append(texts.caption(rng.choice(pictures[row].attributes.captions)))
             elif draw < 0.6:
-                rows.append(texts.conversation(row, [rng.choice(questions)]))
+                rows.append(texts.conversation([rng.choice(questions)]))
             else:
-                rows.append(texts.conversation(row, rng.sample(questions, min(len(questions), 8))))
+                rows.append(texts.conversation(rng.sample(questions, min(len(questions), 8))))
         yield chosen, rows
 
 
@@ -149,49 +141,6 @@ def train_phase(
         if check is not None and (step % 400 == 0 or step == steps):
             progress.message(f"{name}, step {step}: {check()}")
     progress.end()
-
-
-def assemble(
-    tower: SiglipVisionModel,
-    language_model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-) -> LlavaForConditionalGeneration:
-    """A LLaVA model around the two parts, its projector fresh; generation is greedy."""
-    torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        projector_hidden_act="gelu",
-        vision_feature_layer=FEATURE_LAYER,
-        vision_feature_select_strategy="full",
-        image_seq_length=VISUAL_TOKENS,
-        tie_word_embeddings=language_model.config.tie_word_embeddings,
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.language_model.load_state_dict(language_model.model.state_dict())
-    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=16,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model
-
-
-def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """The processor that feeds `assemble`'s model; images of another size are resized to a square."""
-    return LlavaProcessor(
-        SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
-        tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="full",
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 class WorkFolder:
@@ -253,7 +202,7 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
     images = load_images(pictures)
     seen, held_out = pictures[:-HELD_OUT], pictures[-HELD_OUT:]
     tokenizer = train_tokenizer(training_texts(seen))
-    texts = Texts(pictures, tokenizer)
+    texts = Texts(tokenizer)
 
     def make_tower(path: Path) -> None:
         attributes = [picture.attributes for picture in pictures]
@@ -268,7 +217,7 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
         for picture in seen:
             turns = rng.sample(picture.questions, len(picture.questions))
             lines.append("".join(turn_text(question, answer) for question, answer in turns))
-            lines.append(f"{picture.attributes.caption}\n")
+            lines += [f"{caption}\n" for caption in picture.attributes.captions]
         train_language_model(
             lines,
             tokenizer,
@@ -350,13 +299,6 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
     return record
 
 
-def save_teacher(trained: Path, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes `out`: bfloat16 weights, configuration, processor. Files of an older teacher are replaced."""
-    shutil.rmtree(out, ignore_errors=True)
-    LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(out)
-    make_processor(tokenizer).save_pretrained(out)
-
-
 def measure(out: Path, progress: Progress) -> dict[str, Any]:
     """Loads the shipped teacher in float32, as a user would, and measures it on the test split."""
     model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
@@ -364,7 +306,7 @@ def measure(out: Path, progress: Progress) -> dict[str, Any]:
     pictures = load_pictures("test")
     started = time.monotonic()
     accuracy = answer_accuracy(model, processor, pictures)
-    entropy = mean_entropy(model, Texts(pictures, processor.tokenizer), pictures, load_images(pictures))
+    entropy = mean_entropy(model, Texts(processor.tokenizer), pictures, load_images(pictures))
     for kind, found in accuracy.items():
         progress.message(f"test {kind}: {found['accuracy']:.4f} (majority {found['majority']:.4f})")
     parts = {
@@ -394,6 +336,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     train_teacher(arguments.out, arguments.work, TeacherTraining(seed=arguments.seed), Lines())
 
 
