@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_schema.codecs.ids import decode_ids, encode_ids
-from cache_schema.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
+from cache_schema.codecs.logprobs import LARGEST, decode_logprobs, encode_logprobs, encode_tail
 from cache_schema.records import TopK
 from cache_schema.spec import Precision
 
@@ -18,8 +18,6 @@ Rows = slice | NDArray[np.int64]
 
 _POSITIONS_LAST = ("steps", "tail_logprob")
 """Arrays whose last axis, not the first, runs over the positions."""
-
-_HALF = np.float32(np.finfo(np.float16).max)
 
 
 def join_topk(records: Sequence[TopK]) -> TopK:
@@ -58,11 +56,11 @@ def encode_topk(record: TopK, precision: Precision) -> Arrays:
         both = record.token_ids if sampled is None else np.concatenate([record.token_ids, sampled], axis=1)
         arrays["vocabulary"], index = encode_ids(both)
         arrays["ids"] = index[:, : record.token_ids.shape[1]]
-        arrays["steps"], arrays["scale"] = encode_logprobs(record.logprobs)
+        arrays["steps"], arrays["drop"] = encode_logprobs(record.logprobs)
         arrays["tail_logprob"] = encode_tail(record.tail_logprob).T
         arrays["entropy"] = record.entropy.astype(np.float16)
         if record.label_logprob is not None:
-            arrays["label_logprob"] = np.maximum(record.label_logprob, -_HALF).astype(np.float16)
+            arrays["label_logprob"] = np.maximum(record.label_logprob, -LARGEST).astype(np.float16)
         if sampled is not None:
             arrays["sampled_ids"] = index[:, record.token_ids.shape[1] :]
     if record.sampled_counts is not None:
@@ -82,7 +80,7 @@ def decode_topk(arrays: Mapping[str, NDArray[Any]], rows: Rows, temperatures: ND
         vocabulary = arrays["vocabulary"]
         token_ids = decode_ids(vocabulary, arrays["ids"][rows])
         at_one = int(np.flatnonzero(temperatures == 1.0)[0])
-        logprobs = decode_logprobs(arrays["steps"][:, rows], arrays["scale"][rows], tail[at_one])
+        logprobs = decode_logprobs(arrays["steps"][:, rows], arrays["drop"][rows], tail[at_one])
         sampled = decode_ids(vocabulary, arrays["sampled_ids"][rows]) if "sampled_ids" in arrays else None
     else:
         token_ids, logprobs = arrays["token_ids"][rows], arrays["logprobs"][rows]
