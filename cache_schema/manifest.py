@@ -55,15 +55,15 @@ class Plan:
         """The dataset rows of a shard, in the order in which they stand there."""
         if not 0 <= shard < self.shards:
             raise ValueError(f"plan: no shard {shard}, there are {self.shards}")
-        return self.order[shard * self.shard_size : (shard + 1) * self.shard_size]
+        if self.ends is None:
+            return self.order[shard * self.shard_size : (shard + 1) * self.shard_size]
+        return self.order[self.ends[shard - 1] if shard else 0 : self.ends[shard]]
 
     def to_json(self) -> dict[str, Any]:
-        """rows, shard_size and `order` as base64 of zlib of little-endian int64."""
-        return {
-            "rows": self.rows,
-            "shard_size": self.shard_size,
-            "order": _pack(self.order.astype("<i8").tobytes()),
-        }
+        """rows, shard_size, and `order` (and `ends`) as base64 of zlib of little-endian int64."""
+        arrays = {"order": self.order} if self.ends is None else {"order": self.order, "ends": self.ends}
+        packed = {name: _pack(array.astype("<i8").tobytes()) for name, array in arrays.items()}
+        return {"rows": self.rows, "shard_size": self.shard_size, **packed}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Plan:

@@ -1,0 +1,162 @@
+"""A cache as a plain Parquet dataset, one row a sample, for notebooks, `datasets` and DuckDB."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cache_schema.cache import Cache, open_cache
+from cache_schema.errors import KdcacheError
+from cache_schema.progress import Progress, Silent
+from cache_schema.records import Relation, Sample, TopK
+from cache_schema.scores import scores_of
+from cache_schema.spec import TargetSpec
+
+KINDS = ("response", "visual", "prompt")
+ROWS = 64
+"""Samples a row group."""
+
+_MATRICES = ("token_ids", "logprobs", "tail_logprob")
+_NUMBERS = ("logsumexp", "entropy")
+_SCORES = ("confidence", "disagreement", "perplexity")
+
+
+def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Write `cache` to the new folder `out` as out/data/train-*.parquet, one file a shard.
+
+    Columns: row, sample_id, tokens, input_ids, labels, images (list of path, sha256, width, height,
+    positions); for each captured kind (response, visual, prompt) positions (N), token_ids and logprobs
+    (N, K), tail_logprob (N, n_T), logsumexp, entropy and, where there is one, label_logprob (N), all with
+    the kind's name before them; confidence, disagreement, perplexity of the response; relation_factor
+    (images, P, r) or relation_gram (images, P, P), relation_residual, relation_norm (images). Nested lists
+    throughout. The spec and the temperatures stand in the files' metadata under `kdcache`.
+    Targets are decoded: expect several times the size of the cache. KdcacheError when `out` is not empty;
+    it appears only when it is complete.
+    """
+    progress = progress or Silent()
+    source = open_cache(cache)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise KdcacheError(f"{out}: is there and not empty; name a new folder")
+    part = out.parent / f".{out.name}.part"
+    told = json.dumps({"spec": source.spec.to_json(), "dataset": source.manifest.dataset})
+    files = 0
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        (part / "data").mkdir(parents=True)
+        progress.begin("exporting", len(source.shards))
+        for number, shard in enumerate(source.shards):
+            name = f"train-{number:05d}-of-{len(source.shards):05d}.parquet"
+            files += _write_shard(source, shard, part / "data" / name, told)
+            progress.update(number + 1)
+        progress.end()
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except OSError as error:
+        raise KdcacheError(f"{out}: {error.strerror or error}; make room or name another place") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = sum(file.stat().st_size for file in (out / "data").iterdir())
+    return {"out": str(out), "samples": len(source), "files": files, "bytes": size}
+
+
+def _write_shard(cache: Cache, shard: int, path: Path, told: str) -> int:
+    """The number of files written: none for a shard without samples."""
+    block = cache.read_shard(shard)
+    if not len(block):
+        return 0
+    schema = table_of([], cache.spec).schema.with_metadata({"kdcache": told})
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, len(block), ROWS):
+            samples = [block.sample(j) for j in range(start, min(start + ROWS, len(block)))]
+            writer.write_table(table_of(samples, cache.spec).cast(schema))
+    return 1
+
+
+def table_of(samples: Sequence[Sample], spec: TargetSpec) -> pa.Table:
+    """The samples as a table; its schema depends on the spec alone."""
+    columns: dict[str, pa.Array] = {
+        "row": pa.array([sample.row for sample in samples], pa.int64()),
+        "sample_id": pa.array([sample.sample_id for sample in samples], pa.string()),
+        "tokens": pa.array([len(sample.input_ids) for sample in samples], pa.int32()),
+        "input_ids": _lists([sample.input_ids for sample in samples], np.int32),
+        "labels": _lists([sample.labels for sample in samples], np.int32),
+        "images": _images(samples),
+    }
+    for kind in KINDS:
+        if kind in spec.targets:
+            columns |= _kind(samples, kind, spec)
+    if "response" in spec.targets:
+        scores = [scores_of(sample) for sample in samples]
+        columns |= {name: pa.array([getattr(s, name) for s in scores], pa.float64()) for name in _SCORES}
+    if "relation" in spec.targets:
+        columns |= _relations([sample.relations for sample in samples], spec)
+    return pa.table(columns)
+
+
+def _kind(samples: Sequence[Sample], kind: str, spec: TargetSpec) -> dict[str, pa.Array]:
+    """The columns of one kind of position; a sample without any has empty lists."""
+    records: list[TopK | None] = [getattr(sample, kind) for sample in samples]
+    columns = {
+        f"{kind}_positions": _lists([getattr(sample, f"{kind}_positions") for sample in samples], np.int32)
+    }
+    names = [*_MATRICES, *_NUMBERS]
+    names += ["label_logprob"] if kind != "visual" else []
+    names += ["sampled_ids", "sampled_counts"] if spec.tail_samples else []
+    for name in names:
+        dtype = np.int32 if name in ("token_ids", "sampled_ids", "sampled_counts") else np.float32
+        empty = np.zeros((0,) if name in (*_NUMBERS, "label_logprob") else (0, 0), dtype)
+        values = [None if record is None else getattr(record, name) for record in records]
+        columns[f"{kind}_{name}"] = _lists([empty if v is None else v for v in values], dtype, empty.ndim)
+    return columns
+
+
+def _images(samples: Sequence[Sample]) -> pa.ListArray:
+    images = [image for sample in samples for image in sample.images]
+    struct = pa.StructArray.from_arrays(
+        [
+            pa.array([image.path for image in images], pa.string()),
+            pa.array([image.sha256 for image in images], pa.string()),
+            pa.array([image.width for image in images], pa.int32()),
+            pa.array([image.height for image in images], pa.int32()),
+            _lists([image.positions for image in images], np.int32),
+        ],
+        ["path", "sha256", "width", "height", "positions"],
+    )
+    return _nested([len(sample.images) for sample in samples], struct)
+
+
+def _relations(relations: Sequence[Sequence[Relation]], spec: TargetSpec) -> dict[str, pa.Array]:
+    flat = [relation for group in relations for relation in group]
+    counts = [len(group) for group in relations]
+    name = "factor" if spec.relation == "factor" else "gram"
+    columns = {
+        f"relation_{name}": _nested(counts, _lists([getattr(r, name) for r in flat], np.float32, ndim=2))
+    }
+    for name in ("residual", "norm"):
+        numbers = pa.array([getattr(relation, name) for relation in flat], pa.float64())
+        columns[f"relation_{name}"] = _nested(counts, numbers)
+    return columns
+
+
+def _lists(arrays: Sequence[NDArray[Any]], dtype: type[np.generic], ndim: int = 1) -> pa.ListArray:
+    """Arrays of `ndim` dimensions as nested lists, one entry an array; their shapes may differ."""
+    flat = np.concatenate([np.zeros(0, dtype), *(np.asarray(a, dtype).ravel() for a in arrays)])
+    values = pa.array(flat)
+    if ndim == 2:
+        values = _nested([array.shape[1] for array in arrays for _ in range(len(array))], values)
+    return _nested([len(array) for array in arrays], values)
+
+
+def _nested(counts: Sequence[int], values: pa.Array) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    assert offsets[-1] < 1 << 31, "ROWS keeps a row group below what 32-bit offsets reach"
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)

@@ -1,0 +1,203 @@
+"""Are two caches of the same thing the same? Identity, samples, and how far their targets are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cache_schema.cache import Cache
+from cache_schema.divergence import kl, relation_cosine
+from cache_schema.identity import compare
+from cache_schema.progress import Progress, Silent
+from cache_schema.records import Sample, TopK
+
+KL_BOUND = 1e-2
+"""Mean KL in nats a position, above which targets count as different: bfloat16 against float32 of one
+model stays well below it, another checkpoint well above."""
+
+RELATION_BOUND = 1e-3
+"""Mean 1 - cosine of relations, likewise."""
+
+KINDS = ("response", "visual", "prompt")
+LISTED = 10
+
+
+@dataclass(slots=True, kw_only=True)
+class KindDifference:
+    """KL(a || b) in nats over the positions of one kind; worst_row: the row with the greatest mean KL."""
+
+    positions: int
+    mean: float
+    p99: float
+    max: float
+    top1_agreement: float
+    worst_row: int
+    worst_row_mean: float
+
+
+@dataclass(slots=True, kw_only=True)
+class DiffReport:
+    """What is different. identity: fingerprint and spec, each as key, a, b, blocks. only_in_*: row numbers.
+
+    other_inputs: rows whose token ids, labels or image positions differ, so that their targets were not
+    compared. kl: by kind. relation: images, mean and least cosine, worst row.
+    """
+
+    identity: list[dict[str, Any]] = field(default_factory=list)
+    samples: int = 0
+    only_in_a: list[int] = field(default_factory=list)
+    only_in_b: list[int] = field(default_factory=list)
+    other_inputs: list[int] = field(default_factory=list)
+    kl: dict[str, KindDifference] = field(default_factory=dict)
+    relation: dict[str, Any] | None = None
+    kl_bound: float = KL_BOUND
+    relation_bound: float = RELATION_BOUND
+
+    @property
+    def same_samples(self) -> bool:
+        """The same rows with the same inputs."""
+        return not (self.only_in_a or self.only_in_b or self.other_inputs)
+
+    @property
+    def same_identity(self) -> bool:
+        """No difference in what decides the meaning of a target."""
+        return all(difference["blocks"] == "nothing" for difference in self.identity)
+
+    @property
+    def targets_agree(self) -> bool:
+        """The mean KL of every kind, and the mean 1 - cosine of the relations, are within the bounds."""
+        near = all(kind.mean <= self.kl_bound for kind in self.kl.values())
+        return near and (self.relation is None or 1.0 - self.relation["mean_cosine"] <= self.relation_bound)
+
+    @property
+    def same(self) -> bool:
+        """Identity, samples and targets agree."""
+        return self.same_identity and self.same_samples and self.targets_agree
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of everything; of long lists of rows the length and the first ten."""
+        document = asdict(self)
+        for name in ("only_in_a", "only_in_b", "other_inputs"):
+            rows = document[name]
+            document[name] = {"count": len(rows), "first": rows[:LISTED]}
+        verdicts = ("same", "same_identity", "same_samples", "targets_agree")
+        return {name: getattr(self, name) for name in verdicts} | document
+
+
+def diff(
+    a: Cache,
+    b: Cache,
+    progress: Progress | None = None,
+    *,
+    kl_bound: float = KL_BOUND,
+    relation_bound: float = RELATION_BOUND,
+) -> DiffReport:
+    """Compare two caches row by row; shards and order may differ. Targets that only one has are not compared.
+
+    KL is over the entries that both keep and one event for the rest (`cache_schema.divergence.kl`), so
+    different top_k are no difference by themselves.
+    """
+    progress = progress or Silent()
+    report = DiffReport(kl_bound=kl_bound, relation_bound=relation_bound, identity=_identity(a, b))
+    rows_a, rows_b = a.index().row, b.index().row
+    report.only_in_a = np.setdiff1d(rows_a, rows_b).tolist()
+    report.only_in_b = np.setdiff1d(rows_b, rows_a).tolist()
+    found = _Found()
+    progress.begin("comparing", len(rows_a) - len(report.only_in_a))
+    for left, right in _pairs(a, b):
+        report.samples += 1
+        if _same_inputs(left, right):
+            found.add(left, right)
+        else:
+            report.other_inputs.append(left.row)
+        progress.update(report.samples)
+    progress.end()
+    report.kl = {kind: found.kind(kind) for kind in KINDS if found.kl[kind]}
+    report.relation = found.relation()
+    return report
+
+
+def _identity(a: Cache, b: Cache) -> list[dict[str, Any]]:
+    found = [
+        {"key": d.key, "a": d.ours, "b": d.theirs, "blocks": d.blocks}
+        for d in compare(a.manifest.fingerprint, b.manifest.fingerprint)
+    ]
+    told = {entry["key"] for entry in found}
+    ours, theirs = a.spec.to_json(), b.spec.to_json()
+    return found + [
+        {"key": f"spec.{key}", "a": ours[key], "b": theirs[key], "blocks": "resume"}
+        for key in ours
+        if ours[key] != theirs[key] and f"spec.{key}" not in told
+    ]
+
+
+def _pairs(a: Cache, b: Cache) -> Iterator[tuple[Sample, Sample]]:
+    """The samples of the rows that both have, shard by shard of `a`, in `b`'s order inside a shard."""
+    place = {row: index for index, row in enumerate(b.index().row.tolist())}
+    for shard in a.shards:
+        block = a.read_shard(shard)
+        samples = [block.sample(j) for j in range(len(block))]
+        there = sorted((s for s in samples if s.row in place), key=lambda s: place[s.row])
+        for sample in there:
+            yield sample, b[place[sample.row]]
+
+
+def _same_inputs(a: Sample, b: Sample) -> bool:
+    return (
+        np.array_equal(a.input_ids, b.input_ids)
+        and np.array_equal(a.labels, b.labels)
+        and [image.sha256 for image in a.images] == [image.sha256 for image in b.images]
+        and all(np.array_equal(x.positions, y.positions) for x, y in zip(a.images, b.images, strict=True))
+    )
+
+
+class _Found:
+    """What the pairs of samples gave, kept as small as the figures allow."""
+
+    def __init__(self) -> None:
+        self.kl: dict[str, list[np.ndarray[Any, np.dtype[np.float32]]]] = {kind: [] for kind in KINDS}
+        self.agree = dict.fromkeys(KINDS, 0)
+        self.worst = dict.fromkeys(KINDS, (-1.0, -1))
+        self.cosines: list[float] = []
+        self.worst_relation = (2.0, -1)
+
+    def add(self, a: Sample, b: Sample) -> None:
+        for kind in KINDS:
+            x: TopK | None = getattr(a, kind)
+            y: TopK | None = getattr(b, kind)
+            if x is None or y is None or not len(x):
+                continue
+            values = kl(x, y)
+            self.kl[kind].append(values.astype(np.float32))
+            self.agree[kind] += int((x.token_ids[:, 0] == y.token_ids[:, 0]).sum())
+            self.worst[kind] = max(self.worst[kind], (float(values.mean()), a.row))
+        for one, other in zip(a.relations, b.relations, strict=False):
+            self.cosines.append(relation_cosine(one, other))
+            self.worst_relation = min(self.worst_relation, (self.cosines[-1], a.row))
+
+    def kind(self, kind: str) -> KindDifference:
+        values = np.concatenate(self.kl[kind]).astype(np.float64)
+        mean, row = self.worst[kind]
+        return KindDifference(
+            positions=len(values),
+            mean=float(values.mean()),
+            p99=float(np.quantile(values, 0.99)),
+            max=float(values.max()),
+            top1_agreement=self.agree[kind] / len(values),
+            worst_row=row,
+            worst_row_mean=mean,
+        )
+
+    def relation(self) -> dict[str, Any] | None:
+        if not self.cosines:
+            return None
+        cosine, row = self.worst_relation
+        return {
+            "images": len(self.cosines),
+            "mean_cosine": float(np.mean(self.cosines)),
+            "least_cosine": cosine,
+            "worst_row": row,
+        }

@@ -1,0 +1,185 @@
+"""Parts of shards of other caches, joined into one shard as stored: no target is decoded and coded again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cache_schema.cache import Cache
+from cache_schema.codecs.relation import RelationBlock, StoredRelation, pack_relations
+from cache_schema.codecs.topk import Arrays, decode_topk, join_stored
+from cache_schema.records import (
+    CapturedSample,
+    QuarantinedRow,
+    labels_of,
+    prompt_positions_of,
+    response_positions_of,
+)
+from cache_schema.shard import (
+    QUARANTINE_SCHEMA,
+    SAMPLE_SCHEMA,
+    EncodedShard,
+    positions_of,
+    write_groups,
+    write_table,
+)
+from cache_schema.spec import TargetSpec
+from cache_schema.statistics import relation_statistics, sample_statistics, topk_statistics
+
+KINDS = ("response", "visual", "prompt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Piece:
+    """What is kept of one shard of one cache.
+
+    keep: positions of the kept samples in the shard, ascending, and rows: their row numbers there.
+    quarantined: the kept rows of its quarantine. offset is added to every row number.
+    """
+
+    cache: Cache
+    shard: int
+    keep: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    quarantined: tuple[QuarantinedRow, ...] = ()
+    offset: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """All samples of the shard are kept (its quarantine may not be)."""
+        return len(self.keep) == self.cache.shard_length(self.shard)
+
+    @property
+    def planned(self) -> NDArray[np.int64]:
+        """Row numbers of the piece in the new cache, samples first."""
+        lost = np.array([row.row for row in self.quarantined], dtype=np.int64)
+        return np.concatenate([self.rows, lost]) + self.offset
+
+
+def quarantine_table(pieces: Sequence[Piece]) -> pa.Table:
+    """The kept quarantine of the pieces."""
+    names = [name for name in QUARANTINE_SCHEMA.names if name != "row"]
+    rows = [
+        {"row": row.row + piece.offset} | {name: getattr(row, name) for name in names}
+        for piece in pieces
+        for row in piece.quarantined
+    ]
+    return pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
+
+
+def join_pieces(name: str, pieces: Sequence[Piece], spec: TargetSpec) -> EncodedShard:
+    """The files of the shard `name` ("00000-<attempt>") that holds the pieces, one after the other."""
+    joined = _Joined()
+    for piece in pieces:
+        joined.add(piece)
+    return joined.encode(name, spec, pieces)
+
+
+@dataclass(slots=True)
+class _Joined:
+    """Samples and stored targets gathered for one shard."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    blocks: dict[str, list[tuple[Arrays, NDArray[np.int64]]]] = field(
+        default_factory=lambda: {kind: [] for kind in KINDS}
+    )
+    lengths: Counter[str] = field(default_factory=Counter)
+    relations: list[StoredRelation] = field(default_factory=list)
+    shared: int = 0
+    first_is_label: int = 0
+
+    def add(self, piece: Piece) -> None:
+        table, groups = piece.cache.stored_shard(piece.shard, piece.cache.spec.targets)
+        taken: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in KINDS}
+        relations = RelationBlock(groups["relation"]) if "relation" in groups else None
+        visual: dict[int, int] = {}  # where shared targets stood -> where they stand now
+        related: dict[int, int] = {}
+
+        def take(kind: str, start: int, count: int) -> int:
+            taken[kind].append(np.arange(start, start + count))
+            self.lengths[kind] += count
+            return self.lengths[kind] - count
+
+        for row in table.take(piece.keep).to_pylist():
+            spans = np.array(row["label_spans"], np.int32).reshape(-1, 2)
+            response = response_positions_of(labels_of(np.array(row["input_ids"], np.int32), spans))
+            images = [positions_of(image["spans"]) for image in row["images"]]
+            row["row"] += piece.offset
+            if row["response_start"] is not None:
+                row["response_start"] = take("response", row["response_start"], len(response))
+            if row["prompt_start"] is not None:
+                everywhere = np.concatenate([np.zeros(0, np.int32), *images])
+                rest = prompt_positions_of(row["tokens"], response, everywhere)
+                row["prompt_start"] = take("prompt", row["prompt_start"], len(rest))
+            for image, positions in zip(row["images"], images, strict=True):
+                start, relation = image["visual_start"], image["relation"]
+                self.shared += start in visual or relation in related
+                if start is not None:
+                    if start not in visual:
+                        visual[start] = take("visual", start, len(positions))
+                    image["visual_start"] = visual[start]
+                if relation is not None and relations is not None:
+                    if relation not in related:
+                        related[relation] = len(self.relations)
+                        self.relations.append(relations.stored(relation))
+                    image["relation"] = related[relation]
+            self.rows.append(row)
+        for kind, spans_taken in taken.items():
+            if spans_taken:
+                self.blocks[kind].append((groups[kind], np.concatenate(spans_taken)))
+
+    def encode(self, name: str, spec: TargetSpec, pieces: Sequence[Piece]) -> EncodedShard:
+        temperatures = np.array(spec.temperatures, np.float32)
+        groups = {kind: join_stored(parts) for kind, parts in self.blocks.items() if parts}
+        samples = [_sample_of(row) for row in self.rows]
+        lost = [row for piece in pieces for row in piece.quarantined]
+        statistics = sample_statistics(samples, lost)
+        for kind in KINDS:
+            stored = groups.get(kind)
+            record = decode_topk(stored, slice(None), temperatures) if stored else None
+            statistics[kind] = topk_statistics(record)
+            if kind == "response" and record is not None and len(record):
+                labels = np.concatenate([s.input_ids[_response_of(s) + 1] for s in samples])
+                # Stored log-probabilities are rounded; the ids tell exactly.
+                statistics[kind]["label_is_first"] = int((record.token_ids[:, 0] == labels).sum())
+        if self.relations:
+            groups["relation"] = pack_relations(self.relations)
+        ranks = [len(r.wide) + len(r.narrow) for r in self.relations]
+        statistics["relation"] = relation_statistics(ranks, [r.residual for r in self.relations])
+        return EncodedShard(
+            tables={
+                f"samples/{name}.arrow": write_table(pa.Table.from_pylist(self.rows, SAMPLE_SCHEMA)),
+                f"quarantine/{name}.arrow": write_table(quarantine_table(pieces)),
+            },
+            targets=f"targets/{name}.zarr",
+            arrays=write_groups(groups, {"temperatures": list(spec.temperatures)}),
+            counts={
+                "samples": len(samples),
+                "quarantined": len(lost),
+                "tokens": sum(len(sample.input_ids) for sample in samples),
+                "images": sum(len(row["images"]) for row in self.rows),
+                "shared_images": self.shared,
+                **{f"{kind}_positions": self.lengths[kind] for kind in KINDS},
+                "relations": len(self.relations),
+            },
+            statistics=statistics,
+        )
+
+
+def _sample_of(row: Mapping[str, Any]) -> CapturedSample:
+    return CapturedSample(
+        row=row["row"],
+        sample_id=row["sample_id"],
+        input_ids=np.array(row["input_ids"], np.int32),
+        label_spans=np.array(row["label_spans"], np.int32).reshape(-1, 2),
+    )
+
+
+def _response_of(sample: CapturedSample) -> NDArray[np.int32]:
+    return response_positions_of(labels_of(sample.input_ids, sample.label_spans))

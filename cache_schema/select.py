@@ -1,0 +1,89 @@
+"""A smaller cache: the samples of another that meet a condition, without running the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from cache_schema.cache import Cache, open_cache
+from cache_schema.errors import KdcacheError
+from cache_schema.pieces import Piece
+from cache_schema.progress import Progress, Silent
+from cache_schema.reshard import arrange, plan_of, write_cache
+from cache_schema.scores import scores_of
+from cache_schema.where import FROM_TARGETS, parse
+
+Columns = dict[str, list[Any]]
+
+
+def select(cache: str, where: str, out: str, progress: Progress | None = None) -> dict[str, Any]:
+    """Write the samples of `cache` that meet `where` (see `cache_schema.where`) as the cache `out`.
+
+    Rows keep their numbers; quarantine stays behind. Shards that are kept whole are hard-linked where
+    both lie on one file system (else copied), the others are joined as stored, so every decoded value
+    is the same bit by bit. Run again to continue. KdcacheError for a condition that cannot be read or
+    that no sample meets.
+    """
+    progress = progress or Silent()
+    condition = parse(where)
+    source = open_cache(cache)
+    needs_targets = bool(condition.fields & FROM_TARGETS)
+    if needs_targets and "response" not in source.spec.targets:
+        named = ", ".join(sorted(condition.fields & FROM_TARGETS))
+        raise KdcacheError(f"{cache}: holds no response targets, and {named} comes from them")
+    pieces = []
+    progress.begin("reading", len(source.shards))
+    for number, shard in enumerate(source.shards):
+        columns = columns_of(source, shard, condition.fields | {"row"})
+        keep = np.flatnonzero(condition.mask({name: _array(values) for name, values in columns.items()}))
+        rows = np.array(columns["row"], dtype=np.int64)[keep]
+        pieces.append(Piece(cache=source, shard=shard, keep=keep, rows=rows))
+        progress.update(number + 1)
+    progress.end()
+    shards = arrange(pieces, source.plan.shard_size)
+    if not shards:
+        raise KdcacheError(
+            f"{cache}: none of its {len(source):,} samples meets {where!r}; nothing was written"
+        )
+    manifest = replace(
+        source.manifest,
+        plan=plan_of(shards),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        dataset=source.manifest.dataset | {"selected": where},
+    )
+    return {"of_samples": len(source)} | write_cache(out, manifest, shards, "writing", progress)
+
+
+def columns_of(cache: Cache, shard: int, fields: Collection[str]) -> Columns:
+    """The fields of `cache_schema.where` over the samples of a shard; response targets are read if needed."""
+    scored = sorted(set(fields) & FROM_TARGETS)
+    columns: Columns = {name: [] for name in fields}
+    block = cache.read_shard(shard, parts=("response",) if scored else ())
+    for j in range(len(block)):
+        sample = block.sample(j)
+        for name in columns.keys() - FROM_TARGETS:
+            columns[name].append(_FIELD[name](sample))
+        if scored:
+            values = asdict(scores_of(sample))
+            for name in scored:
+                columns[name].append(values[name])
+    return columns
+
+
+_FIELD = {
+    "row": lambda sample: sample.row,
+    "id": lambda sample: sample.sample_id,
+    "tokens": lambda sample: len(sample.input_ids),
+    "images": lambda sample: len(sample.images),
+    "image": lambda sample: tuple(image.path for image in sample.images),
+    "response_tokens": lambda sample: len(sample.response_positions),
+}
+
+
+def _array(values: list[Any]) -> Any:
+    """Numbers as an array; texts, and tuples of texts, as the list they are."""
+    return values if values and isinstance(values[0], (str, tuple)) else np.array(values)

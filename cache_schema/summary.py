@@ -1,0 +1,163 @@
+"""What a cache is and holds, from its manifest and commit records alone: no target is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cache_schema.cache import Cache
+from cache_schema.manifest import CommitRecord
+from cache_schema.statistics import MASS_EDGES, RANK_EDGES
+
+KINDS = ("response", "visual", "prompt")
+SHOWN = 5
+
+
+def summarise(cache: Cache) -> dict[str, Any]:
+    """The summary of `inspect`, JSON values only. Figures that no committed shard gives are None.
+
+    bytes: of the files of committed shards, without manifest and commit records. Means are over
+    positions. label_accuracy: share of labels that are the teacher's likeliest token; perplexity: of the
+    teacher on the labels. covered_mass: what the K entries hold of the full distribution.
+    """
+    commits = [cache.commits[shard] for shard in cache.shards]
+    counts: Counter[str] = Counter()
+    for record in commits:
+        counts.update(record.counts)
+    done = counts["samples"] + counts["quarantined"]
+    sizes = _bytes(commits)
+    total = sum(sizes.values())
+    return {
+        "cache": cache.url,
+        "format_version": cache.manifest.format_version,
+        "created": cache.manifest.created,
+        "identity": cache.manifest.identity,
+        "teacher": _teacher(cache),
+        "dataset": cache.manifest.dataset,
+        "spec": cache.spec.to_json(),
+        "built": {
+            "complete": len(commits) == cache.plan.shards,
+            "shards": len(commits),
+            "of_shards": cache.plan.shards,
+            "rows": done,
+            "of_rows": cache.plan.rows,
+            "seconds": round(sum(record.seconds for record in commits), 3),
+            "engines": _engines(commits),
+        },
+        "counts": {name: counts[name] for name in sorted(counts)},
+        "bytes": {
+            "total": total,
+            "when_complete": round(total / done * cache.plan.rows) if done else None,
+            "by_part": sizes,
+            "a_sample": _ratio(total, counts["samples"]),
+            "a_position": {kind: _ratio(sizes.get(kind, 0), counts[f"{kind}_positions"]) for kind in KINDS},
+            "a_relation": _ratio(sizes.get("relation", 0), counts["relations"]),
+        },
+        "sharing": _sharing(counts, sizes),
+        "positions": {kind: _kind(commits, kind) for kind in KINDS if kind in cache.spec.targets},
+        "relation": _relation(commits) if "relation" in cache.spec.targets else None,
+        "quarantine": dict(_added(commits, "quarantined").most_common()),
+        "slowest_shards": _slowest(commits),
+        "longest_samples": [
+            {"row": row, "tokens": tokens}
+            for tokens, row in sorted(
+                ((tokens, row) for record in commits for row, tokens in record.statistics["longest"]),
+                reverse=True,
+            )[:SHOWN]
+        ],
+    }
+
+
+def _teacher(cache: Cache) -> dict[str, Any]:
+    """What the fingerprint tells of the teacher, the template's text left out."""
+    fingerprint = cache.manifest.fingerprint
+    capture = {key: value for key, value in fingerprint.capture.items() if key != "spec"}
+    training = {key: value for key, value in fingerprint.training.items() if key != "chat_template"}
+    return {"capture": capture, "training": training, "recorded": fingerprint.recorded}
+
+
+def _engines(commits: Sequence[CommitRecord]) -> list[dict[str, Any]]:
+    """The engines and versions that wrote shards, and how many each."""
+    found = Counter(json.dumps(record.engine, sort_keys=True) for record in commits)
+    return [{"engine": json.loads(engine), "shards": shards} for engine, shards in found.most_common()]
+
+
+def _bytes(commits: Sequence[CommitRecord]) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for record in commits:
+        sizes.update(record.statistics["bytes"])
+    return dict(sorted(sizes.items()))
+
+
+def _sharing(counts: Counter[str], sizes: dict[str, int]) -> dict[str, Any]:
+    """What is saved by keeping the targets of an equal visual prefix once, at the mean size of one."""
+    kept = counts["images"] - counts["shared_images"]
+    image_bytes = sizes.get("visual", 0) + sizes.get("relation", 0)
+    return {
+        "images": counts["images"],
+        "shared": counts["shared_images"],
+        "bytes_saved": round(image_bytes / kept * counts["shared_images"]) if kept else 0,
+    }
+
+
+def _kind(commits: Sequence[CommitRecord], kind: str) -> dict[str, Any]:
+    sums: Counter[str] = Counter()
+    histogram = np.zeros(len(MASS_EDGES) - 1, dtype=np.int64)
+    for record in commits:
+        statistics = record.statistics[kind]
+        histogram += np.array(statistics.get("covered_mass", [0] * len(histogram)), dtype=np.int64)
+        sums.update({name: value for name, value in statistics.items() if name != "covered_mass"})
+    positions, labels = sums["positions"], sums["labels"]
+    tail, likelihood = _ratio(sums["sum_tail_mass"], positions), _ratio(sums["sum_label_logprob"], labels)
+    return {
+        "positions": positions,
+        "mean_covered_mass": None if tail is None else 1.0 - tail,
+        "covered_mass": {"edges": list(MASS_EDGES), "counts": histogram.tolist()},
+        "mean_entropy": _ratio(sums["sum_entropy"], positions),
+        "labels": labels,
+        "label_accuracy": _ratio(sums["label_is_first"], labels),
+        "perplexity": None if likelihood is None else math.exp(min(-likelihood, 700.0)),
+    }
+
+
+def _relation(commits: Sequence[CommitRecord]) -> dict[str, Any]:
+    found = [record.statistics["relation"] for record in commits]
+    count = sum(entry["relations"] for entry in found)
+    ranks = np.sum([entry["ranks"] for entry in found], axis=0) if found else np.zeros(len(RANK_EDGES) - 1)
+    return {
+        "relations": count,
+        "mean_rank": _ratio(sum(entry["sum_rank"] for entry in found), count),
+        "ranks": {"edges": list(RANK_EDGES), "counts": [int(n) for n in ranks]},
+        "mean_residual": _ratio(sum(entry["sum_residual"] for entry in found), count),
+        "max_residual": max((entry["max_residual"] for entry in found), default=None) if count else None,
+    }
+
+
+def _added(commits: Sequence[CommitRecord], name: str) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for record in commits:
+        found.update(record.statistics[name])
+    return found
+
+
+def _slowest(commits: Sequence[CommitRecord]) -> list[dict[str, Any]]:
+    """The shards that took longest a sample."""
+    timed = [record for record in commits if record.counts["samples"]]
+    timed.sort(key=lambda record: record.seconds / record.counts["samples"], reverse=True)
+    return [
+        {
+            "shard": record.shard,
+            "seconds": round(record.seconds, 3),
+            "samples_a_second": _ratio(record.counts["samples"], record.seconds),
+        }
+        for record in timed[:SHOWN]
+    ]
+
+
+def _ratio(amount: float, count: float) -> float | None:
+    return amount / count if count else None
