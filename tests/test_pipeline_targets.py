@@ -1,0 +1,224 @@
+"""Targets against their definitions on full float64 logits."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cache_schema.errors import KdcacheError
+from cache_schema.records import IGNORE_INDEX
+from cache_schema.spec import TargetSpec
+from pipeline.draws import tail_draws, uniforms
+from pipeline.engine import Head
+from pipeline.relation import truncate
+from pipeline.targets import TargetMaker
+
+TEMPERATURES = (0.5, 1.0, 3.0)
+
+
+def a_head(*, vocab: int, width: int, seed: int = 0, padding: int = 0, **rest: object) -> Head:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab + padding, width, generator=generator)
+    weight[vocab:] = 50.0  # a padding row that is looked at would win everywhere
+    return Head(weight=weight, vocab_size=vocab, **rest)
+
+
+def some_hidden(n: int, width: int, *, size: float = 1.0, seed: int = 1) -> Tensor:
+    return size * torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def dense_logits(head: Head, hidden: Tensor) -> Tensor:
+    logits = hidden.double() @ head.weight[: head.vocab_size].double().T
+    if head.bias is not None:
+        logits += head.bias[: head.vocab_size].double()
+    logits *= head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+HEADS = {
+    "plain": {"vocab": 352, "width": 16},
+    "padded": {"vocab": 350, "width": 16, "padding": 34},
+    "blocks": {"vocab": 5003, "width": 16, "padding": 5},
+    "scaled": {"vocab": 352, "width": 16, "scale": 0.25},
+    "capped": {"vocab": 352, "width": 16, "softcap": 3.0},
+    "biased": {"vocab": 340, "width": 16, "padding": 12, "bias": torch.linspace(-3, 5, 352)},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("size", [0.1, 1.0, 20.0])  # 20: tails far below what float32 sums can hold
+def test_records_follow_their_definitions(name: str, size: float) -> None:
+    head = a_head(**HEADS[name])
+    spec = TargetSpec(top_k=8, temperatures=TEMPERATURES, targets=("response",))
+    hidden = some_hidden(23, 16, size=size)
+    labels = np.arange(23) * 7
+    labels[3] = IGNORE_INDEX
+    record = TargetMaker(head, spec, chunk_bytes=4 * head.vocab_size * 5).topk(hidden, labels)
+
+    logits = dense_logits(head, hidden)
+    scale = float(logits.abs().max())
+    logprobs = logits.log_softmax(dim=1)
+    values = logprobs.topk(8, dim=1).values
+    assert record.token_ids.dtype == np.int32
+    assert record.logprobs.dtype == record.tail_logprob.dtype == record.entropy.dtype == np.float32
+    close = {"rtol": 1e-5, "atol": 1e-5 + 2e-6 * scale}
+    np.testing.assert_allclose(record.logprobs, values, **close)
+    ours = logprobs.gather(1, torch.from_numpy(record.token_ids).long())
+    np.testing.assert_allclose(ours, values, **close)  # the k likeliest, ties in any order
+    np.testing.assert_allclose(record.logsumexp, logits.logsumexp(dim=1), **close)
+    np.testing.assert_allclose(record.entropy, -(logprobs.exp() * logprobs).sum(dim=1), **close)
+    chosen = logprobs[torch.arange(23), torch.from_numpy(labels).clamp(min=0)].numpy()
+    chosen[3] = 0.0
+    np.testing.assert_allclose(record.label_logprob, chosen, **close)
+    for column, temperature in enumerate(TEMPERATURES):
+        kept = torch.from_numpy(record.token_ids).long()
+        rest = logits.scatter(1, kept, -torch.inf) / temperature
+        tail = rest.logsumexp(dim=1) - (logits / temperature).logsumexp(dim=1)
+        wanted = {"rtol": 1e-5, "atol": 1e-5 + 4e-6 * scale / temperature}
+        np.testing.assert_allclose(record.tail_logprob[:, column], tail, **wanted)
+
+
+def test_the_deepest_tails_are_finite() -> None:
+    head = Head(weight=torch.eye(40), vocab_size=40)
+    hidden = torch.zeros(1, 40)
+    hidden[0, 0] = 500.0
+    record = TargetMaker(head, TargetSpec(top_k=1, targets=("response",))).topk(hidden)
+    np.testing.assert_allclose(record.tail_logprob, [[np.log(39) - 500.0]], rtol=1e-6)
+
+
+def test_nothing_lies_outside_the_whole_vocabulary() -> None:
+    head = a_head(vocab=12, width=4)
+    record = TargetMaker(head, TargetSpec(top_k=12, targets=("response",))).topk(some_hidden(3, 4))
+    assert np.isneginf(record.tail_logprob).all()
+    np.testing.assert_allclose(np.exp(record.logprobs).sum(axis=1), 1.0, rtol=1e-5)
+    with pytest.raises(KdcacheError, match="top_k 13"):
+        TargetMaker(head, TargetSpec(top_k=13, targets=("response",)))
+
+
+def test_chunks_change_nothing() -> None:
+    head = a_head(vocab=1000, width=16)
+    spec = TargetSpec(top_k=4, targets=("response",), tail_samples=6)
+    rows, positions = np.full(50, 9), np.arange(50)
+    hidden = some_hidden(50, 16)
+    whole = TargetMaker(head, spec).topk(hidden, rows=rows, positions=positions)
+    pieces = TargetMaker(head, spec, chunk_bytes=1).topk(hidden, rows=rows, positions=positions)
+    np.testing.assert_array_equal(whole.token_ids, pieces.token_ids)
+    np.testing.assert_allclose(whole.logprobs, pieces.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(whole.sampled_ids, pieces.sampled_ids)
+
+
+def test_no_position_is_an_empty_record() -> None:
+    record = TargetMaker(a_head(vocab=90, width=4), TargetSpec(targets=("response",))).topk(
+        torch.empty(0, 4), np.empty(0, dtype=np.int64)
+    )
+    assert record.token_ids.shape == (0, 32)
+    assert record.tail_logprob.shape == (0, 1)
+    assert record.label_logprob.shape == (0,)
+
+
+def test_low_precision_states_give_float32_targets() -> None:
+    head = a_head(vocab=300, width=64)
+    half = Head(weight=head.weight.bfloat16(), vocab_size=300)
+    hidden = some_hidden(9, 64).bfloat16()
+    spec = TargetSpec(top_k=5, targets=("response", "relation"))
+    exact = dense_logits(half, hidden)
+    record = TargetMaker(half, spec).topk(hidden)
+    np.testing.assert_allclose(record.logsumexp, exact.logsumexp(dim=1), rtol=1e-5)
+    relation = TargetMaker(half, spec).relation(hidden)
+    np.testing.assert_allclose(relation.norm, float((exact @ exact.T).norm()), rtol=1e-5)
+
+
+# ---- tail draws ----
+
+
+def test_draws_depend_on_seed_row_and_position_alone() -> None:
+    rows, positions = np.array([3, 3, 4]), np.array([0, 1, 0])
+    numbers = uniforms(5, seed=1, rows=rows, positions=positions)
+    again = uniforms(5, seed=1, rows=rows[::-1], positions=positions[::-1])
+    np.testing.assert_array_equal(numbers, again[::-1])
+    assert len(np.unique(numbers)) == 15
+    assert not np.isin(uniforms(5, seed=2, rows=rows, positions=positions), numbers).any()
+    many = uniforms(20_000, seed=0, rows=np.array([0]), positions=np.array([0]))
+    assert many.min() >= 0.0
+    assert many.max() < 1.0
+    assert abs(many.mean() - 0.5) < 0.01
+    assert np.abs(np.histogram(many, 20, (0, 1))[0] / 1000 - 1).max() < 0.15
+
+
+def test_draws_follow_the_tail_at_their_temperature() -> None:
+    head = a_head(vocab=30, width=8)
+    spec = TargetSpec(
+        top_k=4, tail_samples=40_000, temperatures=(1.0, 2.0), sample_temperature=2.0, targets=("response",)
+    )
+    hidden = some_hidden(2, 8)
+    record = TargetMaker(head, spec).topk(hidden, rows=np.array([0, 0]), positions=np.array([0, 1]))
+    logits = dense_logits(head, hidden)
+    logits.scatter_(1, torch.from_numpy(record.token_ids).long(), -torch.inf)
+    expected = (logits / 2.0).softmax(dim=1).numpy()
+    for row in range(2):
+        found = np.bincount(record.sampled_ids[row], record.sampled_counts[row], minlength=30)
+        assert found.sum() == 40_000
+        assert not np.isin(
+            record.token_ids[row], record.sampled_ids[row][record.sampled_counts[row] > 0]
+        ).any()
+        np.testing.assert_allclose(found / 40_000, expected[row], atol=0.012)
+
+
+def test_an_empty_tail_draws_nothing() -> None:
+    ids, counts = tail_draws(
+        torch.full((1, 9), -torch.inf), 4, seed=0, rows=np.array([0]), positions=np.array([0])
+    )
+    assert not ids.any()
+    assert not counts.any()
+
+
+# ---- relation ----
+
+
+def cosine_gap(gram: np.ndarray, factor: np.ndarray) -> float:
+    other = factor.astype(np.float64) @ factor.astype(np.float64).T
+    return 1.0 - float((gram * other).sum() / np.linalg.norm(gram) / np.linalg.norm(other))
+
+
+@pytest.mark.parametrize("name", [*HEADS, "singular"])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_relation_is_the_gram_matrix_of_raw_logits(name: str, tokens: int) -> None:
+    head = a_head(vocab=7, width=16) if name == "singular" else a_head(**HEADS[name])
+    hidden = some_hidden(tokens, 16)
+    logits = dense_logits(head, hidden)
+    gram = (logits @ logits.T).numpy()
+    record = TargetMaker(head, TargetSpec(top_k=4)).relation(hidden)
+    assert record.gram is None
+    assert record.factor.dtype == np.float32
+    assert cosine_gap(gram, record.factor) <= 1e-5
+    np.testing.assert_allclose(record.norm, np.linalg.norm(gram), rtol=1e-5)
+    np.testing.assert_allclose(record.residual, cosine_gap(gram, record.factor), atol=1e-6)
+    inner = record.factor.T.astype(np.float64) @ record.factor
+    sizes = np.diag(inner)
+    np.testing.assert_allclose(inner - np.diag(sizes), 0.0, atol=1e-5 * sizes[0])
+    assert (np.diff(sizes) <= 1e-5 * sizes[0]).all()
+    exact = TargetMaker(head, TargetSpec(top_k=4, relation="exact")).relation(hidden)
+    np.testing.assert_allclose(exact.gram, gram, rtol=1e-4, atol=1e-5 * np.abs(gram).max())
+
+
+def test_truncation_is_nearly_the_best_of_its_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q
+    sizes = torch.arange(1, 301).float() ** -0.4
+    exact = (left * sizes) @ torch.linalg.qr(torch.randn(400, 300, generator=generator)).Q.T
+    energy = sizes.double().pow(4)
+    factor, residual, norm = truncate(exact, bound=1e-12, max_rank=64)
+    best = 1.0 - float((energy[:64].sum() / energy.sum()).sqrt())
+    assert factor.shape == (300, 64)
+    assert best <= residual + 1e-6 <= 1.05 * best
+    np.testing.assert_allclose(norm, float(energy.sum().sqrt()), rtol=1e-5)
+    # a looser bound is content with less, a tighter one takes more
+    assert truncate(exact, bound=0.5, max_rank=256)[0].shape == (300, 64)
+    assert truncate(exact, bound=best / 3, max_rank=256)[0].shape[1] > 64
+    assert truncate(exact, bound=1e-12, max_rank=1000)[1] < 1e-6
+
+
+def test_an_image_of_zeros_has_a_zero_relation() -> None:
+    record = TargetMaker(a_head(vocab=90, width=8), TargetSpec()).relation(torch.zeros(6, 8))
+    assert record.norm == record.residual == 0.0
+    assert not record.factor.any()
