@@ -85,11 +85,11 @@ def print_summary(title: str, summary: dict[str, Any]) -> None:
         results.print(line, markup=False, soft_wrap=True)
 
 
-def print_problems(title: str, problems: list[tuple[str, str, str]]) -> None:
-    """Problems as (file, what, remedy), each on a line of its own."""
-    results.print(title, style="bold", markup=False)
-    for file, what, remedy in problems:
-        results.print(f"  {file}: {what}; {remedy}", markup=False, soft_wrap=True)
+def print_problems(problems: list[dict[str, str]]) -> None:
+    """Problems, each a line: the file, what is wrong with it, what to do."""
+    for problem in problems:
+        line = f"{problem['file']}: {problem['what']}; {problem['remedy']}"
+        results.print(line, markup=False, soft_wrap=True)
 
 
 def _facts(facts: dict[str, Any], depth: int) -> list[str]:

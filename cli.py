@@ -1,0 +1,535 @@
+"""The commands of kdcache, and nothing but the commands. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Annotated, NoReturn
+
+import typer
+
+from cache_schema.errors import KdcacheError, StoppedEarly
+
+app = typer.Typer(
+    name="kdcache",
+    help="Run a vision-language teacher once, keep what a student needs of it, train students from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+ImageRoot = Annotated[Path, typer.Option(help="Folder that the image paths of the dataset start from.")]
+CachePath = Annotated[str, typer.Argument(help="A cache: a folder or an fsspec URL.")]
+
+
+class Engine(StrEnum):
+    """What runs the teacher."""
+
+    transformers = "transformers"
+
+
+class OverLong(StrEnum):
+    """What becomes of a sample that is longer than --max-length."""
+
+    quarantine = "quarantine"
+    cut = "cut"
+
+
+class TrainPrecision(StrEnum):
+    """Number format of the products in training."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Precision(StrEnum):
+    """How targets are stored."""
+
+    compact = "compact"
+    full = "full"
+
+
+class RelationForm(StrEnum):
+    """How relation targets are stored."""
+
+    factor = "factor"
+    exact = "exact"
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command; `--debug` is read by `main` wherever it stands."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run; finished steps in it are not redone.")] = Path(
+        "demo-run"
+    ),
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first student: new weights and order of samples.")
+    ] = 0,
+    seeds: Annotated[
+        int, typer.Option(help="How many seeds, each with a distilled and a plain student.")
+    ] = 1,
+    json_: Json = False,
+) -> None:
+    """The whole story on real data: teacher, caches, distilled and plain student, a table at the end."""
+    from demo.story import run_demo
+    from demo.table import print_table
+    from views.terminal import Bar, print_json
+
+    results = run_demo(out, seed=seed, seeds=seeds, progress=Bar())
+    print_json(results) if json_ else print_table(results, out)
+
+
+@app.command()
+def build(
+    teacher: Annotated[
+        Path, typer.Option(help="Folder of the teacher: a transformers image-text-to-text model.")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Dataset: LLaVA JSON or JSONL, or `messages` rows in JSONL or Parquet.")
+    ],
+    image_root: ImageRoot,
+    out: Annotated[str, typer.Option(help="The cache to make or to continue: a folder or an fsspec URL.")],
+    targets: Annotated[str, typer.Option(help="Comma-separated: response, visual, relation, prompt.")] = (
+        "response,visual,relation"
+    ),
+    top_k: Annotated[int, typer.Option(help="Entries kept at a position.")] = 32,
+    temperatures: Annotated[
+        str, typer.Option(help="Comma-separated temperatures whose tail mass is kept.")
+    ] = "1",
+    tail_samples: Annotated[
+        int, typer.Option(help="Ids drawn from the tail at a position, for --tail sampled.")
+    ] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="8-bit log-probabilities, or exact float32.")
+    ] = Precision.compact,
+    relation: Annotated[
+        RelationForm, typer.Option(help="Low-rank factor, or the exact triangle.")
+    ] = RelationForm.factor,
+    relation_bound: Annotated[
+        float, typer.Option(help="Largest 1 - cos of a stored relation factor.")
+    ] = 1e-5,
+    template: Annotated[
+        str | None, typer.Option(help="plain, llava_v1 or a Jinja file; default: the processor's own.")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.transformers,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="8bit or 4bit, through bitsandbytes.")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread one teacher over devices, as in accelerate.")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Padded tokens in a batch; shrinks by itself out of memory.")
+    ] = 16384,
+    shard_size: Annotated[
+        int, typer.Option(help="Rows in a shard: the unit that is written and resumed.")
+    ] = 512,
+    max_length: Annotated[int, typer.Option(help="Longest sample in tokens, images included.")] = 2048,
+    over_long: Annotated[OverLong, typer.Option(help="What becomes of longer ones.")] = OverLong.quarantine,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of the dataset.")] = None,
+    max_bad: Annotated[
+        float | None, typer.Option(help="Stop when more than this share of rows is bad.")
+    ] = None,
+    retry_quarantine: Annotated[bool, typer.Option(help="Try rows in quarantine again.")] = False,
+    rank: Annotated[
+        int | None, typer.Option(help="This worker's number; default: from the launcher, or 0.")
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option(help="Number of workers; default: from the launcher, or 1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the tail draws.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Run the teacher over a dataset once and write the cache; run again to continue."""
+    from cache_schema.spec import TargetSpec
+    from pipeline.capture import BuildConfig
+    from pipeline.capture import build as build_cache
+    from views.terminal import Bar, print_json, print_summary
+
+    spec = TargetSpec(
+        targets=tuple(_words(targets)),  # type: ignore[arg-type]
+        top_k=top_k,
+        temperatures=tuple(_numbers("--temperatures", temperatures)),
+        tail_samples=tail_samples,
+        precision=precision.value,
+        relation=relation.value,
+        relation_bound=relation_bound,
+        seed=seed,
+    )
+    config = BuildConfig(
+        teacher=teacher,
+        data=data,
+        image_root=image_root,
+        out=out,
+        spec=spec,
+        template=template,
+        engine=engine.value,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        quantization=quantization,
+        batch_tokens=batch_tokens,
+        shard_size=shard_size,
+        max_length=max_length,
+        over_long=over_long.value,
+        limit=limit,
+        max_bad=max_bad,
+        retry_quarantine=retry_quarantine,
+        rank=rank,
+        world_size=world_size,
+    )
+    summary = build_cache(config, Bar()).to_json()
+    print_json(summary) if json_ else print_summary("cache", summary)
+
+
+@app.command()
+def inspect(
+    cache: CachePath,
+    sample: Annotated[
+        str | None, typer.Option(help="Look into one sample: its row number or its id.")
+    ] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Show images from this folder.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
+    samples: Annotated[int, typer.Option(help="Samples on the page.")] = 50,
+    order: Annotated[str, typer.Option(help="Which: worst, random, or rows and ids with commas.")] = "worst",
+    json_: Json = False,
+) -> None:
+    """See what a cache is and holds, look into one sample, or write a page to browse."""
+    from cache_schema.cache import open_cache
+    from cache_schema.summary import summarise
+    from views.html_page import write_html
+    from views.inspect_page import print_summary_page
+    from views.sample_document import sample_document
+    from views.sample_page import print_sample
+    from views.terminal import Bar, print_json, print_summary
+
+    opened = open_cache(cache)
+    if html is not None:
+        chosen = order if order in ("worst", "random") else _words(order)
+        page = write_html(opened, html, samples=samples, order=chosen, image_root=image_root, progress=Bar())
+        print_json({"page": str(page)}) if json_ else print_summary("page", {"file": str(page)})
+    elif sample is not None:
+        print_json(sample_document(opened, sample)) if json_ else print_sample(opened, sample, image_root)
+    else:
+        summary = summarise(opened)
+        print_json(summary) if json_ else print_summary_page(summary)
+
+
+@app.command()
+def verify(
+    cache: CachePath,
+    repair: Annotated[bool, typer.Option(help="Set damaged shards aside and sweep leftovers.")] = False,
+    json_: Json = False,
+) -> None:
+    """Check every file, count and number of a cache and report all problems at once."""
+    from cache_schema.verify import verify as verify_cache
+    from views.terminal import Bar, print_json, print_problems, print_summary
+
+    report = verify_cache(cache, repair=repair, progress=Bar())
+    document = report.to_json()
+    if json_:
+        print_json(document)
+    else:
+        print_problems(document.pop("problems"))
+        print_summary(f"verify {cache}", document)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A cache.")],
+    b: Annotated[str, typer.Argument(help="The cache to hold against it.")],
+    json_: Json = False,
+) -> None:
+    """Are two caches of the same thing the same? Exit code 1 when they differ in identity or samples."""
+    from cache_schema.cache import open_cache
+    from cache_schema.diff import diff as diff_caches
+    from views.terminal import Bar, print_json, print_summary
+
+    report = diff_caches(open_cache(a), open_cache(b), progress=Bar())
+    print_json(report.to_json()) if json_ else print_summary("difference", report.to_json())
+    if not report.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    caches: Annotated[list[str], typer.Argument(help="Two or more caches with the same identity.")],
+    out: Annotated[str, typer.Option(help="The new cache.")],
+    json_: Json = False,
+) -> None:
+    """One cache of several, without running the teacher."""
+    from cache_schema.merge import merge as merge_caches
+    from views.terminal import Bar, print_json, print_summary
+
+    summary = merge_caches(caches, out, progress=Bar())
+    print_json(summary) if json_ else print_summary("merged", summary)
+
+
+@app.command()
+def select(
+    cache: CachePath,
+    where: Annotated[
+        str, typer.Option(help="Which samples, for example 'tokens < 512 and confidence > 0.5'.")
+    ],
+    out: Annotated[str, typer.Option(help="The new cache.")],
+    json_: Json = False,
+) -> None:
+    """A smaller cache: the samples that meet a condition."""
+    from cache_schema.select import select as select_samples
+    from views.terminal import Bar, print_json, print_summary
+
+    summary = select_samples(cache, where, out, progress=Bar())
+    print_json(summary) if json_ else print_summary("selected", summary)
+
+
+@app.command("to-arrow")
+def to_arrow(
+    cache: CachePath,
+    out: Annotated[Path, typer.Option(help="Folder of the Parquet files.")],
+    json_: Json = False,
+) -> None:
+    """A plain Parquet dataset of the cache, for notebooks, `datasets` and DuckDB."""
+    from cache_schema.arrow_export import to_arrow as export_arrow
+    from views.terminal import Bar, print_json, print_summary
+
+    summary = export_arrow(cache, out, progress=Bar())
+    print_json(summary) if json_ else print_summary("exported", summary)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A TinyLLaVA or LLaVA-KD checkpoint, split or single.")],
+    out: Annotated[Path, typer.Option(help="Folder of the transformers model.")],
+    json_: Json = False,
+) -> None:
+    """Turn a TinyLLaVA or LLaVA-KD checkpoint into a transformers Llava folder."""
+    from pipeline.convert import convert as convert_checkpoint
+    from views.terminal import Bar, print_json, print_summary
+
+    summary = convert_checkpoint(checkpoint, out, Bar())
+    print_json(summary) if json_ else print_summary("converted", summary)
+
+
+@app.command("new-student")
+def new_student(
+    vision_tower: Annotated[
+        Path, typer.Option(help="Folder of the vision tower, or of a model that has it.")
+    ],
+    language_model: Annotated[Path, typer.Option(help="Folder of the student's language model.")],
+    out: Annotated[Path, typer.Option(help="Folder of the student.")],
+    like: Annotated[
+        str | None,
+        typer.Option(help="Take image token, tokenizer, feature layer and template from this cache."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the fresh projector.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Assemble a student: vision tower, fresh projector, language model."""
+    from student.assemble import new_student as assemble
+    from views.terminal import print_json, print_summary
+
+    summary = assemble(
+        vision_tower=vision_tower, language_model=language_model, out=out, like=like, seed=seed
+    )
+    print_json(summary) if json_ else print_summary("student", summary)
+
+
+@app.command()
+def train(
+    image_root: ImageRoot,
+    out: Annotated[Path, typer.Option(help="Folder of the run; of a recipe: a folder a stage in it.")],
+    student: Annotated[Path, typer.Option(help="Folder of the student to start from.")],
+    cache: Annotated[
+        str | None, typer.Option(help="The cache to learn from; a recipe may name its own.")
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="A stage with the paper's settings: dpt, sft, dft or pt.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A YAML or TOML recipe, or llava-kd for its three stages in a row.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
+    ] = False,
+    targets: Annotated[
+        str | None, typer.Option(help="Only these of the stage's targets; `none` for cross entropy alone.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate instead of the stage's.")
+    ] = None,
+    global_batch: Annotated[int | None, typer.Option(help="Samples a step over all ranks.")] = None,
+    micro_batch: Annotated[int, typer.Option(help="Samples a forward pass on one device.")] = 8,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the cache instead of the stage's.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    precision: Annotated[TrainPrecision, typer.Option(help="Of the forward and backward products.")] = (
+        TrainPrecision.fp32
+    ),
+    eval_cache: Annotated[str | None, typer.Option(help="Held-out cache for the second curve.")] = None,
+    eval_image_root: Annotated[Path | None, typer.Option(help="Its image root, where it is another.")] = None,
+    eval_every: Annotated[int, typer.Option(help="Steps between measurements on it; 0: at the end.")] = 0,
+    early_stop: Annotated[
+        int | None, typer.Option(help="Stop after so many of them without improvement.")
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")] = 500,
+    log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 10,
+    workers: Annotated[int, typer.Option(help="Threads that decode images.")] = 2,
+    adopt_template: Annotated[
+        bool, typer.Option("--adopt-template", help="Give the student the cache's chat template.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order of samples.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Train a student from a cache: one stage, or a recipe of stages."""
+    from student.settings import TrainConfig
+    from student.stages import stage_named
+    from student.train import train as train_stage
+    from views.terminal import Bar, print_json, print_summary
+
+    if (stage is None) == (recipe is None):
+        raise typer.BadParameter("name either --stage or --recipe")
+    config = TrainConfig(
+        stage=stage_named(stage, targets),
+        student=student,
+        cache=cache,
+        image_root=image_root,
+        out=out,
+        resume=resume,
+        seed=seed,
+        epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        precision=precision.value,
+        eval_cache=eval_cache,
+        eval_image_root=eval_image_root,
+        eval_every=eval_every,
+        early_stop=early_stop,
+        log_every=log_every,
+        save_every=save_every,
+        workers=workers,
+        adopt_template=adopt_template,
+    )
+    result = train_stage(config, Bar())
+    print_json(result) if json_ else print_summary("trained", result)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Folder of the model: student, teacher or any other.")],
+    data: Annotated[Path, typer.Option(help="Rows to answer, in the same formats as for `build`.")],
+    image_root: ImageRoot,
+    cache: Annotated[
+        str | None, typer.Option(help="Also hold the model against the teacher in this cache.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at a time.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 32,
+    json_: Json = False,
+) -> None:
+    """Answer questions freely and count exact matches, by kind; with --cache also KL and relation loss."""
+    from student.evaluate import EvaluateConfig
+    from student.evaluate import evaluate as evaluate_model
+    from views.terminal import Bar, print_json, print_summary
+
+    config = EvaluateConfig(
+        model=model,
+        data=data,
+        image_root=image_root,
+        cache=cache,
+        batch_size=batch_size,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+    )
+    result = evaluate_model(config, Bar())
+    print_json(result) if json_ else print_summary("evaluation", result)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Option(help="Folder of a trained model: RUN/model.")],
+    out: Annotated[Path, typer.Option(help="Folder to hand over.")],
+    json_: Json = False,
+) -> None:
+    """A transformers folder with a model card, for transformers and vLLM."""
+    from student.export import export as export_model
+    from views.terminal import Bar, print_json, print_summary
+
+    summary = export_model(model, out, Bar())
+    print_json(summary) if json_ else print_summary("exported", summary)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    out: Annotated[Path | None, typer.Option(help="A .html or .png file; default: RUN/report.html.")] = None,
+    json_: Json = False,
+) -> None:
+    """Curves and tables of a training run."""
+    from student.report import report as report_run
+    from views.terminal import print_json, print_summary
+
+    summary = {"report": str(report_run(run, out))}
+    print_json(summary) if json_ else print_summary("report", summary)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a comma-separated list of numbers", param_hint=option
+        ) from None
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise StoppedEarly(f"stopped by {signal.Signals(signum).name}; run the same command again to go on")
+
+
+def _one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    text = " ".join(str(error).split()) or "no further word"
+    print(f"error: {kind.__name__}: {text} (--debug shows where)", file=sys.stderr)
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable."""
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    if not debug:
+        sys.excepthook = _one_line
+    try:
+        typer.main.get_command(app)(arguments, prog_name="kdcache")
+    except StoppedEarly as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(3)
+    except KdcacheError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
