@@ -14,9 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from cache_schema.errors import KdcacheError
 from student.stages import Part
+
+logging.disable_progress_bar()  # progress is told through Progress
 
 _VISION = ("vision_tower", "vision_model", "visual", "vision_encoder")
 _PROJECTOR = (
@@ -31,8 +35,6 @@ _PROJECTOR = (
 
 def load_model(folder: Path | str, dtype: torch.dtype | str = "auto") -> Any:
     """The vision-language model in `folder`, on the CPU. KdcacheError when it is none or is incomplete."""
-    from transformers import AutoModelForImageTextToText
-
     path = _folder(folder)
     try:
         model, notes = AutoModelForImageTextToText.from_pretrained(
@@ -51,8 +53,6 @@ def load_model(folder: Path | str, dtype: torch.dtype | str = "auto") -> Any:
 
 def load_processor(folder: Path | str) -> Any:
     """The processor (tokenizer, image processor, chat template) in `folder`."""
-    from transformers import AutoProcessor
-
     path = _folder(folder)
     try:
         processor = AutoProcessor.from_pretrained(path)

@@ -27,8 +27,7 @@ TERMS = ("loss", "ce", "response", "visual", "prompt", "relation")
 
 def write_settings(config: TrainConfig, identity: Mapping[str, Any]) -> None:
     """Writes recipe.yaml: every setting as resolved, the identity and the versions it ran with."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    versions["accelerate"] = accelerate.__version__
+    versions = {library.__name__: str(library.__version__) for library in (torch, transformers, accelerate)}
     document = {**config.to_json(), "identity": dict(identity), "versions": versions}
     write_text(config.out / "recipe.yaml", yaml.safe_dump(document, sort_keys=False))
 

@@ -232,8 +232,9 @@ class _Run:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise KdcacheError(
             f"the loss or its gradient is not finite at step {self.step} for samples "
-            f"{', '.join(names[:8])}{more}; the weights before it are in {where}; see `kdcache inspect {self.cache.url} --sample ROW`, "
-            "lower the learning rate, or train in bf16 instead of fp16"
+            f"{', '.join(names[:8])}{more}; the weights before it are in {where}; "
+            f"see `kdcache inspect {self.cache.url} --sample ROW`, lower the learning rate, or train in bf16 "
+            "instead of fp16"
         )
 
     def _after_step(self) -> None:

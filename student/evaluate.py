@@ -1,0 +1,303 @@
+"""Evaluation: free greedy answers to a file of questions, and the distance to the teacher on a cache."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlavaProcessor
+
+from cache_schema.cache import open_cache
+from cache_schema.conversations import Conversation
+from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.images import open_image
+from cache_schema.progress import Progress
+from cache_schema.rows import open_dataset
+from student.answers import Answered, score
+from student.checks import check_student
+from student.collate import Collator
+from student.folder import load_model, load_processor
+from student.heldout import measure_cache
+from student.losses import LossWeights
+from student.model import DistilledStudent
+from student.stages import DFT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """model: its folder. data: LLaVA rows; every answer of a row is a question, asked after the turns before
+    it as they are in the data. A row may carry `kind` (a text, or one a question) and `answers` (the
+    references of its only question, or a list of them a question). cache: also measure the distance to
+    its teacher. limit: so many rows, drawn by `seed`. predictions: a JSONL file to write every answer to.
+    """
+
+    model: Path
+    data: Path
+    image_root: Path
+    cache: str | None = None
+    batch_size: int = 64
+    limit: int | None = None
+    max_new_tokens: int = 32
+    seed: int = 0
+    device: str = "auto"
+    predictions: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_new_tokens < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError("batch_size, max_new_tokens and limit must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question as a prompt: row, images by path, the text that the chat template makes, references."""
+
+    row: int
+    kind: str
+    images: tuple[str, ...]
+    prompt: str
+    references: tuple[str, ...]
+
+
+def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
+    """Scores (`student.answers.score`), rows that could not be asked (`skipped`), seconds; `teacher`: the
+    means of `measure_cache` when a cache is given. The same on every run with the same device and batch."""
+    started = time.perf_counter()
+    device = _device(config.device)
+    processor = load_processor(config.model)
+    model = load_model(config.model).to(device).eval()
+    if processor.chat_template is None:
+        raise KdcacheError(
+            f"{config.model} has no chat template to ask questions with; see `new-student --like`"
+        )
+    questions, skipped = _questions(config, processor, progress)
+    if not questions:
+        raise KdcacheError(f"no row of {config.data} can be asked: {dict(skipped)}; check --image-root")
+    answers = _Answerer(model, processor, config).answer(questions, progress)
+    answered = [
+        Answered(kind=question.kind, references=question.references, prediction=answer)
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    if config.predictions is not None:
+        _write_predictions(config.predictions, questions, answers)
+    result = {**score(answered), "skipped": dict(skipped), "model": str(config.model)}
+    if config.cache is not None:
+        result["teacher"] = _distance(config, config.cache, model, processor, device, progress)
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    return result
+
+
+def _questions(
+    config: EvaluateConfig, processor: Any, progress: Progress
+) -> tuple[list[Question], Counter[str]]:
+    dataset = open_dataset(config.data, progress)
+    rows = list(range(len(dataset)))
+    if config.limit is not None and config.limit < len(dataset):
+        rows = sorted(np.random.default_rng(config.seed).permutation(len(dataset))[: config.limit].tolist())
+    questions: list[Question] = []
+    skipped: Counter[str] = Counter()
+    readable: dict[str, str | None] = {}
+    for row in rows:
+        try:
+            conversation = dataset[row]
+            for path in conversation.images:
+                if path not in readable:
+                    readable[path] = _fault(config.image_root, path)
+                if (fault := readable[path]) is not None:
+                    raise RowRejected(fault, path)
+            questions += _asked(conversation, processor)
+        except RowRejected as error:
+            skipped[error.reason] += 1
+    if skipped:
+        progress.message(f"{skipped.total()} of {len(rows)} rows cannot be asked: {dict(skipped)}")
+    return questions, skipped
+
+
+def _fault(root: Path, path: str) -> str | None:
+    try:
+        open_image(root, path)
+    except RowRejected as error:
+        return error.reason
+    return None
+
+
+def _asked(conversation: Conversation, processor: Any) -> Iterator[Question]:
+    messages, answers = conversation.messages, conversation.answers
+    kinds = conversation.extra.get("kind", "all")
+    references = conversation.extra.get("answers", [[answer] for answer in answers])
+    if references and isinstance(references[0], str):
+        references = [references]
+    kinds = [str(kinds)] * len(answers) if not isinstance(kinds, list) else kinds
+    if len(kinds) != len(answers) or len(references) != len(answers) or not all(references):
+        raise RowRejected(
+            "annotations",
+            f"row {conversation.row} has {len(answers)} answers, {len(kinds)} kinds and {len(references)} "
+            "lists of references",
+        )
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    for number, place in enumerate(places):
+        shown = sum(part["type"] == "image" for message in messages[:place] for part in message["content"])
+        yield Question(
+            row=conversation.row,
+            kind=str(kinds[number]),
+            images=conversation.images[:shown],
+            prompt=processor.apply_chat_template(
+                messages[:place], add_generation_prompt=True, tokenize=False
+            ),
+            references=tuple(str(text) for text in references[number]),
+        )
+
+
+class _Answerer:
+    """Greedy answers in batches; a prompt's beginning, up to its last image, is computed once for all the
+    questions of a batch that share it."""
+
+    def __init__(self, model: Any, processor: Any, config: EvaluateConfig) -> None:
+        self.model, self.processor, self.config = model, processor, config
+        self.tokenizer = processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        for name in ("temperature", "top_p", "top_k"):
+            setattr(model.generation_config, name, None)
+        # Other families compute positions from grids, which a cached beginning would cut through.
+        self.shares = isinstance(processor, LlavaProcessor)
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question], progress: Progress) -> list[str]:
+        """One answer a question, in their order."""
+        answers = [""] * len(questions)
+        order = sorted(
+            range(len(questions)), key=lambda i: (questions[i].images, len(questions[i].prompt), i)
+        )
+        progress.begin("answering", len(questions))
+        start = 0
+        while start < len(order):
+            batch = order[start : start + self.config.batch_size]
+            pictured = [i for i in batch if questions[i].images]
+            if len(pictured) < len(batch):  # those without an image come first and stay among themselves
+                batch = [i for i in batch if not questions[i].images]
+            for i, text in zip(batch, self._batch([questions[i] for i in batch]), strict=True):
+                answers[i] = text
+            start += len(batch)
+            progress.update(start)
+        progress.end()
+        return answers
+
+    def _batch(self, questions: list[Question]) -> list[str]:
+        with_images = bool(questions[0].images)
+        inputs = self._shared_inputs(questions) if self.shares and with_images else self._inputs(questions)
+        written = self.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.config.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        answers = written[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    def _inputs(self, questions: list[Question]) -> dict[str, Any]:
+        """What the processor makes of whole prompts."""
+        made = self.processor(
+            text=[question.prompt for question in questions],
+            images=[self._images(question.images) for question in questions] if questions[0].images else None,
+            add_special_tokens=self._adds_special_tokens(questions[0].prompt),
+            padding=True,
+            return_tensors="pt",
+        )
+        return dict(made.to(self.model.device, self.model.dtype))
+
+    def _shared_inputs(self, questions: list[Question]) -> dict[str, Any]:
+        """Whole prompts, and the key-value cache of their beginnings."""
+        paths = sorted({path for question in questions for path in question.images})
+        pixels = self.processor.image_processor(images=self._images(paths), return_tensors="pt")[
+            "pixel_values"
+        ]
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        beginnings: dict[tuple[tuple[int, ...], tuple[str, ...]], int] = {}
+        endings, groups = [], []
+        for question, ids in zip(questions, self._token_ids(questions, pixels), strict=True):
+            image_token = self.processor.image_token_id
+            cut = len(ids) - ids[::-1].index(image_token)
+            if cut == len(ids):  # nothing left to ask with: generate needs a token
+                return self._inputs(questions)
+            groups.append(beginnings.setdefault((tuple(ids[:cut]), question.images), len(beginnings)))
+            endings.append(ids[cut:])
+        first = self._padded([list(ids) for ids, _ in beginnings])
+        shown = [paths.index(path) for _, images in beginnings for path in images]
+        past = self.model(
+            **first, pixel_values=pixels[shown], use_cache=True, logits_to_keep=1
+        ).past_key_values
+        chosen = torch.tensor(groups, device=self.model.device)
+        past.batch_select_indices(chosen)
+        rest = self._padded(endings)
+        joined = {name: torch.cat([first[name][chosen], rest[name]], dim=1) for name in first}
+        return {**joined, "past_key_values": past}
+
+    def _token_ids(self, questions: list[Question], pixels: torch.Tensor) -> list[list[int]]:
+        """The token ids of each prompt with its images expanded."""
+        token = self.processor.image_token
+        expanded = self.processor.replace_image_token({"pixel_values": pixels}, 0)
+        texts = [question.prompt.replace(token, expanded) for question in questions]
+        special = self._adds_special_tokens(texts[0])
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        for question in questions:
+            if question.prompt.count(token) != len(question.images):
+                raise KdcacheError(
+                    f"row {question.row} has {len(question.images)} images, its prompt "
+                    f"{question.prompt.count(token)} image tokens; check the row and the chat template"
+                )
+        return ids
+
+    def _padded(self, ids: list[list[int]]) -> dict[str, torch.Tensor]:
+        made = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+        return {name: made[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        bos = self.tokenizer.bos_token
+        return not (bos is not None and text.startswith(bos))
+
+    def _images(self, paths: Sequence[str]) -> list[Any]:
+        return [open_image(self.config.image_root, path).image for path in paths]
+
+
+def _distance(
+    config: EvaluateConfig, url: str, model: Any, processor: Any, device: torch.device, progress: Progress
+) -> dict[str, float]:
+    """How far the model is from the cache's teacher."""
+    cache = open_cache(url)
+    stage = DFT.only(tuple(cache.spec.targets))
+    check_student(cache, model, processor, config.image_root, stage, adopt_template=True)
+    training = cache.manifest.fingerprint.training
+    student = DistilledStudent(model, LossWeights(), vocab_size=training["vocab_size"]).eval()
+    collator = Collator(
+        image_processor=processor.image_processor,
+        image_root=config.image_root,
+        pad_token_id=processor.tokenizer.pad_token_id or 0,
+        image_token_id=training["image_token_id"],
+        targets=tuple(cache.spec.targets),
+        sample_temperature=cache.spec.sample_temperature,
+    )
+    return measure_cache(
+        student, cache, collator, device=device, micro_batch=8, samples=config.limit, progress=progress
+    )
+
+
+def _write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer in zip(questions, answers, strict=True):
+            line = {"row": question.row, "kind": question.kind, "references": list(question.references)}
+            file.write(json.dumps({**line, "prediction": answer}, ensure_ascii=False) + "\n")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    return torch.device(name)
