@@ -28,6 +28,7 @@ class DemoData:
     image_root: Path
     captions: Path
     conversations: Path
+    held_out: Path
     test: Path
 
 
@@ -126,6 +127,7 @@ def write_dataset(
     *,
     train_images: int | None = None,
     test_images: int | None = None,
+    held_out_images: int | None = None,
     max_yesno_per_image: int | None = None,
     seed: int = 0,
 ) -> DemoData:
@@ -138,6 +140,7 @@ def write_dataset(
     Args:
         out: folder to write to, made when absent; files of the same names are overwritten.
         train_images, test_images: how many images, drawn with `seed`; None takes all.
+        held_out_images: how many of the test images also get a conversation row; None takes all.
         max_yesno_per_image: keep at most so many yes/no questions of a test image; None keeps all.
         seed: decides the draw of images, the order of turns and the kept yes/no questions.
 
@@ -151,9 +154,10 @@ def write_dataset(
         image_root=out / "images",
         captions=out / "captions.json",
         conversations=out / "conversations.json",
+        held_out=out / "held_out.json",
         test=out / "test.json",
     )
-    captions, conversations, questions = [], [], []
+    captions, conversations, held_out, questions = [], [], [], []
     for picture in train:
         image = _copy_image(picture, data.image_root, "train")
         rng = random.Random(f"row-{seed}-{picture.image_id}")
@@ -171,6 +175,7 @@ def write_dataset(
     for path, rows in (
         (data.captions, captions),
         (data.conversations, conversations),
+        (data.held_out, held_out),
         (data.test, questions),
     ):
         path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -214,6 +219,12 @@ def _copy_image(picture: Picture, image_root: Path, split: Split) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(picture.path, target)
     return image
+
+
+def _conversation(picture: Picture, image: str, seed: int) -> dict[str, Any]:
+    turns = list(picture.questions)
+    random.Random(f"turns-{seed}-{picture.image_id}").shuffle(turns)
+    return _row(f"conversation-{picture.image_id}", image, turns)
 
 
 def _row(row_id: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
