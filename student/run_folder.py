@@ -121,9 +121,9 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 class Meter:
     """Means over the steps since the last line of the journal."""
 
-    def __init__(self, stopwatch: Stopwatch) -> None:
+    def __init__(self, stopwatch: Stopwatch, *, samples: int = 0) -> None:
         self._stopwatch = stopwatch
-        self.samples = 0
+        self.samples = samples
         self.latest: dict[str, Any] = {}
         self._begin()
 

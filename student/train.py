@@ -99,8 +99,10 @@ class _Run:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         self.step = 0
         self.memory: dict[str, Any] = {"best": None, "best_step": None, "waited": 0, "evaluation": None}
+        self.memory |= {"samples": 0, "seconds": {}}
         if saved is not None:
             self.step, self.memory = saved.step, dict(saved.progress)
+            self.stopwatch.seconds = dict(self.memory["seconds"])
             self.optimizer.load_state_dict(saved.optimizer)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(self.memory["scaler"])
@@ -109,7 +111,7 @@ class _Run:
             write_settings(config, identity)
         self.accelerator.wait_for_everyone()
         self.journal = Journal(self.accelerator, config.out, step=self.step)
-        self.meter = Meter(self.stopwatch)
+        self.meter = Meter(self.stopwatch, samples=self.memory["samples"])
 
     def _saved(self) -> Checkpoint | None:
         """The newest checkpoint in `out`, if this run may use it."""
@@ -247,7 +249,8 @@ class _Run:
             self.journal.write(step, {**self.meter.close(), "lr": rate, "epoch": epoch}, group="train")
         if config.eval_cache and (last or (config.eval_every and step % config.eval_every == 0)):
             self._evaluate(config.eval_cache)
-        if (config.save_every and step % config.save_every == 0) or self.memory["best_step"] == step:
+        due = config.save_every and (last or step % config.save_every == 0)
+        if due or self.memory["best_step"] == step:
             self._save()
 
     def _evaluate(self, url: str) -> None:
@@ -290,6 +293,7 @@ class _Run:
     def _save(self) -> Path:
         """Writes a checkpoint of this step; the main process does, the others wait."""
         scaler = self.accelerator.scaler
+        self.memory |= {"samples": self.meter.samples, "seconds": self.stopwatch.seconds}
         checkpoint = Checkpoint(
             step=self.step,
             weights=self.student.trained(),

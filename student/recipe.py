@@ -1,0 +1,57 @@
+"""Stages in a row: each begins with the model that the one before it left, finished ones are skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cache_schema.errors import KdcacheError
+from cache_schema.progress import Progress
+from student.settings import TrainConfig
+from student.stages import Recipe
+from student.train import train
+
+
+def train_recipe(
+    recipe: Recipe,
+    config: TrainConfig,
+    progress: Progress,
+    *,
+    caches: Mapping[str, str] | None = None,
+    image_roots: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Trains the stages of a recipe in `out/1-NAME`, `out/2-NAME`, ... and returns their results.
+
+    config: settings of every stage; its `stage` is not used, and its `max_steps`, `epochs`,
+    `learning_rate` and `global_batch` override every stage's where given. caches, image_roots: by stage
+    name, before what the recipe says, which stands before `config.cache` and `config.image_root`.
+    """
+    caches, image_roots = caches or {}, image_roots or {}
+    names = [entry.stage.name for entry in recipe.stages]
+    unknown = sorted({*caches, *image_roots} - set(names))
+    if unknown:
+        raise KdcacheError(
+            f"recipe {recipe.name} has no stage {', '.join(unknown)}; it has {', '.join(names)}"
+        )
+    student = config.student
+    results = []
+    for number, entry in enumerate(recipe.stages, start=1):
+        name = entry.stage.name
+        root = image_roots.get(name) or entry.image_root or config.image_root
+        result = train(
+            replace(
+                config,
+                stage=entry.stage,
+                student=student,
+                cache=caches.get(name) or entry.cache or config.cache,
+                image_root=Path(root),
+                eval_cache=entry.eval_cache or config.eval_cache,
+                out=config.out / f"{number}-{name}",
+            ),
+            progress,
+        )
+        results.append(result)
+        student = Path(result["model"])
+    return {"recipe": recipe.name, "stages": results, "model": str(student)}
