@@ -163,11 +163,12 @@ def write_dataset(
         rng = random.Random(f"row-{seed}-{picture.image_id}")
         caption = rng.choice(picture.attributes.captions)
         captions.append(_row(f"caption-{picture.image_id}", image, [(DESCRIBE, caption)]))
-        turns = list(picture.questions)
-        rng.shuffle(turns)
-        conversations.append(_row(f"conversation-{picture.image_id}", image, turns))
-    for picture in test:
+        conversations.append(_conversation(picture, image, rng))
+    for place, picture in enumerate(test):
         image = _copy_image(picture, data.image_root, "test")
+        if held_out_images is None or place < held_out_images:
+            rng = random.Random(f"row-{seed}-{picture.image_id}")
+            held_out.append(_conversation(picture, image, rng))
         for number in _kept_questions(picture, max_yesno_per_image, seed):
             pair = picture.questions[number]
             row = _row(f"test-{picture.image_id}-{number}", image, [pair])
@@ -221,9 +222,9 @@ def _copy_image(picture: Picture, image_root: Path, split: Split) -> str:
     return image
 
 
-def _conversation(picture: Picture, image: str, seed: int) -> dict[str, Any]:
+def _conversation(picture: Picture, image: str, rng: random.Random) -> dict[str, Any]:
     turns = list(picture.questions)
-    random.Random(f"turns-{seed}-{picture.image_id}").shuffle(turns)
+    rng.shuffle(turns)
     return _row(f"conversation-{picture.image_id}", image, turns)
 
 

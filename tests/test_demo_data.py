@@ -270,3 +270,10 @@ def test_a_language_model_learns_the_text_and_loads_again(data, tokenizer, tmp_p
     assert loaded(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss, rel=1e-5)
     assert loaded.config.vocab_size >= len(tokenizer) > tokenizer.image_token_id
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATE
+
+
+def test_held_out_conversations_are_about_test_images(tmp_path):
+    data = write_dataset(tmp_path, train_images=2, test_images=3, held_out_images=2)
+    rows = json.loads(data.held_out.read_text(encoding="utf-8"))
+    assert len(rows) == 2
+    assert all(row["image"].startswith("test/") for row in rows)
