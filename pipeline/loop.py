@@ -154,13 +154,12 @@ class CaptureLoop:
         self._bad.update(row.reason for row in bad)
         self._good += len(shard.results) - len(bad)
         total, limit = self._bad.total(), self._job.config.max_bad
-        share = total / (total + self._good)
-        if (share > limit) if limit is not None else (self._good == 0):
+        if limit is not None and total > limit * (total + self._good):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self._bad.most_common())
-            allowed = "" if limit is None else f", more than --max-bad {limit:g}"
+            example = f"; for example row {bad[0].row}: {bad[0].detail}" if bad else ""
             raise KdcacheError(
-                f"{total} of {total + self._good} rows so far cannot be captured ({reasons}){allowed}; "
-                f"for example row {bad[0].row}: {bad[0].detail}"
+                f"{total} of {total + self._good} rows so far cannot be captured ({reasons}), more than "
+                f"--max-bad {limit:g}{example}"
             )
 
     # ---- writing, in a thread of its own ----

@@ -22,9 +22,9 @@ class BuildConfig:
     saved), float32, bfloat16 or float16. device: `auto`, or torch's name of one; device_map: spreads the
     teacher as in accelerate. quantization: `8bit` or `4bit` through bitsandbytes. batch_tokens: padded
     tokens a batch. max_length: tokens a sample, images included; over_long: what becomes of longer ones.
-    limit: only the first rows. max_bad: the share of rows in quarantine above which the build stops;
-    None: only where nothing at all can be captured. rank, world_size: None to take them from the
-    launcher. prepare_threads: for decoding and processing images.
+    limit: only the first rows. max_bad: the share of rows in quarantine above which the build stops, asked
+    after every shard; None: never. rank, world_size: None to take them from the launcher.
+    prepare_threads: for decoding and processing images.
     """
 
     teacher: Path

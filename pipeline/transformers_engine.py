@@ -158,6 +158,7 @@ def load_processor(folder: Path) -> Any:
             f"{folder} holds a {type(processor).__name__}, not a processor for images and text; "
             "save the teacher's processor (processor_config.json, preprocessor_config.json) with it"
         )
+    processor.tokenizer.model_max_length = 1 << 60  # our own limit decides; theirs only warns
     return processor
 
 

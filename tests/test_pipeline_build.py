@@ -1,0 +1,425 @@
+"""`build` from end to end on a tiny teacher: what it captures, how it resumes, what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from cache_schema import Cache, IdentityMismatch, KdcacheError, StoppedEarly, TargetSpec, open_cache
+from cache_schema.identity import tokenizer_digest
+from cache_schema.progress import Silent
+from pipeline.capture import BuildConfig, build
+from pipeline.workers import place_among_workers
+from tests.tiny_models import tiny_dataset, tiny_llava, write_png
+
+FULL = TargetSpec(
+    targets=("response", "visual", "relation", "prompt"), precision="full", top_k=8, temperatures=(1.0, 2.0)
+)
+Setting = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """(teacher, folder of data.json and images/)."""
+    teacher = tiny_llava(tmp_path_factory.mktemp("teacher"))
+    folder = tmp_path_factory.mktemp("data")
+    tiny_dataset(folder, rows=14, images=4)
+    return teacher, folder
+
+
+def config_of(setting: Setting, out: Path, **rest: Any) -> BuildConfig:
+    teacher, folder = setting
+    options = {"spec": FULL, "shard_size": 4, "batch_tokens": 300, "device": "cpu"} | rest
+    return BuildConfig(
+        teacher=teacher, data=folder / "data.json", image_root=folder / "images", out=str(out), **options
+    )
+
+
+def by_row(cache: Cache) -> dict[int, Any]:
+    return {sample.row: sample for sample in (cache[i] for i in range(len(cache)))}
+
+
+@pytest.fixture(scope="module")
+def captured(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "c"
+    summary = build(config_of(setting, out), Silent())
+    assert summary.to_json() | {"seconds": 0, "tokens": 0} == {
+        "captured": 14,
+        "quarantined": {},
+        "shards": 4,
+        "tokens": 0,
+        "seconds": 0,
+        "already_done": False,
+    }
+    return out
+
+
+def test_targets_equal_those_of_the_models_own_logits(setting: Setting, captured: Path) -> None:
+    teacher, folder = setting
+    model = AutoModelForImageTextToText.from_pretrained(teacher).eval()
+    processor = AutoProcessor.from_pretrained(teacher)
+    cache = open_cache(captured)
+    rows = json.loads((folder / "data.json").read_text())
+    assert sorted(by_row(cache)) == list(range(14))
+    for row, sample in by_row(cache).items():
+        messages = []
+        for turn in rows[row]["conversations"]:
+            text = turn["value"].removeprefix("<image>\n")
+            content: list[dict[str, str]] = [{"type": "text", "text": text}]
+            if text != turn["value"]:
+                content.insert(0, {"type": "image", "path": str(folder / "images" / rows[row]["image"])})
+            messages.append({"role": "user" if turn["from"] == "human" else "assistant", "content": content})
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+        )
+        supervised = np.flatnonzero(inputs.pop("assistant_masks")[0].numpy())
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0, :, : len(processor.tokenizer)].double()
+        assert sample.sample_id == rows[row]["id"]
+        np.testing.assert_array_equal(sample.input_ids, inputs["input_ids"][0])
+        np.testing.assert_array_equal(sample.response_positions, supervised - 1)
+        visual = np.flatnonzero(sample.input_ids == model.config.image_token_id)
+        np.testing.assert_array_equal(sample.visual_positions, visual)
+        everything = np.union1d(np.union1d(sample.response_positions, visual), sample.prompt_positions)
+        np.testing.assert_array_equal(everything, np.arange(len(sample.input_ids)))
+        for record, positions in (
+            (sample.response, sample.response_positions),
+            (sample.visual, visual),
+            (sample.prompt, sample.prompt_positions),
+        ):
+            if record is None:
+                assert len(positions) == 0
+                continue
+            check_record(record, logits[torch.from_numpy(positions).long()])
+        following = logits.log_softmax(1)[supervised - 1, sample.input_ids[supervised]]
+        np.testing.assert_allclose(sample.response.label_logprob, following, atol=2e-5)
+        assert len(sample.relations) == len(sample.images)
+        for relation, image in zip(sample.relations, sample.images, strict=True):
+            part = logits[torch.from_numpy(image.positions).long()]
+            gram = (part @ part.T).numpy()
+            ours = relation.factor.astype(np.float64) @ relation.factor.T
+            cosine = (gram * ours).sum() / np.linalg.norm(gram) / np.linalg.norm(ours)
+            assert 1 - cosine <= 1.1e-5
+            np.testing.assert_allclose(relation.norm, np.linalg.norm(gram), rtol=1e-5)
+
+
+def check_record(record: Any, logits: torch.Tensor) -> None:
+    logprobs = logits.log_softmax(dim=1)
+    values, ids = logprobs.topk(8, dim=1)
+    np.testing.assert_allclose(record.logprobs, values, atol=1e-5, rtol=1e-5)
+    np.testing.assert_array_equal(record.token_ids, ids)
+    np.testing.assert_allclose(record.logsumexp, logits.logsumexp(1), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(record.entropy, -(logprobs.exp() * logprobs).sum(1), atol=1e-5, rtol=1e-5)
+    for column, temperature in enumerate(record.temperatures):
+        scaled = logits / float(temperature)
+        tail = scaled.scatter(1, ids, -torch.inf).logsumexp(1) - scaled.logsumexp(1)
+        np.testing.assert_allclose(record.tail_logprob[:, column], tail, atol=2e-5, rtol=1e-5)
+
+
+def same_arrays(first: Path, second: Path) -> None:
+    """Equal in every stored array of every shard, whatever the attempts are called."""
+    a, b = open_cache(first), open_cache(second)
+    assert a.manifest.identity == b.manifest.identity
+    assert a.shards == b.shards
+    for left, right in zip(by_row(a).values(), by_row(b).values(), strict=True):
+        assert left.row == right.row
+        for kind in ("response", "visual", "prompt"):
+            one, other = getattr(left, kind), getattr(right, kind)
+            assert (one is None) == (other is None)
+            for name in one.__dataclass_fields__ if one is not None else ():
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        for one, other in zip(left.relations, right.relations, strict=True):
+            np.testing.assert_array_equal(one.factor, other.factor)
+            assert (one.norm, one.residual) == (other.norm, other.residual)
+
+
+def test_many_workers_make_the_same_cache(setting: Setting, captured: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    for rank in (2, 0):  # worker 1 never comes: the others take its shards
+        build(config_of(setting, out, rank=rank, world_size=3), Silent())
+    same_arrays(captured, out)
+
+
+def test_a_second_run_does_nothing_and_says_so(setting: Setting, captured: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in captured.rglob("*")}
+    notes = Notes()
+    summary = build(config_of(setting, captured), notes)
+    assert summary.already_done
+    assert summary.captured == 14
+    assert any("nothing left" in line for line in notes.lines)
+    assert {path: path.stat().st_mtime_ns for path in captured.rglob("*")} == before
+
+
+class Notes(Silent):
+    """Keeps messages, and stops the process politely after some updates."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.lines: list[str] = []
+        self.left = stop_after
+
+    def message(self, line: str) -> None:
+        self.lines.append(line)
+
+    def update(self, done: int, **fields: str) -> None:
+        if self.left is not None and fields:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_a_stopped_build_goes_on_where_it_was(
+    setting: Setting, captured: Path, tmp_path: Path, after: int
+) -> None:
+    out = tmp_path / "c"
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(StoppedEarly, match="run the same command again"):
+        build(config_of(setting, out), Notes(stop_after=after))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    kept = {path: path.read_bytes() for path in out.glob("commits/*.json")}
+    assert len(kept) < 4
+    assert build(config_of(setting, out), Silent()).captured == 14
+    for path, content in kept.items():
+        assert path.read_bytes() == content, "a finished shard was made again"
+    same_arrays(captured, out)
+
+
+def test_batches_change_nothing_but_rounding(setting: Setting, captured: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    build(config_of(setting, out, batch_tokens=1), Silent())
+    for left, right in zip(
+        by_row(open_cache(captured)).values(), by_row(open_cache(out)).values(), strict=True
+    ):
+        for kind in ("response", "visual", "prompt"):
+            one, other = getattr(left, kind), getattr(right, kind)
+            if one is not None:
+                np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+                np.testing.assert_allclose(one.tail_logprob, other.tail_logprob, atol=1e-5)
+        for one, other in zip(left.relations, right.relations, strict=True):
+            np.testing.assert_allclose(one.norm, other.norm, rtol=1e-5)
+
+
+def test_memory_that_runs_out_shrinks_the_batches(
+    setting: Setting, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.transformers_engine import TransformersEngine
+
+    whole = TransformersEngine.hidden_states
+    sizes = []
+
+    def meagre(self: TransformersEngine, samples: Any) -> Any:
+        sizes.append(len(samples))
+        if len(samples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return whole(self, samples)
+
+    monkeypatch.setattr(TransformersEngine, "hidden_states", meagre)
+    out = tmp_path / "c"
+    assert build(config_of(setting, out), Silent()).captured == 14
+    assert max(sizes) > 1
+    assert sizes.count(1) >= 14
+
+    def hopeless(self: TransformersEngine, samples: Any) -> Any:
+        if len(samples[0]) > 90:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return whole(self, samples)
+
+    monkeypatch.setattr(TransformersEngine, "hidden_states", hopeless)
+    longest = [row for row, sample in by_row(open_cache(captured)).items() if len(sample.input_ids) > 90]
+    assert 0 < len(longest) < 14
+    summary = build(config_of(setting, tmp_path / "d"), Silent())
+    assert summary.quarantined == {"out_of_memory": len(longest)}
+
+
+def test_the_manifest_tells_who_the_teacher_was(setting: Setting, captured: Path) -> None:
+    teacher, _ = setting
+    cache = open_cache(captured)
+    fingerprint = cache.manifest.fingerprint
+    tokenizer = AutoProcessor.from_pretrained(teacher).tokenizer
+    special = {role: getattr(tokenizer, f"{role}_token") for role in ("eos", "bos", "pad", "unk")}
+    assert fingerprint.training["tokenizer"] == tokenizer_digest(tokenizer.get_vocab(), special)
+    assert fingerprint.training["vocab_size"] == len(tokenizer) == 340
+    assert fingerprint.training["image_seq_tokens"] == 16
+    assert fingerprint.training["vision_feature_layer"] == -2
+    assert fingerprint.training["model_type"] == "llava"
+    assert fingerprint.capture["sharing"] is True
+    assert set(cache.assets) >= {
+        "config.json",
+        "tokenizer.json",
+        "processor_config.json",
+        "chat_template.jinja",
+    }
+    assert cache.assets["config.json"] == (teacher / "config.json").read_bytes()
+
+
+def test_equal_prefixes_are_stored_once(captured: Path) -> None:
+    commits = open_cache(captured).commits.values()
+    assert sum(commit.counts["shared_images"] for commit in commits) > 0
+    samples = list(by_row(open_cache(captured)).values())
+    same = [s for s in samples if s.images and s.images[0].path == samples[0].images[0].path]
+    assert len(same) > 1
+    for sample in same[1:]:
+        np.testing.assert_array_equal(sample.visual.logprobs, same[0].visual.logprobs)
+
+
+# ---- data that is not as it should be ----
+
+
+def damaged(folder: Path, target: Path) -> None:
+    shutil.copytree(folder, target)
+    rows = json.loads((target / "data.json").read_text())
+    (target / "images" / "pictures" / "0.png").unlink()  # rows 0, 8, 12
+    rows[1]["image"] = "pictures/broken.png"
+    (target / "images" / "pictures" / "broken.png").write_bytes(
+        write_png(target / "x.png", seed=1).read_bytes()[:500]
+    )
+    rows[2]["conversations"] = []
+    rows[3]["image"] = "../x.png"
+    rows[5]["conversations"][1]["value"] = "word " * 3000
+    rows[6]["conversations"] = rows[6]["conversations"][:1]
+    rows[7] = "not an object"
+    (target / "data.json").write_text(json.dumps(rows))
+
+
+def test_bad_rows_go_to_quarantine_and_can_be_tried_again(setting: Setting, tmp_path: Path) -> None:
+    teacher, folder = setting
+    target = tmp_path / "data"
+    damaged(folder, target)
+    config = config_of((teacher, target), tmp_path / "c")
+    summary = build(config, Silent())
+    assert summary.captured == 5
+    assert summary.quarantined == {
+        "broken_image": 1,
+        "broken_row": 1,
+        "missing_image": 3,
+        "no_turns": 2,
+        "outside_root": 1,
+        "over_long": 1,
+    }
+    found = {row.row: row for row in open_cache(config.out).quarantined()}
+    assert found[0].reason == "missing_image"
+    assert found[0].sample_id == "row-0"
+    assert found[1].reason == "broken_image"
+    assert found[2].reason == found[6].reason == "no_turns"
+    assert found[3].reason == "outside_root"
+    assert found[5].reason == "over_long"
+    assert found[7].reason == "broken_row"
+    assert found[7].sample_id == "7"
+
+    assert build(config, Silent()).already_done
+    shutil.copy(folder / "images" / "pictures" / "0.png", target / "images" / "pictures" / "0.png")
+    again = build(replace(config, retry_quarantine=True), Silent())
+    assert again.captured == 8
+    assert "missing_image" not in again.quarantined
+
+
+def test_a_broken_dataset_stops_early(setting: Setting, tmp_path: Path) -> None:
+    teacher, folder = setting
+    target = tmp_path / "data"
+    damaged(folder, target)
+    with pytest.raises(
+        KdcacheError, match=r"rows so far cannot be captured .*more than --max-bad 0.1"
+    ) as caught:
+        build(config_of((teacher, target), tmp_path / "c", max_bad=0.1), Silent())
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(target / "images" / "pictures")
+    rows = json.loads((target / "data.json").read_text())
+    (target / "data.json").write_text(json.dumps([row for row in rows if "image" in row]))
+    with pytest.raises(KdcacheError, match=r"none of .* rows tried can be captured"):
+        build(config_of((teacher, target), tmp_path / "d"), Silent())
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_is_missing_is_said_in_one_line(setting: Setting, tmp_path: Path) -> None:
+    teacher, _ = setting
+    good = config_of(setting, tmp_path / "c")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    weightless = tmp_path / "weightless"
+    shutil.copytree(teacher, weightless)
+    (weightless / "model.safetensors").unlink()
+    tinyllava = tmp_path / "tinyllava"
+    tinyllava.mkdir()
+    (tinyllava / "config.json").write_text('{"model_type": "tinyllava"}')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    for change, message in [
+        ({"teacher": tmp_path / "nowhere"}, "teacher folder .* does not exist"),
+        ({"teacher": bare}, "no config.json"),
+        ({"teacher": weightless}, "no weights"),
+        ({"teacher": tinyllava}, "kdcache convert"),
+        ({"data": tmp_path / "nowhere.json"}, "data file .* does not exist"),
+        ({"image_root": tmp_path / "nowhere"}, "image root .* is not a folder"),
+        ({"template": "nonsense"}, "template nonsense"),
+        ({"out": str(tmp_path / "full")}, "not empty"),
+    ]:
+        with pytest.raises(KdcacheError, match=message) as caught:
+            build(replace(good, **change), Silent())
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("change", ["teacher", "data", "spec", "template", "max_length"])
+def test_another_identity_is_refused(setting: Setting, captured: Path, tmp_path: Path, change: str) -> None:
+    _, folder = setting
+    config = config_of(setting, captured)
+    if change == "teacher":
+        config = replace(config, teacher=tiny_llava(tmp_path / "other", seed=5))
+    elif change == "data":
+        (tmp_path / "other.json").write_text((folder / "data.json").read_text().replace("circle", "square"))
+        config = replace(config, data=tmp_path / "other.json")
+    elif change == "spec":
+        config = replace(config, spec=replace(FULL, top_k=9))
+    elif change == "template":
+        config = replace(config, template="plain")
+    else:
+        config = replace(config, max_length=100)
+    with pytest.raises(IdentityMismatch, match="another identity"):
+        build(config, Silent())
+
+
+def test_a_head_that_is_not_understood_is_refused(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import transformers_engine
+
+    understood = transformers_engine.head_of
+    monkeypatch.setattr(
+        transformers_engine, "head_of", lambda *given: replace(understood(*given), softcap=2.0)
+    )
+    with pytest.raises(KdcacheError, match="nothing was captured"):
+        build(config_of(setting, tmp_path / "c"), Silent())
+    assert not (tmp_path / "c").exists()
+
+
+def test_place_among_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert place_among_workers(None, None) == (0, 1)
+    assert place_among_workers(2, 4) == (2, 4)
+    for rank, size in ((4, 4), (-1, 2), (1, None), (None, 3)):
+        with pytest.raises(KdcacheError, match="rank"):
+            place_among_workers(rank, size)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert place_among_workers(None, None) == (3, 8)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert place_among_workers(None, None) == (1, 2)
+    assert place_among_workers(0, 5) == (0, 5)
+
+
+def test_settings_out_of_range_are_refused(setting: Setting, tmp_path: Path) -> None:
+    for change in ({"dtype": "int3"}, {"shard_size": 0}, {"max_bad": 2.0}, {"over_long": "drop"}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            config_of(setting, tmp_path / "c", **change)
