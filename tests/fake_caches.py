@@ -71,7 +71,7 @@ class FakeTeacher:
         logits = (hidden @ self.head.T).astype(np.float64)
         if labels is not None:  # so that the teacher is right about two thirds of the time
             lucky = np.arange(len(labels)) % 3 != 1
-            logits[lucky, labels[lucky]] += 12.0
+            logits[lucky, labels[lucky]] = logits[lucky].max(axis=1) + 1.5
         logsumexp = np.logaddexp.reduce(logits, axis=1)
         full = logits - logsumexp[:, None]
         order = np.argsort(-full, axis=1, kind="stable")

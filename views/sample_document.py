@@ -33,7 +33,8 @@ def find_sample(cache: Cache, row_or_id: int | str) -> Sample:
                 "build --retry-quarantine tries it again"
             )
     raise KdcacheError(
-        f"{cache.url}: no sample with row number or id {str(row_or_id)!r}; `kdcache inspect` tells what is there"
+        f"{cache.url}: no sample with row number or id {str(row_or_id)!r}; the plan holds "
+        f"{cache.plan.rows:,} rows, {len(cache):,} are captured"
     )
 
 
@@ -46,8 +47,8 @@ def sample_document(cache: Cache, row_or_id: int | str, *, top: int = TOP) -> di
     """
     sample = find_sample(cache, row_or_id)
     document = describe(cache, sample, TokenText.of_assets(cache.assets), top=top)
-    same_id = cache.index().row[cache.find(sample.sample_id)] if sample.sample_id else []
-    return document | {"rows_with_this_id": sorted({int(row) for row in same_id} - {sample.row})}
+    rows = cache.index().row[cache.find(sample.sample_id)].tolist()
+    return document | {"rows_with_this_id": sorted(set(rows) - {sample.row})}
 
 
 def describe(cache: Cache, sample: Sample, text: TokenText, *, top: int = TOP) -> dict[str, Any]:
@@ -142,13 +143,15 @@ def _image(
     }
     if sample.visual is not None:
         start = sum(len(before.positions) for before in sample.images[:number])
-        rows = slice(start, start + len(image.positions))
-        tops = top_entries(sample.visual, text, top, rows)
+        tops = top_entries(sample.visual, text, top, slice(start, start + len(image.positions)))
         document["visual"] = [
-            {"position": int(position), "entropy": round(float(entropy), 4), "top": entries}
-            for position, entropy, entries in zip(
-                image.positions, sample.visual.entropy[rows], tops, strict=True
-            )
+            {
+                "position": int(position),
+                "entropy": round(float(sample.visual.entropy[start + n]), 4),
+                "outside": tail_probability(sample.visual, start + n),
+                "top": tops[n],
+            }
+            for n, position in enumerate(image.positions)
         ]
     if sample.relations:
         document["relation"] = _relation(sample.relations[number])

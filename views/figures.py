@@ -1,0 +1,98 @@
+"""The figures of a cache's summary as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def count(number: int) -> str:
+    """1,234,567."""
+    return f"{number:,}"
+
+
+def size(number: float) -> str:
+    """Bytes in decimal units: 1.23 GB."""
+    value = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 4 min 05 s, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def bin_label(edges: Sequence[float], place: int) -> str:
+    """The bin between two edges; whole numbers as those it holds, the last one open where it is huge."""
+    low, high = edges[place], edges[place + 1]
+    if not all(float(edge).is_integer() for edge in edges):
+        return f"{low:g} - {high:g}"
+    if low == 0 and high == 1:
+        return "exact"
+    if high >= 1 << 30:
+        return f"{low:g} and more"
+    return f"{low:g}" if high - low == 1 else f"{low:g} - {high - 1:g}"
+
+
+def units_of(part: str, counts: Mapping[str, int]) -> tuple[int, str]:
+    """How many things a part of the bytes on disk holds, and what they are."""
+    if part == "relation":
+        return counts.get("relations", 0), "images"
+    if part == "samples":
+        return counts.get("samples", 0), "samples"
+    if part == "quarantine":
+        return counts.get("quarantined", 0), "rows"
+    return counts.get(f"{part}_positions", 0), "positions"
+
+
+def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Teacher, data, template, targets and format as lines of name and value."""
+    teacher, spec, built = summary["teacher"], summary["spec"], summary["built"]
+    capture, training = teacher["capture"], teacher["training"]
+    named = teacher["recorded"].get("teacher") or training.get("model_type") or "?"
+    lines = [
+        (
+            "teacher",
+            f"{named}, {capture.get('dtype', '?')}, weights {str(capture.get('teacher_weights'))[:12]}",
+        ),
+        ("data", _dataset(summary["dataset"])),
+        ("template", str(training.get("template_name") or "the processor's own")),
+        (
+            "targets",
+            f"{', '.join(spec['targets'])}; top {spec['top_k']}, temperatures "
+            f"{', '.join(f'{t:g}' for t in spec['temperatures'])}, {spec['precision']}"
+            + (f", {spec['tail_samples']} tail samples" if spec["tail_samples"] else ""),
+        ),
+        ("format", f"version {summary['format_version']}, made {summary['created']}"),
+        ("identity", summary["identity"][:16]),
+    ]
+    if built["seconds"]:
+        speed = summary["counts"].get("samples", 0) / built["seconds"]
+        lines.append(("capture", f"{duration(built['seconds'])}, {speed:.3g} samples/s of one worker"))
+    lines += [
+        ("engine", f"{_engine(entry['engine'])} ({count(entry['shards'])} shards)")
+        for entry in built["engines"]
+    ]
+    return lines
+
+
+def _engine(engine: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in engine.items())
+
+
+def _dataset(dataset: Mapping[str, Any]) -> str:
+    if "merged" in dataset:
+        return " + ".join(_dataset(part) for part in dataset["merged"])
+    told = str(dataset.get("path") or dataset.get("name") or "?")
+    rows = dataset.get("rows")
+    told += f" ({count(rows)} rows)" if isinstance(rows, int) else ""
+    return told + (f", where {dataset['selected']}" if "selected" in dataset else "")

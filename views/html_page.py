@@ -1,0 +1,189 @@
+"""A cache as one page that carries all it needs: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cache_schema.cache import Cache
+from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.images import open_image
+from cache_schema.progress import Progress, Silent
+from cache_schema.records import Relation, Sample
+from cache_schema.scores import scores_of
+from cache_schema.summary import summarise
+from views.grid import ImageSettings
+from views.html_summary import summary_html
+from views.relation_picture import principal_factor
+from views.sample_document import describe, find_sample
+from views.token_text import TokenText
+
+Order = Literal["worst", "random"] | Sequence[int | str]
+
+TOP = 8
+PATCH_TOP = 5
+PICTURE_SIDE = 448
+RELATION_RANK = 48
+PAGE = Path(__file__).parent / "page"
+
+
+def write_html(
+    cache: Cache,
+    out: Path,
+    *,
+    samples: int = 50,
+    order: Order = "worst",
+    image_root: Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the page to the file `out` and returns it.
+
+    order: `worst` (share of response positions where the label is not the teacher's likeliest token, then
+    perplexity), `random`, or row numbers and ids. Without `image_root` the patches stand alone. The
+    relation of a patch is drawn from the strongest 48 columns of the factor, in 8 bits: for the eye.
+    """
+    progress = progress or Silent()
+    text, settings = TokenText.of_assets(cache.assets), ImageSettings(cache.assets)
+    words: dict[str, str] = {}
+    documents = []
+    chosen, told = _choose(cache, samples, order, seed, progress)
+    progress.begin("samples", len(chosen))
+    for number, sample in enumerate(chosen):
+        documents.append(_sample(cache, sample, text, settings, image_root, words))
+        progress.update(number + 1)
+    progress.end()
+    title = f"Cache {cache.url.rstrip('/').rsplit('/', 1)[-1]}"
+    parts = {
+        "title": _escaped(title),
+        "css": (PAGE / "page.css").read_text(encoding="utf-8"),
+        "js": (PAGE / "page.js").read_text(encoding="utf-8"),
+        "summary": summary_html(summarise(cache)),
+        "order": _escaped(told),
+        "data": _json({"words": words, "samples": documents}),
+    }
+    page = (PAGE / "page.html").read_text(encoding="utf-8")
+    pieces = page.split("{{")
+    filled = pieces[0] + "".join(
+        parts[piece.partition("}}")[0]] + piece.partition("}}")[2] for piece in pieces[1:]
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(filled, encoding="utf-8")
+    except OSError as error:
+        raise KdcacheError(f"{out}: {error.strerror or error}; name a file that can be written") from error
+    return out
+
+
+def _choose(
+    cache: Cache, samples: int, order: Order, seed: int, progress: Progress
+) -> tuple[list[Sample], str]:
+    """The samples to show and the sentence that tells how they were chosen."""
+    if not isinstance(order, str):
+        return [find_sample(cache, name) for name in order], "As asked for."
+    total = len(cache)
+    if order == "random" or "response" not in cache.spec.targets:
+        drawn = np.random.default_rng(seed).permutation(total)[:samples]
+        return [cache[int(i)] for i in sorted(drawn)], f"{len(drawn)} of {total:,} at random (seed {seed})."
+    progress.begin("disagreement", len(cache.shards))
+    worst = heapq.nlargest(samples, _ranked(cache, progress))
+    progress.end()
+    return [
+        cache[-place] for _, _, place in worst
+    ], f"The {len(worst)} of {total:,} where the teacher disagrees most with the labels, worst first."
+
+
+def _ranked(cache: Cache, progress: Progress) -> Iterator[tuple[float, float, int]]:
+    """(disagreement, perplexity, -place in the cache) of every sample that has response positions."""
+    place = 0
+    for number, shard in enumerate(cache.shards):
+        block = cache.read_shard(shard, parts={"response"})
+        for j in range(len(block)):
+            sample = block.sample(j)
+            if sample.response is not None and len(sample.response):
+                scores = scores_of(sample)
+                yield scores.disagreement, scores.perplexity, -(place + j)
+        place += len(block)
+        progress.update(number + 1)
+
+
+def _sample(
+    cache: Cache,
+    sample: Sample,
+    text: TokenText,
+    settings: ImageSettings,
+    image_root: Path | None,
+    words: dict[str, str],
+) -> dict[str, Any]:
+    """The sample's document in the short form that the page's script reads; fills `words`."""
+    document = describe(cache, sample, text, top=TOP)
+    for entry in document["response"]:
+        words[str(entry["label_id"])] = entry.pop("label")
+        entry["top"] = _pairs(entry["top"], words)
+    for number, image in enumerate(document["images"]):
+        visual = image["visual"]
+        image["visual"] = None
+        if visual:
+            image["visual"] = {
+                "positions": [entry["position"] for entry in visual],
+                "entropy": [round(entry["entropy"], 3) for entry in visual],
+                "outside": [entry["outside"] for entry in visual],
+                "top": [_pairs(entry["top"][:PATCH_TOP], words) for entry in visual],
+            }
+        if image["relation"]:
+            image["relation"] |= _columns(sample.relations[number])
+        image["picture"], image["note"] = _picture(image, image_root, settings)
+    return document
+
+
+def _pairs(entries: list[dict[str, Any]], words: dict[str, str]) -> list[list[float]]:
+    words.update((str(entry["id"]), entry["text"]) for entry in entries)
+    return [[entry["id"], round(entry["probability"], 5)] for entry in entries]
+
+
+def _columns(relation: Relation) -> dict[str, Any]:
+    """The strongest columns of the factor in 8 bits, column after column, and the scale of each."""
+    factor = principal_factor(relation, RELATION_RANK)
+    scales = np.maximum(np.abs(factor).max(axis=0, initial=0.0) / 127, np.finfo(np.float32).tiny)
+    levels = np.rint(factor / scales).astype(np.int8)
+    columns = base64.b64encode(np.ascontiguousarray(levels.T).tobytes()).decode()
+    return {"columns": columns, "scales": [float(f"{scale:.5g}") for scale in scales]}
+
+
+def _picture(
+    image: dict[str, Any], root: Path | None, settings: ImageSettings
+) -> tuple[str | None, str | None]:
+    """The picture as a data URI, and what is to be said of it."""
+    if root is None:
+        return None, "Give --image-root to see the picture."
+    try:
+        opened = open_image(root, image["path"])
+    except RowRejected as rejected:
+        return None, f"No picture: {rejected.detail}."
+    seen = settings.as_seen(opened.image)
+    small = max(seen.size) <= PICTURE_SIDE
+    if not small:
+        seen.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    stream = io.BytesIO()
+    kind = "png" if small else "jpeg"
+    seen.save(stream, kind, **({} if small else {"quality": 82}))
+    changed = opened.sha256 != image["sha256"]
+    note = "Not the file that was captured: its digest differs." if changed else None
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}", note
+
+
+def _json(document: Any) -> str:
+    """JSON that cannot end the element it stands in, nor open a comment there."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")

@@ -1,0 +1,153 @@
+"""The summary of a cache as HTML: cards, tables, and bar charts in SVG; reads without JavaScript."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from views.figures import bin_label, count, size, units_of, what_it_is
+
+WIDTH, HEIGHT, MARGIN = 420, 150, 22
+LABELS = 9
+PARTS = ("response", "visual", "prompt", "relation", "samples", "quarantine", "other")
+
+
+def summary_html(summary: Mapping[str, Any]) -> str:
+    """The part of the page above the samples, from `cache_schema.summary.summarise`."""
+    panels = [
+        _panel(
+            "What it is", _table((), [[escape(name), escape(value)] for name, value in what_it_is(summary)])
+        ),
+        _panel("Bytes on disk", _bytes(summary)),
+        *(_positions(kind, found) for kind, found in summary["positions"].items() if found["positions"]),
+        _relation(summary["relation"]),
+        _odds(summary),
+    ]
+    return (
+        f'<div class="facts">{"".join(_cards(summary))}</div>'
+        f'<section aria-label="Summary" class="panels">{"".join(panels)}</section>'
+    )
+
+
+def _cards(summary: Mapping[str, Any]) -> list[str]:
+    built, counts, sizes = summary["built"], summary["counts"], summary["bytes"]
+    positions = summary["positions"]
+    cards = [
+        ("built", "complete" if built["complete"] else f"{built['rows'] / built['of_rows']:.1%}"),
+        ("samples", count(counts.get("samples", 0))),
+        ("tokens", count(counts.get("tokens", 0))),
+        ("images", count(counts.get("images", 0))),
+        ("on disk", size(sizes["total"])),
+        ("in quarantine", count(counts.get("quarantined", 0))),
+    ]
+    for kind, found in positions.items():
+        if found["positions"]:
+            cards.append((f"mass covered, {kind}", f"{found['mean_covered_mass']:.2%}"))
+        if found["labels"]:
+            cards.append((f"label accuracy, {kind}", f"{found['label_accuracy']:.1%}"))
+    return [f'<div class="fact"><b>{escape(value)}</b>{escape(name)}</div>' for name, value in cards]
+
+
+def _bytes(summary: Mapping[str, Any]) -> str:
+    counts, sizes = summary["counts"], summary["bytes"]
+    rows = []
+    for part in PARTS:
+        held = sizes["by_part"].get(part, 0)
+        if not held:
+            continue
+        number, unit = units_of(part, counts)
+        each = f"{held / number:,.1f} B a {unit.removesuffix('s')}" if number else ""
+        rows.append([part, size(held), f"{held / max(sizes['total'], 1):.1%}", each])
+    sharing = summary["sharing"]
+    note = ""
+    if sharing["shared"]:
+        note = (
+            f'<p class="faint">{count(sharing["shared"])} of {count(sharing["images"])} images share '
+            f"the targets of an equal prefix: about {size(sharing['bytes_saved'])} saved.</p>"
+        )
+    return _table(("part", "bytes", "share", ""), rows, numbers=(1, 2)) + note
+
+
+def _positions(kind: str, found: Mapping[str, Any]) -> str:
+    rows = [
+        ["mass the kept entries hold", f"{found['mean_covered_mass']:.4f}"],
+        ["entropy", f"{found['mean_entropy']:.3f} nats"],
+    ]
+    if found["labels"]:
+        rows.append(["teacher's accuracy on the labels", f"{found['label_accuracy']:.1%}"])
+        rows.append(["teacher's perplexity on the labels", f"{found['perplexity']:.4g}"])
+    body = _table((), rows, numbers=(1,)) + _bars(found["covered_mass"], f"Mass covered at {kind} positions")
+    return _panel(f"{kind.capitalize()}: {count(found['positions'])} positions", body)
+
+
+def _relation(relation: Mapping[str, Any] | None) -> str:
+    if relation is None or not relation["relations"]:
+        return ""
+    rows = [
+        ["mean rank", f"{relation['mean_rank']:.1f}"],
+        ["residual 1 - cos, mean", f"{relation['mean_residual']:.2e}"],
+        ["residual 1 - cos, largest", f"{relation['max_residual']:.2e}"],
+    ]
+    body = _table((), rows, numbers=(1,)) + _bars(relation["ranks"], "Rank of the relation factors")
+    return _panel(f"Relation: {count(relation['relations'])} images", body)
+
+
+def _odds(summary: Mapping[str, Any]) -> str:
+    parts = []
+    if summary["quarantine"]:
+        rows = [[escape(reason), count(rows)] for reason, rows in summary["quarantine"].items()]
+        parts.append(_table(("in quarantine because", "rows"), rows, numbers=(1,)))
+    slow = [
+        [str(entry["shard"]), f"{entry['samples_a_second']:.3g}"]
+        for entry in summary["slowest_shards"]
+        if entry["samples_a_second"] is not None
+    ]
+    if slow:
+        parts.append(_table(("slowest shard", "samples/s"), slow, numbers=(1,)))
+    longest = [[str(entry["row"]), count(entry["tokens"])] for entry in summary["longest_samples"]]
+    if longest:
+        parts.append(_table(("longest sample, row", "tokens"), longest, numbers=(1,)))
+    return _panel("Out of the ordinary", "".join(parts)) if parts else ""
+
+
+def _panel(title: str, body: str) -> str:
+    return f'<div class="panel"><h3>{escape(title)}</h3>{body}</div>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """A table of cells that are HTML already; columns `numbers` stand to the right."""
+
+    def cell(tag: str, place: int, text: str) -> str:
+        return f"<{tag}{' class=number' if place in numbers else ''}>{text}</{tag}>"
+
+    lines = [[cell("th", i, escape(name)) for i, name in enumerate(head)]] if head else []
+    lines += [[cell("td", i, text) for i, text in enumerate(row)] for row in rows]
+    return "<table>" + "".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "</table>"
+
+
+def _bars(histogram: Mapping[str, Sequence[float]], title: str) -> str:
+    """A bar chart of a histogram, from the first to the last bin that holds something."""
+    edges, counts = histogram["edges"], [int(n) for n in histogram["counts"]]
+    filled = [place for place, number in enumerate(counts) if number]
+    if not filled:
+        return ""
+    places = range(filled[0], filled[-1] + 1)
+    step, most = WIDTH / len(places), max(counts)
+    every = -(-len(places) // LABELS)
+    bars = []
+    for n, place in enumerate(places):
+        height = (HEIGHT - 2 * MARGIN) * counts[place] / most
+        told = f"{bin_label(edges, place)}: {counts[place] / sum(counts):.1%}"
+        bars.append(
+            f'<rect x="{n * step + 1:.1f}" y="{HEIGHT - MARGIN - height:.1f}" width="{max(step - 2, 1):.1f}" '
+            f'height="{height:.1f}"><title>{escape(told)}</title></rect>'
+        )
+        if n % every == 0:
+            bars.append(f'<text x="{n * step + 1:.1f}" y="{HEIGHT - 6}">{edges[place]:g}</text>')
+    base = HEIGHT - MARGIN
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'<text x="1" y="14">{escape(title)}, highest bar {most / sum(counts):.1%}</text>'
+        f'<line x1="0" x2="{WIDTH}" y1="{base}" y2="{base}"/>{"".join(bars)}</svg>'
+    )

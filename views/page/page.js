@@ -1,0 +1,245 @@
+"use strict";
+// All text of the dataset goes in as text nodes, never as markup.
+const { words, samples } = JSON.parse(document.getElementById("data").textContent);
+const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
+const SIGNS = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍" };
+let mode = "relation";
+let centred = true;
+
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+const word = (id) => words[id] ?? `#${id}`;
+const signs = (text) => text.replace(/[ \n\t\r]/g, (c) => SIGNS[c]);
+const percent = (p) => (p < 0.0001 && p > 0 ? "< 0.01" : (100 * p).toFixed(p < 0.01 ? 2 : 1)) + " %";
+
+// One stop for the tab key in a group; the arrow keys move inside it and choose what they reach.
+function keys(group, items, columns, choose) {
+  const stop = (place) => items.forEach((item, i) => (item.tabIndex = i === place ? 0 : -1));
+  stop(0);
+  group.addEventListener("keydown", (event) => {
+    const at = items.indexOf(document.activeElement);
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
+    const to = event.key === "Home" ? 0 : event.key === "End" ? items.length - 1 : at + step;
+    if (at < 0 || Number.isNaN(to) || !items[to]) return;
+    event.preventDefault();
+    items[to].focus();
+    choose(to);
+  });
+  return stop;
+}
+
+function bars(entries, labelId, outside) {
+  const box = el("div", { class: "bars" });
+  const row = (text, p, kind) => {
+    const bar = el("i");
+    bar.style.width = `${100 * p}%`;
+    box.append(el("span", { class: `mono ${kind}`, title: text }, text), el("span", { class: "track" }, bar),
+      el("span", { class: "share" }, percent(p)));
+  };
+  for (const [id, p] of entries) row(signs(word(id)), p, id === labelId ? "label" : "");
+  if (outside !== null) row("everything else", outside, "outside");
+  return box;
+}
+
+function showList() {
+  const list = document.getElementById("list");
+  const items = samples.map((sample, number) => {
+    const share = sample.scores ? sample.scores.disagreement : null;
+    const meter = el("span", { class: "meter" }, el("i"));
+    meter.firstChild.style.width = `${100 * (share ?? 0)}%`;
+    return el("button", { type: "button", onclick: () => choose(number) },
+      `row ${sample.row}`,
+      el("span", { class: "faint" }, sample.id),
+      el("span", { class: "faint" }, share === null ? "no response targets" : `disagreement ${percent(share)}`), meter);
+  });
+  list.append(...items.map((item) => el("li", {}, item)));
+  const stop = keys(list, items, 1, choose);
+  function choose(number) {
+    stop(number);
+    items.forEach((item, i) => item.setAttribute("aria-current", i === number));
+    showSample(samples[number]);
+  }
+  if (items.length) choose(0);
+}
+
+function showSample(sample) {
+  const box = document.getElementById("sample");
+  const s = sample.scores;
+  const facts = [`${sample.length} tokens`];
+  if (s) facts.push(`confidence ${s.confidence.toFixed(3)}`, `disagreement ${s.disagreement.toFixed(3)}`);
+  if (s && s.perplexity !== null) facts.push(`perplexity ${s.perplexity.toPrecision(3)}`);
+  box.replaceChildren(
+    el("div", { class: "panel" }, el("h3", {}, `row ${sample.row}`, " ", el("span", { class: "mono faint" }, sample.id)),
+      el("p", { class: "faint" }, facts.join("  ·  "))),
+    conversation(sample), ...sample.images.map(picture));
+}
+
+function conversation(sample) {
+  const flow = el("div", { class: "flow", role: "listbox", "aria-label": "Conversation, token by token" });
+  const detail = el("div", { id: "token-detail", "aria-live": "polite" });
+  const at = new Map(sample.response.map((entry, n) => [entry.position + 1, n]));
+  const items = [];
+  for (const token of sample.tokens) {
+    if (token.role === "visual") {
+      flow.append(el("span", { class: "visual" }, `image ${token.image}: ${token.count} tokens`), " ");
+    } else if (at.has(token.position)) {
+      const n = at.get(token.position);
+      items[n] = el("button", { type: "button", role: "option", onclick: () => choose(n), onmouseenter: () => show(n),
+        onmouseleave: () => show(chosen), class: sample.response[n].agrees ? null : "wrong" }, token.text || "·");
+      flow.append(items[n]);
+    } else flow.append(el("span", { class: token.role }, token.text));
+  }
+  // A position whose label is itself a visual token has no word of its own to press.
+  const present = items.map((item, n) => n).filter((n) => items[n]);
+  const stop = keys(flow, present.map((n) => items[n]), 1, (place) => choose(present[place]));
+  let chosen = present[0];
+  function show(n) {
+    const entry = sample.response[n];
+    detail.replaceChildren(
+      el("h3", {}, "label ", el("span", { class: "mono response" }, signs(word(entry.label_id))),
+        entry.label_probability === null ? "" : ` has ${percent(entry.label_probability)}`),
+      bars(entry.top, entry.label_id, entry.outside),
+      el("p", { class: "faint" }, `position ${entry.position}, entropy ${entry.entropy.toFixed(2)} nats, ` +
+        (entry.label_rank === null ? "the label is not among the kept entries" : `the label is entry ${entry.label_rank + 1}`)));
+  }
+  function choose(n) {
+    chosen = n;
+    stop(present.indexOf(n));
+    present.forEach((i) => items[i].setAttribute("aria-selected", i === n));
+    show(n);
+  }
+  const wrong = sample.response.filter((entry) => !entry.agrees).length;
+  const legend = el("p", { class: "faint" }, el("span", { class: "prompt" }, "prompt"), "  ",
+    el("span", { class: "visual" }, "visual"), "  ", el("span", { class: "response" }, "response"), "  ",
+    `${sample.response.length} response positions, the teacher's likeliest token is another one at ${wrong}`);
+  if (present.length) choose(sample.response.findIndex((entry, n) => items[n] && !entry.agrees) >= 0
+    ? sample.response.findIndex((entry, n) => items[n] && !entry.agrees) : present[0]);
+  return el("div", { class: "panel look" }, el("div", {}, legend, flow), detail);
+}
+
+function picture(image, number) {
+  const { rows, columns, on_image: onImage } = image.grid;
+  const stage = el("div", { class: "stage" });
+  const canvas = el("canvas", { width: columns, height: rows });
+  const grid = el("div", { class: "grid", role: "listbox", "aria-label": `Patches of image ${number}` });
+  grid.style.gridTemplate = `repeat(${rows}, minmax(0, 1fr)) / repeat(${columns}, minmax(0, 1fr))`;
+  const detail = el("div", { class: "patch-detail", "aria-live": "polite" });
+  const low = el("span"), high = el("span");
+  if (image.picture && onImage) {
+    stage.append(el("img", { src: image.picture, alt: image.path }));
+  } else {
+    stage.classList.add("blank");
+    stage.style.aspectRatio = `${columns} / ${rows}`;
+  }
+  stage.append(canvas, grid);
+  const factor = image.relation ? unpack(image.relation) : null;
+  let chosen = 0;
+  const items = Array.from({ length: image.tokens }, (_, place) => el("button", { type: "button", role: "option",
+    "aria-label": `patch ${place}`, onclick: () => choose(place), onmouseenter: () => show(place), onmouseleave: () => show(chosen) }));
+  grid.append(...items);
+  const stop = keys(grid, items, columns, choose);
+
+  function values(place) {
+    if (mode === "entropy") return image.visual.entropy;
+    return mode === "relation" && factor ? relationRow(factor, place, centred) : null;
+  }
+  function show(place) {
+    const field = values(place);
+    paint(canvas, field, image.picture && onImage);
+    const range = field ? [Math.min(...field), Math.max(...field)] : null;
+    low.textContent = range ? range[0].toFixed(2) : "";
+    high.textContent = range ? range[1].toFixed(2) : "";
+    const where = onImage ? `row ${Math.floor(place / columns)}, column ${place % columns}` : `token ${place} of the image`;
+    detail.replaceChildren(el("h3", {}, `patch at ${where}`));
+    if (image.visual) {
+      detail.append(bars(image.visual.top[place], null, image.visual.outside[place]),
+        el("p", { class: "faint" }, `position ${image.visual.positions[place]}, entropy ${image.visual.entropy[place].toFixed(2)} nats`));
+    }
+    if (factor) detail.append(el("p", { class: "faint" }, "relation: "
+      + (image.relation.rank === null ? "exact" : `rank ${image.relation.rank}`)
+      + `, residual ${image.relation.residual.toExponential(1)}, norm ${image.relation.norm.toExponential(2)}`));
+  }
+  function choose(place) {
+    chosen = place;
+    stop(place);
+    items.forEach((item, i) => item.setAttribute("aria-selected", i === place));
+    show(place);
+  }
+  function redraw() {
+    stage.classList.toggle("words", mode === "words");
+    look.classList.toggle("wide", mode === "words" && columns > 12);
+    items.forEach((item, place) => {
+      const id = image.visual ? image.visual.top[place][0][0] : null;
+      item.textContent = mode === "words" && id !== null ? signs(word(id)) : "";
+      item.classList.toggle("same", place > 0 && id !== null && id === image.visual.top[place - 1][0][0]);
+    });
+    legend.style.visibility = mode === "relation" || mode === "entropy" ? "visible" : "hidden";
+    show(chosen);
+  }
+  const modes = [["relation", "relation of the chosen patch", image.relation], ["words", "the teacher's likeliest tokens", image.visual],
+    ["entropy", "entropy", image.visual], ["none", "picture only", true]].filter((entry) => entry[2]);
+  if (!modes.some((entry) => entry[0] === mode)) mode = modes[0][0];
+  const choice = el("select", { "aria-label": "What lies over the picture", onchange: () => { mode = choice.value; redraw(); } },
+    ...modes.map(([value, text]) => el("option", { value, selected: value === mode ? "" : null }, text)));
+  const mean = el("input", { type: "checkbox", checked: centred ? "" : null, onchange: () => { centred = mean.checked; redraw(); } });
+  const legend = el("div", { class: "legend" }, low, el("i"), high);
+  const look = el("div", { class: "look" }, el("div", {}, stage, legend), detail);
+  choose(Math.floor(rows / 2) * columns + Math.floor(columns / 2) < image.tokens
+    ? Math.floor(rows / 2) * columns + Math.floor(columns / 2) : 0);
+  redraw();
+  return el("div", { class: "panel" },
+    el("div", { class: "tools" }, el("h3", {}, `image ${number} `, el("span", { class: "mono faint" }, image.path)), choice,
+      image.relation ? el("label", {}, mean, " mean removed") : null),
+    image.note ? el("p", { class: "faint" }, image.note) : null,
+    look, image.picture && !onImage ? el("p", {}, el("img", { src: image.picture, alt: image.path })) : null);
+}
+
+function unpack(relation) {
+  const bytes = Uint8Array.from(atob(relation.columns), (c) => c.charCodeAt(0));
+  const levels = new Int8Array(bytes.buffer);
+  const rank = relation.scales.length, tokens = levels.length / rank;
+  const rows = [];
+  for (let p = 0; p < tokens; p++) rows.push(Float64Array.from(relation.scales, (scale, c) => scale * levels[c * tokens + p]));
+  const mean = new Float64Array(rank);
+  for (const row of rows) row.forEach((x, c) => (mean[c] += x / tokens));
+  return { raw: rows, centred: rows.map((row) => row.map((x, c) => x - mean[c])) };
+}
+
+// Cosine of every patch's logits with those of the patch at `place`.
+function relationRow(factor, place, removeMean) {
+  const rows = removeMean ? factor.centred : factor.raw;
+  const dot = (a, b) => a.reduce((sum, x, c) => sum + x * b[c], 0);
+  const own = rows[place], norm = Math.sqrt(dot(own, own));
+  return rows.map((row) => {
+    const size = Math.sqrt(dot(row, row)) * norm;
+    return size > 0 ? dot(row, own) / size : 0;
+  });
+}
+
+function paint(canvas, values, seeThrough) {
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  if (!values) return;
+  const low = Math.min(...values), span = Math.max(...values) - low || 1;
+  const data = context.createImageData(canvas.width, canvas.height);
+  values.forEach((value, place) => {
+    const at = (value - low) / span * (VIRIDIS.length - 1), i = Math.min(Math.floor(at), VIRIDIS.length - 2);
+    for (let c = 0; c < 3; c++) data.data[4 * place + c] = VIRIDIS[i][c] + (at - i) * (VIRIDIS[i + 1][c] - VIRIDIS[i][c]);
+    data.data[4 * place + 3] = seeThrough ? 165 : 255;
+  });
+  context.putImageData(data, 0, 0);
+}
+
+document.getElementById("theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const dark = root.style.colorScheme ? root.style.colorScheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.style.colorScheme = dark ? "light" : "dark";
+});
+showList();
