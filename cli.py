@@ -350,11 +350,13 @@ def new_student(
 
 @app.command()
 def train(
-    image_root: ImageRoot,
+    image_root: Annotated[
+        list[str], typer.Option(help="Folder that image paths start from; STAGE=FOLDER for one stage.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; of a recipe: a folder a stage in it.")],
     student: Annotated[Path, typer.Option(help="Folder of the student to start from.")],
     cache: Annotated[
-        str | None, typer.Option(help="The cache to learn from; a recipe may name its own.")
+        list[str] | None, typer.Option(help="The cache to learn from; STAGE=CACHE for one stage of a recipe.")
     ] = None,
     stage: Annotated[
         str | None, typer.Option(help="A stage with the paper's settings: dpt, sft, dft or pt.")
@@ -396,18 +398,30 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train a student from a cache: one stage, or a recipe of stages."""
+    from student.recipe import train_recipe
     from student.settings import TrainConfig
-    from student.stages import stage_named
+    from student.stages import DFT, STAGES, open_recipe
     from student.train import train as train_stage
     from views.terminal import Bar, print_json, print_summary
 
     if (stage is None) == (recipe is None):
         raise typer.BadParameter("name either --stage or --recipe")
+    if stage is not None and stage not in STAGES:
+        raise typer.BadParameter(f"{stage!r} is not one of {', '.join(STAGES)}", param_hint="--stage")
+    if recipe is not None and targets is not None:
+        raise typer.BadParameter("a recipe names the losses of its stages", param_hint="--targets")
+    every_cache, caches = _by_stage("--cache", cache or [])
+    every_root, roots = _by_stage("--image-root", image_root)
+    if stage is not None and not every_cache:
+        raise typer.BadParameter("a stage needs a cache to learn from", param_hint="--cache")
+    chosen = STAGES[stage] if stage else DFT
+    if targets is not None:
+        chosen = chosen.only(() if targets == "none" else tuple(_words(targets)))
     config = TrainConfig(
-        stage=stage_named(stage, targets),
+        stage=chosen,
         student=student,
-        cache=cache,
-        image_root=image_root,
+        cache=every_cache,
+        image_root=Path(every_root),
         out=out,
         resume=resume,
         seed=seed,
@@ -426,7 +440,11 @@ def train(
         workers=workers,
         adopt_template=adopt_template,
     )
-    result = train_stage(config, Bar())
+    if recipe is None:
+        result = train_stage(config, Bar())
+    else:
+        folders = {name: Path(folder) for name, folder in roots.items()}
+        result = train_recipe(open_recipe(recipe), config, Bar(), caches=caches, image_roots=folders)
     print_json(result) if json_ else print_summary("trained", result)
 
 
@@ -491,6 +509,15 @@ def report(
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _by_stage(option: str, values: list[str]) -> tuple[str, dict[str, str]]:
+    """The value for every stage, and those of single stages given as STAGE=VALUE."""
+    single = dict(value.split("=", 1) for value in values if "=" in value)
+    every = [value for value in values if "=" not in value]
+    if len(every) > 1:
+        raise typer.BadParameter(f"given {len(every)} times without a stage's name", param_hint=option)
+    return (every[0] if every else ""), single
 
 
 def _numbers(option: str, text: str) -> list[float]:
