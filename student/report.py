@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cache_schema.errors import KdcacheError
 from student.run_folder import TERMS, read_metrics, read_result, write_text
@@ -100,6 +101,7 @@ def _draw(
 ) -> None:
     axes.set_ylabel(title)
     axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name in names:
         points = [(line["step"], line[name]) for line in lines if line.get(name)]
         if points:

@@ -18,7 +18,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class TrainConfig:
     """One stage of training.
 
-    stage: what trains and how. student: the folder to start from. cache: a folder or an fsspec URL.
+    stage: what trains and how. student: the folder to start from. cache: a folder or an fsspec URL (None:
+    the recipe says it).
     image_root: where the cache's image paths start. out: the run's folder. resume: go on from the newest
     checkpoint in `out`. epochs, max_steps, learning_rate, global_batch: override the stage's. micro_batch:
     samples a forward pass on one device, which changes nothing but rounding. precision: of the forward and
@@ -33,7 +34,7 @@ class TrainConfig:
 
     stage: Stage
     student: Path
-    cache: str
+    cache: str | None
     image_root: Path
     out: Path
     resume: bool = False

@@ -42,6 +42,8 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     On a CPU a run that was killed at any moment and resumed has bit-equal weights to an undisturbed one
     with the same ranks and micro_batch. The global batches are the same on any number of ranks.
     """
+    if config.cache is None:
+        raise KdcacheError(f"stage {config.stage.name} has no cache to learn from: give --cache")
     cache = open_cache(config.cache)
     identity = identity_of(config, cache)
     done = finished(config.out, identity)
