@@ -143,9 +143,7 @@ def encode_shard(
     stored = [encode_relation(relation, spec) for relation in targets.relations]
     if stored:
         groups["relation"] = pack_relations(stored)
-    statistics["relation"] = relation_statistics(
-        [len(r.wide) + len(r.narrow) for r in stored], [r.residual for r in stored]
-    )
+    statistics["relation"] = relation_statistics([r.rank for r in stored], [r.residual for r in stored])
     return EncodedShard(
         tables={
             f"samples/{name}.arrow": write_table(pa.Table.from_pylist(rows, SAMPLE_SCHEMA)),
@@ -298,4 +296,4 @@ def _chunks(values: NDArray[Any]) -> tuple[int, ...]:
 def _compressor(values: NDArray[Any]) -> BloscCodec:
     # Whole bytes of floats and single bits of integers are what repeats: see benchmarks/codecs.py.
     shuffle = "shuffle" if values.dtype.kind == "f" else "bitshuffle"
-    return BloscCodec(cname="zstd", clevel=5, shuffle=shuffle, typesize=values.dtype.itemsize)
+    return BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=values.dtype.itemsize)

@@ -46,7 +46,8 @@ def encode_logprobs(logprobs: Float32) -> tuple[UInt8, Float16]:
 def decode_logprobs(steps: UInt8, drop: Float16, tail_logprob: Float16) -> Float32:
     """logprobs (N, K) float32 from steps (K - 1, N), drop (N,) and the tail (N,) at temperature 1."""
     level = np.zeros((len(steps) + 1, len(drop)), np.uint8)
-    np.cumsum(steps, axis=0, dtype=np.uint8, out=level[1:])
+    for k, step in enumerate(steps):  # 3 times the speed of np.cumsum along the first axis
+        np.add(level[k], step, out=level[k + 1])
     logprobs = level.T.astype(np.float32, order="C")
     logprobs *= logprobs
     logprobs *= drop.astype(np.float32)[:, None] / -(LEVELS * LEVELS)

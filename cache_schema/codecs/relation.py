@@ -1,16 +1,22 @@
-"""Relation records: per image a factor of chosen rank and precision, or the triangle of the Gram matrix.
+"""Relation records: per image a quantised factor of the Gram matrix, or its triangle.
 
-A factor's column c is scale[c] * stored[:, c]; the first `wide` columns (they hold nearly all of the
-norm) are stored as float16 (float32 where `precision` is full), the others as int8. The residual is that
-of what is stored, quantisation included.
+With orthogonal columns f_c of squared norm e_c, R ~= sum_c f_c f_c^T. Rounding column c in steps s_c adds
+about e_c P s_c^2 / 6 to the squared error of R, leaving it out adds e_c^2. The fewest bits for a given
+error (reverse water filling, Cover and Thomas, Elements of Information Theory, 10.3.3) keep the columns
+with e_c^2 above a level and give each the same error, that level: s_c = sqrt(6 level / (P e_c)). So rank
+and precision follow from one number, which is chosen so that the residual meets the bound. Columns are
+stored as whole numbers of steps, whose small size the compressor turns into few bytes:
 
-For R = F F^T + E with E orthogonal to F F^T (a truncated eigendecomposition; E = 0 for an exact factor)
-and stored columns U in the span of F: <R, U U^T> = ||F^T U||^2, so that
+    q = zigzag(n) = 2 n for n >= 0, -2 n - 1 for n < 0          (uint16)
+    U[:, c] = scale[c] * n[:, c]
+
+The residual is that of what is stored. For R = F F^T + E with E orthogonal to F F^T (a truncated
+eigendecomposition; E = 0 for an exact factor) and U in the span of F, <R, U U^T> = ||F^T U||^2, so that
 
     cos(R, U U^T) = ||F^T U||^2 / (||R|| ||U^T U||)
 
-needs only (r, r) matrices. They are formed in float64 after scaling by the largest entry, so nothing
-overflows for any finite float32 factor.
+needs only (r, r) matrices, formed in float64 after scaling by the largest entry: nothing overflows for
+any finite float32 factor.
 """
 
 from __future__ import annotations
@@ -28,89 +34,84 @@ from cache_schema.spec import TargetSpec
 
 Float64 = NDArray[np.float64]
 
+_MOST_STEPS = 32767
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRelation:
-    """One image as stored: `wide` (w, P) and `narrow` (r - w, P) columns with `scales` (r,) float32, or
-    `triangle` (P (P + 1) / 2,) with one scale."""
+    """One image as stored: `columns` (r, P) uint16, or float32 where nothing is rounded, with `scales`
+    (r,) float32; or, with r = 0, `triangle` (P (P + 1) / 2,) float16 or float32 with one scale.
+    """
 
     tokens: int
     residual: float
     norm: float
     scales: NDArray[np.float32]
-    wide: NDArray[Any]
-    narrow: NDArray[np.int8]
+    columns: NDArray[Any]
     triangle: NDArray[Any]
+
+    @property
+    def rank(self) -> int:
+        """Columns of the factor; 0 for a triangle."""
+        return len(self.columns)
 
 
 def encode_relation(relation: Relation, spec: TargetSpec) -> StoredRelation:
     """Store a factor (P, r) whose columns are orthogonal and fall in norm, or a Gram matrix (P, P).
 
-    relation `factor`: the fewest bytes (over rank and number of wide columns) whose residual as stored
-    is at most spec.relation_bound; where no rank up to spec.relation_max_rank reaches it, the largest
-    with all columns wide, and the residual tells. relation `exact`: the triangle.
+    relation `factor`: about the fewest bytes whose residual as stored is at most spec.relation_bound;
+    where spec.relation_max_rank or the given factor does not reach it, about the residual that they reach.
+    precision `full`: float32 columns, the fewest within the bound. relation `exact`: the triangle.
     """
-    wide_type = np.float16 if spec.precision == "compact" else np.float32
+    compact = spec.precision == "compact"
     if spec.relation == "exact":
-        return _encode_triangle(relation, wide_type)
+        return _encode_triangle(relation, np.float16 if compact else np.float32)
     factor, unit = _scaled(_factor_of(relation)[:, : spec.relation_max_rank])
-    wide, wide_scale = _quantise(factor, wide_type)
-    narrow, narrow_scale = _quantise(factor, np.int8)
-    rank, width, residual = _choose(
-        factor,
-        wide * wide_scale,
-        wide * wide_scale if spec.precision == "full" else narrow * narrow_scale,
-        norm=relation.norm / unit / unit,
-        bound=spec.relation_bound,
-    )
-    if spec.precision == "full":
-        width = rank
+    norm = relation.norm / unit / unit
+    encode = _encode_steps if compact else _encode_floats
+    columns, scales, residual = encode(factor, norm, spec.relation_bound)
     return StoredRelation(
         tokens=len(factor),
         residual=residual,
         norm=relation.norm,
-        scales=(np.concatenate([wide_scale[:width], narrow_scale[width:rank]]) * unit).astype(np.float32),
-        wide=np.ascontiguousarray(wide[:, :width].T, wide_type),
-        narrow=np.ascontiguousarray(narrow[:, width:rank].T, np.int8),
-        triangle=np.zeros(0, wide_type),
+        scales=(scales * unit).astype(np.float32),
+        columns=np.ascontiguousarray(columns.T),
+        triangle=np.zeros(0, np.float16 if compact else np.float32),
     )
 
 
-def _choose(
-    factor: Float64, wide: Float64, narrow: Float64, *, norm: float, bound: float
-) -> tuple[int, int, float]:
-    """(rank, number of wide columns, residual) of the fewest bytes within `bound`."""
-    if norm == 0.0:
-        return 1, 1, 0.0
-    energy = np.cumsum(np.square(np.square(factor).sum(axis=0)))
-    enough = int(np.searchsorted(np.sqrt(energy), (1.0 - bound) * norm)) + 1
-    most = min(factor.shape[1], enough + enough // 2 + 8)
-    wide, narrow = wide[:, :most], narrow[:, :most]
-    gain_wide = np.cumsum(np.square(factor.T @ wide).sum(axis=0))
-    gain_narrow = np.cumsum(np.square(factor.T @ narrow).sum(axis=0))
-    ranks = np.arange(1, most + 1)
-
-    def residuals(width: int) -> Float64:
-        """of the ranks width..most with `width` wide columns."""
-        columns = np.concatenate([wide[:, :width], narrow[:, width:]], axis=1)
-        square = np.square(columns.T @ columns)
-        overlap = np.cumsum(np.cumsum(square, axis=0), axis=1).diagonal()
-        gain = gain_narrow - gain_narrow[width - 1] + gain_wide[width - 1]
-        gain[:width] = gain_wide[:width]
-        cosine = gain[width - 1 :] / (norm * np.sqrt(overlap[width - 1 :]))
-        found: Float64 = np.maximum(1.0 - cosine, 0.0)
-        return found
-
-    best = (most, most, float(residuals(most)[-1]))
-    target = max(bound, 1.01 * best[2])
-    for width in (1, 2, 4, 8, 16, 32, 64, 128):
-        if width > most:
+def _encode_steps(factor: Float64, norm: float, bound: float) -> tuple[NDArray[np.uint16], Float64, float]:
+    """Columns (P, r) in steps, their scales and the residual."""
+    energy = np.square(np.square(factor).sum(axis=0))  # (r,), the e_c^2
+    target = max(bound, 1.02 * _residual(factor, factor, norm))
+    ranks = np.arange(1, len(energy) + 1)
+    level = float(np.max((np.cumsum(energy) - np.square((1.0 - target) * norm)) / ranks))
+    steps, scales, residual = np.zeros((len(factor), 1)), np.ones(1), 0.0
+    for _ in range(8):  # the level is exact for rounding noise of many steps; a coarse column needs a nudge
+        kept = max(int((energy > level).sum()), 1)
+        if energy[0] == 0.0 or level <= 0.0:
             break
-        found = residuals(width)
-        within = np.flatnonzero(found <= target)
-        if len(within) and ranks[width - 1 + within[0]] + width < best[0] + best[1]:
-            best = (int(ranks[width - 1 + within[0]]), width, float(found[within[0]]))
-    return best
+        largest = np.abs(factor[:, :kept]).max(axis=0)
+        wanted = np.sqrt(6.0 * level / len(factor) / np.sqrt(energy[:kept]))
+        scales = np.maximum(wanted, largest / _MOST_STEPS).astype(np.float32).astype(np.float64)
+        steps = np.rint(factor[:, :kept] / scales)
+        residual = _residual(factor, steps * scales, norm)
+        if residual <= target:
+            break
+        level *= 0.97 * target / residual
+    return _zigzag(steps), scales, residual
+
+
+def _encode_floats(factor: Float64, norm: float, bound: float) -> tuple[NDArray[np.float32], Float64, float]:
+    energy = np.cumsum(np.square(np.square(factor).sum(axis=0)))
+    kept = min(int(np.searchsorted(np.sqrt(energy), (1.0 - bound) * norm)) + 1, factor.shape[1])
+    columns = factor[:, :kept].astype(np.float32)
+    return columns, np.ones(kept), _residual(factor, columns.astype(np.float64), norm)
+
+
+def _residual(factor: Float64, columns: Float64, norm: float) -> float:
+    size = norm * float(np.linalg.norm(columns.T @ columns))
+    return max(1.0 - float(np.square(factor.T @ columns).sum()) / size, 0.0) if size else 0.0
 
 
 def _encode_triangle(relation: Relation, dtype: type[np.floating[Any]]) -> StoredRelation:
@@ -128,8 +129,7 @@ def _encode_triangle(relation: Relation, dtype: type[np.floating[Any]]) -> Store
         residual=max(1.0 - float((gram * kept).sum()) / size, 0.0) if size else 0.0,
         norm=relation.norm,
         scales=np.array([unit], np.float32),
-        wide=np.zeros((0, len(gram)), dtype),
-        narrow=np.zeros((0, len(gram)), np.int8),
+        columns=np.zeros((0, len(gram)), np.uint16 if dtype is np.float16 else np.float32),
         triangle=stored[np.triu_indices(len(gram))],
     )
 
@@ -148,32 +148,28 @@ def _factor_of(relation: Relation) -> NDArray[Any]:
 
 def _scaled(matrix: NDArray[Any]) -> tuple[Float64, float]:
     """`matrix` over a power of two that brings its largest entry into (0.5, 1], and that power."""
-    unit = 2.0 ** float(np.ceil(np.log2(np.abs(matrix).max(initial=0.0) or 1.0)))
+    unit = 2.0 ** float(np.ceil(np.log2(float(np.abs(matrix).max(initial=0.0)) or 1.0)))
     return matrix.astype(np.float64) / unit, unit
 
 
-def _quantise(factor: Float64, dtype: Any) -> tuple[Float64, Float64]:
-    """Columns as `dtype` holds them (as float64), and the scale of each: scale * column ~= factor."""
-    largest = np.abs(factor).max(axis=0)
-    largest = np.where(largest > 0.0, largest, 1.0)
-    if dtype is np.int8:
-        scale = (largest / 127).astype(np.float32).astype(np.float64)
-        return np.clip(np.rint(factor / scale), -127, 127), scale
-    scale = 2.0 ** np.ceil(np.log2(largest))
-    return (factor / scale).astype(dtype).astype(np.float64), scale
+def _zigzag(steps: Float64) -> NDArray[np.uint16]:
+    return np.where(steps >= 0, 2 * steps, -2 * steps - 1).astype(np.uint16)
+
+
+def _unzigzag(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
+    half = (stored >> 1).astype(np.float32)
+    return np.where(stored & 1, -1 - half, half)
 
 
 def pack_relations(records: Sequence[StoredRelation]) -> Arrays:
     """The arrays of a block of images, flattened one image after the other."""
     return {
         "tokens": np.array([r.tokens for r in records], np.int32),
-        "rank": np.array([len(r.wide) + len(r.narrow) for r in records], np.int32),
-        "wide": np.array([len(r.wide) for r in records], np.int32),
+        "rank": np.array([r.rank for r in records], np.int32),
         "residual": np.array([r.residual for r in records], np.float64),
         "norm": np.array([r.norm for r in records], np.float64),
         "scales": np.concatenate([r.scales for r in records]),
-        "wide_columns": np.concatenate([r.wide.ravel() for r in records]),
-        "narrow_columns": np.concatenate([r.narrow.ravel() for r in records]),
+        "columns": np.concatenate([r.columns.ravel() for r in records]),
         "triangles": np.concatenate([r.triangle for r in records]),
     }
 
@@ -183,13 +179,11 @@ class RelationBlock:
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self._arrays = arrays
-        tokens, rank, wide = (arrays[name].astype(np.int64) for name in ("tokens", "rank", "wide"))
-        triangle = np.where(rank == 0, tokens * (tokens + 1) // 2, 0)
+        tokens, rank = arrays["tokens"].astype(np.int64), arrays["rank"].astype(np.int64)
         sizes = {
             "scales": np.maximum(rank, 1),
-            "wide_columns": tokens * wide,
-            "narrow_columns": tokens * (rank - wide),
-            "triangles": triangle,
+            "columns": tokens * rank,
+            "triangles": np.where(rank == 0, tokens * (tokens + 1) // 2, 0),
         }
         self._ends = {name: np.cumsum(size) for name, size in sizes.items()}
         self._sizes = sizes
@@ -199,17 +193,14 @@ class RelationBlock:
 
     def __getitem__(self, image: int) -> Relation:
         """The relation of one image of the block, factor (P, r) or gram (P, P) in float32."""
-        tokens = int(self._arrays["tokens"][image])
-        residual, norm = float(self._arrays["residual"][image]), float(self._arrays["norm"][image])
-        scales = self._part("scales", image)
-        if self._arrays["rank"][image] == 0:
-            gram = np.zeros((tokens, tokens), np.float32)
-            gram[np.triu_indices(tokens)] = self._part("triangles", image).astype(np.float32) * scales[0]
-            return Relation(residual=residual, norm=norm, gram=gram + np.triu(gram, 1).T)
-        wide = self._part("wide_columns", image).reshape(-1, tokens)
-        narrow = self._part("narrow_columns", image).reshape(-1, tokens)
-        factor = np.concatenate([wide, narrow]).astype(np.float32) * scales[:, None]
-        return Relation(residual=residual, norm=norm, factor=np.ascontiguousarray(factor.T))
+        stored = self.stored(image)
+        if stored.rank == 0:
+            gram = np.zeros((stored.tokens, stored.tokens), np.float32)
+            gram[np.triu_indices(stored.tokens)] = stored.triangle.astype(np.float32) * stored.scales[0]
+            return Relation(residual=stored.residual, norm=stored.norm, gram=gram + np.triu(gram, 1).T)
+        columns = _unzigzag(stored.columns) if stored.columns.dtype == np.uint16 else stored.columns
+        factor = np.ascontiguousarray((columns * stored.scales[:, None]).T)
+        return Relation(residual=stored.residual, norm=stored.norm, factor=factor)
 
     def stored(self, image: int) -> StoredRelation:
         """The record of one image as it is stored, so that it can pass into another block unchanged."""
@@ -219,8 +210,7 @@ class RelationBlock:
             residual=float(self._arrays["residual"][image]),
             norm=float(self._arrays["norm"][image]),
             scales=self._part("scales", image),
-            wide=self._part("wide_columns", image).reshape(-1, tokens),
-            narrow=self._part("narrow_columns", image).reshape(-1, tokens),
+            columns=self._part("columns", image).reshape(-1, tokens),
             triangle=self._part("triangles", image),
         )
 
