@@ -150,7 +150,7 @@ class _Joined:
                 statistics[kind]["label_is_first"] = int((record.token_ids[:, 0] == labels).sum())
         if self.relations:
             groups["relation"] = pack_relations(self.relations)
-        ranks = [len(r.wide) + len(r.narrow) for r in self.relations]
+        ranks = [r.rank for r in self.relations]
         statistics["relation"] = relation_statistics(ranks, [r.residual for r in self.relations])
         return EncodedShard(
             tables={

@@ -125,7 +125,7 @@ def _odds(summary: Mapping[str, Any]) -> Panel | None:
     if summary["quarantine"]:
         table = _table("in quarantine because", "rows")
         for reason, rows in summary["quarantine"].items():
-            table.add_row(printable(reason), count(rows))
+            table.add_row(Text(printable(reason)), count(rows))
         lines.append(table)
     if summary["slowest_shards"]:
         shards = ", ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,16 @@ def print_sample(
             console.print(Columns(pictures, padding=(0, 3)))
     console.print(_conversation(document))
     if sample.response is not None:
-        console.print(_response(document))
+        rows = document["response"]
+        wrong = sum(not row["agrees"] for row in rows)
+        console.print(
+            f"\n[bold]the teacher at {len(rows)} response positions, "
+            f"another token likelier than the label at {wrong}[/]"
+        )
+        console.print(_response(rows))
     for number, image in enumerate(document["images"]):
         if image["visual"]:
-            console.print(_visual(number, image, console.width))
+            _print_visual(number, image, console)
 
 
 def _heading(document: dict[str, Any]) -> Text:
@@ -110,17 +117,9 @@ def _conversation(document: dict[str, Any]) -> Panel:
     return Panel(text, title=legend, title_align="left")
 
 
-def _response(document: dict[str, Any]) -> Table:
-    rows = document["response"]
-    wrong = sum(not row["agrees"] for row in rows)
-    table = Table(
-        title=f"the teacher at {len(rows)} response positions, {wrong} where it disagrees with the label",
-        title_justify="left",
-        box=None,
-        header_style="bold",
-        padding=(0, 2, 0, 0),
-    )
-    for name in ("at", "label", "p(label)", "teacher's likeliest", "", "", "entropy", "outside"):
+def _response(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("at", "label", "p(label)", "1st", "2nd", "3rd", "entropy", "outside"):
         table.add_column(
             name, justify="right" if name in ("at", "p(label)", "entropy", "outside") else "left"
         )
@@ -143,21 +142,21 @@ def _response(document: dict[str, Any]) -> Table:
     return table
 
 
-def _visual(number: int, image: dict[str, Any], width: int) -> Table:
+def _print_visual(number: int, image: dict[str, Any], console: Console) -> None:
     """The likeliest token of each patch where it lies; in a narrow terminal neighbours share a cell."""
     rows, columns = image["grid"]["rows"], image["grid"]["columns"]
     pool = 1
-    while -(-columns // pool) * NARROWEST_CELL > width:
+    while -(-columns // pool) * NARROWEST_CELL > console.width:
         pool += 1
-    cell = min(width // -(-columns // pool) - 1, LONGEST_WORD)
+    cell = min(console.width // -(-columns // pool) - 1, LONGEST_WORD)
     words = np.full((rows, columns), "", dtype=object)
     sure = np.full((rows, columns), -1.0)
     for place, entry in enumerate(image["visual"]):
         words.flat[place] = entry["top"][0]["text"]
         sure.flat[place] = entry["top"][0]["probability"]
-    title = f"what the teacher says at the visual tokens of image {number} (its likeliest token"
-    title += ")" if pool == 1 else f", the surest of {pool} x {pool} patches)"
-    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0))
+    of = "" if pool == 1 else f", the surest of {pool} x {pool} patches"
+    console.print(f"\n[bold]the teacher's likeliest token at each patch of image {number}{of}[/]")
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     for top in range(0, rows, pool):
         cells = []
         for left in range(0, columns, pool):
@@ -166,7 +165,7 @@ def _visual(number: int, image: dict[str, Any], width: int) -> Table:
             word = visible(str(words[top + i, left + j]))[:cell]
             cells.append(Text(word, _certainty(float(part[i, j])), no_wrap=True, overflow="crop"))
         table.add_row(*cells)
-    return table
+    console.print(table)
 
 
 def _certainty(probability: float) -> str:

@@ -29,7 +29,7 @@ class TokenText:
         return cls(None if content is None else Tokenizer.from_buffer(content))
 
     def piece(self, token_id: int) -> str:
-        """The text of one token, its leading blank kept; bytes that are no character keep their raw name."""
+        """The text of one token, its leading blank kept; of a part of a character the vocabulary's name."""
         self.learn([token_id])
         return self._known[token_id]
 
@@ -44,7 +44,7 @@ class TokenText:
             piece = text.removeprefix(self._anchor_text)
             if UNKNOWN in piece:
                 self._partial.add(token_id)
-            if UNKNOWN in piece or not piece:
+            if not piece.strip(UNKNOWN):
                 piece = self._tokenizer.id_to_token(token_id) or f"#{token_id}"
             self._known[token_id] = piece
 
