@@ -209,7 +209,6 @@ def inspect(
     """See what a cache is and holds, look into one sample, or write a page to browse."""
     from cache_schema.cache import open_cache
     from cache_schema.summary import summarise
-    from views.html_page import write_html
     from views.inspect_page import print_summary_page
     from views.sample_document import sample_document
     from views.sample_page import print_sample
@@ -217,6 +216,8 @@ def inspect(
 
     opened = open_cache(cache)
     if html is not None:
+        from views.html_page import write_html
+
         chosen = order if order in ("worst", "random") else _words(order)
         page = write_html(opened, html, samples=samples, order=chosen, image_root=image_root, progress=Bar())
         print_json({"page": str(page)}) if json_ else print_summary("page", {"file": str(page)})
@@ -402,7 +403,7 @@ def train(
     from student.settings import TrainConfig
     from student.stages import DFT, STAGES, open_recipe
     from student.train import train as train_stage
-    from views.terminal import Bar, print_json, print_summary
+    from views.terminal import Bar, print_json, print_training
 
     if (stage is None) == (recipe is None):
         raise typer.BadParameter("name either --stage or --recipe")
@@ -445,7 +446,7 @@ def train(
     else:
         folders = {name: Path(folder) for name, folder in roots.items()}
         result = train_recipe(open_recipe(recipe), config, Bar(), caches=caches, image_roots=folders)
-    print_json(result) if json_ else print_summary("trained", result)
+    print_json(result) if json_ else print_training(result)
 
 
 @app.command()

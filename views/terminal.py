@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+LOSSES = ("loss", "ce", "response", "visual", "prompt", "relation")
+
 results = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
 
@@ -83,6 +85,21 @@ def print_summary(title: str, summary: dict[str, Any]) -> None:
     results.print(title, style="bold", markup=False)
     for line in _facts(summary, 1):
         results.print(line, markup=False, soft_wrap=True)
+
+
+def print_training(result: dict[str, Any]) -> None:
+    """Each trained stage in a few lines; the whole of it is in result.json."""
+    for stage in result.get("stages", [result]):
+        losses = {name: value for name, value in stage["train"].items() if name in LOSSES and value}
+        facts = {
+            "steps": stage["steps"],
+            "model": stage["model"],
+            "last losses": losses,
+            "time": stage["time"],
+        }
+        if stage["evaluation"]:
+            facts["held out"] = stage["evaluation"]
+        print_summary(f"stage {stage['stage']}", facts)
 
 
 def print_problems(problems: list[dict[str, str]]) -> None:
