@@ -1,4 +1,4 @@
-"""Caches for the tests of the student: the true targets of a tiny Llava teacher over made-up conversations."""
+"""Caches for the tests of the student: the true targets of a tiny Llava teacher over made-up chats."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ def _sample(
         size = sizes[row % len(sizes)]
         path = write_png(image_root / "pictures" / f"{row // 2}-{size[0]}.png", seed=row // 2, size=size)
         name = path.relative_to(image_root).as_posix()
-        pixels = dict(processor.image_processor(images=[open_image(image_root, name).image], return_tensors="pt"))
+        pixels = dict(
+            processor.image_processor(images=[open_image(image_root, name).image], return_tensors="pt")
+        )
         records = [
             ImageRecord(
                 path=name,

@@ -1,0 +1,148 @@
+"""Stages and recipes as data."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from cache_schema import KdcacheError
+from student.losses import LossWeights
+from student.stages import DFT, DPT, PT, SFT, open_recipe, stage_from, stage_named
+
+
+def test_the_stages_have_the_settings_of_the_paper():
+    assert (DPT.learning_rate, DPT.global_batch, DPT.trainable) == (1e-3, 256, ("projector",))
+    assert (SFT.learning_rate, SFT.global_batch) == (2e-5, 128)
+    assert SFT.trainable == DFT.trainable == ("projector", "language_model")
+    assert DPT.losses == DFT.losses == LossWeights(ce=1, response=1, visual=1, relation=0.5, prompt=0)
+    assert SFT.targets == PT.targets == ()
+    assert DFT.targets == ("response", "visual", "relation")
+    assert all(stage.warmup_ratio == 0.03 and stage.epochs == 1 for stage in (DPT, SFT, DFT))
+
+
+def test_the_learning_rate_rises_then_follows_its_schedule():
+    stage = stage_from({"base": "dft", "learning_rate": 1.0, "warmup_ratio": 0.1})
+    rates = [stage.learning_rate_at(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
+    assert 0 < rates[-1] < 0.001
+    linear = stage_from({"base": "dft", "learning_rate": 1.0, "warmup_ratio": 0.0, "schedule": "linear"})
+    assert linear.learning_rate_at(25, 100) == pytest.approx(0.75)
+    constant = stage_from({"base": "dft", "learning_rate": 1.0, "warmup_ratio": 0.0, "schedule": "constant"})
+    assert constant.learning_rate_at(99, 100) == 1.0
+
+
+def test_steps_are_epochs_unless_a_number_is_given():
+    assert stage_from({"base": "sft", "epochs": 1.5}).total_steps(7) == math.ceil(10.5)
+    assert stage_from({"base": "sft", "epochs": 1.5, "max_steps": 3}).total_steps(7) == 3
+
+
+def test_a_stage_survives_its_own_json():
+    document = DFT.to_json()
+    assert stage_from(document) == DFT
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"base": "dpt", "learning_rat": 1}, r"unknown keys \['learning_rat'\]"),
+        ({"base": "dpt", "losses": {"vision": 1}}, r"unknown losses \['vision'\]"),
+        ({"base": "dpt", "losses": {"visual": "much"}}, "losses.visual must be a number, not 'much'"),
+        ({"base": "dpt", "losses": {"visual": -1}}, "visual must be finite and not negative"),
+        ({"base": "ppt"}, "base 'ppt' is not one of"),
+        ({"base": "dpt", "trainable": ["head"]}, "trainable must be some of"),
+        ({"base": "dpt", "schedule": "step"}, "schedule must be one of"),
+        ({"base": "dpt", "learning_rate": 0}, "learning_rate must be positive"),
+        ({"base": "dpt", "learning_rate": True}, "learning_rate must be a number, not True"),
+        ({"base": "dpt", "global_batch": 0}, "global_batch must be at least 1"),
+        ({"base": "dpt", "global_batch": 1.5}, "global_batch must be a whole number"),
+        ({"base": "dpt", "epochs": -1}, "epochs must be positive"),
+        ({"base": "dpt", "max_steps": 0}, "max_steps must be at least 1"),
+        ({"base": "dpt", "warmup_ratio": 1}, "warmup_ratio must lie"),
+        ({"name": "own"}, "needs global_batch, learning_rate, trainable"),
+    ],
+)
+def test_a_wrong_stage_is_refused(document, message):
+    with pytest.raises(ValueError, match=message):
+        stage_from(document)
+
+
+YAML = """
+name: mine
+stages:
+  - base: dpt
+    cache: captions
+    image_root: images
+    learning_rate: 1e-3
+  - name: own
+    trainable: language_model
+    learning_rate: 5.0e-6
+    global_batch: 64
+    losses: {response: 2, tail: renormalize}
+    cache: chats
+"""
+TOML = """
+name = "mine"
+[[stages]]
+base = "dpt"
+cache = "captions"
+image_root = "images"
+learning_rate = 1e-3
+[[stages]]
+name = "own"
+trainable = ["language_model"]
+learning_rate = 5.0e-6
+global_batch = 64
+losses = {response = 2, tail = "renormalize"}
+cache = "chats"
+"""
+
+
+def test_yaml_and_toml_say_the_same(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(YAML)
+    (tmp_path / "recipe.toml").write_text(TOML)
+    recipe = open_recipe(str(tmp_path / "recipe.yaml"))
+    assert recipe == open_recipe(str(tmp_path / "recipe.toml"))
+    first, second = recipe.stages
+    assert (first.stage, first.cache, first.image_root) == (DPT, "captions", "images")
+    assert second.stage.losses == LossWeights(response=2.0, tail="renormalize")
+    assert second.stage.trainable == ("language_model",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: 3", "must hold a list `stages`"),
+        ("[", "recipe"),
+        ("stages: [{base: dpt, cahce: x}]", "unknown keys"),
+        ("stages: [{base: dpt}, {base: dpt}]", "must differ"),
+        ("stages: []", "must differ"),
+        ("stages: [{base: dpt}]\nseed: 1", r"unknown keys \['seed'\]"),
+        ("stages: [dpt]", "must be a mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_with_its_file(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(KdcacheError, match=message) as caught:
+        open_recipe(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_recipe_of_the_paper_is_built_in():
+    assert [entry.stage for entry in open_recipe("llava-kd").stages] == [DPT, SFT, DFT]
+    with pytest.raises(KdcacheError, match="neither a file nor one of llava-kd"):
+        open_recipe("llava-kt")
+
+
+def test_targets_can_be_narrowed():
+    assert stage_named("dft", "response").targets == ("response",)
+    assert stage_named("dft", "response, visual").losses.relation == 0
+    assert stage_named("dpt", "none").losses == PT.losses
+    with pytest.raises(KdcacheError, match="targets must be some of"):
+        stage_named("dft", "sight")
+    with pytest.raises(KdcacheError, match="stage 'dftt' is not one of"):
+        stage_named("dftt")
