@@ -145,7 +145,10 @@ class _Run:
             self.processor.chat_template = training["chat_template"]
         checkpointing = config.gradient_checkpointing
         if checkpointing if checkpointing is not None else self.device.type != "cpu":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(
+                model, "activation_checkpointing_enable", None
+            )  # the name since transformers 5.2x
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         student = DistilledStudent(
             model,
             self.stage.losses,
