@@ -194,7 +194,8 @@ def _sample(
     ids = np.array([*visual, *prompt, *answer], np.int32)
     spans = np.array([[len(ids) - len(answer), len(ids)]], np.int32)
     positions = np.arange(spans[0, 0] - 1, spans[0, 1] - 1)
-    rest = np.arange(len(visual), spans[0, 0] - 1)
+    rest = np.array([*range(len(visual), spans[0, 0] - 1), len(ids) - 1])
+    following = np.append(ids[1:], 0).astype(np.int32)
     states = teacher.hidden(row, len(ids))
     images, start = [], 0
     for number, count in enumerate(counts):
@@ -224,6 +225,6 @@ def _sample(
         label_spans=spans,
         images=tuple(images),
         response=response if "response" in spec.targets else None,
-        prompt=teacher.topk(states[rest], ids[rest + 1], spec) if "prompt" in spec.targets else None,
+        prompt=teacher.topk(states[rest], following[rest], spec) if "prompt" in spec.targets else None,
         model_inputs={"token_type_ids": (np.arange(len(ids)) < start).astype(np.int64)},
     )

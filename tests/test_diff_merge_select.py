@@ -1,0 +1,413 @@
+"""New caches out of others are the same bit by bit, and differences between caches are found and measured."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cache_schema.reshard
+from cache_schema import (
+    Cache,
+    CacheDamaged,
+    CacheWriter,
+    IdentityMismatch,
+    KdcacheError,
+    TargetSpec,
+    open_cache,
+)
+from cache_schema.diff import diff
+from cache_schema.divergence import kl, relation_cosine
+from cache_schema.merge import merge
+from cache_schema.records import Relation, Sample, TopK
+from cache_schema.select import select
+from cache_schema.verify import verify
+from tests.fake_caches import make_cache
+
+COMPACT = TargetSpec(top_k=8, temperatures=(1.0, 2.0))
+EVERYTHING = replace(
+    COMPACT, targets=("response", "visual", "relation", "prompt"), tail_samples=3, sample_temperature=2.0
+)
+SPECS = {
+    "compact": COMPACT,
+    "everything": EVERYTHING,
+    "full": replace(EVERYTHING, precision="full"),
+    "exact": replace(COMPACT, relation="exact"),
+    "response": replace(COMPACT, targets=("response",)),
+}
+
+
+def assert_same(a: Sample, b: Sample, offset: int = 0) -> None:
+    """Every field equal, arrays bit by bit."""
+    assert b.row == a.row + offset
+    assert (a.sample_id, len(a.images), len(a.relations)) == (b.sample_id, len(b.images), len(b.relations))
+    for name in ("input_ids", "labels", "response_positions", "visual_positions", "prompt_positions"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    for kind in ("response", "visual", "prompt"):
+        x, y = getattr(a, kind), getattr(b, kind)
+        assert (x is None) == (y is None), kind
+        for name in TopK.__dataclass_fields__ if x is not None else ():
+            left, right = getattr(x, name), getattr(y, name)
+            assert (left is None) == (right is None), (kind, name)
+            if left is not None:
+                assert left.dtype == right.dtype
+                np.testing.assert_array_equal(left, right, err_msg=f"{kind} {name}")
+    for x, y in zip(a.relations, b.relations, strict=True):
+        assert (x.residual, x.norm) == (y.residual, y.norm)
+        for name in ("factor", "gram"):
+            np.testing.assert_array_equal(getattr(x, name), getattr(y, name), err_msg=name)
+    for x, y in zip(a.images, b.images, strict=True):
+        assert (x.path, x.sha256, x.width, x.height) == (y.path, y.sha256, y.width, y.height)
+        np.testing.assert_array_equal(x.positions, y.positions)
+    assert a.model_inputs.keys() == b.model_inputs.keys()
+    for name in a.model_inputs:
+        np.testing.assert_array_equal(a.model_inputs[name], b.model_inputs[name])
+
+
+def by_row(cache: Cache) -> dict[int, Sample]:
+    return {cache[i].row: cache[i] for i in range(len(cache))}
+
+
+def sound(path: Path) -> Cache:
+    report = verify(path)
+    assert report.ok, report.problems
+    assert not report.missing_shards
+    return open_cache(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return tmp_path / "images"
+
+
+# Selecting
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_selection_decodes_to_the_same_bits(tmp_path: Path, pictures: Path, name: str) -> None:
+    source = make_cache(
+        tmp_path / "a", pictures, rows=22, spec=SPECS[name], patches=(9, 5), order=range(21, -1, -1)
+    )
+    wanted = {1, 2, 3, 8, 9, 10, 11, 12, 20}
+    told = select(str(tmp_path / "a"), f"row in {sorted(wanted)}", str(tmp_path / "b"))
+    chosen = sound(tmp_path / "b")
+    before, after = by_row(source), by_row(chosen)
+    assert after.keys() == wanted
+    for row in wanted:
+        assert_same(before[row], after[row])
+    assert told["samples"] == 9
+    assert told["joined_shards"] >= 1
+    assert told["of_samples"] == 22
+    assert chosen.manifest.dataset["selected"].startswith("row in")
+
+
+def test_whole_shards_are_linked_and_outlive_their_source(tmp_path: Path, pictures: Path) -> None:
+    source = make_cache(tmp_path / "a", pictures, rows=12, shard_size=4, patches=(16,))
+    before = by_row(source)
+    told = select(str(tmp_path / "a"), "row < 8 or row == 9", str(tmp_path / "b"))
+    assert (told["linked_shards"], told["joined_shards"]) == (2, 1)
+    chosen = sound(tmp_path / "b")
+    inodes = {file.stat().st_ino for file in (tmp_path / "a" / "targets").rglob("*") if file.is_file()}
+    for shard in (0, 1):
+        targets = [f.path for f in chosen.commits[shard].files if f.path.startswith("targets/")]
+        assert targets
+        assert all((tmp_path / "b" / path).stat().st_ino in inodes for path in targets)
+    shutil.rmtree(tmp_path / "a")
+    after = by_row(sound(tmp_path / "b"))
+    for row in (*range(8), 9):
+        assert_same(before[row], after[row])
+
+
+def test_shared_prefixes_stay_shared(tmp_path: Path, pictures: Path) -> None:
+    source = make_cache(tmp_path / "a", pictures, rows=12, shard_size=12, patches=(16,))
+    select(str(tmp_path / "a"), "row in [0, 1, 3, 6, 7]", str(tmp_path / "b"))
+    counts = sound(tmp_path / "b").commits[0].counts
+    assert source.commits[0].counts["shared_images"] == 2
+    assert (counts["images"], counts["shared_images"], counts["relations"]) == (5, 2, 3)
+    assert counts["visual_positions"] == 3 * 16
+
+
+def test_statistics_of_a_joined_shard_are_those_of_its_samples(tmp_path: Path, pictures: Path) -> None:
+    make_cache(tmp_path / "a", pictures, rows=12, shard_size=6)
+    select(str(tmp_path / "a"), "row in [1, 4, 5, 7]", str(tmp_path / "b"))
+    chosen = sound(tmp_path / "b")
+    statistics = chosen.commits[0].statistics
+    samples = [chosen[i] for i in range(4)]
+    right = sum(
+        int((s.response.token_ids[:, 0] == s.labels[s.response_positions + 1]).sum()) for s in samples
+    )
+    assert statistics["response"]["label_is_first"] == right
+    assert statistics["response"]["positions"] == sum(len(s.response_positions) for s in samples)
+    assert sorted(row for row, _ in statistics["longest"]) == [1, 4, 5, 7]
+
+
+def test_a_selection_of_a_selection(tmp_path: Path, pictures: Path) -> None:
+    source = make_cache(tmp_path / "a", pictures, rows=20, shard_size=4)
+    select(str(tmp_path / "a"), "row != 3 and row != 9", str(tmp_path / "b"))
+    assert open_cache(tmp_path / "b").plan.ends is not None, "uneven shards are what is tried here"
+    select(str(tmp_path / "b"), "tokens > 0 and row >= 4", str(tmp_path / "c"))
+    before, after = by_row(source), by_row(sound(tmp_path / "c"))
+    assert set(after) == set(range(4, 20)) - {9}
+    for row in after:
+        assert_same(before[row], after[row])
+
+
+def test_scores_decide_which_samples_stay(tmp_path: Path, pictures: Path) -> None:
+    source = make_cache(tmp_path / "a", pictures, rows=12)
+    values = {}
+    for row, sample in by_row(source).items():
+        first = np.exp(sample.response.logprobs[:, 0].astype(np.float64)).mean()
+        wrong = (sample.response.token_ids[:, 0] != sample.labels[sample.response_positions + 1]).mean()
+        surprise = np.exp(-sample.response.label_logprob.astype(np.float64).mean())
+        values[row] = (first, wrong, surprise)
+    middle = [float(np.median([v[i] for v in values.values()])) for i in range(3)]
+    where = f"confidence > {middle[0]} and disagreement <= {middle[1]} or perplexity > {middle[2]}"
+    select(str(tmp_path / "a"), where, str(tmp_path / "b"))
+    expected = {r for r, (c, d, p) in values.items() if (c > middle[0] and d <= middle[1]) or p > middle[2]}
+    assert 0 < len(expected) < 12
+    assert set(by_row(open_cache(tmp_path / "b"))) == expected
+
+
+def test_quarantine_stays_behind(tmp_path: Path, pictures: Path) -> None:
+    make_cache(tmp_path / "a", pictures, rows=8, shard_size=4, bad={2: "broken_image", 6: "no_turns"})
+    select(str(tmp_path / "a"), "row < 6", str(tmp_path / "b"))
+    chosen = sound(tmp_path / "b")
+    assert list(chosen.quarantined()) == []
+    assert set(by_row(chosen)) == {0, 1, 3, 4, 5}
+
+
+def test_an_interrupted_selection_goes_on(tmp_path: Path, pictures: Path) -> None:
+    make_cache(tmp_path / "a", pictures, rows=16, shard_size=4)
+    arguments = (str(tmp_path / "a"), "row != 5", str(tmp_path / "b"))
+    select(*arguments)
+    (tmp_path / "b" / "commits" / "00001.json").unlink()
+    told = select(*arguments)
+    assert (told["already_there"], told["linked_shards"] + told["joined_shards"]) == (3, 1)
+    assert set(by_row(open_cache(tmp_path / "b"))) == set(range(16)) - {5}
+    assert select(*arguments)["already_there"] == 4
+
+
+def test_where_links_are_impossible_files_are_copied(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_cache(tmp_path / "a", pictures, rows=8, shard_size=4)
+
+    class NoLinks:
+        def __getattr__(self, name: str) -> object:
+            return getattr(os, name)
+
+        @staticmethod
+        def link(source: Path, target: Path) -> None:
+            raise OSError(errno.EXDEV, "cross-device link")
+
+    monkeypatch.setattr(cache_schema.reshard, "os", NoLinks())
+    assert select(str(tmp_path / "a"), "row >= 0", str(tmp_path / "b"))["copied_shards"] == 2
+    after = by_row(sound(tmp_path / "b"))
+    for row, sample in by_row(source).items():
+        assert_same(sample, after[row])
+    assert select(str(tmp_path / "a"), "row >= 0", "memory://selected")["copied_shards"] == 2
+    assert len(open_cache("memory://selected")) == 8
+
+
+def test_a_damaged_source_is_not_copied(tmp_path: Path, pictures: Path) -> None:
+    source = make_cache(tmp_path / "a", pictures, rows=4, shard_size=4)
+    path = next(f.path for f in source.commits[0].files if "/response/" in f.path and f.bytes > 40)
+    data = bytearray((tmp_path / "a" / path).read_bytes())
+    data[-9] ^= 1
+    (tmp_path / "a" / path).write_bytes(data)
+    with pytest.raises(CacheDamaged, match="response"):
+        select(str(tmp_path / "a"), "row >= 0", "memory://damaged")
+    with pytest.raises(CacheDamaged, match="response"):
+        select(str(tmp_path / "a"), "row > 0", str(tmp_path / "b"))
+
+
+def test_nothing_selected_writes_nothing(tmp_path: Path, pictures: Path) -> None:
+    make_cache(tmp_path / "a", pictures, rows=4)
+    with pytest.raises(KdcacheError, match="none of its 4 samples"):
+        select(str(tmp_path / "a"), "row > 99", str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_scores_need_response_targets(tmp_path: Path, pictures: Path) -> None:
+    make_cache(tmp_path / "a", pictures, rows=4, spec=replace(COMPACT, targets=("visual",)))
+    with pytest.raises(KdcacheError, match="confidence comes from them"):
+        select(str(tmp_path / "a"), "confidence > 0.5", str(tmp_path / "b"))
+
+
+# Merging
+
+
+def test_parts_of_one_build_become_that_build(tmp_path: Path, pictures: Path) -> None:
+    whole = make_cache(tmp_path / "whole", pictures, rows=14, shard_size=4)
+    make_cache(tmp_path / "a", pictures, rows=14, shard_size=4, shards=(0, 2))
+    make_cache(tmp_path / "b", pictures, rows=14, shard_size=4, shards=(1, 2))
+    told = merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
+    assert (told["linked_shards"], told["shards"], told["samples"]) == (3, 3, 12)
+    merged = open_cache(tmp_path / "c")
+    assert merged.manifest.identity == whole.manifest.identity
+    assert list(CacheWriter.open(tmp_path / "c", whole.manifest).pending()) == [3]
+    before = by_row(whole)
+    for row, sample in by_row(merged).items():
+        assert_same(before[row], sample)
+    report = verify(tmp_path / "c")
+    assert (report.ok, report.missing_shards) == (True, [3])
+
+
+def test_of_a_row_in_several_the_first_is_taken(tmp_path: Path, pictures: Path) -> None:
+    first = make_cache(tmp_path / "a", pictures, rows=10, shard_size=4)
+    noisy = make_cache(tmp_path / "b", pictures, rows=10, shard_size=3, noise=0.5)
+    select(str(tmp_path / "a"), "row in [1, 2, 3, 7]", str(tmp_path / "a2"))
+    merge([str(tmp_path / "a2"), str(tmp_path / "b")], str(tmp_path / "c"))
+    merged = by_row(sound(tmp_path / "c"))
+    assert set(merged) == set(range(10))
+    before = by_row(noisy) | {row: sample for row, sample in by_row(first).items() if row in (1, 2, 3, 7)}
+    for row, sample in merged.items():
+        assert_same(before[row], sample)
+
+
+def test_rows_of_another_dataset_are_numbered_on(tmp_path: Path, pictures: Path) -> None:
+    a = make_cache(tmp_path / "a", pictures, rows=6, bad={4: "broken_image"})
+    b = make_cache(tmp_path / "b", pictures, rows=5, seed=3, identity={"dataset": "e"}, bad={0: "no_turns"})
+    merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
+    cache = sound(tmp_path / "c")
+    merged = by_row(cache)
+    assert set(merged) == {0, 1, 2, 3, 5, 7, 8, 9, 10}
+    for row, sample in by_row(a).items():
+        assert_same(sample, merged[row])
+    for row, sample in by_row(b).items():
+        assert_same(sample, merged[row + 6], offset=6)
+    assert [(q.row, q.reason) for q in cache.quarantined()] == [(4, "broken_image"), (6, "no_turns")]
+    assert [part["first_row"] for part in cache.manifest.dataset["merged"]] == [0, 6]
+    longest = [row for shard in cache.shards for row, _ in cache.commits[shard].statistics["longest"]]
+    assert set(longest) == set(merged)
+
+
+def test_a_row_captured_anywhere_leaves_quarantine(tmp_path: Path, pictures: Path) -> None:
+    make_cache(tmp_path / "a", pictures, rows=8, shard_size=4, bad={2: "broken_image", 5: "broken_image"})
+    make_cache(tmp_path / "b", pictures, rows=8, shard_size=8, bad={5: "no_turns"})
+    merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
+    merged = sound(tmp_path / "c")
+    assert sorted(by_row(merged)) == [0, 1, 2, 3, 4, 6, 7]
+    assert [(row.row, row.reason) for row in merged.quarantined()] == [(5, "broken_image")]
+
+
+def test_other_teachers_are_not_merged(tmp_path: Path, pictures: Path) -> None:
+    make_cache(tmp_path / "a", pictures, rows=4)
+    make_cache(tmp_path / "b", pictures, rows=4, identity={"teacher_weights": "other"})
+    make_cache(tmp_path / "k", pictures, rows=4, spec=replace(COMPACT, top_k=4))
+    with pytest.raises(IdentityMismatch, match="teacher_weights 'w' and 'other'"):
+        merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
+    with pytest.raises(IdentityMismatch, match="top_k 8 and 4"):
+        merge([str(tmp_path / "a"), str(tmp_path / "k")], str(tmp_path / "c"))
+    with pytest.raises(KdcacheError, match="at least two"):
+        merge([str(tmp_path / "a")], str(tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+
+
+# Differences
+
+
+def test_a_cache_is_the_same_as_itself_in_other_shards(tmp_path: Path, pictures: Path) -> None:
+    a = make_cache(tmp_path / "a", pictures, rows=10, shard_size=4)
+    b = make_cache(tmp_path / "b", pictures, rows=10, shard_size=3, order=range(9, -1, -1))
+    report = diff(a, b)
+    assert report.same
+    assert report.samples == 10
+    assert report.kl["response"].max < 1e-6
+    assert report.relation["least_cosine"] > 1 - 1e-9
+    document = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert document["same"] is True
+    assert document["kl"]["visual"]["positions"] == 7 * 9
+
+
+def test_noise_is_measured_and_its_worst_row_named(tmp_path: Path, pictures: Path) -> None:
+    full = replace(COMPACT, top_k=320, precision="full", targets=("response",))
+    a = make_cache(tmp_path / "a", pictures, rows=6, spec=full)
+    b = make_cache(tmp_path / "b", pictures, rows=6, spec=full, noise=0.1)
+    report = diff(a, b)
+    dense, others = {}, by_row(b)
+    for row, x in by_row(a).items():
+        y = others[row]
+        p, q = np.zeros((2, len(x.response), 320))
+        np.put_along_axis(p, x.response.token_ids, x.response.logprobs.astype(np.float64), axis=1)
+        np.put_along_axis(q, y.response.token_ids, y.response.logprobs.astype(np.float64), axis=1)
+        dense[row] = (np.exp(p) * (p - q)).sum(axis=1)
+    everything = np.concatenate(list(dense.values()))
+    found = report.kl["response"]
+    assert found.mean == pytest.approx(everything.mean(), rel=1e-4)
+    assert found.p99 == pytest.approx(np.quantile(everything, 0.99), rel=1e-4)
+    assert found.worst_row == max(dense, key=lambda row: dense[row].mean())
+    assert found.top1_agreement < 1.0
+    assert not report.targets_agree
+    assert report.same_identity
+    assert not report.same
+
+
+def test_missing_rows_and_other_inputs_are_listed(tmp_path: Path, pictures: Path) -> None:
+    a = make_cache(tmp_path / "a", pictures, rows=8, identity={"dtype": "bfloat16"})
+    select(str(tmp_path / "a"), "row not in [2, 3]", str(tmp_path / "b"))
+    report = diff(a, open_cache(tmp_path / "b"))
+    assert (report.only_in_a, report.only_in_b, report.same) == ([2, 3], [], False)
+    other = make_cache(tmp_path / "c", pictures, rows=9, patches=(4,))
+    report = diff(a, other)
+    assert report.only_in_b == [8]
+    assert report.other_inputs == [0, 1, 3, 4, 6, 7], "the rows with an image have other token counts"
+    assert report.samples == 8
+    assert [d["key"] for d in report.identity if d["blocks"] == "resume"] == ["dtype"]
+    assert not report.same_identity
+
+
+def record(logits: np.ndarray, k: int) -> TopK:
+    full = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    order = np.argsort(-full, axis=1)
+    rest = np.take_along_axis(full, order[:, k:], axis=1)
+    tail = np.logaddexp.reduce(rest, axis=1) if rest.shape[1] else np.full(len(full), -np.inf)
+    zeros = np.zeros(len(full), np.float32)
+    return TopK(
+        token_ids=order[:, :k].astype(np.int32),
+        logprobs=np.take_along_axis(full, order[:, :k], axis=1).astype(np.float32),
+        tail_logprob=tail[:, None].astype(np.float32),
+        temperatures=np.ones(1, np.float32),
+        logsumexp=zeros,
+        entropy=zeros,
+    )
+
+
+@pytest.mark.parametrize(("k_a", "k_b"), [(40, 40), (8, 8), (4, 16), (16, 4), (1, 1)])
+def test_kl_is_that_of_the_events_both_know(k_a: int, k_b: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 40)) * 2
+    y = x + rng.normal(size=x.shape)
+    a, b = record(x, k_a), record(y, k_b)
+    p, q = (np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True)) for z in (x, y))
+    for n, value in enumerate(kl(a, b)):
+        both = np.intersect1d(a.token_ids[n], b.token_ids[n])
+        events_p = np.append(p[n, both], 1 - p[n, both].sum()).clip(0)
+        events_q = np.append(q[n, both], 1 - q[n, both].sum()).clip(1e-30)
+        expected = sum(s * np.log(s / t) for s, t in zip(events_p, events_q, strict=True) if s > 1e-12)
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_kl_is_finite_where_one_side_has_no_mass() -> None:
+    a, b = record(np.array([[0.0, 0.0, -1.0]]), 1), record(np.array([[5.0, -900.0, -900.0]]), 3)
+    assert np.isfinite(kl(a, b)).all()
+    with pytest.raises(ValueError, match="1 positions against 2"):
+        kl(a, record(np.zeros((2, 3)), 1))
+
+
+def test_relation_cosine_is_that_of_the_matrices() -> None:
+    rng = np.random.default_rng(1)
+    u, v = rng.normal(size=(30, 5)).astype(np.float32), rng.normal(size=(30, 3)).astype(np.float32)
+    r, s = (m.astype(np.float64) @ m.T for m in (u, v))
+    expected = (r * s).sum() / np.linalg.norm(r) / np.linalg.norm(s)
+    as_factor = [Relation(residual=0, norm=1, factor=m) for m in (u, v)]
+    as_gram = [Relation(residual=0, norm=1, gram=m.astype(np.float32)) for m in (r, s)]
+    for x, y in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        found = relation_cosine((as_factor, as_gram)[x][0], (as_factor, as_gram)[y][1])
+        assert found == pytest.approx(expected, rel=1e-5)

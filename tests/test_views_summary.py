@@ -1,0 +1,137 @@
+"""The page of a cache tells what its commit records hold, and quickly."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cache_schema import Cache, TargetSpec, open_cache
+from cache_schema.cache import CacheIndex
+from cache_schema.manifest import Plan
+from cache_schema.summary import summarise
+from tests.fake_caches import make_cache
+from views.figures import bin_label, duration, size
+from views.inspect_page import print_summary_page
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return make_cache(
+        tmp_path / "a", tmp_path / "images", rows=14, shard_size=4, shards=(0, 1, 3), bad={5: "broken_image"}
+    )
+
+
+def printed(cache: Cache, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    print_summary_page(summarise(cache), console)
+    return console.file.getvalue()
+
+
+def test_counts_and_means_are_those_of_the_samples(cache: Cache) -> None:
+    summary = summarise(cache)
+    samples = [cache[i] for i in range(len(cache))]
+    records = [s.response for s in samples]
+    labels = np.concatenate([r.label_logprob for r in records])
+    found = summary["positions"]["response"]
+    assert summary["counts"]["samples"] == len(samples) == 9
+    assert summary["counts"]["tokens"] == sum(len(s.input_ids) for s in samples)
+    assert found["positions"] == len(labels)
+    assert found["perplexity"] == pytest.approx(np.exp(-labels.mean()), rel=1e-3)
+    tails = np.concatenate([np.exp(r.tail_logprob[:, 0]) for r in records])
+    assert found["mean_covered_mass"] == pytest.approx(1 - tails.mean(), rel=1e-3)
+    assert sum(found["covered_mass"]["counts"]) == len(labels)
+    right = sum(
+        int((s.response.token_ids[:, 0] == s.labels[s.response_positions + 1]).sum()) for s in samples
+    )
+    assert found["label_accuracy"] == pytest.approx(right / len(labels))
+    assert summary["positions"]["visual"]["perplexity"] is None
+    residuals = [r.residual for s in samples for r in s.relations]
+    assert summary["relation"]["max_residual"] == pytest.approx(max(residuals))
+    assert summary["quarantine"] == {"broken_image": 1}
+
+
+def test_bytes_are_those_on_disk(cache: Cache, tmp_path: Path) -> None:
+    summary = summarise(cache)
+    files = [f for part in ("samples", "targets", "quarantine") for f in (tmp_path / "a" / part).rglob("*")]
+    assert summary["bytes"]["total"] == sum(file.stat().st_size for file in files if file.is_file())
+    parts = summary["bytes"]["by_part"]
+    expected = parts["response"] / summary["counts"]["response_positions"]
+    assert summary["bytes"]["a_position"]["response"] == pytest.approx(expected)
+
+
+def test_how_far_the_build_is(cache: Cache) -> None:
+    built = summarise(cache)["built"]
+    assert (built["shards"], built["of_shards"], built["complete"]) == (3, 4, False)
+    assert (built["rows"], built["of_rows"]) == (10, 14)
+    assert "71.4% built" in printed(cache)
+    assert "3 of 4 shards" in printed(cache)
+
+
+def test_a_cache_without_a_shard_has_a_page(tmp_path: Path) -> None:
+    empty = make_cache(tmp_path / "a", tmp_path / "images", shards=())
+    json.dumps(summarise(empty), allow_nan=False)
+    assert "0.0% built" in printed(empty)
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_the_page_fits_its_terminal_and_says_what_matters(cache: Cache, width: int) -> None:
+    page = printed(cache, width)
+    assert all(len(line) <= width for line in page.splitlines())
+    for told in ("broken_image", "perplexity", "residual", "float32", "fake.json", "share", "█"):
+        assert told in page, told
+
+
+def test_markup_in_names_is_only_text(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "[red]a", tmp_path / "images", rows=4, bad={1: "[/bold]\x1b[31m"})
+    page = printed(cache)
+    assert "[red]a" in page
+    assert "[/bold]\\x1b[31m" in page
+    assert "\x1b" not in page
+
+
+def test_json_values_only_and_the_same_every_time(cache: Cache) -> None:
+    text = json.dumps(summarise(cache), allow_nan=False)
+    assert json.loads(text) == summarise(cache)
+
+
+def test_a_cache_of_100_000_samples_is_summarised_in_3_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest and the 196 commit records of such a cache; its other files are never touched."""
+    small = make_cache(
+        tmp_path / "a", tmp_path / "images", rows=512, shard_size=512, spec=TargetSpec(targets=("response",))
+    )
+    record = small.commits[0]
+    rows, shards = 100_000, 196
+    order = np.random.default_rng(0).permutation(rows)
+    manifest = replace(small.manifest, plan=Plan(rows=rows, shard_size=512, order=order))
+    big = tmp_path / "big"
+    (big / "commits").mkdir(parents=True)
+    (big / "manifest.json").write_bytes(manifest.to_bytes())
+    for shard in range(shards):
+        copy = replace(record, shard=shard, cache=manifest.identity)
+        (big / copy.path).write_bytes(copy.to_bytes())
+
+    def forbidden(self: Cache) -> CacheIndex:
+        raise AssertionError("the summary read tables")
+
+    monkeypatch.setattr(Cache, "index", forbidden)
+    started = time.perf_counter()
+    summary = summarise(open_cache(big))
+    seconds = time.perf_counter() - started
+    assert summary["counts"]["samples"] == shards * record.counts["samples"]
+    assert seconds < 3.0
+
+
+def test_figures_read_well() -> None:
+    assert [size(n) for n in (0, 999, 1500, 2.5e6, 1e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "1 TB"]
+    assert [duration(s) for s in (0.25, 65, 4000)] == ["0.25 s", "1 min 05 s", "1 h 06 min"]
+    assert [bin_label([0, 1, 2, 4, 1 << 30], i) for i in range(4)] == ["exact", "1", "2 - 3", "4 and more"]
+    assert bin_label([0.0, 0.95, 1.0], 1) == "0.95 - 1"
