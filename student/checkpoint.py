@@ -102,12 +102,12 @@ class Checkpoints:
             progress=state["progress"],
         )
 
-    def sweep(self) -> None:
-        """Removes what killed runs left half-written."""
+    def sweep(self, *, best: int | None = None) -> None:
+        """Removes what killed runs left half-written or had no time to remove."""
         if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if path.name.startswith("."):
-                    shutil.rmtree(path, ignore_errors=True)
+            self._prune(best)
+            for path in self.folder.glob(".*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, checkpoint: Checkpoint, out: Path) -> None:
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")

@@ -109,7 +109,7 @@ class _Run:
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(self.memory["scaler"])
         if self.accelerator.is_main_process:
-            self.checkpoints.sweep()
+            self.checkpoints.sweep(best=self.memory["best_step"])
             write_settings(config, identity)
         self.accelerator.wait_for_everyone()
         self.journal = Journal(self.accelerator, config.out, step=self.step)
@@ -147,7 +147,7 @@ class _Run:
         if checkpointing if checkpointing is not None else self.device.type != "cpu":
             enable = getattr(
                 model, "activation_checkpointing_enable", None
-            )  # the name since transformers 5.2x
+            )  # its newer name
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         student = DistilledStudent(
             model,

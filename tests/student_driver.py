@@ -1,7 +1,8 @@
-"""One training run in a process of its own, which may kill itself at a chosen moment: see `run`.
+"""Training runs in processes of their own, which may kill themselves at a chosen moment: see `run`.
 
-Called as `python student_driver.py CONFIG.json`; the moment, if any, is the `kill` entry: the name of a
-function that checkpoints and models are written with, and at which of its calls to send SIGKILL.
+Called as `python student_driver.py RUNS.json`: a list of settings, each with a `kill` entry that is null or
+the name of a function that writes and at which of its calls to send SIGKILL. Several runs are forked one
+after the other from one process, so that torch is imported once; their exit codes go to RUNS.json.codes.
 """
 
 from __future__ import annotations
@@ -11,34 +12,33 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(
-    config: Path, settings: dict[str, Any], *, kill: tuple[str, int] | None = None, ranks: int = 1
-) -> list[int]:
-    """Trains with `settings` (fields of TrainConfig, and `base` with changes of a stage); exit codes."""
-    config.write_text(json.dumps({**settings, "kill": kill}, default=str))
+def run(file: Path, runs: Sequence[dict[str, Any]], *, ranks: int = 1) -> list[int]:
+    """Trains with each of `runs` (fields of TrainConfig, `base` and changes of a `stage`); exit codes."""
+    file.write_text(json.dumps([{"kill": None, **settings} for settings in runs], default=str))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if ranks > 1:
+        assert len(runs) == 1
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
         environment |= {**address, "WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(config)],
+            [sys.executable, __file__, str(file)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else environment,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(ranks)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert all(code in (0, -signal.SIGKILL) for code in codes), errors
-    return codes
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    return json.loads(file.with_suffix(".codes").read_text()) if len(runs) > 1 else [0]
 
 
 def arm(name: str, call: int) -> None:
@@ -72,8 +72,7 @@ def arm(name: str, call: int) -> None:
         student.folder.save_file = armed(student.folder.save_file)
 
 
-def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
+def train_one(settings: dict[str, Any]) -> None:
     from cache_schema.progress import Silent
     from student.settings import TrainConfig
     from student.stages import stage_from
@@ -85,6 +84,30 @@ def main() -> None:
     stage = stage_from({"base": settings.pop("base"), **settings.pop("stage", {})})
     paths = {name: Path(settings.pop(name)) for name in ("student", "image_root", "out")}
     train(TrainConfig(stage=stage, trackers=(), **paths, **settings), Silent())
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    runs = json.loads(file.read_text())
+    if len(runs) == 1:
+        train_one(runs[0])
+        return
+    import student.train  # noqa: F401  (imported once, before the forks)
+
+    codes = []
+    for settings in runs:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                train_one(settings)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        codes.append(os.waitstatus_to_exitcode(status))
+    file.with_suffix(".codes").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":

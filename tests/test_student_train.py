@@ -112,7 +112,7 @@ def test_two_processes_give_the_loss_curve_of_one(world, tmp_path):
         "device": "cpu",
         "eval_cache": str(world.cache),
     }
-    run(tmp_path / "config.json", {**common, "out": tmp_path / "2"}, ranks=2)
+    run(tmp_path / "runs.json", [{**common, "out": tmp_path / "2"}], ranks=2)
     alone = settings(world, tmp_path / "1", **common.pop("stage"), micro_batch=5, eval_cache=str(world.cache))
     train(alone, Silent())
     assert losses_of(tmp_path / "2") == pytest.approx(losses_of(tmp_path / "1"), rel=1e-4)
