@@ -17,9 +17,9 @@ from cache_schema.records import Relation
 from tests.fake_caches import make_cache, tokenizer
 from views.blocks import fitted, half_blocks, heat
 from views.grid import ImageSettings, grid_of
-from views.inspect_page import print_sample, sample_document
 from views.relation_picture import pooled, principal_factor, similarity
-from views.sample_document import roles_of
+from views.sample_document import roles_of, sample_document
+from views.sample_page import print_sample
 from views.token_text import TokenText, printable, visible
 
 

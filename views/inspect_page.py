@@ -11,12 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from views.figures import bin_label, count, size, units_of, what_it_is
-from views.sample_document import sample_document
-from views.sample_page import print_sample
 from views.terminal import results
 from views.token_text import printable
-
-__all__ = ["print_sample", "print_summary_page", "sample_document"]
 
 BAR = 28
 EIGHTHS = " ▏▎▍▌▋▊▉█"
