@@ -137,11 +137,10 @@ class DistilledStudent(nn.Module):
         return hidden
 
     @torch.no_grad()
-    def check_head(self, inputs: Mapping[str, Tensor], *, tolerance: float = 1e-3) -> None:
-        """KdcacheError unless hidden states and head give the model's own logits on these inputs."""
-        hidden = self.hidden_states(inputs)[:1, -8:]
-        own = self.model(**inputs, use_cache=False).logits[:1, -8:, : self.vocab_size].float()
-        ours = _logits(hidden[0], self.head)[None]
+    def check_head(self, input_ids: Tensor, *, tolerance: float = 1e-3) -> None:
+        """KdcacheError unless hidden states and head give the model's own logits for input_ids (1, T)."""
+        ours = _logits(self.hidden_states({"input_ids": input_ids})[0], self.head)  # (T, V)
+        own = self.model(input_ids=input_ids, use_cache=False).logits[0, :, : self.vocab_size].float()
         difference = ((ours - own).abs().max() / own.abs().max().clamp_min(1e-6)).item()
         if not difference <= tolerance:
             raise KdcacheError(

@@ -145,9 +145,7 @@ class _Run:
             self.processor.chat_template = training["chat_template"]
         checkpointing = config.gradient_checkpointing
         if checkpointing if checkpointing is not None else self.device.type != "cpu":
-            enable = getattr(
-                model, "activation_checkpointing_enable", None
-            )  # its newer name
+            enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         student = DistilledStudent(
             model,
@@ -155,7 +153,9 @@ class _Run:
             vocab_size=training["vocab_size"],
             trainable=self.stage.trainable,
             stopwatch=self.stopwatch,
-        ).train()
+        )
+        student.check_head(torch.tensor([self.processor.tokenizer.encode("What is in the image?")]))
+        student.train()
         collator = Collator(
             image_processor=self.processor.image_processor,
             image_root=config.image_root,

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_models import END, IMAGE, tiny_llava, write_png
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cache_schema import (
@@ -26,6 +25,7 @@ from cache_schema.identity import Fingerprint, tokenizer_digest
 from cache_schema.images import open_image
 from cache_schema.manifest import Manifest, Plan
 from cache_schema.records import labels_of, prompt_positions_of, response_positions_of
+from tests.tiny_models import END, IMAGE, tiny_llava, write_png
 
 SPEC = TargetSpec(top_k=16, precision="full", temperatures=(1.0, 2.0))
 WORDS = ("red", "blue", "green", "grey", "circle", "triangle", "rectangle", "small", "large", "yes", "no")
@@ -51,7 +51,7 @@ def make_world(folder: Path, **cache: Any) -> World:
     )
 
 
-def training_fingerprint(processor: Any, image_token_id: int, **changes: Any) -> dict[str, Any]:
+def training_fingerprint(processor: Any, image_token_id: int) -> dict[str, Any]:
     """The part of a fingerprint that the student compares itself with."""
     tokenizer = processor.tokenizer
     special = {
@@ -72,7 +72,6 @@ def training_fingerprint(processor: Any, image_token_id: int, **changes: Any) ->
         "vision_feature_select_strategy": "full",
         "model_type": "llava",
         "image_seq_tokens": 16,
-        **changes,
     }
 
 
@@ -98,7 +97,7 @@ def fake_capture(
     manifest = Manifest(
         fingerprint=Fingerprint(
             capture={"teacher_weights": f"tiny-{seed}", "dataset": f"{rows}", "spec": spec.to_json()},
-            training=training_fingerprint(processor, model.config.image_token_id, **(training or {})),
+            training=training_fingerprint(processor, model.config.image_token_id) | (training or {}),
         ),
         spec=spec,
         plan=plan,
