@@ -95,9 +95,10 @@ def _choose(
     progress.begin("disagreement", len(cache.shards))
     worst = heapq.nlargest(samples, _ranked(cache, progress))
     progress.end()
-    return [
-        cache[-place] for _, _, place in worst
-    ], f"The {len(worst)} of {total:,} where the teacher disagrees most with the labels, worst first."
+    places = [-place for _, _, place in worst]
+    found = {place: cache[place] for place in sorted(places)}  # in this order each shard is read once
+    told = f"The {len(worst)} of {total:,} where the teacher disagrees most with the labels, worst first."
+    return [found[place] for place in places], told
 
 
 def _ranked(cache: Cache, progress: Progress) -> Iterator[tuple[float, float, int]]:

@@ -30,12 +30,13 @@ class TokenText:
 
     def piece(self, token_id: int) -> str:
         """The text of one token, its leading blank kept; of a part of a character the vocabulary's name."""
-        self.learn([token_id])
+        if token_id not in self._known:
+            self.learn([token_id])
         return self._known[token_id]
 
     def learn(self, token_ids: Iterable[int]) -> None:
         """Decodes the ids that are new, all at once: much faster than one at a time."""
-        new = sorted({int(token_id) for token_id in token_ids} - self._known.keys())
+        new = sorted({i for i in map(int, token_ids) if i not in self._known})
         if self._tokenizer is None:
             self._known.update((token_id, f"#{token_id}") for token_id in new)
             return
