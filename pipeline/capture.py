@@ -10,7 +10,7 @@ from cache_schema.manifest import Manifest
 from cache_schema.progress import Progress
 from cache_schema.store import open_store
 from cache_schema.writer import MANIFEST, CacheWriter
-from pipeline.engine import Engine, check_head
+from pipeline.engine import Engine, Head, understood_head
 from pipeline.extract import Extractor
 from pipeline.job import Job, open_job
 from pipeline.loop import CaptureLoop
@@ -49,12 +49,13 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         device_map=config.device_map,
         quantization=config.quantization,
     )
-    sharing = _check_teacher(engine, job)
+    head, sharing = _check_teacher(engine, job)
     progress.end()
     manifest = job.manifest(sharing)
     writer = CacheWriter.open(config.out, manifest)
     extractor = Extractor(
         engine,
+        head,
         config.spec,
         fingerprint=manifest.fingerprint.digest,
         share=sharing,
@@ -65,11 +66,11 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     return _summary(config.out, started, already_done=False)
 
 
-def _check_teacher(engine: Engine, job: Job) -> bool:
-    """Refuses a teacher whose head is not understood; tells whether prefixes may be shared."""
+def _check_teacher(engine: Engine, job: Job) -> tuple[Head, bool]:
+    """The teacher's head, refused where it is not understood, and whether prefixes may be shared."""
     sample = job.probe()
-    check_head(engine, [sample])
-    return bool(sample.images) and prefix_is_independent(engine, sample)
+    head = understood_head(engine, [sample])
+    return head, bool(sample.images) and prefix_is_independent(engine, sample)
 
 
 def _present_manifest(out: str) -> Manifest | None:

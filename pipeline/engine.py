@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -69,22 +69,27 @@ class Engine(Protocol):
         """The model's own logits (T, rows), one tensor a sample, for checks only."""
 
 
-def check_head(engine: Engine, samples: Sequence[PreparedSample]) -> float:
-    """Largest difference between head(hidden) and the model's own logits, relative to their spread.
+def understood_head(engine: Engine, samples: Sequence[PreparedSample]) -> Head:
+    """The head that turns the engine's hidden states into the model's own logits, tried on `samples`.
 
-    KdcacheError when it exceeds what the dtype explains: then a bias, a soft-cap, a logit scale or a norm
-    is not where it was looked for, and every target would be wrong.
+    A soft-cap that the config names counts only if the model really applies it (Gemma 3 with images does
+    not). KdcacheError when the logits differ by more than the dtype explains: then a bias, a cap, a scale
+    or a norm is not where it was looked for, and every target would be wrong.
     """
-    worst = 0.0
     head = engine.head
+    hidden, own = engine.hidden_states(samples), engine.logits(samples)
     tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
-    for hidden, own in zip(engine.hidden_states(samples), engine.logits(samples), strict=True):
-        ours = head.logits(hidden)
-        theirs = own[:, : head.vocab_size].to(ours.device).float()
-        worst = max(worst, float((ours - theirs).abs().max() / theirs.std()))
-    if not worst <= tolerance:  # not a number counts as wrong
-        raise KdcacheError(
-            f"the teacher's hidden states and head do not give its own logits (off by {worst:.2g} of their "
-            "spread): this architecture's head is not understood, and nothing was captured"
-        )
-    return worst
+    errors = []
+    for candidate in (head, replace(head, softcap=None)):
+        worst = 0.0
+        for states, theirs in zip(hidden, own, strict=True):
+            ours = candidate.logits(states)
+            wanted = theirs[:, : head.vocab_size].to(ours.device).float()
+            worst = max(worst, float((ours - wanted).abs().max() / wanted.std()))
+        if worst <= tolerance:
+            return candidate
+        errors.append(worst)
+    raise KdcacheError(
+        f"the teacher's hidden states and head do not give its own logits (off by {min(errors):.2g} of their "
+        "spread): this architecture's head is not understood, and nothing was captured"
+    )

@@ -22,7 +22,7 @@ from cache_schema.records import (
     response_positions_of,
 )
 from cache_schema.spec import TargetSpec
-from pipeline.engine import Engine
+from pipeline.engine import Engine, Head
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample
 from pipeline.targets import TargetMaker
@@ -57,11 +57,18 @@ class Extractor:
     """
 
     def __init__(
-        self, engine: Engine, spec: TargetSpec, *, fingerprint: str, share: bool, batch_tokens: int
+        self,
+        engine: Engine,
+        head: Head,
+        spec: TargetSpec,
+        *,
+        fingerprint: str,
+        share: bool,
+        batch_tokens: int,
     ) -> None:
         self._engine = engine
         self._spec = spec
-        self._maker = TargetMaker(engine.head, spec)
+        self._maker = TargetMaker(head, spec)
         self._fingerprint = fingerprint
         self._share = share
         self.batch_tokens = batch_tokens

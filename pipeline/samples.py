@@ -15,6 +15,7 @@ from cache_schema.conversations import Conversation
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.images import OpenedImage, open_image
 from cache_schema.records import ImageRecord
+from pipeline.encode import Encoded, encode
 from pipeline.templates import ChatTemplate, Rendered
 
 OverLong = Literal["quarantine", "cut"]
@@ -98,24 +99,15 @@ class SamplePreparer:
 
     def _prepare(self, conversation: Conversation, images: list[OpenedImage]) -> PreparedSample:
         rendered = self._template.render(conversation.messages)
-        encoded, ids, offsets, replacements = self._encode(rendered.text, images)
-        positions = self._image_positions(ids, offsets, replacements, len(images))
-        spans = self._label_spans(conversation, rendered, ids, offsets, replacements)
-        if len(spans) == 0:
-            raise RowRejected(
-                "no_supervised_tokens", "the template leaves no token of an answer to learn from"
-            )
-        token_inputs = {}
-        pixel_inputs = {}
-        for name, value in encoded.items():
-            if value.shape == (1, len(ids)):
-                token_inputs[name] = value[0].numpy()
-            else:
-                pixel_inputs[name] = value
+        encoded = encode(self._processor, rendered, [image.image for image in images])
+        positions = self._image_positions(encoded, len(images))
+        spans = self._label_spans(conversation, rendered, encoded)
+        length = len(encoded.ids)
+        by_token = {name: value for name, value in encoded.rest.items() if value.shape == (1, length)}
         return PreparedSample(
             row=conversation.row,
             sample_id=conversation.sample_id,
-            input_ids=ids,
+            input_ids=encoded.ids,
             label_spans=spans,
             images=tuple(
                 ImageRecord(
@@ -127,48 +119,15 @@ class SamplePreparer:
                 )
                 for path, image, place in zip(conversation.images, images, positions, strict=True)
             ),
-            token_inputs=token_inputs,
-            pixel_inputs=pixel_inputs,
+            token_inputs={name: value[0].numpy() for name, value in by_token.items()},
+            pixel_inputs={name: value for name, value in encoded.rest.items() if name not in by_token},
             answers_kept=len(conversation.answers),
         )
 
-    def _encode(
-        self, text: str, images: list[OpenedImage]
-    ) -> tuple[dict[str, Tensor], NDArray[np.int32], NDArray[np.int64], list[dict[str, Any]]]:
-        """Remaining model inputs, ids (T,), character offsets (T, 2) in the expanded text, replacements."""
-        bos = self._tokenizer.bos_token
-        try:
-            encoded = self._processor(
-                text=[text],
-                images=[[image.image for image in images]] if images else None,
-                add_special_tokens=not (bos is not None and text.startswith(bos)),
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
-                return_tensors="pt",
-            )
-        except (ValueError, IndexError) as error:
-            raise RowRejected("processor", f"the processor refuses the row: {error}") from error
-        encoded = dict(encoded)
-        replacements = encoded.pop("text_replacement_offsets", [])
-        offsets = encoded.pop("offset_mapping")[0].numpy()
-        ids = encoded.pop("input_ids")[0].numpy().astype(np.int32)
-        encoded.pop("attention_mask")
-        return encoded, ids, offsets, replacements[0] if replacements else []
-
-    def _image_positions(
-        self,
-        ids: NDArray[np.int32],
-        offsets: NDArray[np.int64],
-        replacements: list[dict[str, Any]],
-        images: int,
-    ) -> list[NDArray[np.int32]]:
+    def _image_positions(self, encoded: Encoded, images: int) -> list[NDArray[np.int32]]:
         """Placeholder positions of every image, by what the processor put in each image's place."""
-        placeholder = ids == self._image_token_id
-        positions = []
-        for replacement in replacements:
-            start, end = replacement["new_span"]
-            inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 0] < offsets[:, 1])
-            positions.append(np.flatnonzero(inside & placeholder).astype(np.int32))
+        placeholder = encoded.ids == self._image_token_id
+        positions = [np.flatnonzero(mask & placeholder).astype(np.int32) for mask in encoded.images]
         counts = [len(place) for place in positions]
         if len(counts) != images or 0 in counts or sum(counts) != int(placeholder.sum()):
             raise RowRejected(
@@ -179,41 +138,45 @@ class SamplePreparer:
         return positions
 
     def _label_spans(
-        self,
-        conversation: Conversation,
-        rendered: Rendered,
-        ids: NDArray[np.int32],
-        offsets: NDArray[np.int64],
-        replacements: list[dict[str, Any]],
+        self, conversation: Conversation, rendered: Rendered, encoded: Encoded
     ) -> NDArray[np.int32]:
         """Token ranges (S, 2) of the answers, each checked to decode to what the template wrote."""
-        spans = []
-        written = []
-        for start, end in rendered.spans:
-            gained = sum(
-                r["new_span"][1] - r["new_span"][0] - (r["span"][1] - r["span"][0])
-                for r in replacements
-                if r["span"][1] <= start
-            )
-            touched = np.flatnonzero((offsets[:, 0] < end + gained) & (offsets[:, 1] > start + gained))
-            if len(touched) == 0:
+        spans, written = [], []
+        for (start, end), (first, last) in zip(rendered.spans, encoded.answers, strict=True):
+            if first == last:
                 continue
-            first, last = int(touched[0]), int(touched[-1]) + 1
             expected = rendered.text[start:end]
-            decoded = self._tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False)
-            if not _same_text(decoded, expected):
-                again = self._tokenizer(expected, add_special_tokens=False)["input_ids"]
-                if not _same_text(decoded, self._tokenizer.decode(again, clean_up_tokenization_spaces=False)):
-                    raise RowRejected(
-                        "span_mismatch",
-                        f"supervised tokens decode to {decoded[:60]!r}, the template wrote {expected[:60]!r}",
-                    )
+            self._check_span(self._decode(encoded.ids[first:last]), expected)
             spans.append((first, last))
             written.append(expected)
         missing = _first_missing(conversation.answers, written)
         if missing is not None:
             raise RowRejected("span_mismatch", f"the answer {missing[:60]!r} is not in the supervised text")
-        return np.array(spans, dtype=np.int32).reshape(-1, 2)
+        found = np.array(spans, dtype=np.int32).reshape(-1, 2)
+        if not (found[:, 1] > 1).any():  # nothing before the very first token predicts it
+            raise RowRejected(
+                "no_supervised_tokens", "the template leaves no token of an answer to learn from"
+            )
+        return found
+
+    def _check_span(self, decoded: str, expected: str) -> None:
+        """RowRejected unless both are the same text, up to what the tokenizer cannot represent."""
+        if self._bare(decoded) == self._bare(expected):
+            return
+        ids = self._tokenizer(expected, add_special_tokens=False)["input_ids"]
+        if self._bare(decoded) != self._bare(self._decode(ids)):
+            raise RowRejected(
+                "span_mismatch",
+                f"supervised tokens decode to {decoded[:60]!r}, the template wrote {expected[:60]!r}",
+            )
+
+    def _decode(self, ids: Any) -> str:
+        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
+    def _bare(self, text: str) -> str:
+        """Without blanks, which tokenizers add and drop, and the end token, which some processors add."""
+        return "".join(text.split()).removesuffix(self._tokenizer.eos_token or "\0")
 
 
 def first_answers(conversation: Conversation, answers: int) -> Conversation:
@@ -234,11 +197,6 @@ def first_answers(conversation: Conversation, answers: int) -> Conversation:
         images=conversation.images[:images],
         extra=conversation.extra,
     )
-
-
-def _same_text(left: str, right: str) -> bool:
-    """Equal but for blanks, which tokenizers add and drop at the edges."""
-    return "".join(left.split()) == "".join(right.split())
 
 
 def _first_missing(answers: list[str], written: list[str]) -> str | None:

@@ -395,7 +395,7 @@ def test_a_head_that_is_not_understood_is_refused(
 
     understood = transformers_engine.head_of
     monkeypatch.setattr(
-        transformers_engine, "head_of", lambda *given: replace(understood(*given), softcap=2.0)
+        transformers_engine, "head_of", lambda *given: replace(understood(*given), scale=1.01)
     )
     with pytest.raises(KdcacheError, match="nothing was captured"):
         build(config_of(setting, tmp_path / "c"), Silent())

@@ -1,0 +1,121 @@
+"""One call of a processor, and where in its token ids the images and the answers ended up."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from cache_schema.errors import RowRejected
+from pipeline.templates import Rendered
+
+Span = tuple[int, int]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What a processor made of a conversation.
+
+    ids (T,) int32. images: for each image a mask (T,) of the tokens that took its mark's place. answers:
+    for each span of the text its token range, empty where no token touches it. rest: every other model
+    input but the attention mask, with a batch dimension of 1.
+    """
+
+    ids: NDArray[np.int32]
+    images: list[Mask]
+    answers: list[Span]
+    rest: dict[str, Tensor]
+
+
+def encode(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) -> Encoded:
+    """Runs a processor on one rendered conversation. RowRejected (`processor`) when it refuses.
+
+    A processor that takes a `suffix` belongs to a prefix language model (PaliGemma), which sees its
+    prompt in both directions: the text from the first answer on becomes the suffix.
+    """
+    if "suffix" in inspect.signature(processor.__call__).parameters:
+        return _encode_prefix_model(processor, rendered, images)
+    found = _call(processor, images, text=[rendered.text])
+    offsets, replacements = found.offsets, found.replacements
+    answers = []
+    for start, end in rendered.spans:
+        gained = sum(
+            (r["new_span"][1] - r["new_span"][0]) - (r["span"][1] - r["span"][0])
+            for r in replacements
+            if r["span"][1] <= start
+        )
+        answers.append(_touching(offsets, (start + gained, end + gained)))
+    placed = [_inside(offsets, replacement["new_span"]) for replacement in replacements]
+    return Encoded(ids=found.ids, images=placed, answers=answers, rest=found.rest)
+
+
+def _encode_prefix_model(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) -> Encoded:
+    """The prompt as prefix, the rest as suffix, to which the processor adds an end token: the last
+    answer's own."""
+    if not rendered.spans:
+        raise RowRejected("no_supervised_tokens", "the template leaves no token of an answer to learn from")
+    begin = rendered.spans[0][0]
+    found = _call(processor, images, text=[rendered.text[:begin]], suffix=[rendered.text[begin:]])
+    suffix = found.rest["token_type_ids"][0].numpy() == 1
+    # Offsets count anew in the suffix; tokens of the prefix are moved out of the way.
+    offsets = np.where(suffix[:, None], found.offsets, -1)
+    answers = [_touching(offsets, (start - begin, end - begin)) for start, end in rendered.spans]
+    answers[-1] = (answers[-1][0], len(found.ids))
+    placed = [
+        _inside(np.where(suffix[:, None], -1, found.offsets), replacement["new_span"])
+        for replacement in found.replacements
+    ]
+    return Encoded(ids=found.ids, images=placed, answers=answers, rest=found.rest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output:
+    """ids (T,), character offsets (T, 2) of the text after the images' expansion, what was expanded."""
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    replacements: list[dict[str, Any]]
+    rest: dict[str, Tensor]
+
+
+def _call(processor: Any, images: Sequence[Image.Image], **texts: list[str]) -> _Output:
+    bos = processor.tokenizer.bos_token
+    try:
+        output = dict(
+            processor(
+                images=[list(images)] if images else None,
+                # as apply_chat_template: a template that writes the token itself must not get it twice
+                add_special_tokens=not (bos is not None and texts["text"][0].startswith(bos)),
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                return_tensors="pt",
+                **texts,
+            )
+        )
+    except (ValueError, IndexError) as error:
+        raise RowRejected("processor", f"the processor refuses the row: {error}") from error
+    replacements = output.pop("text_replacement_offsets", None)  # of no use without images
+    offsets = output.pop("offset_mapping")[0].numpy()
+    ids = output.pop("input_ids")[0].numpy().astype(np.int32)
+    for name in ("attention_mask", "labels"):
+        output.pop(name, None)
+    return _Output(ids=ids, offsets=offsets, replacements=replacements[0] if images else [], rest=output)
+
+
+def _inside(offsets: NDArray[np.int64], span: Span) -> Mask:
+    """Tokens (T,) that lie wholly in a character span; those of no width lie nowhere."""
+    inside: Mask = (offsets[:, 0] >= span[0]) & (offsets[:, 1] <= span[1]) & (offsets[:, 0] < offsets[:, 1])
+    return inside
+
+
+def _touching(offsets: NDArray[np.int64], span: Span) -> Span:
+    """The range from the first to the last token that overlaps a character span, (0, 0) when none does."""
+    touched = np.flatnonzero((offsets[:, 0] < span[1]) & (offsets[:, 1] > span[0]))
+    return (int(touched[0]), int(touched[-1]) + 1) if len(touched) else (0, 0)

@@ -1,0 +1,145 @@
+"""What must hold for a teacher of any family: targets, positions and inputs are its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from cache_schema import Sample, TargetSpec, open_cache
+from cache_schema.progress import Silent
+from cache_schema.rows import Conversation, open_dataset
+from pipeline.capture import BuildConfig, build
+from tests.tiny_families import make
+from tests.tiny_models import write_png
+
+SIZES = {"wide.png": (60, 36), "tall.png": (34, 62), "even.png": (40, 40)}
+SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), precision="full", top_k=8)
+UNSHARED = ("paligemma",)
+
+
+def rows_for(name: str) -> list[dict[str, Any]]:
+    def row(*turns: str, images: tuple[str, ...] = ()) -> dict[str, Any]:
+        sides = ("human", "gpt")
+        said = [{"from": sides[i % 2], "value": text} for i, text in enumerate(turns)]
+        return {"images": list(images), "conversations": said}
+
+    rows = [row("<image>\nWhat is it?", "A red circle.", images=(image,)) for image in SIZES]
+    rows.append(row("<image>\nIs it blue?", "No, it is green.", images=("wide.png",)))
+    if name == "paligemma":  # one answer, one image
+        return rows
+    rows.append(row("<image>\nA?", "Yes.", "And now?", "No, there are two.", images=("tall.png",)))
+    rows.append(row("<image><image>\nSame?", "They differ.", images=("wide.png", "even.png")))
+    rows.append(row("No picture at all?", "None."))
+    return rows
+
+
+def reference_inputs(
+    name: str, processor: Any, conversation: Conversation, root: Path
+) -> dict[str, torch.Tensor]:
+    """The inputs that the processor itself makes of a conversation."""
+    if name == "paligemma":
+        images = [[Image.open(root / path) for path in conversation.images]]
+        suffix = [conversation.answers[0] + "\n"]
+        made = processor(text=["<image>"], images=images, suffix=suffix, return_tensors="pt")
+        return {key: value for key, value in made.items() if key != "labels"}
+    paths = iter(conversation.images)
+    messages = [
+        {
+            "role": message["role"],
+            "content": [
+                part | {"image": Image.open(root / next(paths))} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in conversation.messages
+    ]
+    return dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"))
+
+
+def check_family(name: str, folder: Path) -> None:
+    """Builds a cache with the tiny teacher `name` and compares all of it with single plain forwards."""
+    teacher = make(name, folder / "teacher")
+    root = folder / "images"
+    for number, (image, size) in enumerate(SIZES.items()):
+        write_png(root / image, seed=number, size=size)
+    data = folder / "data.json"
+    data.write_text(json.dumps(rows_for(name)))
+    config = BuildConfig(
+        teacher=teacher,
+        data=data,
+        image_root=root,
+        out=str(folder / "cache"),
+        spec=SPEC,
+        template="plain" if name == "paligemma" else None,
+        batch_tokens=400,
+        device="cpu",
+    )
+    summary = build(config, Silent())
+    assert summary.quarantined == {}, summary
+    cache = open_cache(config.out)
+    assert cache.manifest.fingerprint.capture["sharing"] is (name not in UNSHARED)
+    processor = AutoProcessor.from_pretrained(teacher)
+    model = AutoModelForImageTextToText.from_pretrained(teacher).eval()
+    dataset = open_dataset(data)
+    assert len(cache) == len(dataset)
+    for sample in (cache[i] for i in range(len(cache))):
+        inputs = reference_inputs(name, processor, dataset[sample.row], root)
+        check_inputs(sample, inputs, model.config)
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0, :, : len(processor.tokenizer)].double()
+        check_targets(sample, logits)
+
+
+def check_inputs(sample: Sample, inputs: dict[str, torch.Tensor], config: Any) -> None:
+    np.testing.assert_array_equal(sample.input_ids, inputs["input_ids"][0])
+    by_token = {
+        key
+        for key, value in inputs.items()
+        if value.shape == inputs["input_ids"].shape and key != "attention_mask"
+    }
+    assert set(sample.model_inputs) == by_token - {"input_ids"}
+    for key, value in sample.model_inputs.items():
+        np.testing.assert_array_equal(value, inputs[key][0])
+    placeholders = np.flatnonzero(sample.input_ids == config.image_token_id)
+    np.testing.assert_array_equal(sample.visual_positions, placeholders)
+    np.testing.assert_array_equal(
+        np.concatenate([[], *(image.positions for image in sample.images)]), placeholders
+    )
+    assert all(len(image.positions) for image in sample.images)
+
+
+def check_targets(sample: Sample, logits: torch.Tensor) -> None:
+    logprobs = logits.log_softmax(dim=1)
+    for record, positions in (
+        (sample.response, sample.response_positions),
+        (sample.visual, sample.visual_positions),
+        (sample.prompt, sample.prompt_positions),
+    ):
+        assert (record is None) == (len(positions) == 0)
+        if record is None:
+            continue
+        at = torch.from_numpy(positions).long()
+        ids = torch.from_numpy(record.token_ids).long()
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        np.testing.assert_allclose(record.logprobs, logprobs[at].topk(8).values, **close)
+        np.testing.assert_allclose(record.logprobs, logprobs[at].gather(1, ids), **close)
+        np.testing.assert_allclose(record.logsumexp, logits[at].logsumexp(1), **close)
+        tail = logprobs[at].scatter(1, ids, -torch.inf).logsumexp(1)
+        np.testing.assert_allclose(record.tail_logprob[:, 0], tail, **close)
+    following = logprobs[
+        torch.from_numpy(sample.response_positions).long(), sample.labels[sample.response_positions + 1]
+    ]
+    np.testing.assert_allclose(sample.response.label_logprob, following, rtol=1e-5, atol=1e-5)
+    assert len(sample.relations) == len(sample.images)
+    for relation, image in zip(sample.relations, sample.images, strict=True):
+        part = logits[torch.from_numpy(image.positions).long()]
+        gram = (part @ part.T).numpy()
+        ours = relation.factor.astype(np.float64) @ relation.factor.T
+        assert 1 - (gram * ours).sum() / np.linalg.norm(gram) / np.linalg.norm(ours) <= 1.1e-5
+        np.testing.assert_allclose(relation.norm, np.linalg.norm(gram), rtol=2e-5)

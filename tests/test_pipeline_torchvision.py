@@ -1,0 +1,45 @@
+"""The families whose processors need torchvision, in a process that has it; and what is said without it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache_schema.errors import KdcacheError
+from pipeline.transformers_engine import load_processor
+from tests.tiny_families import names
+from tests.torchvision_folder import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_families_with_torchvision() -> None:
+    """Runs families_with_torchvision.py, where every family of TORCHVISION must pass."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/families_with_torchvision.py"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None
+    assert int(passed[1]) == len(names(torchvision=True))
+
+
+def test_a_processor_without_its_torchvision_says_so(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.tiny_families import make; "
+        "make('qwen2_vl', Path(sys.argv[1]))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), check=True, timeout=120
+    )
+    with pytest.raises(KdcacheError, match=r"needs torchvision; install it") as caught:
+        load_processor(tmp_path)
+    assert "\n" not in str(caught.value)

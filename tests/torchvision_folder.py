@@ -1,0 +1,59 @@
+"""torchvision beside a CPU-only torch, for the processors that need it, in a folder of its own.
+
+PyPI's wheel does not import there, because its compiled operators ask for CUDA; its Python parts work once
+the schemas of `nms` and `qnms` are declared. `sitecustomize.py` in the folder declares them, so putting the
+folder on PYTHONPATH is all that a process needs. Run as a module to prepare the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / ".venv-torchvision"
+PACKAGES = ("torchvision==0.28.0", "num2words==0.5.14", "docopt==0.6.2")
+"""torchvision for torch 2.13; the others are what SmolVLM's processor imports."""
+
+HOOK = '''"""Declares what torchvision's compiled part would declare, just before torchvision is imported."""
+import importlib.abc
+import sys
+
+
+class BeforeTorchvision(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            self.library = torch.library.Library("torchvision", "FRAGMENT")
+            for operator in ("nms", "qnms"):
+                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            sys.torchvision_schemas = self.library  # kept alive
+        return None
+
+
+sys.meta_path.insert(0, BeforeTorchvision())
+'''
+
+
+def prepared_folder() -> Path:
+    """The folder with torchvision in it, installed when it is not there yet."""
+    marker = FOLDER / "installed"
+    if not marker.is_file() or marker.read_text() != " ".join(PACKAGES):
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+        subprocess.run([*install, "--target", str(FOLDER), *PACKAGES], check=True)
+        (FOLDER / "sitecustomize.py").write_text(HOOK)
+        marker.write_text(" ".join(PACKAGES))
+    return FOLDER
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with torchvision importable."""
+    paths = [str(prepared_folder()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+if __name__ == "__main__":
+    prepared_folder()
