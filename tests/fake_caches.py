@@ -154,7 +154,7 @@ def make_cache(
         plan=plan,
         created="2026-01-01T00:00:00+00:00",
         assets={"tokenizer.json": made.to_str().encode()},
-        dataset={"path": "fake.json", "rows": rows, "image_root": str(image_root)},
+        dataset={"data": "fake.json", "teacher": "fake-teacher", "rows": rows, "image_root": str(image_root)},
     )
     writer = CacheWriter.open(out, manifest)
     bad = bad or {}

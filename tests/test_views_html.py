@@ -176,6 +176,8 @@ def test_a_patch_shows_its_tokens_and_its_relation(browser: Browser, page: Path)
         "return Array.from(c.getImageData(0, 0, 6, 6).data)"
     )
     browser.click(".grid button:nth-child(3)")
+    if not browser.run("return document.querySelector('.tools input').checked"):
+        browser.click(".tools input")
     first = browser.run(pixels)
     told = browser.text(".patch-detail")
     assert "patch at row 0, column 2" in told
@@ -188,6 +190,11 @@ def test_a_patch_shows_its_tokens_and_its_relation(browser: Browser, page: Path)
     browser.click(".grid button:nth-child(30)")
     assert browser.run(pixels) != first
     assert "patch at row 4, column 5" in browser.text(".patch-detail")
+    browser.click(".tools input")
+    levels = np.frombuffer(base64.b64decode(image["relation"]["columns"]), np.int8).reshape(-1, 36)
+    row = (levels.T * np.array(image["relation"]["scales"])) @ (levels[:, 29] * image["relation"]["scales"])
+    low, high = (float(browser.text(f".legend span:nth-of-type({n})")) for n in (1, 2))
+    assert (low, high) == pytest.approx((row.min(), row.max()), rel=0.06), "the row of R as stored"
     browser.hover(".grid button:nth-child(3)")
     assert "patch at row 0, column 2" in browser.text(".patch-detail"), "hovering looks, without choosing"
     assert browser.run("return document.querySelectorAll('.grid [aria-selected=true]').length") == len(
@@ -200,7 +207,7 @@ def test_a_token_shows_its_bars(browser: Browser, page: Path) -> None:
     document = open_row(browser, page, images=False)
     words = data_of(page)["words"]
     for n in (0, 2):
-        browser.click(f".flow button:nth-of-type({n + 1})")
+        browser.run("document.querySelectorAll('.flow [role=option]')[arguments[0]].click()", n)
         entry = document["response"][n]
         told = browser.text("#token-detail")
         assert told.startswith("label")
@@ -211,7 +218,7 @@ def test_a_token_shows_its_bars(browser: Browser, page: Path) -> None:
         assert widths == pytest.approx(
             [*(100 * p for _, p in entry["top"]), 100 * entry["outside"]], abs=0.01
         )
-    wrong = browser.run("return document.querySelectorAll('.flow button.wrong').length")
+    wrong = browser.run("return document.querySelectorAll('.flow [role=option].wrong').length")
     assert wrong == sum(not entry["agrees"] for entry in document["response"])
 
 
@@ -225,9 +232,11 @@ def test_the_keyboard_reaches_everything(browser: Browser, page: Path) -> None:
     assert browser.run(active) != before
     assert browser.run("return document.activeElement.getAttribute('aria-current')") == "true"
     open_row(browser, page, images=True)
-    browser.run("document.querySelector('.flow button').focus()")
+    browser.run("document.querySelector('.flow [role=option]').focus()")
     browser.press("right")
-    assert browser.run("return document.activeElement === document.querySelectorAll('.flow button')[1]")
+    assert browser.run(
+        "return document.activeElement === document.querySelectorAll('.flow [role=option]')[1]"
+    )
     position = browser.text("#token-detail")
     browser.press("right")
     assert browser.text("#token-detail") != position

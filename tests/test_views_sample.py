@@ -208,7 +208,7 @@ def test_relation_pictures() -> None:
         values, vectors = np.linalg.eigh(gram.astype(np.float64))
         nearest = (vectors[:, -2:] * values[-2:]) @ vectors[:, -2:].T
         np.testing.assert_allclose(best @ best.T, nearest, atol=1e-3 * np.abs(gram).max())
-    cosines = similarity(factor.astype(np.float64), centred=True)
+    cosines = similarity(factor.astype(np.float64))
     centred = factor - factor.mean(axis=0)
     expected = centred[3] @ centred[7] / np.linalg.norm(centred[3]) / np.linalg.norm(centred[7])
     assert cosines[3, 7] == pytest.approx(expected, rel=1e-4)

@@ -58,7 +58,7 @@ def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Teacher, data, template, targets and format as lines of name and value."""
     teacher, spec, built = summary["teacher"], summary["spec"], summary["built"]
     capture, training = teacher["capture"], teacher["training"]
-    named = teacher["recorded"].get("teacher") or training.get("model_type") or "?"
+    named = summary["dataset"].get("teacher") or training.get("model_type") or "?"
     lines = [
         (
             "teacher",
@@ -92,7 +92,7 @@ def _engine(engine: Mapping[str, str]) -> str:
 def _dataset(dataset: Mapping[str, Any]) -> str:
     if "merged" in dataset:
         return " + ".join(_dataset(part) for part in dataset["merged"])
-    told = str(dataset.get("path") or dataset.get("name") or "?")
+    told = str(dataset.get("data", "?"))
     rows = dataset.get("rows")
     told += f" ({count(rows)} rows)" if isinstance(rows, int) else ""
     return told + (f", where {dataset['selected']}" if "selected" in dataset else "")

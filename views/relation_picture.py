@@ -23,10 +23,10 @@ def principal_factor(relation: Relation, rank: int) -> Float64:
     return np.asarray(factor @ vectors[:, np.argsort(values)[::-1][:rank]])
 
 
-def similarity(factor: Float64, *, centred: bool = True) -> Float64:
-    """(P, P) cosine of the tokens' logits, in [-1, 1]; centred: after taking away their mean over the image,
-    without which every pair looks alike (the first eigenvalue of R holds nearly all of its energy)."""
-    rows = factor - factor.mean(axis=0) if centred else factor
+def similarity(factor: Float64) -> Float64:
+    """(P, P) cosine of the tokens' logits, in [-1, 1], after taking away their mean over the image, without
+    which every pair looks alike: the first eigenvalue of R holds nearly all of its energy."""
+    rows = factor - factor.mean(axis=0)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
     return np.asarray(np.clip(unit @ unit.T, -1.0, 1.0))

@@ -28,6 +28,9 @@ ROLE_STYLE = {"prompt": "cyan", "visual": "magenta", "response": "green"}
 PICTURE_LINES = 20
 RELATION_SIDE = 40
 RELATION_RANK = 64
+LEAST_CENTRED_RANK = 4
+"""Of a lower rank hardly anything is left when the tokens' mean is taken away."""
+
 NARROWEST_CELL = 6
 LONGEST_WORD = 14
 
@@ -96,11 +99,16 @@ def _picture(image: dict[str, Any], root: Path, settings: ImageSettings, console
 
 
 def _relation(relation: Relation, image: dict[str, Any], console: Console) -> Text:
-    picture = pooled(similarity(principal_factor(relation, RELATION_RANK)), RELATION_SIDE, RELATION_SIDE)
-    text = half_blocks(heat(picture), colour=_coloured(console))
+    factor = principal_factor(relation, RELATION_RANK)
     facts = image["relation"]
+    rich = facts["rank"] is None or facts["rank"] >= LEAST_CENTRED_RANK
+    matrix = similarity(factor) if rich else factor @ factor.T
+    picture = pooled(matrix, RELATION_SIDE, RELATION_SIDE)
+    text = half_blocks(heat(picture), colour=_coloured(console))
     shape = "exact" if facts["rank"] is None else f"rank {facts['rank']}"
-    text.append(f"\nrelation, mean removed: {shape}, residual {facts['residual']:.1e}", "dim")
+    text.append(
+        f"\nrelation{', mean removed' if rich else ''}: {shape}, residual {facts['residual']:.1e}", "dim"
+    )
     return text
 
 

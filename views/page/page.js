@@ -4,7 +4,7 @@ const { words, samples } = JSON.parse(document.getElementById("data").textConten
 const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 const SIGNS = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍" };
 let mode = "relation";
-let centred = true;
+let centred = null; // null: as each relation needs it
 
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -17,6 +17,7 @@ function el(tag, attributes = {}, ...children) {
 }
 const word = (id) => words[id] ?? `#${id}`;
 const signs = (text) => text.replace(/[ \n\t\r]/g, (c) => SIGNS[c]);
+const figure = (x) => (Math.abs(x) < 1000 ? x.toFixed(2) : x.toExponential(1));
 const percent = (p) => (p < 0.0001 && p > 0 ? "< 0.01" : (100 * p).toFixed(p < 0.01 ? 2 : 1)) + " %";
 
 // One stop for the tab key in a group; the arrow keys move inside it and choose what they reach.
@@ -91,7 +92,7 @@ function conversation(sample) {
       flow.append(el("span", { class: "visual" }, `image ${token.image}: ${token.count} tokens`), " ");
     } else if (at.has(token.position)) {
       const n = at.get(token.position);
-      items[n] = el("button", { type: "button", role: "option", onclick: () => choose(n), onmouseenter: () => show(n),
+      items[n] = el("span", { role: "option", onclick: () => choose(n), onmouseenter: () => show(n),
         onmouseleave: () => show(chosen), class: sample.response[n].agrees ? null : "wrong" }, token.text || "·");
       flow.append(items[n]);
     } else flow.append(el("span", { class: token.role }, token.text));
@@ -148,14 +149,14 @@ function picture(image, number) {
 
   function values(place) {
     if (mode === "entropy") return image.visual.entropy;
-    return mode === "relation" && factor ? relationRow(factor, place, centred) : null;
+    return mode === "relation" && factor ? relationRow(factor, place, mean.checked) : null;
   }
   function show(place) {
     const field = values(place);
     paint(canvas, field, image.picture && onImage);
     const range = field ? [Math.min(...field), Math.max(...field)] : null;
-    low.textContent = range ? range[0].toFixed(2) : "";
-    high.textContent = range ? range[1].toFixed(2) : "";
+    low.textContent = range ? figure(range[0]) : "";
+    high.textContent = range ? figure(range[1]) : "";
     const where = onImage ? `row ${Math.floor(place / columns)}, column ${place % columns}` : `token ${place} of the image`;
     detail.replaceChildren(el("h3", {}, `patch at ${where}`));
     if (image.visual) {
@@ -188,7 +189,10 @@ function picture(image, number) {
   if (!modes.some((entry) => entry[0] === mode)) mode = modes[0][0];
   const choice = el("select", { "aria-label": "What lies over the picture", onchange: () => { mode = choice.value; redraw(); } },
     ...modes.map(([value, text]) => el("option", { value, selected: value === mode ? "" : null }, text)));
-  const mean = el("input", { type: "checkbox", checked: centred ? "" : null, onchange: () => { centred = mean.checked; redraw(); } });
+  // Of the few columns of a low rank hardly anything is left when the mean is taken away.
+  const rich = image.relation && (image.relation.rank === null || image.relation.rank >= 4);
+  const mean = el("input", { type: "checkbox", checked: (centred ?? rich) ? "" : null,
+    onchange: () => { centred = mean.checked; redraw(); } });
   const legend = el("div", { class: "legend" }, low, el("i"), high);
   const look = el("div", { class: "look" }, el("div", {}, stage, legend), detail);
   choose(Math.floor(rows / 2) * columns + Math.floor(columns / 2) < image.tokens
@@ -212,10 +216,11 @@ function unpack(relation) {
   return { raw: rows, centred: rows.map((row) => row.map((x, c) => x - mean[c])) };
 }
 
-// Cosine of every patch's logits with those of the patch at `place`.
+// The row of R of the patch at `place`; without the mean over the image, as cosines.
 function relationRow(factor, place, removeMean) {
   const rows = removeMean ? factor.centred : factor.raw;
   const dot = (a, b) => a.reduce((sum, x, c) => sum + x * b[c], 0);
+  if (!removeMean) return rows.map((row) => dot(row, rows[place]));
   const own = rows[place], norm = Math.sqrt(dot(own, own));
   return rows.map((row) => {
     const size = Math.sqrt(dot(row, row)) * norm;
