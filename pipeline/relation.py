@@ -118,6 +118,10 @@ def _leading(exact: Tensor, small: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     From a fixed start, so that equal images get equal records.
     """
     columns = min(rank + _OVERSAMPLING, len(small))
+    if 2 * columns >= len(small):
+        values, vectors = torch.linalg.eigh(small)
+        sizes, basis = values.flip(0)[:rank].clamp(min=0.0).sqrt(), vectors.flip(1)[:, :rank]
+        return (basis * sizes if len(small) == len(exact) else exact @ basis), sizes
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(len(small), columns, generator=generator).to(exact.device)
     for _ in range(_ROUNDS):
