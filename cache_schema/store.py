@@ -97,11 +97,11 @@ class LocalStore:
     def put(self, path: str, data: bytes) -> None:
         part = self._part(path)
         try:
-            self._write(part, data)
-            os.replace(part, self.root / path)
-        except OSError:
+            _write(part, data)
+            _sync(part)
+            os.rename(part, self.root / path)
+        finally:
             part.unlink(missing_ok=True)
-            raise
         _sync(part.parent)
 
     def put_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
@@ -109,21 +109,21 @@ class LocalStore:
         try:
             for name, data in files.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
-                (part / name).write_bytes(data)
+                _write(part / name, data)
             folders = [Path(parent) for parent, _, _ in os.walk(part, topdown=False)]
             with ThreadPoolExecutor(WORKERS) as pool:  # fsyncs at once share one journal commit
                 list(pool.map(_sync, [part / name for name in files]))
                 list(pool.map(_sync, folders))
             os.rename(part, self.root / folder)
-        except OSError:
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise
         _sync(part.parent)
 
     def create(self, path: str, data: bytes) -> bool:
         part = self._part(path)
         try:
-            self._write(part, data)
+            _write(part, data)
+            _sync(part)
             os.link(part, self.root / path)
         except FileExistsError:
             return False
@@ -152,7 +152,7 @@ class LocalStore:
     def _part(self, path: str) -> Path:
         final = self.root / path
         if not final.parent.exists():
-            final.parent.mkdir(parents=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
             _sync(final.parent.parent)
         return final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.part"
 
@@ -160,20 +160,12 @@ class LocalStore:
         # A file system without hard links: exclusive, but a crash may leave a torn file, which its own
         # digest gives away.
         try:
-            with open(self.root / path, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(self.root / path, data)
         except FileExistsError:
             return False
+        _sync(self.root / path)
         _sync((self.root / path).parent)
         return True
-
-    def _write(self, path: Path, data: bytes) -> None:
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class ObjectStore:
@@ -248,6 +240,11 @@ class ObjectStore:
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
 
 
 def _sync(path: Path) -> None:

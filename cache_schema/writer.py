@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -106,12 +107,29 @@ class CacheWriter:
             self.store.put_folder(shard.targets, shard.arrays)
             for path, data in shard.tables.items():
                 self.store.put(path, data)
-            won = self.store.create(record.path, record.to_bytes())
-            if not won:
-                self.store.remove([file.path for file in record.files])
+            self.store.create(record.path, record.to_bytes())
+            winner = self._winner(record)
         except OSError as error:
-            raise store_failure(error, self.store) from error
-        return record if won else None
+            winner = None
+            with contextlib.suppress(OSError):
+                winner = self._winner(record)
+            if winner in (None, record.attempt):
+                raise store_failure(error, self.store) from error
+        return record if winner == record.attempt else None
+
+    def _winner(self, record: CommitRecord) -> str | None:
+        """The attempt that is committed; unless it is ours, our files are removed.
+
+        The answer is read back, not taken from `create`: an object store may carry out a request whose
+        reply is lost, and refuse its repetition.
+        """
+        try:
+            winner = CommitRecord.from_bytes(self.store.read(record.path), record.path).attempt
+        except FileNotFoundError:
+            winner = None
+        if winner != record.attempt:
+            self.store.remove([file.path for file in record.files])
+        return winner
 
     def reopen(self, index: int) -> None:
         """Set a shard aside so that it is captured anew (`--retry-quarantine`)."""
@@ -204,6 +222,8 @@ def store_failure(error: OSError, store: Store) -> KdcacheError:
         remedy = "the disk is full: free space there and run the same command again"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         remedy = "it cannot be written: make it writable or name another place"
+    elif isinstance(error, NotADirectoryError | FileExistsError):
+        remedy = "it is not a directory: name another place"
     else:
         remedy = f"{error.strerror or error}: see to it and run the same command again"
     return KdcacheError(f"{store.url}: {remedy}; every committed shard is intact")

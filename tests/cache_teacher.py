@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cache_schema.cache import open_cache
 from cache_schema.identity import Fingerprint
 from cache_schema.manifest import Manifest, Plan
 from cache_schema.records import (
@@ -17,6 +18,7 @@ from cache_schema.records import (
 )
 from cache_schema.shard import response_count
 from cache_schema.spec import TargetSpec
+from cache_schema.verify import verify
 from cache_schema.writer import CacheWriter
 
 VOCAB = 500
@@ -144,11 +146,43 @@ def capture(
     return good, bad
 
 
+KILL_SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), top_k=4)
+
+
 def build_cache(
-    url: object, spec: TargetSpec, *, share: bool = False, rows: int = 20, **options: object
-) -> None:
-    """Build, or complete, the stand-in cache at `url`."""
+    url: object,
+    spec: TargetSpec,
+    *,
+    share: bool = False,
+    rows: int = 20,
+    workers: tuple[int, ...] = (0, 1),
+    **options: object,
+) -> list[int]:
+    """Build, or complete, the stand-in cache at `url`, as worker (rank, world size); the shards it made."""
     writer = CacheWriter.open(url, make_manifest(spec, rows), **options)
-    for shard in writer.pending():
+    made = []
+    for shard in writer.pending(*workers):
         samples, bad = capture(writer.manifest.plan.rows_of(shard).tolist(), spec, share=share)
-        assert writer.write_shard(shard, samples, bad, engine={"engine": "stand-in"}, seconds=0.5) is not None
+        if writer.write_shard(shard, samples, bad, engine={"engine": "stand-in"}, seconds=0.5) is not None:
+            made.append(shard)
+    return made
+
+
+def assert_same_cache(url: object, undisturbed: object, **options: object) -> None:
+    """Both hold the same samples, quarantine and arrays, bit by bit, and `verify` finds nothing wrong."""
+    report = verify(url, **options)
+    assert report.ok, report.problems
+    assert report.missing_shards == []
+    found, expected = open_cache(url, **options), open_cache(undisturbed)
+    assert found.shards == expected.shards
+    assert list(found.quarantined()) == list(expected.quarantined())
+    for shard in expected.shards:
+        table, groups = found.stored_shard(shard, expected.spec.targets)
+        other, arrays = expected.stored_shard(shard, expected.spec.targets)
+        assert table.equals(other)
+        assert groups.keys() == arrays.keys()
+        for group, members in arrays.items():
+            assert groups[group].keys() == members.keys()
+            for name, values in members.items():
+                assert groups[group][name].dtype == values.dtype
+                np.testing.assert_array_equal(groups[group][name], values, err_msg=f"{shard} {group}/{name}")
