@@ -14,7 +14,7 @@ from pipeline.engine import Engine, Head, understood_head
 from pipeline.extract import Extractor
 from pipeline.job import Job, open_job
 from pipeline.loop import CaptureLoop
-from pipeline.prefix import prefix_is_independent
+from pipeline.prefix import packing_is_exact, prefix_is_independent
 from pipeline.settings import BuildConfig, BuildSummary
 from pipeline.transformers_engine import load_engine
 from pipeline.workers import place_among_workers
@@ -49,7 +49,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         device_map=config.device_map,
         quantization=config.quantization,
     )
-    head, sharing = _check_teacher(engine, job)
+    head, sharing, packing = _check_teacher(engine, job)
     progress.end()
     manifest = job.manifest(sharing)
     writer = CacheWriter.open(config.out, manifest)
@@ -59,6 +59,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         config.spec,
         fingerprint=manifest.fingerprint.digest,
         share=sharing,
+        pack=packing,
         batch_tokens=config.batch_tokens,
     )
     commits = list(open_cache(config.out).commits.values())
@@ -66,11 +67,13 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     return _summary(config.out, started, already_done=False)
 
 
-def _check_teacher(engine: Engine, job: Job) -> tuple[Head, bool]:
-    """The teacher's head, refused where it is not understood, and whether prefixes may be shared."""
+def _check_teacher(engine: Engine, job: Job) -> tuple[Head, bool, bool]:
+    """The teacher's head, refused where it is not understood; whether conversations about one image may
+    share its targets; and whether they may be computed as one sequence."""
     sample = job.probe()
     head = understood_head(engine, [sample])
-    return head, bool(sample.images) and prefix_is_independent(engine, sample)
+    sharing = bool(sample.images) and prefix_is_independent(engine, sample)
+    return head, sharing, sharing and packing_is_exact(engine, sample)
 
 
 def _present_manifest(out: str) -> Manifest | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
+from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 
 
@@ -64,6 +65,13 @@ class Engine(Protocol):
 
     def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """One (T, D) tensor a sample, after the final norm, in the teacher's dtype, on its device."""
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether packed_hidden_states may be tried; the capture then probes that it is exact."""
+
+    def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
+        """For every pack one (T, D) tensor a sample, as hidden_states gives them."""
 
     def logits(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """The model's own logits (T, rows), one tensor a sample, for checks only."""

@@ -23,6 +23,7 @@ from cache_schema.records import (
 )
 from cache_schema.spec import TargetSpec
 from pipeline.engine import Engine, Head
+from pipeline.packing import Pack, make_pack, pack_samples
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample
 from pipeline.targets import TargetMaker
@@ -53,6 +54,7 @@ class Extractor:
     """Captures windows of samples with one engine.
 
     share: images with equal prefix keys (under `fingerprint`) get their visual and relation records once.
+    pack: conversations about the same images are also computed as one sequence (needs share).
     batch_tokens: padded tokens of a batch; it halves by itself when memory runs out, and stays so.
     """
 
@@ -64,6 +66,7 @@ class Extractor:
         *,
         fingerprint: str,
         share: bool,
+        pack: bool,
         batch_tokens: int,
     ) -> None:
         self._engine = engine
@@ -71,6 +74,7 @@ class Extractor:
         self._maker = TargetMaker(head, spec)
         self._fingerprint = fingerprint
         self._share = share
+        self._pack = pack
         self.batch_tokens = batch_tokens
 
     def capture(self, samples: Sequence[PreparedSample], seen: set[str]) -> Iterator[list[Captured]]:
@@ -86,9 +90,13 @@ class Extractor:
             wanted = [self._wanted(sample, seen, claimed) for sample in waiting]
             orphans = []
             results: dict[int, Captured] = {}
-            for batch in batches(waiting, self.batch_tokens):
-                captured = self._run([wanted[index] for index in batch])
-                results |= zip(batch, captured, strict=True)
+            keys = [want.keys[-1] if self._pack and want.keys else None for want in wanted]
+            groups = pack_samples(waiting, keys, self.batch_tokens)
+            for batch in batches(
+                [make_pack([waiting[i] for i in group]) for group in groups], self.batch_tokens
+            ):
+                captured = self._run([[wanted[i] for i in groups[number]] for number in batch])
+                results |= zip((i for number in batch for i in groups[number]), captured, strict=True)
                 yield captured
             for index, want in enumerate(wanted):
                 if isinstance(results[index], CapturedSample):
@@ -121,29 +129,38 @@ class Extractor:
             prompt=prompt if "prompt" in self._spec.targets else None,
         )
 
-    def _run(self, wanted: Sequence[_Wanted]) -> list[Captured]:
-        """One batch; on exhausted memory its halves, and the budget shrinks."""
+    def _run(self, groups: Sequence[Sequence[_Wanted]]) -> list[Captured]:
+        """One batch of packs; on exhausted memory its halves, and the budget shrinks."""
         try:
-            return self._forward(wanted)
+            return self._forward(groups)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         _release_memory()
-        if len(wanted) == 1:
-            sample = wanted[0].sample
-            detail = f"{len(sample)} tokens do not fit into memory on their own"
-            return [
-                QuarantinedRow(
-                    row=sample.row, sample_id=sample.sample_id, reason="out_of_memory", detail=detail
-                )
-            ]
-        longest = max(len(want.sample) for want in wanted)
-        self.batch_tokens = max(longest, min(self.batch_tokens, longest * len(wanted)) // 2)
-        half = len(wanted) // 2
-        return self._run(wanted[:half]) + self._run(wanted[half:])
+        if len(groups) > 1:
+            longest = max(len(make_pack([want.sample for want in group])) for group in groups)
+            self.batch_tokens = max(longest, min(self.batch_tokens, longest * len(groups)) // 2)
+            half = len(groups) // 2
+            return self._run(groups[:half]) + self._run(groups[half:])
+        (group,) = groups
+        if len(group) > 1:
+            return [captured for want in group for captured in self._run([[want]])]
+        sample = group[0].sample
+        detail = f"{len(sample)} tokens do not fit into memory on their own"
+        return [
+            QuarantinedRow(row=sample.row, sample_id=sample.sample_id, reason="out_of_memory", detail=detail)
+        ]
 
-    def _forward(self, wanted: Sequence[_Wanted]) -> list[Captured]:
-        hidden = self._engine.hidden_states([want.sample for want in wanted])
+    def _hidden_states(self, groups: Sequence[Sequence[_Wanted]]) -> list[Tensor]:
+        """One (T, D) a sample, in order."""
+        if all(len(group) == 1 for group in groups):
+            return self._engine.hidden_states([want.sample for (want,) in groups])
+        packs = [make_pack([want.sample for want in group]) for group in groups]
+        return [hidden for pack in self._engine.packed_hidden_states(packs) for hidden in pack]
+
+    def _forward(self, groups: Sequence[Sequence[_Wanted]]) -> list[Captured]:
+        wanted = [want for group in groups for want in group]
+        hidden = self._hidden_states(groups)
         parts = [want.positions(self._spec) for want in wanted]
         picked, labels, rows, positions = [], [], [], []
         for want, states, own in zip(wanted, hidden, parts, strict=True):
@@ -204,19 +221,22 @@ class Extractor:
         )
 
 
-def batches(samples: Sequence[PreparedSample], batch_tokens: int) -> list[list[int]]:
-    """Indices of samples, cut into batches of similar length, longest first, at most batch_tokens padded.
+def batches(packs: Sequence[Pack], batch_tokens: int) -> list[list[int]]:
+    """Indices of packs, cut into batches of similar length, longest first, at most batch_tokens padded.
 
-    A sample over the budget is a batch of its own. Samples with and without images do not mix. Depends on
-    the samples alone, so that every worker forms the same batches.
+    A pack over the budget is a batch of its own. Samples with and without images do not mix, nor do packs
+    of one and of several samples. Depends on the samples alone: every worker forms the same batches.
     """
-    order = sorted(range(len(samples)), key=lambda i: (not samples[i].images, -len(samples[i]), i))
+
+    def kind(pack: Pack) -> tuple[bool, bool]:
+        return (not pack.first.images, len(pack.samples) == 1)
+
     found: list[list[int]] = []
-    for index in order:
+    for index in sorted(range(len(packs)), key=lambda i: (kind(packs[i]), -len(packs[i]), i)):
         if found:
-            first = samples[found[-1][0]]
-            room = len(first) * (len(found[-1]) + 1) <= batch_tokens
-            if room and bool(first.images) == bool(samples[index].images):
+            longest = packs[found[-1][0]]
+            fits = len(longest) * (len(found[-1]) + 1) <= batch_tokens
+            if fits and kind(longest) == kind(packs[index]):
                 found[-1].append(index)
                 continue
         found.append([index])

@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.engine import Engine
+from pipeline.packing import make_pack
 from pipeline.samples import PreparedSample
 
 
@@ -22,22 +24,45 @@ def prefix_is_independent(engine: Engine, sample: PreparedSample) -> bool:
     Probed on one sample with an image: once with every later id changed, once with all of it cut off.
     """
     end = int(sample.images[-1].positions[-1]) + 1
-    other = sample.input_ids.copy()
-    other[end:] = _other_ids(sample, end)
-    changed = replace(sample, input_ids=other)
     cut = replace(
         sample,
         input_ids=sample.input_ids[:end],
         token_inputs={name: value[:end] for name, value in sample.token_inputs.items()},
     )
     (reference,) = engine.hidden_states([sample])
-    tolerance = 1e-3 if reference.dtype == torch.float32 else 5e-2
-    for variant in (changed, cut):
+    for variant in (_changed_after_images(sample), cut):
         (hidden,) = engine.hidden_states([variant])
-        moved = (hidden[:end] - reference[:end]).float().norm() / reference[:end].float().norm()
-        if not float(moved) <= tolerance:
+        if not _same_states(hidden[:end], reference[:end]):
             return False
     return True
+
+
+def packing_is_exact(engine: Engine, sample: PreparedSample) -> bool:
+    """Whether a pack of two samples about one image gives the hidden states of each on its own.
+
+    False too for an engine that cannot pack, and where token types steer the attention, of which a pack's
+    mask knows nothing.
+    """
+    if not engine.can_pack or "token_type_ids" in sample.token_inputs:
+        return False
+    pair = [sample, _changed_after_images(sample)]
+    (packed,) = engine.packed_hidden_states([make_pack(pair)])
+    alone = [engine.hidden_states([each])[0] for each in pair]
+    return all(_same_states(hidden, single) for hidden, single in zip(packed, alone, strict=True))
+
+
+def _same_states(hidden: Tensor, reference: Tensor) -> bool:
+    tolerance = 1e-3 if reference.dtype == torch.float32 else 5e-2
+    moved = (hidden - reference).float().norm() / reference.float().norm()
+    return float(moved) <= tolerance
+
+
+def _changed_after_images(sample: PreparedSample) -> PreparedSample:
+    """The sample with every id after its last image replaced."""
+    end = int(sample.images[-1].positions[-1]) + 1
+    ids = sample.input_ids.copy()
+    ids[end:] = _other_ids(sample, end)
+    return replace(sample, input_ids=ids)
 
 
 def _other_ids(sample: PreparedSample, end: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cache_schema.errors import KdcacheError
 from pipeline.engine import Head
+from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,49 +62,89 @@ class TransformersEngine:
 
     def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """See Engine."""
-        with torch.inference_mode():
-            output = self._base(**self._inputs(samples), use_cache=False, return_dict=True)
-        hidden = output.last_hidden_state
+        hidden = self._run(self._inputs(_single(samples)))
         return [hidden[index, : len(sample)] for index, sample in enumerate(samples)]
+
+    @property
+    def can_pack(self) -> bool:
+        """See Engine: only where every layer attends to all that came before."""
+        kinds = set(getattr(self._model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        return kinds == {"full_attention"} and self._model.config._attn_implementation in ("sdpa", "eager")
+
+    def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
+        """See Engine."""
+        length = max(len(pack) for pack in packs)
+        inputs = self._inputs(packs)
+        visible = torch.from_numpy(np.stack([pack.visible(length) for pack in packs]))[:, None]
+        if self._model.config._attn_implementation != "sdpa":  # added to the scores there
+            dtype = self._base.dtype
+            visible = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        positions = [pack.join([self._positions(sample) for sample in pack.samples]) for pack in packs]
+        padded = [np.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, length - row.shape[-1])]) for row in positions]
+        inputs["attention_mask"] = visible.to(self._base.device)
+        inputs["position_ids"] = torch.from_numpy(np.stack(padded, axis=-2)).to(self._base.device)
+        hidden = self._run(inputs)
+        return [pack.split(hidden[index]) for index, pack in enumerate(packs)]
+
+    def _positions(self, sample: PreparedSample) -> NDArray[np.int64]:
+        """Position ids (T,), or (3, T) where the model has its own for images (M-RoPE)."""
+        if not hasattr(self._base, "get_rope_index"):
+            return np.arange(len(sample))
+        wanted = set(inspect.signature(self._base.get_rope_index).parameters) - {"attention_mask"}
+        inputs = {name: value for name, value in self._inputs(_single([sample])).items() if name in wanted}
+        positions: NDArray[np.int64] = self._base.get_rope_index(**inputs)[0][:, 0].cpu().numpy()
+        return positions
+
+    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Final hidden states (B, T, D)."""
+        with torch.inference_mode():
+            output = self._base(**inputs, use_cache=False, return_dict=True)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def logits(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """See Engine."""
         with torch.inference_mode():
-            logits = self._model(**self._inputs(samples), use_cache=False, return_dict=True).logits
+            logits = self._model(**self._inputs(_single(samples)), use_cache=False, return_dict=True).logits
         return [logits[index, : len(sample)] for index, sample in enumerate(samples)]
 
-    def _inputs(self, samples: Sequence[PreparedSample]) -> dict[str, Tensor]:
-        return {
-            name: self._placed(value)
-            for name, value in collate(samples, pad_token_id=self._pad_token_id).items()
-        }
+    def _inputs(self, packs: Sequence[Pack]) -> dict[str, Tensor]:
+        made = collate(packs, pad_token_id=self._pad_token_id)
+        return {name: self._placed(value) for name, value in made.items()}
 
     def _placed(self, value: Tensor) -> Tensor:
         """On the model's device, floating point in the model's dtype, as the processors' callers do."""
         return value.to(self._base.device, self._base.dtype if value.is_floating_point() else None)
 
 
-def collate(samples: Sequence[PreparedSample], *, pad_token_id: int) -> dict[str, Tensor]:
-    """Model inputs of a right-padded batch: ids (B, T), mask, token inputs, and pixel inputs.
+def _single(samples: Sequence[PreparedSample]) -> list[Pack]:
+    return [Pack(samples=(sample,)) for sample in samples]
+
+
+def collate(packs: Sequence[Pack], *, pad_token_id: int) -> dict[str, Tensor]:
+    """Model inputs of a right-padded batch: ids (B, L), mask, token inputs, and pixel inputs.
 
     Pixel inputs are joined along their first dimension; where others differ (patches or images a sample),
     they are padded with zeros at the end, as the processors themselves do.
     """
-    length = max(len(sample) for sample in samples)
+    length = max(len(pack) for pack in packs)
+    ids = [pack.join([sample.input_ids for sample in pack.samples]).astype(np.int64) for pack in packs]
     inputs = {
-        "input_ids": _pad([torch.from_numpy(s.input_ids).long() for s in samples], length, pad_token_id),
-        "attention_mask": _pad([torch.ones(len(s), dtype=torch.long) for s in samples], length, 0),
+        "input_ids": _pad(ids, length, pad_token_id),
+        "attention_mask": _pad([np.ones(len(pack), dtype=np.int64) for pack in packs], length, 0),
     }
-    for name in samples[0].token_inputs:
-        values = [torch.from_numpy(sample.token_inputs[name]) for sample in samples]
-        inputs[name] = _pad(values, length, 0)
-    for name in {name: None for sample in samples for name in sample.pixel_inputs}:
-        inputs[name] = join([s.pixel_inputs[name] for s in samples if name in s.pixel_inputs])
+    for name in packs[0].first.token_inputs:
+        rows = [pack.join([sample.token_inputs[name] for sample in pack.samples]) for pack in packs]
+        inputs[name] = _pad(rows, length, 0)
+    pixels = [pack.first.pixel_inputs for pack in packs]
+    for name in {name: None for inputs_of in pixels for name in inputs_of}:
+        inputs[name] = join([inputs_of[name] for inputs_of in pixels if name in inputs_of])
     return inputs
 
 
-def _pad(rows: Sequence[Tensor], length: int, value: int) -> Tensor:
-    return torch.stack([functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+def _pad(rows: Sequence[NDArray[np.generic]], length: int, value: int) -> Tensor:
+    padded = [np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]
+    return torch.from_numpy(np.stack(padded))
 
 
 def join(values: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,12 +16,14 @@ from cache_schema import Sample, TargetSpec, open_cache
 from cache_schema.progress import Silent
 from cache_schema.rows import Conversation, open_dataset
 from pipeline.capture import BuildConfig, build
+from pipeline.transformers_engine import TransformersEngine
 from tests.tiny_families import make
 from tests.tiny_models import write_png
 
 SIZES = {"wide.png": (60, 36), "tall.png": (34, 62), "even.png": (40, 40)}
 SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), precision="full", top_k=8)
 UNSHARED = ("paligemma",)
+UNPACKED = ("paligemma", "gemma3", "gemma3_capped")
 
 
 def rows_for(name: str) -> list[dict[str, Any]]:
@@ -80,8 +83,13 @@ def check_family(name: str, folder: Path) -> None:
         batch_tokens=400,
         device="cpu",
     )
-    summary = build(config, Silent())
+    whole = TransformersEngine.packed_hidden_states
+    with mock.patch.object(
+        TransformersEngine, "packed_hidden_states", autospec=True, side_effect=whole
+    ) as packed:
+        summary = build(config, Silent())
     assert summary.quarantined == {}, summary
+    assert (packed.call_count > 1) is (name not in UNPACKED)  # the first call is the probe's
     cache = open_cache(config.out)
     assert cache.manifest.fingerprint.capture["sharing"] is (name not in UNSHARED)
     processor = AutoProcessor.from_pretrained(teacher)
