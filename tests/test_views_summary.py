@@ -66,6 +66,16 @@ def test_bytes_are_those_on_disk(cache: Cache, tmp_path: Path) -> None:
     assert summary["bytes"]["a_position"]["response"] == pytest.approx(expected)
 
 
+def test_sharing_saves_what_a_second_record_would_cost(tmp_path: Path) -> None:
+    """Rows 0 and 1 share their picture: one record stands for two images, a second would double the bytes."""
+    cache = make_cache(tmp_path / "a", tmp_path / "images", rows=2, patches=(16,))
+    summary = summarise(cache)
+    parts = summary["bytes"]["by_part"]
+    assert summary["sharing"]["images"] == 2
+    assert summary["sharing"]["shared"] == 1
+    assert summary["sharing"]["bytes_saved"] == parts["visual"] + parts["relation"]
+
+
 def test_how_far_the_build_is(cache: Cache) -> None:
     built = summarise(cache)["built"]
     assert (built["shards"], built["of_shards"], built["complete"]) == (3, 4, False)
