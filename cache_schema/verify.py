@@ -44,8 +44,8 @@ class Problem:
 
 @dataclass(slots=True, kw_only=True)
 class VerifyReport:
-    """What `verify` found. shards, samples, quarantined: by the commit records. missing_shards: not yet
-    built, which is no problem. leftovers: files of attempts that were never committed, harmless.
+    """What `verify` found. shards, samples, quarantined: by the commit records. missing_shards: not built
+    (or their commit record is gone). leftovers: files of attempts that were never committed, harmless.
     """
 
     url: str
@@ -59,12 +59,17 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no problem was found (before any repair)."""
+        """Whether the cache is complete and no problem was found (before any repair)."""
         return not self.problems
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing is damaged; shards may be missing."""
+        return all(problem.file == "commits/" for problem in self.problems)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of everything."""
-        return asdict(self) | {"ok": self.ok}
+        return asdict(self) | {"ok": self.ok, "intact": self.intact}
 
 
 def verify(
@@ -146,6 +151,10 @@ class _Verification:
                 self._problem(commit_path(shard), "no such shard in the plan", REMAKE)
                 self.damaged.add(commit_path(shard))
                 del self.records[shard]
+            if missing := self.report.missing_shards:
+                listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+                what = f"{len(missing)} of {len(planned)} shards are not there ({listed})"
+                self._problem("commits/", what, "run the same `kdcache build` again: it makes them")
 
     def _check_shard(self, shard: int, record: CommitRecord, present: dict[str, int]) -> None:
         before = len(self.report.problems)

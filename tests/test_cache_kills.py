@@ -51,7 +51,8 @@ def kill_and_resume(path: Path, at: int, undisturbed: Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     if (path / "manifest.json").exists():
-        assert verify(path).problems == []
+        report = verify(path)
+        assert report.intact, report.problems
     before = [file.read_bytes() for file in sorted(path.glob("commits/*.json"))]
     build_cache(path, KILL_SPEC)
     assert_same_cache(path, undisturbed)

@@ -7,9 +7,6 @@ import pytest
 
 from cache_schema import (
     CacheDamaged,
-    CacheWriter,
-    IdentityMismatch,
-    KdcacheError,
     Sample,
     TargetSpec,
     TopK,
@@ -127,18 +124,6 @@ def test_parts_of_a_shard_are_read_alone(tmp_path) -> None:
         cache.read_shard(0, parts=("prompt",))
 
 
-def test_joining_with_another_identity_is_refused_with_both_values(tmp_path) -> None:
-    spec = SPECS["compact"]
-    CacheWriter.open(tmp_path / "cache", make_manifest(spec))
-    CacheWriter.open(tmp_path / "cache", make_manifest(spec))
-    with pytest.raises(IdentityMismatch, match=r"teacher_weights: here \"bbb.*in the cache \"aaa"):
-        CacheWriter.open(tmp_path / "cache", make_manifest(spec, weights="b" * 64))
-    with pytest.raises(IdentityMismatch, match=r"top_k: here 9, in the cache 8"):
-        CacheWriter.open(tmp_path / "cache", make_manifest(TargetSpec(top_k=9)))
-    with pytest.raises(IdentityMismatch, match="plan: here 21 rows"):
-        CacheWriter.open(tmp_path / "cache", make_manifest(spec, rows=21))
-
-
 def test_a_missing_or_altered_target_raises(tmp_path) -> None:
     build_cache(str(tmp_path / "cache"), SPECS["compact"])
     cache = open_cache(tmp_path / "cache")
@@ -151,11 +136,3 @@ def test_a_missing_or_altered_target_raises(tmp_path) -> None:
     with pytest.raises(CacheDamaged, match="missing"):
         cache.read_shard(1)
     cache.read_shard(1, parts=("response",))
-
-
-def test_a_directory_with_something_else_is_refused(tmp_path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(KdcacheError, match=r"not empty.*notes.txt"):
-        CacheWriter.open(tmp_path, make_manifest(SPECS["compact"]))
-    with pytest.raises(KdcacheError, match="no cache there"):
-        open_cache(tmp_path)

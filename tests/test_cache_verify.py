@@ -2,60 +2,180 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
 import pytest
 
-from cache_schema import CacheWriter, KdcacheError, TargetSpec, open_cache
-from cache_schema.verify import verify
-from tests.cache_teacher import build_cache, make_manifest
+from cache_schema import CacheDamaged, CacheWriter, KdcacheError, TargetSpec, open_cache
+from cache_schema.verify import GRACE_SECONDS, verify
+from tests.cache_teacher import assert_same_cache, build_cache, make_manifest
 
 SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), top_k=6)
 
 
-def test_a_sound_cache_has_no_problem(tmp_path) -> None:
-    build_cache(tmp_path, SPEC)
-    report = verify(tmp_path)
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sound")
+    build_cache(path, SPEC)
+    return path
+
+
+@pytest.fixture
+def cache(sound: Path, tmp_path: Path) -> Path:
+    shutil.copytree(sound, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_sound_cache_has_no_problem(sound: Path) -> None:
+    report = verify(sound)
     assert report.problems == []
+    assert report.leftovers == []
     assert (report.shards, report.samples + report.quarantined) == (5, 20)
-    assert report.missing_shards == []
+    assert json.loads(json.dumps(report.to_json()))["ok"] is True
 
 
-def test_an_incomplete_cache_is_sound_and_says_what_is_missing(tmp_path) -> None:
+def test_an_incomplete_cache_is_intact_and_says_what_is_missing(tmp_path: Path) -> None:
     CacheWriter.open(tmp_path, make_manifest(SPEC))
     report = verify(tmp_path)
-    assert report.ok
+    assert report.intact
+    assert not report.ok
     assert report.missing_shards == [0, 1, 2, 3, 4]
+    assert "5 of 5 shards" in str(report.problems[0])
 
 
-def test_repair_sets_aside_and_a_build_makes_again(tmp_path) -> None:
-    build_cache(tmp_path, SPEC)
-    before = [open_cache(tmp_path)[i].input_ids.tolist() for i in range(18)]
-    next((tmp_path / "samples").glob("00002-*")).unlink()
-    chunk = next((tmp_path / "targets").glob("00003-*/relation/norm/c/0"))
+def test_repair_sets_aside_and_a_build_makes_again(cache: Path, sound: Path) -> None:
+    next((cache / "samples").glob("00002-*")).unlink()
+    chunk = next((cache / "targets").glob("00003-*/relation/norm/c/0"))
     chunk.write_bytes(chunk.read_bytes()[:-1])
-    (tmp_path / "commits" / "00004.json").write_bytes(b"{}")
-    report = verify(tmp_path)
-    assert len(report.problems) == 3
-    assert verify(tmp_path, repair=True).repaired
-    again = verify(tmp_path)
-    assert again.ok
+    (cache / "commits" / "00004.json").write_bytes(b"{}")
+    problems = verify(cache).problems
+    assert [problem.file.split("-")[0] for problem in problems] == [
+        "commits/00004.json", "commits/", "samples/00002", "targets/00003"
+    ]  # fmt: skip
+    assert all("kdcache build" in problem.remedy for problem in problems)
+    kept = {path: path.read_bytes() for path in cache.rglob("0000[01]*") if path.is_file()}
+    assert len(verify(cache, repair=True).repaired) == 3
+    again = verify(cache)
+    assert again.intact
     assert again.missing_shards == [2, 3, 4]
-    build_cache(tmp_path, SPEC)
-    assert verify(tmp_path).ok
-    assert [open_cache(tmp_path)[i].input_ids.tolist() for i in range(18)] == before
+    assert build_cache(cache, SPEC) == [2, 3, 4]
+    assert_same_cache(cache, sound)
+    assert all(path.read_bytes() == data for path, data in kept.items())
 
 
-def test_an_altered_manifest_is_written_anew_and_the_shards_are_kept(tmp_path) -> None:
-    build_cache(tmp_path, SPEC)
-    path = tmp_path / "manifest.json"
+def test_an_altered_manifest_is_written_anew_and_the_shards_are_kept(cache: Path) -> None:
+    path = cache / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"top_k": 6', b'"top_k": 7'))
-    assert [p.file for p in verify(tmp_path, repair=True).problems] == ["manifest.json"]
+    assert [p.file for p in verify(cache, repair=True).problems] == ["manifest.json"]
     assert not path.exists()
     with pytest.raises(KdcacheError, match="another identity"):
-        CacheWriter.open(tmp_path, make_manifest(SPEC, weights="c" * 64))
-    assert list(CacheWriter.open(tmp_path, make_manifest(SPEC)).pending()) == []
-    assert verify(tmp_path).ok
+        CacheWriter.open(cache, make_manifest(SPEC, weights="c" * 64))
+    assert build_cache(cache, SPEC) == []
+    assert verify(cache).ok
 
 
-def test_no_cache(tmp_path) -> None:
+def test_leftovers_are_swept_when_they_are_surely_dead(cache: Path, sound: Path) -> None:
+    (cache / "commits" / "00003.json").unlink()
+    dead = next((cache / "targets").glob("00002-*"))
+    shutil.copytree(dead, cache / "targets" / "00002-0123456789ab.zarr")
+    (cache / "samples" / ".00003-ba9876543210.arrow.12345678.part").write_bytes(b"half")
+    report = verify(cache, repair=True)
+    assert len(report.leftovers) > 60
+    assert not (cache / "targets" / "00002-0123456789ab.zarr").exists()
+    assert list((cache / "targets").glob("00003-*")), "an attempt that may be alive was swept"
+    past = time.time() - GRACE_SECONDS - 60
+    for path in cache.rglob("*"):
+        os.utime(path, (past, past))
+    verify(cache, repair=True)
+    assert not list((cache / "targets").glob("00003-*"))
+    assert not list((cache / "samples").glob(".*"))
+    build_cache(cache, SPEC)
+    assert_same_cache(cache, sound)
+
+
+def test_an_extra_file_in_a_committed_shard_is_found_and_set_aside(cache: Path) -> None:
+    extra = next((cache / "targets").glob("00001-*")) / "response" / "ids" / "c" / "0" / "1"
+    extra.write_bytes(b"more")
+    (cache / "readme.txt").write_text("hello")
+    assert [problem.file for problem in verify(cache, repair=True).problems] == [
+        "readme.txt", extra.relative_to(cache).as_posix()
+    ]  # fmt: skip
+    assert [problem.file for problem in verify(cache).problems] == ["readme.txt"]
+
+
+def test_no_cache(tmp_path: Path) -> None:
     with pytest.raises(KdcacheError, match="no cache there"):
         verify(tmp_path)
+
+
+KINDS = ("flip", "flip", "flip", "truncate", "empty", "missing", "append", "swap")
+
+
+def strike(files: list[Path], number: int, random: random.Random) -> dict[Path, bytes | None]:
+    """Damage one file, or swap two; the bytes to restore."""
+    kind, path = KINDS[number % len(KINDS)], files[number % len(files)]
+    data = path.read_bytes()
+    if kind == "swap":
+        alike = [f for f in files if f != path and f.name == path.name and f.read_bytes() != data]
+        other = random.choice(alike) if alike else random.choice([f for f in files if f != path])
+        before = {path: data, other: other.read_bytes()}
+        path.write_bytes(before[other])
+        other.write_bytes(data)
+        return before
+    if kind == "flip":
+        at = random.randrange(len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :])
+    elif kind == "truncate":
+        path.write_bytes(data[: random.randrange(len(data))])
+    elif kind == "append":
+        path.write_bytes(data + b"\0")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    return {path: data}
+
+
+def find_faults(cache: Path, count: int, seed: int) -> None:
+    files = sorted(path for path in cache.rglob("*") if path.is_file())
+    source = random.Random(seed)
+    source.shuffle(files)
+    for number in range(count):
+        before = strike(files, number, source)
+        named = [str(problem) for problem in verify(cache).problems]
+        for path in before:
+            relative = path.relative_to(cache).as_posix()
+            missing_commit = relative.startswith("commits/") and not path.exists()
+            expected = "shards are not there" if missing_commit else relative
+            assert any(expected in line for line in named), (number, relative, named)
+        if not all(path.parts[-2] == "quarantine" for path in before):
+            with pytest.raises(KdcacheError):
+                read_everything(cache)
+        for path, data in before.items():
+            path.write_bytes(data)
+    assert verify(cache).ok
+
+
+def read_everything(cache: Path) -> None:
+    opened = open_cache(cache)
+    for shard in opened.shards:
+        opened.read_shard(shard)
+    if len(opened.shards) < opened.plan.shards:
+        raise CacheDamaged("a shard is missing")
+
+
+def test_random_faults_are_found(tmp_path: Path) -> None:
+    build_cache(tmp_path, SPEC, rows=8)
+    find_faults(tmp_path, 24, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_400_random_faults_are_found(tmp_path: Path) -> None:
+    build_cache(tmp_path, SPEC, rows=8)
+    find_faults(tmp_path, 400, seed=2)

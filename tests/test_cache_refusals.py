@@ -1,0 +1,142 @@
+"""What cannot be written, or must not be, ends in one clear line and leaves the cache intact."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cache_schema import CacheWriter, IdentityMismatch, KdcacheError, TargetSpec, open_cache
+from cache_schema.verify import verify
+from tests.cache_faults import moments
+from tests.cache_teacher import KILL_SPEC, assert_same_cache, build_cache, capture, make_manifest
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed")
+    build_cache(path, KILL_SPEC)
+    return path
+
+
+def failing(code: int) -> Callable[[], None]:
+    def strike() -> None:
+        raise OSError(code, os.strerror(code))
+
+    return strike
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 40, 117, 118, 119, 120, 121, 122, 123, 124, 200, 400])
+def test_a_full_disk_at_any_moment(tmp_path: Path, undisturbed: Path, at: int) -> None:
+    with (
+        moments(at, failing(errno.ENOSPC)) as counter,
+        pytest.raises(KdcacheError, match="disk is full: free"),
+    ):
+        build_cache(tmp_path / "cache", KILL_SPEC)
+    assert len(counter.names) >= at
+    if (tmp_path / "cache" / "manifest.json").exists():
+        report = verify(tmp_path / "cache")
+        assert report.intact, report.problems
+        assert report.leftovers == []
+    build_cache(tmp_path / "cache", KILL_SPEC)
+    assert_same_cache(tmp_path / "cache", undisturbed)
+
+
+def test_a_commit_that_may_have_happened_keeps_its_files(tmp_path: Path, undisturbed: Path) -> None:
+    """The record is linked and then the directory cannot be synced: the shard's files must stay."""
+    with moments(0, failing(errno.EIO)) as counter:
+        build_cache(tmp_path / "first", KILL_SPEC)
+    links = [i + 1 for i, name in enumerate(counter.names) if name.startswith("link 0000")]
+    with moments(links[1] + 1, failing(errno.EIO)), pytest.raises(KdcacheError, match="Input/output error"):
+        build_cache(tmp_path / "cache", KILL_SPEC)
+    assert open_cache(tmp_path / "cache").shards == [0, 1]
+    assert verify(tmp_path / "cache").intact
+    build_cache(tmp_path / "cache", KILL_SPEC)
+    assert_same_cache(tmp_path / "cache", undisturbed)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_read_only_directory(tmp_path: Path, code: int) -> None:
+    with moments(1, failing(code)), pytest.raises(KdcacheError, match=r"cannot be written: make it writable"):
+        CacheWriter.open(tmp_path, make_manifest(KILL_SPEC))
+    with pytest.raises(KdcacheError, match=r"not a directory|cannot be written"):
+        CacheWriter.open("/dev/null/cache", make_manifest(KILL_SPEC))
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(KdcacheError, match=f"{tmp_path}/file: it is not a directory"):
+        CacheWriter.open(tmp_path / "file", make_manifest(KILL_SPEC))
+
+
+def test_a_directory_with_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(KdcacheError, match=r"not empty.*notes.txt"):
+        CacheWriter.open(tmp_path, make_manifest(KILL_SPEC))
+    with pytest.raises(KdcacheError, match="no cache there"):
+        open_cache(tmp_path)
+    with pytest.raises(KdcacheError, match="no cache there"):
+        open_cache(tmp_path / "nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_identity_is_refused_with_both_values(tmp_path: Path) -> None:
+    spec = TargetSpec(top_k=8)
+    CacheWriter.open(tmp_path, make_manifest(spec))
+    CacheWriter.open(tmp_path, make_manifest(spec))
+    with pytest.raises(IdentityMismatch, match=r"teacher_weights: here \"b.*in the cache \"a.*another dir"):
+        CacheWriter.open(tmp_path, make_manifest(spec, weights="b" * 64))
+    with pytest.raises(IdentityMismatch, match=r"top_k: here 9, in the cache 8"):
+        CacheWriter.open(tmp_path, make_manifest(TargetSpec(top_k=9)))
+    with pytest.raises(IdentityMismatch, match="plan: here 21 rows"):
+        CacheWriter.open(tmp_path, make_manifest(spec, rows=21))
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    manifest = make_manifest(KILL_SPEC)
+    newer = type(manifest)(
+        **{n: getattr(manifest, n) for n in manifest.__dataclass_fields__} | {"format_version": 2}
+    )
+    (tmp_path / "manifest.json").write_bytes(newer.to_bytes())
+    with pytest.raises(KdcacheError, match="format version 2, this kdcache reads 1"):
+        open_cache(tmp_path)
+
+
+def test_what_is_not_as_the_spec_says_is_not_written(tmp_path: Path) -> None:
+    writer = CacheWriter.open(tmp_path, make_manifest(KILL_SPEC))
+    rows = writer.manifest.plan.rows_of(0).tolist()
+    samples, bad = capture(rows, KILL_SPEC)
+
+    def write(changed: list) -> None:
+        writer.write_shard(0, changed, bad, engine={}, seconds=0.0)
+
+    with pytest.raises(ValueError, match="not the 4 of the plan"):
+        write(samples[1:])
+    first = {n: getattr(samples[0], n) for n in samples[0].__dataclass_fields__}
+    response = {n: getattr(first["response"], n) for n in first["response"].__dataclass_fields__}
+    for change, message in (
+        ({"logprobs": response["logprobs"] * float("nan")}, "logprobs is not finite"),
+        ({"logprobs": response["logprobs"][:, ::-1]}, "logprobs rise"),
+        ({"logprobs": response["logprobs"] - 1}, "do not sum to 1"),
+        ({"token_ids": response["token_ids"] + 400}, "token ids outside 0..499"),
+        ({"token_ids": response["token_ids"] * 0}, "stands twice"),
+        ({"token_ids": response["token_ids"][:, :3]}, "shapes"),
+        ({"logsumexp": response["logsumexp"] * float("inf")}, "logsumexp is not finite"),
+    ):
+        broken = type(samples[0])(**first | {"response": type(first["response"])(**response | change)})
+        with pytest.raises(ValueError, match=rf"row {samples[0].row}, response: .*{message}"):
+            write([broken, *samples[1:]])
+    with pytest.raises(ValueError, match="response targets are missing"):
+        write([type(samples[0])(**first | {"response": None}), *samples[1:]])
+    assert writer.committed() == set()
+    assert list((tmp_path).glob("targets/*")) == []
+
+
+def test_reopening_a_shard_captures_it_anew(tmp_path: Path, undisturbed: Path) -> None:
+    build_cache(tmp_path, KILL_SPEC)
+    writer = CacheWriter.open(tmp_path, make_manifest(KILL_SPEC))
+    writer.reopen(2)
+    assert list(writer.pending()) == [2]
+    assert build_cache(tmp_path, KILL_SPEC) == [2]
+    assert_same_cache(tmp_path, undisturbed)
+    assert build_cache(tmp_path, KILL_SPEC) == []
