@@ -51,6 +51,7 @@ def data_of(page: Path) -> dict[str, Any]:
     text = page.read_text(encoding="utf-8")
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found
+    assert "<" not in found[1], "nothing in the data can end its element"
     document = json.loads(found[1])
     assert isinstance(document, dict)
     return document
