@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cache_schema.errors import KdcacheError
 from student.folder import freeze, part_of
@@ -83,9 +84,8 @@ class DistilledStudent(nn.Module):
             hidden = self.hidden_states(inputs)  # (B, T, D)
         with self._stopwatch.lap("loss"), _full_precision(hidden.device):
             parts = self.loss(hidden, labels, targets, self.head, denominators, world_size=world_size)
-            bare = not parts.total.requires_grad
-            if torch.is_grad_enabled() and (bare or "pixel_values" not in inputs):
-                parts = self._touch(parts, hidden, everything=bare)
+            if torch.is_grad_enabled() and ("pixel_values" not in inputs or not parts.total.requires_grad):
+                parts = self._touch(parts, hidden)
         return parts
 
     @torch.no_grad()
@@ -108,9 +108,11 @@ class DistilledStudent(nn.Module):
         return parts, Agreement(response=response, visual=visual)
 
     def trained(self) -> dict[str, Tensor]:
-        """The trainable parameters by their names in the model."""
+        """The trainable parameters by their names in the model, whole: every rank must ask when sharded."""
         return {
-            name: tensor.detach() for name, tensor in self.model.named_parameters() if tensor.requires_grad
+            name: whole(tensor.detach())
+            for name, tensor in self.model.named_parameters()
+            if tensor.requires_grad
         }
 
     @torch.no_grad()
@@ -148,15 +150,21 @@ class DistilledStudent(nn.Module):
                 f"{difference:.1e} (relative): the head holds something that the losses do not know"
             )
 
-    def _touch(self, parts: LossParts, hidden: Tensor, *, everything: bool) -> LossParts:
+    def _touch(self, parts: LossParts, hidden: Tensor) -> LossParts:
         """Adds 0 of what this batch did not use, so that every rank has a gradient for every parameter."""
         unused = [
             parameter.sum()
             for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and (everything or part_of(name) == "projector")
+            if part_of(name) == "projector"
         ]
+        unused += [parameter.sum() for parameter in self.model.get_output_embeddings().parameters()]
         nothing: Tensor = 0.0 * sum(unused, hidden.sum())
         return replace(parts, total=parts.total + nothing)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that FSDP has spread over the ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _full_precision(device: torch.device) -> Any:

@@ -14,6 +14,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from cache_schema.cache import Cache, open_cache
 from cache_schema.errors import KdcacheError, StoppedEarly
@@ -25,11 +31,14 @@ from student.folder import load_model, load_processor, save_folder
 from student.heldout import measure_cache, weighted
 from student.interrupt import Interrupt
 from student.losses import Denominators, LossParts
-from student.model import DistilledStudent
+from student.model import DistilledStudent, whole
 from student.run_folder import TERMS, Journal, Meter, finished, time_line, write_result, write_settings
 from student.settings import TrainConfig, identity_of
 from student.stream import Stream, StreamConfig
 from student.timing import Stopwatch
+
+# By name and unsharded, so that a checkpoint serves any number of ranks.
+_WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
@@ -99,13 +108,16 @@ class _Run:
             weight_decay=stage.weight_decay,
         )
         self.wrapped, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+        register_fsdp_forward_method(self.student, "measure")
         self.step = 0
         self.memory: dict[str, Any] = {"best": None, "best_step": None, "waited": 0, "evaluation": None}
         self.memory |= {"samples": 0, "seconds": {}}
         if saved is not None:
             self.step, self.memory = saved.step, dict(saved.progress)
             self.stopwatch.seconds = dict(self.memory["seconds"])
-            self.optimizer.load_state_dict(saved.optimizer)
+            set_optimizer_state_dict(
+                self.student, self.optimizer.optimizer, dict(saved.optimizer), options=_WHOLE_ON_CPU
+            )
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(self.memory["scaler"])
         if self.accelerator.is_main_process:
@@ -210,20 +222,20 @@ class _Run:
         with self.stopwatch.lap("optimizer"):
             norm = self._clip()
             terms = torch.stack(values).cpu().double()  # (micro-batches, terms)
-            whole = dict(zip((*TERMS, "unsupervised"), self._add_up(terms.sum(0)).tolist(), strict=True))
-            if not math.isfinite(whole["loss"]) or not (math.isfinite(norm) or self.accelerator.scaler):
+            sums = dict(zip((*TERMS, "unsupervised"), self._add_up(terms.sum(0)).tolist(), strict=True))
+            if not math.isfinite(sums["loss"]) or not (math.isfinite(norm) or self.accelerator.scaler):
                 self._refuse(micro_batches, terms[:, 0])
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.step += 1
-        self.meter.add(whole, norm=norm, samples=int(counts.samples), tokens=int(agreed[-2]))
+        self.meter.add(sums, norm=norm, samples=int(counts.samples), tokens=int(agreed[-2]))
         return False
 
     def _clip(self) -> float:
         """The gradient's norm over all ranks and parameters, before clipping."""
         bound = self.stage.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), bound)
-        return float(norm)
+        return float(whole(norm))
 
     def _refuse(self, micro_batches: list[Batch], losses: Tensor) -> None:
         """Saves the weights as they are before this step and names the samples that broke it."""
@@ -302,7 +314,7 @@ class _Run:
         checkpoint = Checkpoint(
             step=self.step,
             weights=self.student.trained(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=get_optimizer_state_dict(self.student, self.optimizer.optimizer, options=_WHOLE_ON_CPU),
             identity=self.identity,
             progress={**self.memory, "scaler": None if scaler is None else scaler.state_dict()},
         )
@@ -330,14 +342,14 @@ class _Run:
         }
         if self.accelerator.is_main_process:
             # Frozen weights are taken from the folder again: autocast or a device may have changed theirs.
-            whole = DistilledStudent(
+            final = DistilledStudent(
                 load_model(config.student, torch.float32),
                 self.stage.losses,
                 vocab_size=self.student.vocab_size,
                 trainable=self.stage.trainable,
             )
-            whole.load_trained(weights)
-            save_folder(whole.model, self.processor, config.out / "model")
+            final.load_trained(weights)
+            save_folder(final.model, self.processor, config.out / "model")
             write_result(config.out, result)
         self.accelerator.wait_for_everyone()
         self.progress.message(f"stage {self.stage.name}: {self.step} steps; {result['time']}")
