@@ -182,6 +182,18 @@ def test_quarantine_stays_behind(tmp_path: Path, pictures: Path) -> None:
     assert set(by_row(chosen)) == {0, 1, 3, 4, 5}
 
 
+def test_a_shard_of_nothing_but_quarantine(tmp_path: Path, pictures: Path) -> None:
+    bad = dict.fromkeys(range(4), "broken_image")
+    make_cache(tmp_path / "a", pictures, rows=8, shard_size=4, bad=bad)
+    make_cache(tmp_path / "b", pictures, rows=4, shard_size=4, identity={"dataset": "e"})
+    select(str(tmp_path / "a"), "not id == 'x' and perplexity > 0", str(tmp_path / "c"))
+    assert set(by_row(sound(tmp_path / "c"))) == {4, 5, 6, 7}
+    merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "d"))
+    merged = sound(tmp_path / "d")
+    assert set(by_row(merged)) == set(range(4, 12))
+    assert [row.row for row in merged.quarantined()] == [0, 1, 2, 3]
+
+
 def test_an_interrupted_selection_goes_on(tmp_path: Path, pictures: Path) -> None:
     make_cache(tmp_path / "a", pictures, rows=16, shard_size=4)
     arguments = (str(tmp_path / "a"), "row != 5", str(tmp_path / "b"))
