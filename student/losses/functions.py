@@ -1,4 +1,10 @@
-"""The losses as functions."""
+"""The losses as functions of hidden states and head: no logits of all positions are ever held.
+
+Shared by all: hidden (N, D) and lm_head_weight (V, D) of any floating dtype, logits = hidden weight^T + bias
+(V,), then softcap * tanh(logits / softcap) where given; columns at or above vocab_size are no tokens and take
+no part. Sums are formed in float32 (float64 where an argument is), whatever the dtype. Differentiable once,
+in hidden, weight and bias; a frozen head costs no gradient memory. memory_budget: bytes of logits at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student.losses.fused import MEMORY_BUDGET, Work, run
+from cache_schema.records import IGNORE_INDEX
+from student.losses.fused import MEMORY_BUDGET, fused_losses
 from student.losses.head import Head
 from student.losses.positions import plan
-from student.losses.records import Entries, entries_of
-from student.losses.targets import IGNORE_INDEX, RelationTargets, Tail
-
-
-def _acc_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+from student.losses.products import wide_dtype
+from student.losses.records import entries_of, no_entries
+from student.losses.relation import RelationWork
+from student.losses.targets import RelationTargets, Tail
 
 
 def sparse_kl(
@@ -31,32 +36,45 @@ def sparse_kl(
     vocab_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
-    """sum_n w_n T^2 KL(p_n || q_n), p the teacher's sparse record and q = softmax(logits / T)."""
+    """sum_n w_n T^2 KL(p_n || q_n), p the teacher at N positions as a sparse record, q the student.
+
+    target: any object with the fields of TopK as tensors: token_ids (N, K), logprobs (N, K),
+    tail_logprob (N, n_T), temperatures (n_T,); for `sampled` also sampled_ids, sampled_counts (N, M) and, if
+    not 1, sample_temperature. weights (N,), constants, 1/N when None; a position of weight 0 is not looked
+    at. Returns a float32 (float64) scalar. With q = softmax(logits / T), p the teacher's softmax at T, S the
+    K ids and a subscript "tail" for the sum outside them:
+
+    bucket        KL = sum_S p (log p - log q) + p_tail (log p_tail - log q_tail). At K = V the dense KL.
+    renormalize   KL = sum_S p' (log p' - log q'), p' = p / sum_S p, q' = q / sum_S q. Blind to the tail.
+    drop          KL = sum_S p (log p - log q). No divergence: it can be negative, and is least elsewhere.
+    sampled       KL(p^ || q) with p^ = p in S and p_tail count_j / M at each of the M draws j. Over fresh
+                  draws the mean of its gradient is that of the dense KL; over one draw kept for many
+                  epochs it is not, and the value is that to p^, which is above the dense one.
+
+    Gradients are those of this value, the factor T^2 included. ValueError: shapes that do not fit, a T whose
+    tail mass (whose draws) the target does not hold, an id with mass that is no column of the head.
+    """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
-    count, device, dtype = hidden.shape[0], hidden.device, _acc_dtype(hidden, lm_head_weight)
+    count, dtype = len(hidden), wide_dtype(hidden.dtype, lm_head_weight.dtype)
     if len(target.token_ids) != count:
         raise ValueError(f"sparse_kl: hidden has {count} positions, the target {len(target.token_ids)}")
+    if not temperature > 0:
+        raise ValueError(f"sparse_kl: temperature must be positive, not {temperature}")
+    weights = _weights(weights, count, 1.0 / max(count, 1), hidden.device, dtype)
     entries = entries_of(target, tail=tail, temperature=temperature, columns=head.columns, dtype=dtype)
-    if weights is None:
-        weights = torch.full((count,), 1.0 / max(count, 1), dtype=dtype, device=device)
-    elif weights.shape != (count,):
-        raise ValueError(f"sparse_kl: weights must be ({count},), not {tuple(weights.shape)}")
-    weights = weights.detach().to(dtype)
     rows = weights.nonzero()[:, 0]
-    picked = Entries(ids=entries.ids[rows], logprobs=entries.logprobs[rows], log_tail=entries.log_tail[rows])
-    none = rows[:0]
-    positions = plan(
+    work = plan(
         positions=rows,
-        entries=picked,
+        entries=entries.pick(rows),
         weights=weights[rows],
-        label_positions=none,
-        labels=none,
-        label_weights=weights[none],
+        label_positions=rows[:0],
+        labels=rows[:0],
+        label_weights=weights[:0],
         columns=head.columns,
         temperature=temperature,
         inside_only=tail == "renormalize",
     )
-    return run(hidden, head, Work(positions=positions, memory_budget=memory_budget)).total
+    return fused_losses(hidden, head, positions=work, memory_budget=memory_budget).total
 
 
 def cross_entropy(
@@ -70,42 +88,32 @@ def cross_entropy(
     vocab_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
-    """-sum_n w_n log softmax(logits_n)[labels_n] over the positions whose label is not -100."""
+    """-sum_n w_n log softmax(logits_n)[labels_n] over the N positions whose label is not -100.
+
+    labels (N,) int64, already shifted: the token to be predicted at each position. weights (N,), constants;
+    when None, 1 over the number of supervised positions. Returns a float32 (float64) scalar, 0 when none is
+    supervised. ValueError: shapes that do not fit, a label that is no column of the head.
+    """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
-    dtype = _acc_dtype(hidden, lm_head_weight)
-    if labels.shape != (hidden.shape[0],):
-        raise ValueError(f"cross_entropy: labels must be ({hidden.shape[0]},), not {tuple(labels.shape)}")
-    rows = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    if weights is None:
-        weights = torch.full((len(labels),), 1.0 / max(len(rows), 1), dtype=dtype, device=hidden.device)
-    elif weights.shape != labels.shape:
-        raise ValueError(f"cross_entropy: weights must be {tuple(labels.shape)}, not {tuple(weights.shape)}")
-    weights = weights.detach().to(dtype)
-    rows = rows[weights[rows] != 0]
-    picked = labels[rows]
-    if bool(((picked < 0) | (picked >= head.columns)).any()):
-        raise ValueError(f"cross_entropy: a label lies outside 0..{head.columns - 1}")
-    positions = plan(
+    count, dtype = len(hidden), wide_dtype(hidden.dtype, lm_head_weight.dtype)
+    if labels.shape != (count,):
+        raise ValueError(f"cross_entropy: labels must be ({count},), not {tuple(labels.shape)}")
+    supervised = labels != IGNORE_INDEX
+    weights = _weights(weights, count, 1.0 / max(int(supervised.sum()), 1), hidden.device, dtype)
+    rows = (supervised & (weights != 0)).nonzero()[:, 0]
+    head.check_labels(labels[rows])
+    work = plan(
         positions=rows[:0],
         entries=no_entries(hidden.device, dtype),
         weights=weights[:0],
         label_positions=rows,
-        labels=picked,
+        labels=labels[rows],
         label_weights=weights[rows],
         columns=head.columns,
         temperature=1.0,
         inside_only=False,
     )
-    return run(hidden, head, Work(positions=positions, memory_budget=memory_budget)).total
-
-
-def no_entries(device: torch.device, dtype: torch.dtype) -> Entries:
-    """Entries of no position."""
-    return Entries(
-        ids=torch.zeros((0, 1), dtype=torch.int64, device=device),
-        logprobs=torch.zeros((0, 1), dtype=dtype, device=device),
-        log_tail=torch.zeros((0,), dtype=dtype, device=device),
-    )
+    return fused_losses(hidden, head, positions=work, memory_budget=memory_budget).total
 
 
 def relation_loss(
@@ -119,14 +127,30 @@ def relation_loss(
     vocab_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
-    """1 - cos(R_s, R_t), R_s = Z Z^T of the student's logits Z (P, V), R_t = factor factor^T or gram."""
+    """1 - cos(R_s, R_t) = 1 - <R_s, R_t> / (|R_s| |R_t|), R_s = Z Z^T, Z (N, V) the raw logits of an image.
+
+    R_t (N, N) is `gram`, or factor factor^T of factor (N, r): exactly one of them. Frobenius product and
+    norms. A linear head takes R_s = H (W^T W) H^T, with W^T W kept for as long as a frozen weight tensor
+    lives unchanged; soft-capping, and a trained head where it is cheaper, takes the logits in blocks: the
+    values agree. Returns a float32 (float64) scalar. ValueError: shapes that do not fit.
+    """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
-    count = hidden.shape[0]
-    for name, value in (("factor", factor), ("gram", gram)):
-        if value is not None and (value.dim() != 2 or value.shape[0] != count):
-            raise ValueError(f"relation_loss: {name} must have {count} rows, not {tuple(value.shape)}")
-    image = RelationTargets(
-        positions=torch.arange(count, device=hidden.device), sample=0, factor=factor, gram=gram
-    )
-    work = Work(positions=None, images=(image,), image_weights=(1.0,), memory_budget=memory_budget)
-    return run(hidden, head, work).total
+    count = len(hidden)
+    if factor is not None and (factor.dim() != 2 or len(factor) != count):
+        raise ValueError(f"relation_loss: factor must be ({count}, r), not {tuple(factor.shape)}")
+    if gram is not None and gram.shape != (count, count):
+        raise ValueError(f"relation_loss: gram must be ({count}, {count}), not {tuple(gram.shape)}")
+    everything = torch.arange(count, device=hidden.device)
+    image = RelationTargets(positions=everything, sample=0, factor=factor, gram=gram)
+    work = RelationWork(images=(image,), weights=(1.0,))
+    return fused_losses(hidden, head, relations=work, memory_budget=memory_budget).total
+
+
+def _weights(
+    weights: Tensor | None, count: int, default: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    if weights is None:
+        return torch.full((count,), default, dtype=dtype, device=device)
+    if weights.shape != (count,):
+        raise ValueError(f"weights must be ({count},), not {tuple(weights.shape)}")
+    return weights.detach().to(dtype)

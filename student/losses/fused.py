@@ -10,29 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from student.losses.head import Head
-from student.losses.positions import Gradients, PositionWork, run_positions
-from student.losses.products import HeadProducts, WeightGradient
-from student.losses.relation import RelationWork, gram_of, run_relations, takes_gram
-from student.losses.targets import RelationTargets
+from student.losses.positions import PositionWork, run_positions
+from student.losses.products import Gradients, HeadProducts
+from student.losses.relation import RelationWork, run_relations
 
-MEMORY_BUDGET = 128 * 2**20
-"""Bytes of logits in flight, unless told otherwise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Work:
-    """What one call computes. positions or relations may be None."""
-
-    positions: PositionWork | None
-    images: tuple[RelationTargets, ...] = ()
-    image_weights: tuple[float, ...] = ()
-    memory_budget: int = MEMORY_BUDGET
+MEMORY_BUDGET = 96 * 2**20
+"""Bytes of logits, and of what is made from them, held at a time, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Values:
-    """total: the weighted sum, differentiable. The rest is detached and unweighted: kl (layers, n) and
-    ce (n,) as `PositionWork` numbers them, relation (I,)."""
+    """total: the weighted sum of everything, differentiable. The rest is detached and unweighted: kl
+    (layers, n) and ce (n,) as `PositionWork` numbers them, relation (I,)."""
 
     total: Tensor
     kl: Tensor
@@ -40,21 +29,33 @@ class Values:
     relation: Tensor
 
 
-def run(hidden: Tensor, head: Head, work: Work) -> Values:
-    """The losses of `work` at hidden (N, D). Gradients reach hidden and the head's weight and bias."""
+def fused_losses(
+    hidden: Tensor,
+    head: Head,
+    *,
+    positions: PositionWork | None = None,
+    relations: RelationWork | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+) -> Values:
+    """The losses asked for at hidden (N, D). Gradients reach hidden and the head's weight and bias.
+
+    Gradients are formed in the forward pass, of what requires them, and scaled in the backward pass. Not
+    promised: derivatives of second order (they raise), forward-mode derivatives, gradients in the targets.
+    """
     if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ValueError(f"hidden must be (N, {head.weight.shape[1]}), not {tuple(hidden.shape)}")
-    tracked = torch.is_grad_enabled()
     wanted = tuple(
-        tracked and tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias)
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, head.weight, head.bias)
     )
-    total, kl, ce, relation = _HeadLosses.apply(hidden, head.weight, head.bias, head, work, wanted)
+    # The tensors go in by themselves, since autograd tracks arguments and does not look into the head.
+    total, kl, ce, relation = _FusedLosses.apply(
+        hidden, head.weight, head.bias, head, positions, relations, memory_budget, wanted
+    )
     return Values(total=total, kl=kl, ce=ce, relation=relation)
 
 
-class _HeadLosses(torch.autograd.Function):
-    """Gradients are formed in the forward pass, chunk by chunk, and only scaled in the backward pass."""
-
+class _FusedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -62,68 +63,44 @@ class _HeadLosses(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        work: Work,
+        positions: PositionWork | None,
+        relations: RelationWork | None,
+        memory_budget: int,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Products choose their own precision: autocast would hand their sums out in its own.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return _forward(ctx, hidden, weight, bias, head, work, wanted)
+            products = HeadProducts(head, hidden.dtype)
+            gradients = Gradients(hidden, head, products, wanted)
+            total = torch.zeros((), dtype=products.dtype, device=hidden.device)
+            kl, ce, relation = total.new_zeros(1, 0), total.new_zeros(0), total.new_zeros(0)
+            if positions is not None:
+                kl, ce = run_positions(hidden, positions, products, gradients, memory_budget)
+                total += _weighted(torch.stack([layer.weights for layer in positions.layers]), kl)
+                total += _weighted(positions.layers[0].label_weights, ce)
+            if relations is not None and relations.images:
+                relation = run_relations(hidden, head, relations, products, gradients, memory_budget)
+                total += _weighted(relation.new_tensor(relations.weights), relation)
+        ctx.save_for_backward(
+            None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
+            None if gradients.weight is None else gradients.weight.result(weight.dtype),
+            None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(kl, ce, relation)
+        return total, kl, ce, relation
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        scaled: list[Tensor | None] = []
-        for saved in ctx.saved_tensors:
-            if saved is None:
-                scaled.append(None)
-            else:
-                scale = grad_total.to(saved.dtype)
-                scaled.append(saved * scale if keep_graph else saved.mul_(scale))
-        return (*scaled, None, None, None)
-
-
-def _forward(
-    ctx: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    work: Work,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    products = HeadProducts(head, hidden.dtype)
-    dtype = products.dtype
-    gradients = Gradients(
-        hidden=torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if wanted[0] else None,
-        weight=WeightGradient(weight, dtype) if wanted[1] else None,
-        bias=torch.zeros(bias.shape, dtype=dtype, device=bias.device)
-        if bias is not None and wanted[2]
-        else None,
-    )
-    head_form = {
-        "softcap": head.softcap,
-        "logit_scale": head.logit_scale,
-        "memory_budget": work.memory_budget,
-    }
-    total = torch.zeros((), dtype=dtype, device=hidden.device)
-    kl, ce, relation = total.new_zeros((1, 0)), total.new_zeros(0), total.new_zeros(0)
-    if work.positions is not None:
-        kl, ce = run_positions(hidden, work.positions, products, gradients, **head_form)
-        for layer, values in zip(work.positions.layers, kl, strict=True):
-            total = total + _weighted(layer.weights, values)
-        total = total + _weighted(work.positions.layers[0].label_weights, ce)
-    if work.images:
-        gram = gram_of(head, products) if takes_gram(head, work.images) else None
-        asked = RelationWork(images=work.images, weights=work.image_weights, gram=gram)
-        relation = run_relations(hidden, asked, products, gradients, **head_form)
-        total = total + _weighted(relation.new_tensor(work.image_weights), relation)
-    ctx.save_for_backward(
-        None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
-        None if gradients.weight is None else gradients.weight.result(weight.dtype),
-        None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
-    )
-    ctx.mark_non_differentiable(kl, ce, relation)
-    return total, kl, ce, relation
+        # In place, unless the graph lives on: a second copy of the head's gradient would double its memory.
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = []
+        for gradient in ctx.saved_tensors:
+            if gradient is not None:
+                scale = grad_total.to(gradient.dtype)
+                gradient = gradient * scale if keep else gradient.mul_(scale)
+            scaled.append(gradient)
+        return (*scaled, None, None, None, None, None)
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:

@@ -41,6 +41,12 @@ class Head:
         """The number of logits that are tokens."""
         return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
 
+    def check_labels(self, labels: Tensor) -> None:
+        """ValueError when one of `labels`, which must not hold ignored ones, is no token."""
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.columns:
+            worst = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+            raise ValueError(f"label {worst} is no token: the head has {self.columns} logits")
+
     @classmethod
     def of(cls, model: Any, vocab_size: int | None = None) -> Head:
         """The head of a transformers model.

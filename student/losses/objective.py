@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from student.losses.functions import no_entries
-from student.losses.fused import MEMORY_BUDGET, Work, run
+from cache_schema.records import IGNORE_INDEX
+from student.losses.fused import MEMORY_BUDGET, fused_losses
 from student.losses.head import Head
 from student.losses.positions import plan
-from student.losses.records import Entries, entries_of
-from student.losses.targets import (
-    IGNORE_INDEX,
-    Denominators,
-    DistillationTargets,
-    LossWeights,
-    PositionTargets,
-)
+from student.losses.products import wide_dtype
+from student.losses.records import Entries, entries_of, join, no_entries
+from student.losses.relation import RelationWork
+from student.losses.targets import Denominators, DistillationTargets, LossWeights, RelationTargets
 
-KINDS = ("response", "visual", "prompt")
+Kind = Literal["response", "visual", "prompt"]
+KINDS: tuple[Kind, ...] = ("response", "visual", "prompt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossParts:
-    """total: what to call backward on. The terms are detached, unweighted, over the global denominators:
-    their sums over micro-batches and ranks are the terms of the global batch; a term of weight 0 is 0.
-    unsupervised: samples of this micro-batch with no supervised token."""
+    """The loss of one micro-batch.
+
+    total: what to call backward on; times world_size, because DDP takes the mean of the ranks' gradients. Its
+    sum over micro-batches, averaged over ranks, is the loss of the global batch. The terms are detached,
+    without their weights and world_size: sums over micro-batches and ranks give the terms of the global
+    batch. A term of weight 0 is not computed and 0. unsupervised: samples with no supervised token.
+    """
 
     total: Tensor
     ce: Tensor
@@ -38,8 +40,23 @@ class LossParts:
     unsupervised: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Term:
+    """A kind of KL term: its distributions at `positions` (N,), and the share (N,) of each in its mean."""
+
+    kind: Kind
+    positions: Tensor
+    entries: Entries
+    shares: Tensor
+
+
 class DistillationLoss:
-    """ce * L_CE + response * L_res + visual * L_vis + relation * L_rel + prompt * L_prompt."""
+    """L = ce L_CE + response L_res + visual L_vis + relation L_rel + prompt L_prompt.
+
+    L_CE: -log q of the next token at every position whose next label is supervised. L_res, L_vis, L_prompt:
+    `sparse_kl` at the response, visual and prompt positions. L_rel: `relation_loss` of every image. Means as
+    `LossWeights.reduction` says. All terms share one pass: a position's logits are made once.
+    """
 
     def __init__(self, weights: LossWeights, *, memory_budget: int = MEMORY_BUDGET) -> None:
         self.weights = weights
@@ -54,113 +71,108 @@ class DistillationLoss:
         denominators: Denominators,
         world_size: int = 1,
     ) -> LossParts:
-        """The loss of one micro-batch of the global batch that `denominators` counts."""
-        batch, length, width = hidden.shape
-        if labels.shape != (batch, length):
-            raise ValueError(f"labels must be ({batch}, {length}) like hidden, not {tuple(labels.shape)}")
-        weights, device = self.weights, hidden.device
-        double = torch.float64 in (hidden.dtype, head.weight.dtype)
-        dtype = torch.float64 if double else torch.float32
+        """The loss of hidden (B, T, D), labels (B, T), unshifted, of the batch that `denominators` counts.
+
+        targets: of the B samples, on the device of hidden; None: there are none. A kind with weight that the
+        targets lack contributes 0, as in a batch of text-only rows. The head must be used inside the forward
+        of the module that DDP or FSDP wraps. ValueError: shapes that do not fit, a label that is no token,
+        what `sparse_kl` refuses.
+        """
+        if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+            shapes = f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
+            raise ValueError(f"hidden must be (B, T, D) and labels (B, T), not {shapes}")
+        weights, dtype = self.weights, wide_dtype(hidden.dtype, head.weight.dtype)
         targets = DistillationTargets() if targets is None else targets
+        batch, length, width = hidden.shape
 
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        sample, offset = supervised.nonzero(as_tuple=True)
-        ce_weights = self._shares(sample, batch, denominators.samples, denominators.ce_tokens, dtype)
-        label_positions = sample * length + offset
-        next_labels = labels[:, 1:][supervised]
-
-        kinds, entries, kl_positions, shares = [], [], [], []
-        factors = []
-        for kind in KINDS:
-            target: PositionTargets | None = getattr(targets, kind)
-            factor = getattr(weights, kind)
-            if target is None or len(target) == 0 or factor == 0:
-                continue
-            count = getattr(denominators, f"{kind}_tokens")
-            kinds.append(kind)
-            factors.append(factor)
-            kl_positions.append(target.positions)
-            shares.append(self._shares(target.samples, batch, denominators.samples, count, dtype))
-            entries.append(
-                entries_of(
-                    target,
-                    tail=weights.tail,
-                    temperature=weights.temperature,
-                    columns=head.columns,
-                    dtype=dtype,
-                )
-            )
-        scale = float(world_size)
-        none = label_positions[:0]
-        with_ce = weights.ce != 0
+        supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T - 1)
+        samples, offsets = supervised.nonzero(as_tuple=True)
+        if weights.ce == 0:
+            samples, offsets = samples[:0], offsets[:0]
+        next_tokens = labels[samples, offsets + 1]
+        head.check_labels(next_tokens)
+        ce_shares = self._shares(samples, batch, denominators.samples, denominators.ce_tokens, dtype)
+        terms = self._terms(targets, batch, head, denominators, dtype)
+        factors = [getattr(weights, term.kind) * world_size * term.shares for term in terms]
         work = plan(
-            positions=torch.cat(kl_positions) if kinds else none,
-            entries=_join(entries, head.columns) if kinds else no_entries(device, dtype),
-            weights=torch.cat(
-                [share * (factor * scale) for share, factor in zip(shares, factors, strict=True)]
-            )
-            if kinds
-            else ce_weights[:0],
-            label_positions=label_positions if with_ce else none,
-            labels=next_labels if with_ce else none,
-            label_weights=ce_weights * (weights.ce * scale) if with_ce else ce_weights[:0],
+            positions=torch.cat([samples[:0], *(term.positions for term in terms)]),
+            entries=join([no_entries(hidden.device, dtype), *(term.entries for term in terms)], head.columns),
+            weights=torch.cat([ce_shares[:0], *factors]),
+            label_positions=samples * length + offsets,
+            labels=next_tokens,
+            label_weights=ce_shares * (weights.ce * world_size),
             columns=head.columns,
             temperature=weights.temperature,
             inside_only=weights.tail == "renormalize",
         )
         images = targets.relations if weights.relation != 0 else ()
-        image_shares = self._image_shares([image.sample for image in images], denominators)
-        values = run(
+        image_shares = self._image_shares(images, denominators)
+        image_weights = tuple(share * weights.relation * world_size for share in image_shares)
+        values = fused_losses(
             hidden.reshape(batch * length, width),
             head,
-            Work(
-                positions=work,
-                images=images,
-                image_weights=tuple(share * weights.relation * scale for share in image_shares),
-                memory_budget=self.memory_budget,
-            ),
+            positions=work,
+            relations=RelationWork(images=images, weights=image_weights),
+            memory_budget=self.memory_budget,
         )
-        zero = values.total.detach().new_zeros(())
-        parts = dict.fromkeys(KINDS, zero)
-        per_record = values.kl[work.layer_of, work.row_of]
-        start = 0
-        for kind, share in zip(kinds, shares, strict=True):
-            parts[kind] = (share * per_record[start : start + len(share)]).sum()
-            start += len(share)
-        relation = (values.relation * values.relation.new_tensor(image_shares)).sum()
+
+        ce = (ce_shares * values.ce[work.label_row]).sum()
+        kl = dict.fromkeys(KINDS, torch.zeros_like(ce))
+        at = 0
+        for term in terms:
+            end = at + len(term.positions)
+            kl[term.kind] = (term.shares * values.kl[work.layer_of[at:end], work.row_of[at:end]]).sum()
+            at = end
         return LossParts(
             total=values.total,
-            ce=(ce_weights * values.ce[work.label_row]).sum() if with_ce else zero,
-            relation=relation,
+            ce=ce,
+            response=kl["response"],
+            visual=kl["visual"],
+            prompt=kl["prompt"],
+            relation=(values.relation * values.relation.new_tensor(image_shares)).sum(),
             unsupervised=int((~supervised.any(dim=1)).sum()),
-            **parts,
         )
+
+    def _terms(
+        self,
+        targets: DistillationTargets,
+        batch: int,
+        head: Head,
+        denominators: Denominators,
+        dtype: torch.dtype,
+    ) -> list[_Term]:
+        """The KL terms that have a weight and targets."""
+        tokens = (denominators.response_tokens, denominators.visual_tokens, denominators.prompt_tokens)
+        terms = []
+        for kind, count in zip(KINDS, tokens, strict=True):
+            target = getattr(targets, kind)
+            if target is None or len(target) == 0 or getattr(self.weights, kind) == 0:
+                continue
+            entries = entries_of(
+                target,
+                tail=self.weights.tail,
+                temperature=self.weights.temperature,
+                columns=head.columns,
+                dtype=dtype,
+            )
+            shares = self._shares(target.samples, batch, denominators.samples, count, dtype)
+            terms.append(_Term(kind=kind, positions=target.positions, entries=entries, shares=shares))
+        return terms
 
     def _shares(
         self, samples: Tensor, batch: int, all_samples: float, all_tokens: float, dtype: torch.dtype
     ) -> Tensor:
-        """(N,) the share of each token of a term in its mean."""
+        """(N,) the share of each of a term's N tokens, which belong to `samples` (N,), in its mean."""
         if self.weights.reduction == "token_mean":
             return torch.full((len(samples),), 1.0 / max(all_tokens, 1.0), dtype=dtype, device=samples.device)
-        counts = torch.bincount(samples, minlength=batch)
-        return 1.0 / (counts[samples].to(dtype) * max(all_samples, 1.0))
+        counts = torch.bincount(samples, minlength=batch).to(dtype)
+        return 1.0 / (counts[samples] * max(all_samples, 1.0))
 
-    def _image_shares(self, samples: list[int], denominators: Denominators) -> list[float]:
+    def _image_shares(
+        self, images: tuple[RelationTargets, ...], denominators: Denominators
+    ) -> tuple[float, ...]:
         """The share of each image in the relation loss."""
         if self.weights.reduction == "token_mean":
-            return [1.0 / max(denominators.images, 1.0) for _ in samples]
-        return [1.0 / (samples.count(sample) * max(denominators.samples, 1.0)) for sample in samples]
-
-
-def _join(entries: list[Entries], columns: int) -> Entries:
-    """Entries of several kinds one after the other, the narrower filled up with blanks."""
-    width = max(each.ids.shape[1] for each in entries)
-
-    def widen(values: Tensor, fill: float) -> Tensor:
-        return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
-
-    return Entries(
-        ids=torch.cat([widen(each.ids, columns) for each in entries]),
-        logprobs=torch.cat([widen(each.logprobs, float("-inf")) for each in entries]),
-        log_tail=torch.cat([each.log_tail for each in entries]),
-    )
+            return (1.0 / max(denominators.images, 1.0),) * len(images)
+        owners = [image.sample for image in images]
+        return tuple(1.0 / (owners.count(owner) * max(denominators.samples, 1.0)) for owner in owners)

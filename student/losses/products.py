@@ -1,4 +1,4 @@
-"""Products with the head's matrix, block by block of its rows, never as a whole (N, V) array."""
+"""Products with the head's matrix, summed and handed out in float32 (float64) whatever goes in."""
 
 from __future__ import annotations
 
@@ -9,61 +9,163 @@ from torch import Tensor
 
 from student.losses.head import Head
 
-BLOCK_BYTES = 32 * 2**20
-"""How much of a low-precision matrix is held converted at a time."""
+_PANEL = 256
+"""Columns of W^T W made at a time: its lower triangle is copied, not computed."""
+
+
+def block_rows(matrix: Tensor, itemsize: int) -> int:
+    """Rows of a (V, D) matrix to work on at a time: what a CPU's cache holds, or what fills a GPU."""
+    block_bytes = 4 * 2**20 if matrix.device.type == "cpu" else 64 * 2**20
+    return max(1, block_bytes // (matrix.shape[1] * itemsize))
 
 
 class HeadProducts:
-    """The products that the losses need of one head. Everything comes out in `dtype`.
+    """The products that the losses need of one head, its matrix (V, D) without the padding rows.
 
-    dtype: float64 when hidden or weight are float64, else float32. Low-precision operands are converted
-    before they are multiplied, so that sums are formed and handed out in `dtype`.
+    dtype: float64 when hidden states or matrix are float64, else float32: of all sums and results. operand:
+    what factors are brought to before they are multiplied: bfloat16 when the hidden states are bfloat16 and
+    the device multiplies it into float32 (CUDA), else `dtype`.
     """
 
     def __init__(self, head: Head, hidden_dtype: torch.dtype) -> None:
         self.columns = head.columns
-        self.weight = head.weight.detach()[: self.columns]  # (V, D) without padding
-        self.bias = None if head.bias is None else head.bias.detach()[: self.columns]
-        double = torch.float64 in (hidden_dtype, self.weight.dtype)
-        self.dtype = torch.float64 if double else torch.float32
-        if self.bias is not None:
-            self.bias = self.bias.to(self.dtype)
+        self.weight = head.weight.detach()[: self.columns]
+        self.dtype = wide_dtype(hidden_dtype, self.weight.dtype)
+        self.bias = None if head.bias is None else head.bias.detach()[: self.columns].to(self.dtype)
+        self.softcap, self.logit_scale = head.softcap, head.logit_scale
+        self.narrow = hidden_dtype == self.weight.dtype == torch.bfloat16
+        widens = self.weight.is_cuda and hidden_dtype == torch.bfloat16 and self.dtype == torch.float32
+        self.operand = torch.bfloat16 if widens else self.dtype
 
     def blocks(self, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Row ranges of the matrix, at most `most` rows each, and those rows (v, D) in `dtype`."""
-        rows = self.columns if most is None else min(most, self.columns)
-        if self.weight.dtype != self.dtype:
-            rows = min(rows, max(1, BLOCK_BYTES // (self.weight.shape[1] * self.dtype.itemsize)))
+        """Row ranges of the matrix, of at most `most` rows, and those rows (v, D) as operand."""
+        rows = min(block_rows(self.weight, self.operand.itemsize), most or self.columns)
         for start in range(0, self.columns, rows):
             block = slice(start, min(start + rows, self.columns))
-            yield block, self.weight[block].to(self.dtype)
+            yield block, self.weight[block].to(self.operand)
 
-    def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """out (n, V) = hidden (n, D) weight^T + bias."""
-        for block, weight in self.blocks():
-            if self.bias is None:
-                torch.mm(hidden, weight.t(), out=out[:, block])
-            else:
-                torch.addmm(self.bias[block], hidden, weight.t(), out=out[:, block])
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left (a, b) right (b, c) in `dtype`."""
+        left, right = left.to(self.operand), right.to(self.operand)
+        if self.operand == self.dtype:
+            return left @ right
+        return torch.mm(left, right, out_dtype=self.dtype)
+
+    def logits(self, hidden: Tensor, block: slice, matrix: Tensor, out: Tensor) -> Tensor | None:
+        """out (n, v) = the logits of hidden (n, D) in one of `blocks`.
+
+        Returns their slope (n, v) in hidden matrix^T + bias where the head is not linear.
+        """
+        if self.operand == self.dtype:
+            torch.mm(hidden, matrix.t(), out=out)
+        else:
+            out.copy_(self.product(hidden, matrix.t()))
+        if self.bias is not None:
+            out += self.bias[block]
+        if self.logit_scale != 1.0:
+            out *= self.logit_scale
+        if self.softcap is None:
+            return None
+        out.div_(self.softcap).tanh_()
+        slope = out.square().neg_().add_(1.0).mul_(self.logit_scale)
+        out *= self.softcap
+        return slope
+
+    def unscale(self, grad: Tensor, slope: Tensor | None) -> Tensor:
+        """The gradient (n, v) in logits turned, in place, to that in hidden matrix^T + bias."""
+        if slope is not None:
+            return grad.mul_(slope)
+        return grad if self.logit_scale == 1.0 else grad.mul_(self.logit_scale)
 
     def hidden_gradient(self, grad: Tensor) -> Tensor:
-        """(n, D) = grad (n, V) weight."""
+        """(n, D) = grad (n, V) weight.
+
+        With bfloat16 states and matrix the logits' gradient is rounded to bfloat16, and so is the result on
+        devices that cannot hand out float32: it is the gradient of a bfloat16 tensor, complete.
+        """
+        if self.narrow and self.operand != torch.bfloat16:
+            return (grad.to(torch.bfloat16) @ self.weight).to(self.dtype)
+        if self.weight.dtype == self.operand:
+            return self.product(grad, self.weight)
         total = grad.new_zeros(grad.shape[0], self.weight.shape[1])
-        for block, weight in self.blocks():
-            total.addmm_(grad[:, block], weight)
+        for block, matrix in self.blocks():
+            total += self.product(grad[:, block], matrix)
         return total
+
+    def gram(self) -> Tensor:
+        """W~^T W~ (D + b, D + b) with W~ = [W, bias], b = 1 where there is a bias, else 0."""
+        width = self.weight.shape[1]
+        size = width + (self.bias is not None)
+        gram = torch.zeros((size, size), dtype=self.dtype, device=self.weight.device)
+        for block, matrix in self.blocks():
+            for start in range(0, width, _PANEL):
+                panel = slice(start, min(start + _PANEL, width))
+                gram[panel, start:width] += self.product(matrix[:, panel].t(), matrix[:, start:])
+            if self.bias is not None:
+                gram[:width, width] += matrix.to(self.dtype).t() @ self.bias[block]
+        if self.bias is not None:
+            gram[width, width] = self.bias.dot(self.bias)
+        return gram.triu() + gram.triu(1).t()
 
 
 class WeightGradient:
-    """The gradient of the head's matrix (V_rows, D), summed up over chunks of positions."""
+    """The gradient of the head's matrix (V_rows, D), summed over chunks of positions.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    The sum for a bfloat16 matrix is held as two bfloat16 arrays, value and rest: 16 bits of mantissa in the
+    bytes of a float32 array, of which half are the gradient itself and half are given back at the end.
+    """
+
+    def __init__(self, weight: Tensor, products: HeadProducts) -> None:
+        self._products = products
+        split = weight.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if split else products.dtype
+        self._total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        self._rest = torch.zeros_like(self._total) if split else None
 
     def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
-        """Add left (v, n) right (n, D) to the given rows."""
-        self.total[rows].addmm_(left, right)
+        """Add left (v, n) right (n, D) to these rows."""
+        if self._rest is None:
+            self._sum(self._total[rows], left, right)
+            return
+        total, rest = self._total[rows], self._rest[rows]
+        step = block_rows(total, 2 * self._products.dtype.itemsize)
+        for start in range(0, len(total), step):
+            piece = slice(start, start + step)
+            wide = self._sum(total[piece].to(self._products.dtype), left[piece], right)
+            wide += rest[piece].to(wide.dtype)
+            total[piece] = wide
+            rest[piece] = wide.sub_(total[piece].to(wide.dtype))
+
+    def _sum(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """total += left right, in place."""
+        if self._products.operand == left.dtype == right.dtype == total.dtype:
+            return total.addmm_(left, right)
+        return total.add_(self._products.product(left, right))
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """The sum, in the dtype of the parameter."""
-        return self.total.to(dtype)
+        """The sum, in the dtype of the parameter. The last call to make."""
+        self._rest = None
+        return self._total.to(dtype)
+
+
+class Gradients:
+    """Where the gradients of a step are summed; None where not wanted. hidden (N, D), bias (V,)."""
+
+    def __init__(
+        self, hidden: Tensor, head: Head, products: HeadProducts, wanted: tuple[bool, bool, bool]
+    ) -> None:
+        self.hidden: Tensor | None = None
+        self.weight: WeightGradient | None = None
+        self.bias: Tensor | None = None
+        if wanted[0]:
+            self.hidden = torch.zeros(hidden.shape, dtype=products.dtype, device=hidden.device)
+        if wanted[1]:
+            self.weight = WeightGradient(head.weight, products)
+        if head.bias is not None and wanted[2]:
+            self.bias = torch.zeros(head.bias.shape, dtype=products.dtype, device=head.bias.device)
+        self.wanted = any(wanted)
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 where anything is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32

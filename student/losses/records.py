@@ -24,6 +24,30 @@ class Entries:
     logprobs: Tensor
     log_tail: Tensor
 
+    def pick(self, index: Tensor | slice) -> Entries:
+        """Those of some of the N."""
+        return Entries(ids=self.ids[index], logprobs=self.logprobs[index], log_tail=self.log_tail[index])
+
+
+def no_entries(device: torch.device, dtype: torch.dtype) -> Entries:
+    """Entries of no position at all."""
+    logprobs = torch.zeros((0, 1), dtype=dtype, device=device)
+    return Entries(ids=logprobs.long(), logprobs=logprobs, log_tail=logprobs[:, 0])
+
+
+def join(entries: list[Entries], columns: int) -> Entries:
+    """Entries one after the other, the narrower ones filled up with blanks."""
+    width = max(each.ids.shape[1] for each in entries)
+
+    def widened(values: Tensor, fill: float) -> Tensor:
+        return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
+
+    return Entries(
+        ids=torch.cat([widened(each.ids, columns) for each in entries]),
+        logprobs=torch.cat([widened(each.logprobs, -math.inf) for each in entries]),
+        log_tail=torch.cat([each.log_tail for each in entries]),
+    )
+
 
 def log_complement(log_mass: Tensor) -> Tensor:
     """log(1 - exp(log_mass)) for log_mass <= 0, to rounding at both ends."""
@@ -41,49 +65,51 @@ def entries_of(target: Any, *, tail: Tail, temperature: float, columns: int, dty
     ValueError when the tail mass of that temperature was not captured, when draws are asked for that were
     not captured or were captured at another temperature, and when an id with mass is no column.
     """
-    ids = torch.as_tensor(target.token_ids).long()
-    logprobs = torch.as_tensor(target.logprobs).to(dtype)
+    ids, logprobs = target.token_ids.long(), target.logprobs.to(dtype)
     if ids.dim() != 2 or ids.shape != logprobs.shape:
         shapes = f"{tuple(ids.shape)} and {tuple(logprobs.shape)}"
         raise ValueError(f"sparse target: token_ids and logprobs must both be (N, K), not {shapes}")
+    ids = _columns(ids, logprobs > -math.inf, columns)
+    nothing = logprobs.new_full((len(logprobs),), -math.inf)
     # At T != 1 the entries are known up to a factor, which their common mass fixes.
     tempered = torch.log_softmax(logprobs / temperature, dim=1).nan_to_num(nan=-math.inf)
     if tail == "renormalize":
-        return Entries(ids=_checked(ids, tempered, columns), logprobs=tempered, log_tail=_none(tempered))
+        return Entries(ids=ids, logprobs=tempered, log_tail=nothing)
     if temperature == 1.0 and tail == "drop":
-        return Entries(ids=_checked(ids, logprobs, columns), logprobs=logprobs, log_tail=_none(logprobs))
+        return Entries(ids=ids, logprobs=logprobs, log_tail=nothing)
     log_tail = _tail_at(target, temperature).to(dtype)
     if temperature != 1.0:
         logprobs = tempered + log_complement(log_tail)[:, None]
     if tail == "bucket":
-        return Entries(ids=_checked(ids, logprobs, columns), logprobs=logprobs, log_tail=log_tail)
+        return Entries(ids=ids, logprobs=logprobs, log_tail=log_tail)
     if tail == "drop":
-        return Entries(ids=_checked(ids, logprobs, columns), logprobs=logprobs, log_tail=_none(logprobs))
+        return Entries(ids=ids, logprobs=logprobs, log_tail=nothing)
     if tail == "sampled":
         drawn, drawn_logprobs = _draws(target, temperature, log_tail, columns)
-        ids, logprobs = torch.cat([ids, drawn], dim=1), torch.cat([logprobs, drawn_logprobs], dim=1)
-        return Entries(ids=_checked(ids, logprobs, columns), logprobs=logprobs, log_tail=_none(logprobs))
+        return Entries(
+            ids=torch.cat([ids, drawn], dim=1),
+            logprobs=torch.cat([logprobs, drawn_logprobs], dim=1),
+            log_tail=nothing,
+        )
     raise ValueError(f"sparse target: tail must be bucket, renormalize, drop or sampled, not {tail}")
 
 
-def _none(logprobs: Tensor) -> Tensor:
-    return logprobs.new_full(logprobs.shape[:1], -math.inf)
-
-
-def _checked(ids: Tensor, logprobs: Tensor, columns: int) -> Tensor:
-    """ids, with those of no mass that are no column turned to blanks."""
-    if bool(((ids >= columns) & (logprobs > -math.inf) & (ids != columns)).any()):
-        worst = int(ids.max())
+def _columns(ids: Tensor, used: Tensor, columns: int) -> Tensor:
+    """ids, blank where they are no column. ValueError when a used one is none."""
+    strange = (ids < 0) | (ids >= columns)
+    if bool((strange & used).any()):
+        worst = int(ids[strange & used][0])
         raise ValueError(f"sparse target: token id {worst} has mass, but the student has {columns} logits")
-    return ids.clamp(max=columns)
+    return ids.masked_fill(strange, columns)
 
 
 def _tail_at(target: Any, temperature: float) -> Tensor:
     """tail_logprob (N,) at `temperature`."""
-    captured = torch.as_tensor(target.temperatures).tolist()
+    captured = target.temperatures.tolist()
     for column, value in enumerate(captured):
         if math.isclose(value, temperature, rel_tol=1e-6):
-            return torch.as_tensor(target.tail_logprob)[:, column]
+            tail: Tensor = target.tail_logprob[:, column]
+            return tail
     raise ValueError(
         f"sparse target: the tail mass at temperature {temperature} was not captured, only at"
         f" {[round(value, 6) for value in captured]}; use one of these, or capture again with it"
@@ -100,7 +126,18 @@ def _draws(target: Any, temperature: float, log_tail: Tensor, columns: int) -> t
             f"sparse target: the tail was drawn at temperature {captured}; at {temperature} the draws are"
             " biased; use that temperature or another tail"
         )
-    counts = torch.as_tensor(target.sampled_counts).to(log_tail.dtype)
+    counts = target.sampled_counts.to(log_tail.dtype)
+    ids = _columns(target.sampled_ids.long(), counts > 0, columns).masked_fill(counts == 0, columns)
+    ids, counts = _merged(ids, counts, columns)
     share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
-    ids = torch.as_tensor(target.sampled_ids).long().masked_fill(counts == 0, columns)
     return ids, log_tail[:, None] + share.log()
+
+
+def _merged(ids: Tensor, counts: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The same draws with every id of a row once, its counts summed; blanks fill the row up."""
+    ids, order = ids.sort(dim=1)
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    place = begins.cumsum(dim=1) - 1
+    merged = torch.full_like(ids, columns).scatter_(1, place, ids)
+    return merged, torch.zeros_like(counts).scatter_add_(1, place, counts.gather(1, order))

@@ -1,0 +1,97 @@
+"""KL and cross entropy at rows of logits, whose place their gradient takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student.losses.records import Entries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rows:
+    """What is asked of the student at n rows of logits (n, V + 1), the last column of which is the blank.
+
+    entries: the distributions to compare with, all blank where there is none; weights (n,) of their KL;
+    labels (n,) int64, blank where there is none, and label_weights (n,) of their cross entropy.
+    """
+
+    entries: Entries
+    weights: Tensor
+    labels: Tensor
+    label_weights: Tensor
+
+    def pick(self, index: Tensor | slice) -> Rows:
+        """Some of the rows."""
+        return Rows(
+            entries=self.entries.pick(index),
+            weights=self.weights[index],
+            labels=self.labels[index],
+            label_weights=self.label_weights[index],
+        )
+
+    def split(self, columns: int) -> tuple[Rows, Rows]:
+        """The KL alone, and the cross entropy alone. columns: V."""
+        count = len(self.labels)
+        blank = Entries(
+            ids=self.labels.new_full((count, 1), columns),
+            logprobs=self.weights.new_full((count, 1), -math.inf),
+            log_tail=self.weights.new_full((count,), -math.inf),
+        )
+        no_labels, no_weights = torch.full_like(self.labels, columns), torch.zeros_like(self.weights)
+        return (
+            Rows(entries=self.entries, weights=self.weights, labels=no_labels, label_weights=no_weights),
+            Rows(entries=blank, weights=no_weights, labels=self.labels, label_weights=self.label_weights),
+        )
+
+
+def row_losses(logits: Tensor, rows: Rows, *, temperature: float, inside_only: bool) -> tuple[Tensor, Tensor]:
+    """KL (n,) times T^2 and cross entropy (n,) of each row, from logits (n, V + 1) divided by T.
+
+    `logits` become the gradient of sum_n weights_n T^2 KL_n + label_weights_n CE_n in the logits before their
+    division by T. Their last column must hold -inf. With q = softmax(logits), S the entries' ids, q_tail the
+    sum of q outside S, p and p_tail the teacher's, and s = sum_S p + p_tail:
+
+        KL = sum_S p (log p - log q) + p_tail (log p_tail - log q_tail)
+        dKL / dlogit_j = s q_j - p_j in S,  q_j (s - p_tail / q_tail) outside S
+        CE = -log q_label
+
+    inside_only: the KL takes q over S alone, as if there were nothing outside. Where T != 1 rows must not
+    carry both terms: CE is that of these logits.
+    """
+    ids, log_p, log_tail = rows.entries.ids, rows.entries.logprobs, rows.entries.log_tail
+    inside = logits.gather(1, ids)  # (n, E)
+    label = logits.gather(1, rows.labels[:, None])[:, 0]
+    logits.scatter_(1, ids, -math.inf)
+    # The complement has its own maximum and its own sum, so that a tail of any smallness keeps its digits.
+    top_outside = logits.amax(dim=1)
+    top = torch.maximum(top_outside, inside.amax(dim=1))
+    logits.sub_(top_outside.nan_to_num(neginf=0.0)[:, None]).exp_()
+    sum_outside = logits.sum(dim=1)
+    # From here on relative to the row's largest logit, whose size would cost digits.
+    inside = inside - top[:, None]
+    log_outside = (top_outside - top) + sum_outside.log()
+    log_inside = torch.logsumexp(inside, dim=1)
+    log_all = torch.logaddexp(log_inside, log_outside)
+
+    log_norm = log_inside.nan_to_num(neginf=0.0) if inside_only else log_all
+    log_q, log_q_tail = inside - log_norm[:, None], log_outside - log_all
+    p, p_tail = log_p.exp(), log_tail.exp()
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1)
+    kl = kl + torch.where(p_tail > 0, p_tail * (log_tail - log_q_tail), 0.0)
+    kl = torch.where(rows.weights != 0, kl * temperature**2, 0.0)
+    ce = torch.where(rows.label_weights != 0, log_all - (label - top), 0.0)
+
+    mass, q_tail = p.sum(dim=1) + p_tail, log_q_tail.exp()
+    kl_weights, ce_weights = rows.weights * temperature, rows.label_weights
+    outside = ce_weights * q_tail
+    if not inside_only:
+        outside = outside + kl_weights * (mass * q_tail - p_tail)
+    logits.mul_(torch.where(sum_outside > 0, outside / sum_outside, 0.0)[:, None])
+    slope = kl_weights[:, None] * (mass[:, None] * log_q.exp() - p)
+    logits.scatter_(1, ids, slope + ce_weights[:, None] * (inside - log_all[:, None]).exp())
+    logits.scatter_add_(1, rows.labels[:, None], -ce_weights[:, None])
+    return kl, ce
