@@ -127,16 +127,16 @@ def run_demo(
     settings = settings or DemoSettings()
     story = Story(out, asdict(settings))
     data, teacher, tower = out / "data", out / "teacher", out / "vision-tower"
-    test = ["--data", data / "test.json", "--image-root", data / "images"]
-    held_out = [*test, "--cache", out / "cache-held-out"]
+    held_out: list[str | Path] = ["--data", data / "test.json", "--image-root", data / "images"]
+    held_out += ["--cache", out / "cache-held-out"]
     results: dict[str, Any] = {"settings": asdict(settings), "caches": {}, "students": {}}
 
     story.step("data: easy-VQA as LLaVA rows", lambda: _write_data(data, settings))
     story.step("teacher: unpack the shipped one", lambda: _unpack(teacher, tower))
     for name, rows, template in (
-        ("captions", "captions.json", ["--template", "plain"]),
-        ("conversations", "conversations.json", []),
-        ("held-out", "held_out.json", []),
+        ("captions", "captions.json", ("--template", "plain")),
+        ("conversations", "conversations.json", ()),
+        ("held-out", "held_out.json", ()),
     ):
         results["caches"][name] = story.command(
             f"cache: build {name}",

@@ -71,7 +71,8 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     device = _device(config.device)
     processor = load_processor(config.model)
-    model = load_model(config.model).to(device).eval()
+    # On a CPU float32 is the quick one, whatever the weights are saved in.
+    model = load_model(config.model, torch.float32 if device.type == "cpu" else "auto").to(device).eval()
     if processor.chat_template is None:
         raise KdcacheError(
             f"{config.model} has no chat template to ask questions with; see `new-student --like`"
