@@ -19,6 +19,7 @@ from cache_schema import (
     ImageRecord,
     QuarantinedRow,
     Relation,
+    Sample,
     TargetSpec,
     TopK,
     open_cache,
@@ -175,6 +176,11 @@ def make_cache(
         ]
         writer.write_shard(shard, samples, lost, engine=ENGINE, seconds=0.5 + shard)
     return open_cache(out)
+
+
+def by_row(cache: Cache) -> dict[int, Sample]:
+    """The samples of a cache by their row number."""
+    return {cache[i].row: cache[i] for i in range(len(cache))}
 
 
 def _sample(
