@@ -77,7 +77,8 @@ def mean_entropy(
     sums = {"visual": 0.0, "response": 0.0}
     counts = {"visual": 0, "response": 0}
     for row, picture in enumerate(pictures):
-        ids, labels = texts.conversation(picture.questions)
+        row_texts = texts.conversation(picture.questions)
+        ids, labels = row_texts.ids, row_texts.labels
         logits = model(input_ids=torch.tensor([ids]), pixel_values=normalized(images[row : row + 1])).logits[
             0
         ]

@@ -1,8 +1,9 @@
 """Makes the demo's teacher from easy-VQA's training split: python -m demo.train_teacher --out demo/teacher.
 
-Four phases, each kept in the work folder and skipped when it is there with the same settings: the vision
+Five phases, each kept in the work folder and skipped when it is there with the same settings: the vision
 tower learns attributes; a language model learns the text; the projector learns captions; projector and
-language model learn captions and conversations together, tower frozen. The test split is for measuring only.
+language model learn captions and conversations, then many questions an image, tower frozen. The test split is
+for measuring only.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from demo.easy_vqa import Picture, load_pictures
 from demo.language_model import IGNORE, padded, train_language_model
 from demo.measure_teacher import answer_accuracy, mean_entropy
 from demo.teacher_model import assemble, make_processor, save_teacher
-from demo.teacher_texts import Texts
+from demo.teacher_texts import Row, Texts, attention_of
 from demo.tokenizer import train_tokenizer, training_texts, turn_text
 from demo.vision_tower import (
     TowerTraining,
@@ -44,7 +45,6 @@ from demo.vision_tower import (
 )
 
 HELD_OUT = 400
-Rows = list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,8 @@ class TeacherTraining:
     caption_learning_rate: float = 3e-3
     instruction_steps: int = 1200
     instruction_learning_rate: float = 1e-3
+    question_steps: tuple[int, ...] = (400, 450)  # two rounds: yes/no is at 93% after one
+    question_learning_rate: float = 1e-3
     batch: int = 32
     weight_decay: float = 0.05
     seed: int = 0
@@ -67,7 +69,7 @@ class TeacherTraining:
 
 def caption_batches(
     pictures: Sequence[Picture], texts: Texts, batch: int, steps: int, rng: random.Random
-) -> Iterator[tuple[list[int], Rows]]:
+) -> Iterator[tuple[list[int], list[Row]]]:
     """(picture numbers, rows) for each step, captions only."""
     for _ in range(steps):
         chosen = [rng.randrange(len(pictures)) for _ in range(batch)]
@@ -76,7 +78,7 @@ def caption_batches(
 
 def instruction_batches(
     pictures: Sequence[Picture], texts: Texts, batch: int, steps: int, rng: random.Random
-) -> Iterator[tuple[list[int], Rows]]:
+) -> Iterator[tuple[list[int], list[Row]]]:
     """Batches of one kind each: captions (a tenth), single questions (half, twice the rows), conversations.
 
     Single questions keep the model looking: in a conversation, earlier answers give later ones away.
@@ -97,11 +99,38 @@ def instruction_batches(
         yield chosen, rows
 
 
+def question_batches(
+    pictures: Sequence[Picture], texts: Texts, batch: int, steps: int, rng: random.Random
+) -> Iterator[tuple[list[int], list[Row]]]:
+    """As `instruction_batches`, but mostly (seven tenths) many questions packed behind one image.
+
+    About half of these name what is in the picture: most of the set's questions about a color name an absent
+    one, and a teacher that sees them as they come goes by that.
+    """
+    for _ in range(steps):
+        draw = rng.random()
+        chosen = [rng.randrange(len(pictures)) for _ in range(batch)]
+        rows = []
+        for row in chosen:
+            picture = pictures[row]
+            if draw < 0.1:
+                rows.append(texts.caption(rng.choice(picture.attributes.captions)))
+            elif draw < 0.3:
+                rows.append(texts.conversation(rng.sample(picture.questions, min(len(picture.questions), 8))))
+            else:
+                truth = {picture.attributes.shape, picture.attributes.color}
+                named = [pair for pair in picture.questions if truth & set(pair[0].rstrip("?").split())]
+                others = [pair for pair in picture.questions if pair not in named]
+                kept = [rng.sample(pairs, min(len(pairs), 5)) for pairs in (named, others)]
+                rows.append(texts.questions([*kept[0], *kept[1]]))
+        yield chosen, rows
+
+
 def train_phase(
     name: str,
     model: LlavaForConditionalGeneration,
     images: Tensor,
-    batches: Iterator[tuple[list[int], Rows]],
+    batches: Iterator[tuple[list[int], list[Row]]],
     *,
     trained: Sequence[nn.Module],
     steps: int,
@@ -123,12 +152,16 @@ def train_phase(
     running = 0.0
     for step, (chosen, rows) in enumerate(batches, start=1):
         pixels = normalized(shifted(images[chosen], generator))
-        ids = padded([row[0] for row in rows], model.config.text_config.pad_token_id)
-        labels = padded([row[1] for row in rows], IGNORE)
+        ids = padded([row.ids for row in rows], model.config.text_config.pad_token_id)
+        labels = padded([row.labels for row in rows], IGNORE)
         supervised = labels[:, 1:] != IGNORE
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            # Padding is on the right and attention is causal: no mask is needed at supervised positions.
-            hidden = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state
+            if any(any(row.parts) for row in rows):
+                mask, positions = attention_of(rows)
+                attention = {"attention_mask": {"full_attention": mask}, "position_ids": positions}
+            else:  # padding is on the right and attention is causal: supervised positions need no mask
+                attention = {}
+            hidden = model.model(input_ids=ids, pixel_values=pixels, **attention).last_hidden_state
             logits = model.lm_head(hidden[:, :-1][supervised])
         loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][supervised])
         optimizer.zero_grad()
@@ -138,7 +171,7 @@ def train_phase(
         schedule.step()
         running = loss.item() if step == 1 else 0.95 * running + 0.05 * loss.item()
         progress.update(step, loss=f"{running:.4f}")
-        if check is not None and (step % 400 == 0 or step == steps):
+        if check is not None and (step % 200 == 0 or step == steps):
             progress.message(f"{name}, step {step}: {check()}")
     progress.end()
 
@@ -254,8 +287,16 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
         )
         model.save_pretrained(path)
 
-    def make_instructed(path: Path) -> None:
-        model = LlavaForConditionalGeneration.from_pretrained(aligned_folder)
+    def train_all_but_the_tower(
+        name: str,
+        start: Path,
+        path: Path,
+        batches: Iterator[tuple[list[int], list[Row]]],
+        steps: int,
+        rate: float,
+        seed: int,
+    ) -> None:
+        model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
         processor = make_processor(tokenizer)
 
         def check() -> str:
@@ -263,21 +304,30 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
             return "held-out " + ", ".join(f"{kind} {value['accuracy']:.4f}" for kind, value in found.items())
 
         train_phase(
-            "projector and language model",
+            name,
             model,
             images,
-            instruction_batches(
-                seen, texts, settings.batch, settings.instruction_steps, random.Random(settings.seed)
-            ),
+            batches,
             trained=[model.model.multi_modal_projector, model.model.language_model, model.lm_head],
-            steps=settings.instruction_steps,
-            learning_rate=settings.instruction_learning_rate,
+            steps=steps,
+            learning_rate=rate,
             weight_decay=settings.weight_decay,
-            seed=settings.seed,
+            seed=seed,
             progress=progress,
             check=check,
         )
         model.to(torch.bfloat16).save_pretrained(path)
+
+    def make_instructed(path: Path) -> None:
+        steps, rate = settings.instruction_steps, settings.instruction_learning_rate
+        batches = instruction_batches(seen, texts, settings.batch, steps, random.Random(settings.seed))
+        train_all_but_the_tower("instructions", aligned_folder, path, batches, steps, rate, settings.seed)
+
+    def make_questioned(number: int, start: Path) -> Callable[[Path], None]:
+        steps, rate = settings.question_steps[number], settings.question_learning_rate
+        name, seed = f"packed questions, round {number + 1}", settings.seed + number
+        batches = question_batches(seen, texts, settings.batch, steps, random.Random(seed))
+        return lambda path: train_all_but_the_tower(name, start, path, batches, steps, rate, seed)
 
     # A later phase's settings contain the earlier ones', so that a change is carried through.
     chain: dict[str, Any] = {"seed": settings.seed, "tower": asdict(settings.tower)}
@@ -287,12 +337,15 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
     text_folder = folder.phase("text", chain, make_language_model)
     chain = {**chain, **{k: v for k, v in asdict(settings).items() if k.startswith("caption")}}
     aligned_folder = folder.phase("aligned", chain, make_aligned)
-    instructed_folder = folder.phase("instructed", asdict(settings), make_instructed)
-    seconds = {
-        path.name: json.loads((path / "seconds.json").read_text())
-        for path in (tower_folder, text_folder, aligned_folder, instructed_folder)
-    }
-    save_teacher(instructed_folder, out, tokenizer)
+    chain = {k: v for k, v in asdict(settings).items() if not k.startswith("question")}
+    instructed_folder = folder.phase("instructed", chain, make_instructed)
+    folders = [tower_folder, text_folder, aligned_folder, instructed_folder]
+    for number, steps in enumerate(settings.question_steps):
+        name = f"questioned-{number + 1}"
+        chain = {**chain, name: [steps, settings.question_learning_rate]}
+        folders.append(folder.phase(name, chain, make_questioned(number, folders[-1])))
+    seconds = {path.name: json.loads((path / "seconds.json").read_text()) for path in folders}
+    save_teacher(folders[-1], out, tokenizer)
     record = measure(out, progress)
     record = {"settings": asdict(settings), "seconds": seconds, **record}
     (out / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
