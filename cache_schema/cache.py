@@ -16,9 +16,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.block import ShardBlock
+from cache_schema.block_cache import BlockCache
 from cache_schema.codecs.topk import Arrays
 from cache_schema.errors import CacheDamaged, KdcacheError
-from cache_schema.manifest import CommitRecord, Manifest, Plan
+from cache_schema.manifest import CommitRecord, Manifest, Plan, StoredFile
 from cache_schema.records import QuarantinedRow, Sample
 from cache_schema.shard import read_groups, read_table
 from cache_schema.spec import TargetSpec
@@ -47,11 +48,15 @@ class Cache:
     What is committed after opening is not seen. Not safe to share between threads; cheap to open again.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, blocks: BlockCache | None = None) -> None:
         self.store = store
         self.url = store.url
-        self.manifest = _read_manifest(store)
-        self.commits = _read_commits(store, self.manifest)
+        try:
+            self.manifest = _read_manifest(store)
+            self.commits = _read_commits(store, self.manifest)
+        except OSError as error:
+            raise _unreadable(store, error) from error
+        self._blocks = blocks
         self.shards = sorted(self.commits)
         self._starts = np.cumsum([0] + [self.commits[i].counts["samples"] for i in self.shards]).tolist()
         self._kept: OrderedDict[int, ShardBlock] = OrderedDict()
@@ -156,23 +161,48 @@ class Cache:
 
     def _read(self, record: CommitRecord, needed: Any) -> dict[str, bytes]:
         wanted = {file.path: file for file in record.files if needed(file.path)}
+        files = self._from_blocks(wanted)
+        absent = {path: file.bytes for path, file in wanted.items() if path not in files}
         try:
-            files = self.store.read_many({path: file.bytes for path, file in wanted.items()})
+            fetched = self.store.read_many(absent)
         except FileNotFoundError as error:
             missing = next((p for p in wanted if not self.store.exists(p)), "a file")
             raise CacheDamaged(f"{self.url}/{missing}: missing; {REMEDY}") from error
-        for path, data in files.items():
-            if len(data) != wanted[path].bytes or hashlib.sha256(data).hexdigest() != wanted[path].sha256:
+        except OSError as error:
+            raise _unreadable(self.store, error) from error
+        for path, data in fetched.items():
+            if not _is(data, wanted[path]):
                 raise CacheDamaged(f"{self.url}/{path}: truncated or altered; {REMEDY}")
+        if self._blocks is not None and fetched:
+            self._blocks.put({wanted[path].sha256: data for path, data in fetched.items()})
+        return files | fetched
+
+    def _from_blocks(self, wanted: Mapping[str, StoredFile]) -> dict[str, bytes]:
+        """Those of the files that the local block cache holds, checked."""
+        if self._blocks is None:
+            return {}
+        here = self._blocks.get({file.sha256 for file in wanted.values()})
+        files = {path: here[file.sha256] for path, file in wanted.items() if file.sha256 in here}
+        for path in [path for path, data in files.items() if not _is(data, wanted[path])]:
+            self._blocks.forget(wanted[path].sha256)
+            del files[path]
         return files
 
 
-def open_cache(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Cache:
+def open_cache(
+    path: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    block_cache: str | os.PathLike[str] | None = None,
+    block_cache_bytes: int = 32 << 30,
+) -> Cache:
     """Open the cache at a path or fsspec URL for reading.
 
-    KdcacheError when none is there; CacheDamaged when its manifest or a commit record is altered.
+    block_cache: a local folder where the files of a remote cache are kept, up to block_cache_bytes.
+    KdcacheError when no cache is there; CacheDamaged when its manifest or a commit record is altered.
     """
-    return Cache(open_store(path, storage_options))
+    blocks = None if block_cache is None else BlockCache(Path(block_cache), block_cache_bytes)
+    return Cache(open_store(path, storage_options), blocks)
 
 
 def _read_manifest(store: Store) -> Manifest:
@@ -186,10 +216,21 @@ def _read_manifest(store: Store) -> Manifest:
 
 def _read_commits(store: Store, manifest: Manifest) -> dict[int, CommitRecord]:
     commits = {}
-    paths = [path for path in store.list("commits") if not path.startswith("commits/.")]
-    for path in paths:
-        record = CommitRecord.from_bytes(store.read(path), f"{store.url}/{path}")
+    sizes = store.list("commits")
+    paths = [path for path in sizes if not path.startswith("commits/.")]
+    for path, data in store.read_many({path: sizes[path] for path in paths}).items():
+        record = CommitRecord.from_bytes(data, f"{store.url}/{path}")
         if record.path != path or record.cache != manifest.identity:
             raise CacheDamaged(f"{store.url}/{path}: the record of another shard or cache; {REMEDY}")
         commits[record.shard] = record
     return commits
+
+
+def _is(data: bytes, file: StoredFile) -> bool:
+    return len(data) == file.bytes and hashlib.sha256(data).hexdigest() == file.sha256
+
+
+def _unreadable(store: Store, error: OSError) -> KdcacheError:
+    return KdcacheError(
+        f"{store.url}: cannot be read ({error}); see to the connection or disk, then run again"
+    )

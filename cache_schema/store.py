@@ -58,8 +58,7 @@ class Store(Protocol):
 def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
     """The store at a path or fsspec URL (`s3://bucket/cache`, `memory://cache`, `file:///...`)."""
     text = os.fspath(url)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
+    text = text.removeprefix("file://").removeprefix("local://")
     if "://" not in text:
         return LocalStore(Path(text))
     return ObjectStore(text, dict(storage_options or {}))
@@ -181,7 +180,7 @@ class ObjectStore:
         self._root = root.rstrip("/")
 
     def read(self, path: str) -> bytes:
-        data = self._fs.cat_file(self._at(path))
+        data = self._call("cat_file", self._at(path))
         assert isinstance(data, bytes)
         return data
 
@@ -191,7 +190,8 @@ class ObjectStore:
             for path, size in sizes.items()
             for start in range(0, max(size, 1), RANGE_BYTES)
         ]
-        pieces = self._fs.cat_ranges(
+        pieces = self._call(
+            "cat_ranges",
             [self._at(path) for path, _, _ in ranges],
             [start for _, start, _ in ranges],
             [end for _, _, end in ranges],
@@ -204,39 +204,48 @@ class ObjectStore:
 
     def exists(self, path: str) -> bool:
         self._fs.invalidate_cache()
-        return bool(self._fs.exists(self._at(path)))
+        return bool(self._call("exists", self._at(path)))
 
     def list(self, folder: str = "") -> dict[str, int]:
         self._fs.invalidate_cache()
-        found = self._fs.find(self._at(folder) if folder else self._root, detail=True)
+        found = self._call("find", self._at(folder) if folder else self._root, detail=True)
         return {name[len(self._root) + 1 :]: int(info["size"]) for name, info in sorted(found.items())}
 
     def modified(self, path: str) -> float:
-        return float(self._fs.modified(self._at(path)).timestamp())
+        return float(self._call("modified", self._at(path)).timestamp())
 
     def put(self, path: str, data: bytes) -> None:
-        self._fs.pipe_file(self._at(path), data)
+        self._call("pipe_file", self._at(path), data)
 
     def put_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
-        self._fs.pipe({self._at(f"{folder}/{name}"): data for name, data in files.items()})
+        self._call("pipe", {self._at(f"{folder}/{name}"): data for name, data in files.items()})
 
     def create(self, path: str, data: bytes) -> bool:
         # The lock is for memory://, whose test and set are two steps; it is of one process, as they are.
         with _CREATION:
             try:
-                self._fs.pipe_file(self._at(path), data, mode="create")
+                self._call("pipe_file", self._at(path), data, mode="create")
             except FileExistsError:
                 return False
         return True
 
     def move(self, path: str, target: str) -> None:
-        self._fs.pipe_file(self._at(target), self.read(path))
-        self._fs.rm_file(self._at(path))
+        self.put(target, self.read(path))
+        self._call("rm_file", self._at(path))
 
     def remove(self, paths: Sequence[str]) -> None:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(self._at(path))
+                self._call("rm_file", self._at(path))
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """A method of the file system; whatever its driver raises comes as an OSError."""
+        try:
+            return getattr(self._fs, method)(*arguments, **options)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"

@@ -55,7 +55,11 @@ class CacheWriter:
         try:
             if not store.exists(MANIFEST):
                 _refuse_foreign(store, manifest)
-                store.create(MANIFEST, manifest.to_bytes())
+                if store.create(MANIFEST, manifest.to_bytes()) and store.create(MANIFEST, b""):
+                    raise KdcacheError(
+                        f"{store.url}: this store cannot create files exclusively, so a cache is not safe "
+                        "there; build into a directory and copy it there when it is complete"
+                    )
             present = Manifest.from_bytes(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
         except OSError as error:
             raise store_failure(error, store) from error

@@ -1,0 +1,187 @@
+"""The same code builds, verifies, repairs and reads at any fsspec URL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+
+from cache_schema import CacheDamaged, CacheWriter, IdentityMismatch, KdcacheError, open_cache, store
+from cache_schema.store import ObjectStore
+from cache_schema.verify import verify
+from tests.cache_teacher import KILL_SPEC as SPEC
+from tests.cache_teacher import assert_same_cache, build_cache, capture, make_manifest
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed")
+    build_cache(path, SPEC, rows=ROWS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, Any]]:
+    """Options for a bucket `s3://caches` of a server on loopback."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
+    fsspec.filesystem("s3", **options).mkdir("caches")
+    yield options
+    server.stop()
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def place(request, tmp_path: Path) -> tuple[str, dict[str, Any]]:
+    """An empty place for a cache, and its storage options."""
+    name = request.node.name.replace("[", "-").replace("]", "")
+    if request.param == "file":
+        return f"file://{tmp_path}/cache", {}
+    if request.param == "memory":
+        return f"memory://{name}", {}
+    return f"s3://caches/{name}", request.getfixturevalue("s3")
+
+
+def test_built_verified_and_read(place, undisturbed: Path) -> None:
+    url, options = place
+    with pytest.raises(KdcacheError, match="no cache there"):
+        open_cache(url, storage_options=options)
+    assert build_cache(url, SPEC, rows=ROWS, storage_options=options) == [0, 1, 2]
+    assert build_cache(url, SPEC, rows=ROWS, storage_options=options) == []
+    assert_same_cache(url, undisturbed, storage_options=options)
+    cache, expected = open_cache(url, storage_options=options), open_cache(undisturbed)
+    assert len(cache) == len(expected)
+    assert cache.index().tokens.tolist() == expected.index().tokens.tolist()
+    assert cache[3].response.logprobs.tolist() == expected[3].response.logprobs.tolist()
+    with pytest.raises(IdentityMismatch, match="teacher_weights"):
+        CacheWriter.open(url, make_manifest(SPEC, ROWS, weights="b" * 64), storage_options=options)
+
+
+def test_damage_is_found_and_repaired(place, undisturbed: Path) -> None:
+    url, options = place
+    build_cache(url, SPEC, rows=ROWS, storage_options=options)
+    files, root = fsspec.core.url_to_fs(url, **options)
+    found = files.find(root)
+    altered = next(path for path in found if "/00001-" in path and path.endswith("response/ids/c/0/0"))
+    missing = next(path for path in found if "/00002-" in path and path.endswith("visual/steps/c/0/0"))
+    longer = next(path for path in found if "/00000-" in path and path.endswith("prompt/drop/c/0"))
+    files.pipe_file(altered, files.cat_file(altered)[:-1] + b"\0")
+    files.pipe_file(longer, files.cat_file(longer) + b"\0")
+    files.rm_file(missing)
+    files.pipe_file(f"{root}/notes.txt", b"mine")
+    cache = open_cache(url, storage_options=options)
+    for shard in (1, 2):
+        with pytest.raises(CacheDamaged, match=r"kdcache verify --repair"):
+            cache.read_shard(shard)
+    report = verify(url, storage_options=options, repair=True)
+    assert sorted(problem.file.split("/")[-1] for problem in report.problems) == ["0", "0", "0", "notes.txt"]
+    assert len(report.repaired) == 3
+    files.rm_file(f"{root}/notes.txt")
+    assert build_cache(url, SPEC, rows=ROWS, storage_options=options) == [0, 1, 2]
+    assert_same_cache(url, undisturbed, storage_options=options)
+
+
+def test_of_racing_writers_one_wins(place, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, options = place
+    writers = [CacheWriter.open(url, make_manifest(SPEC, ROWS), storage_options=options) for _ in range(4)]
+    samples, bad = capture(writers[0].manifest.plan.rows_of(2).tolist(), SPEC)
+    start = threading.Barrier(len(writers))
+    for kind in (store.LocalStore, store.ObjectStore):
+        create = kind.create
+        monkeypatch.setattr(kind, "create", lambda *a, create=create: (start.wait(), create(*a))[1])
+    records: list[Any] = []
+
+    def write(writer: CacheWriter) -> None:
+        records.append(writer.write_shard(2, samples, bad, engine={}, seconds=0.0))
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [record for record in records if record is not None]
+    assert len(records) == 4
+    assert len(winners) == 1
+    assert open_cache(url, storage_options=options).commits == {2: winners[0]}
+    report = verify(url, storage_options=options)
+    assert report.intact
+    assert report.leftovers == []
+
+
+def test_a_lost_reply_to_the_commit_does_not_lose_the_shard(place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store carried out the creation, the reply was lost, the repetition says that the file exists."""
+    url, options = place
+    for kind in (store.LocalStore, store.ObjectStore):
+        create = kind.create
+        monkeypatch.setattr(kind, "create", lambda *a, create=create: create(*a) and False)
+    assert build_cache(url, SPEC, rows=ROWS, storage_options=options) == [0, 1, 2]
+    assert verify(url, storage_options=options).ok
+
+
+def test_a_store_that_overwrites_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(self: ObjectStore, path: str, data: bytes) -> bool:
+        self.put(path, data)
+        return True
+
+    monkeypatch.setattr(ObjectStore, "create", create)
+    with pytest.raises(KdcacheError, match="cannot create files exclusively"):
+        CacheWriter.open("memory://careless", make_manifest(SPEC, ROWS))
+
+
+def test_large_objects_are_read_in_ranges(s3: dict[str, Any], monkeypatch) -> None:
+    build_cache("s3://caches/ranges", SPEC, rows=8, storage_options=s3)
+    monkeypatch.setattr(store, "RANGE_BYTES", 400)
+    cache = open_cache("s3://caches/ranges", storage_options=s3)
+    asked = []
+    ranges = cache.store._fs.cat_ranges
+
+    def spy(paths: list[str], *arguments: Any, **options: Any) -> list[bytes]:
+        asked.append(paths)
+        return ranges(paths, *arguments, **options)
+
+    monkeypatch.setattr(cache.store._fs, "cat_ranges", spy)
+    table, groups = cache.stored_shard(0, SPEC.targets)  # every byte is checked against its digest
+    assert len(asked) == 1
+    assert len(asked[0]) > len(set(asked[0])) > 20
+    assert table.num_rows
+    assert groups.keys() == {"response", "visual", "prompt", "relation"}
+
+
+def test_a_store_out_of_reach_is_one_line(s3: dict[str, Any]) -> None:
+    options = s3 | {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 1}}}
+    with pytest.raises(KdcacheError, match=r"s3://caches/x: cannot be read \(EndpointConnectionError"):
+        open_cache("s3://caches/x", storage_options=options)
+    with pytest.raises(KdcacheError, match=r"s3://caches/x: .*EndpointConnectionError"):
+        CacheWriter.open("s3://caches/x", make_manifest(SPEC, ROWS), storage_options=options)
+
+
+def test_blocks_are_kept_locally_within_a_bound(tmp_path: Path, monkeypatch) -> None:
+    build_cache("memory://blocks", SPEC, rows=ROWS)
+    folder = tmp_path / "blocks"
+    size = sum(file.bytes for file in open_cache("memory://blocks").commits[0].files)
+    cache = open_cache("memory://blocks", block_cache=folder, block_cache_bytes=2 * size)
+    asked: list[int] = []
+    read_many = ObjectStore.read_many
+    monkeypatch.setattr(
+        ObjectStore, "read_many", lambda s, sizes: asked.append(len(sizes)) or read_many(s, sizes)
+    )
+    first = cache.read_shard(0).sample(0)
+    again = open_cache("memory://blocks", block_cache=folder, block_cache_bytes=2 * size)
+    asked.clear()
+    assert again.read_shard(0).sample(0).response.logprobs.tolist() == first.response.logprobs.tolist()
+    assert asked == [0]
+    for path in folder.iterdir():
+        path.write_bytes(b"rotten")
+    assert again.read_shard(0).sample(0).response.logprobs.tolist() == first.response.logprobs.tolist()
+    assert asked[-1] > 30
+    for shard in range(3):
+        cache.read_shard(shard)
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 2 * size
