@@ -28,12 +28,14 @@ class Plan:
     position -> dataset row, each at most once (all of them in a build; a selection keeps some). Shard i is
     order[i * shard_size : (i + 1) * shard_size], or order[ends[i - 1] : ends[i]] where `ends` (shards,)
     is given: a cache made of others takes their shards over whole, at whatever size they have.
+    digest: of all that, made once, since every commit record is held against it.
     """
 
     rows: int
     shard_size: int
     order: NDArray[np.int64]
     ends: NDArray[np.int64] | None = None
+    digest: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.shard_size < 1:
@@ -45,6 +47,9 @@ class Plan:
             sizes = np.diff(self.ends, prepend=0)
             if self.ends[-1] != self.rows or (sizes < 1).any():
                 raise ValueError(f"plan: ends do not cut the {self.rows} rows into shards")
+        parts = [self.order] if self.ends is None else [self.order, self.ends]
+        digests = [hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() for part in parts]
+        object.__setattr__(self, "digest", digest_of([self.rows, self.shard_size, *digests]))
 
     @property
     def shards(self) -> int:
@@ -100,9 +105,7 @@ class Manifest:
     @property
     def plan_digest(self) -> str:
         """Digest of the plan: rows, shard size, order, and where the shards end if they are uneven."""
-        parts = [self.plan.order] if self.plan.ends is None else [self.plan.order, self.plan.ends]
-        digests = [hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() for part in parts]
-        return digest_of([self.plan.rows, self.plan.shard_size, *digests])
+        return self.plan.digest
 
     def to_bytes(self) -> bytes:
         """The content of `manifest.json`."""
