@@ -3,17 +3,32 @@
 import hashlib
 import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from transformers import AutoTokenizer, LlavaProcessor, Qwen2ForCausalLM
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaProcessor,
+    Qwen2ForCausalLM,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from cache_schema.errors import KdcacheError
-from demo.easy_vqa import Attributes, attributes_of, load_pictures, question_kind, write_dataset
-from demo.language_model import conversation_texts, train_language_model
-from demo.teacher_texts import Texts
+from demo.easy_vqa import KINDS, Attributes, attributes_of, load_pictures, question_kind, write_dataset
+from demo.language_model import conversation_texts, extract_vision_tower, train_language_model
+from demo.measure_teacher import answer_accuracy
+from demo.teacher_texts import Texts, attention_of
 from demo.tokenizer import CHAT_TEMPLATE, END, IMAGE, train_tokenizer, training_texts
 from demo.vision_tower import VISUAL_TOKENS
+
+TEACHER = Path(__file__).parent.parent / "demo" / "teacher"
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +251,8 @@ def test_a_system_turn_is_refused_by_the_template(tokenizer):
 def test_the_teacher_reads_what_the_processor_makes(tokenizer, processor, pictures):
     texts = Texts(tokenizer)
     turns = pictures[0].questions[:3]
-    ids, labels = texts.conversation(turns)
+    row = texts.conversation(turns)
+    ids, labels = row.ids, row.labels
     messages = []
     for number, (question, answer) in enumerate(turns):
         image = f"{IMAGE}\n" if number == 0 else ""
@@ -251,10 +267,28 @@ def test_the_teacher_reads_what_the_processor_makes(tokenizer, processor, pictur
     mask = whole["assistant_masks"][:start] + [0] * VISUAL_TOKENS + whole["assistant_masks"][start + 1 :]
     assert labels == [token if inside else -100 for token, inside in zip(ids, mask, strict=True)]
 
-    ids, labels = texts.caption("red circle")
+    row = texts.caption("red circle")
+    ids, labels = row.ids, row.labels
     caption = tokenizer("<image>red circle\n")["input_ids"]
     assert ids == expand + caption[1:]
     assert labels == [-100] * VISUAL_TOKENS + caption[1:]
+
+
+def test_packed_questions_are_single_conversations_that_share_their_image(tokenizer, pictures):
+    texts = Texts(tokenizer)
+    turns = pictures[0].questions[:3]
+    row = texts.questions(turns)
+    mask, positions = attention_of([row, texts.caption("red circle")])
+    parts = np.array(row.parts)
+    for number, turn in enumerate(turns, start=1):
+        alone = texts.conversation([turn])
+        inside = np.flatnonzero((parts == 0) | (parts == number))
+        assert [row.ids[position] for position in inside] == alone.ids
+        assert [row.labels[position] for position in inside] == alone.labels
+        assert positions[0, inside].tolist() == list(range(len(alone.ids)))
+        last = mask[0, 0, inside[-1]].numpy()
+        assert np.flatnonzero(last).tolist() == inside.tolist()
+    assert mask.any(-1).all()  # padding too: a row without any would be NaN
 
 
 def test_a_language_model_learns_the_text_and_loads_again(data, tokenizer, tmp_path):
@@ -277,3 +311,29 @@ def test_held_out_conversations_are_about_test_images(tmp_path):
     rows = json.loads(data.held_out.read_text(encoding="utf-8"))
     assert len(rows) == 2
     assert all(row["image"].startswith("test/") for row in rows)
+
+
+def test_the_shipped_teacher_is_the_measured_one():
+    record = json.loads((TEACHER / "TRAINING.json").read_text())
+    weights = (TEACHER / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == record["sha256"]
+    assert sum(path.stat().st_size for path in TEACHER.iterdir()) < 8_000_000
+    assert all(record["test"][kind]["accuracy"] >= 0.95 for kind in KINDS)
+    model = AutoModelForImageTextToText.from_pretrained(TEACHER, dtype=torch.float32)
+    found = answer_accuracy(model, AutoProcessor.from_pretrained(TEACHER), load_pictures("test")[:12])
+    assert all(found[kind]["accuracy"] >= 0.8 for kind in KINDS), found
+
+
+def test_the_extracted_tower_sees_what_the_teacher_sees(tmp_path, pictures):
+    extract_vision_tower(TEACHER, tmp_path)
+    tower = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    image = Image.open(pictures[0].path)
+    pixels = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"]
+    teacher = AutoModelForImageTextToText.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    with torch.no_grad():
+        features = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        expected = teacher.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    assert features.shape == (1, VISUAL_TOKENS, 128)
+    assert torch.equal(features, expected)
+    assert (tmp_path / "preprocessor_config.json").exists()
+    assert "tmp" not in (TEACHER / "config.json").read_text()
