@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from student.losses.head import Head
 from student.losses.positions import PositionWork, run_positions
@@ -40,7 +39,8 @@ def fused_losses(
     """The losses asked for at hidden (N, D). Gradients reach hidden and the head's weight and bias.
 
     Gradients are formed in the forward pass, of what requires them, and scaled in the backward pass. Not
-    promised: derivatives of second order (they raise), forward-mode derivatives, gradients in the targets.
+    promised: derivatives of second order (create_graph raises), forward-mode derivatives, gradients in the
+    targets.
     """
     if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ValueError(f"hidden must be (N, {head.weight.shape[1]}), not {tuple(hidden.shape)}")
@@ -90,8 +90,9 @@ class _FusedLosses(torch.autograd.Function):
         return total, kl, ce, relation
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the losses have no second derivatives: call backward without create_graph")
         # In place, unless the graph lives on: a second copy of the head's gradient would double its memory.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         scaled = []

@@ -1,0 +1,177 @@
+"""The losses written naively: all logits at once, autograd, one sample at a time. And makers of targets."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def dense_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """(N, V) logits as a model makes them, without the padding columns."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits[:, :vocab_size]
+
+
+def sparse_record(
+    logits: Tensor,
+    k: int,
+    temperatures: tuple[float, ...] = (1.0,),
+    *,
+    draws: int = 0,
+    sample_temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Any:
+    """The record that a capture keeps of a teacher's logits (N, V), made in float64, as tensors."""
+    logits = logits.detach().double()
+    ids = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
+    logprobs = logits.log_softmax(1).gather(1, ids)
+    tails, conditional = [], None
+    for temperature in temperatures:
+        outside = (logits / temperature).log_softmax(1).scatter(1, ids, -math.inf)
+        tails.append(outside.logsumexp(1))
+        if temperature == sample_temperature:
+            conditional = outside.exp()
+    record = SimpleNamespace(
+        token_ids=ids,
+        logprobs=logprobs.to(dtype),
+        tail_logprob=torch.stack(tails, dim=1).to(dtype),
+        temperatures=torch.tensor(temperatures, dtype=torch.float32),
+        sampled_ids=None,
+        sampled_counts=None,
+        sample_temperature=sample_temperature,
+    )
+    if draws:
+        record.sampled_ids = torch.multinomial(conditional, draws, replacement=True, generator=generator)
+        record.sampled_counts = torch.ones_like(record.sampled_ids)
+    return record
+
+
+def dense_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """(N,) T^2 KL(teacher || student) of two sets of logits (N, V)."""
+    log_p, log_q = (teacher / temperature).log_softmax(1), (student / temperature).log_softmax(1)
+    terms = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0)
+    return temperature**2 * terms.sum(1)
+
+
+def sparse_kl_twin(student: Tensor, record: Any, *, tail: str = "bucket", temperature: float = 1.0) -> Tensor:
+    """(N,) T^2 KL from a sparse record, position by position, over the student's logits (N, V)."""
+    column = record.temperatures.tolist().index(temperature)
+    values = []
+    for n in range(len(student)):
+        log_q = (student[n] / temperature).log_softmax(0)
+        ids = record.token_ids[n].long()
+        outside = torch.ones(student.shape[1], dtype=torch.bool)
+        outside[ids] = False
+        tail_mass = record.tail_logprob[n, column].exp()
+        # p at T: proportional to p^(1/T) inside, and what the tail leaves in sum.
+        p = torch.softmax(record.logprobs[n] / temperature, dim=0) * (1.0 - tail_mass)
+        if tail == "renormalize":
+            p = torch.softmax(record.logprobs[n] / temperature, dim=0)
+            log_q = student[n][ids] / temperature - (student[n][ids] / temperature).logsumexp(0)
+            value = _kl_terms(p, log_q).sum()
+        elif tail == "drop":
+            value = _kl_terms(p, log_q[ids]).sum()
+        elif tail == "bucket":
+            value = _kl_terms(p, log_q[ids]).sum()
+            if outside.any():
+                value = value + _kl_terms(tail_mass, log_q[outside].logsumexp(0))
+        else:
+            target = torch.zeros_like(log_q.detach())
+            target[ids] = p
+            counts = record.sampled_counts[n].to(target.dtype)
+            target.index_add_(0, record.sampled_ids[n], tail_mass * counts / counts.sum())
+            value = _kl_terms(target, log_q).sum()
+        values.append(temperature**2 * value)
+    return torch.stack(values)
+
+
+def _kl_terms(p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.where(p > 0, p * (torch.where(p > 0, p, 1.0).log() - log_q), 0.0)
+
+
+def relation_twin(student: Tensor, teacher_gram: Tensor) -> Tensor:
+    """1 - cos of the Gram matrix of the student's logits (P, V) and the teacher's (P, P)."""
+    gram = student @ student.T
+    return 1.0 - F.cosine_similarity(gram.flatten(), teacher_gram.flatten(), dim=0)
+
+
+def objective_twin(
+    hidden: Tensor,
+    labels: Tensor,
+    samples: list[Any],
+    weights: Any,
+    *,
+    head: dict[str, Any],
+) -> dict[str, Tensor]:
+    """The loss of a WHOLE global batch, sample by sample as the method's text says it.
+
+    hidden (B, T, D), labels (B, T). samples: for each, a namespace of response, visual, prompt (None or a
+    namespace of positions into the sample and its record) and relations (list of (positions, gram)).
+    """
+    temperature, tail = weights.temperature, weights.tail
+    tokens: dict[str, list[list[Tensor]]] = {
+        k: [] for k in ("ce", "response", "visual", "prompt", "relation")
+    }
+    for b, sample in enumerate(samples):
+        logits = dense_logits(hidden[b], **head)
+        per_token = F.cross_entropy(logits[:-1], labels[b, 1:], ignore_index=-100, reduction="none")
+        tokens["ce"].append(list(per_token[labels[b, 1:] != -100]))
+        for kind in ("response", "visual", "prompt"):
+            part = getattr(sample, kind)
+            values = (
+                []
+                if part is None
+                else sparse_kl_twin(logits[part.positions], part.record, tail=tail, temperature=temperature)
+            )
+            tokens[kind].append(list(values))
+        tokens["relation"].append([relation_twin(logits[p], gram) for p, gram in sample.relations])
+    zero = (hidden * 0).sum()
+    parts = {}
+    for name, lists in tokens.items():
+        if weights.reduction == "sample_mean":
+            means = [torch.stack(values).mean() if values else zero for values in lists]
+            parts[name] = torch.stack(means).mean()
+        else:
+            flat = [value for values in lists for value in values]
+            parts[name] = torch.stack(flat).mean() if flat else zero
+    parts["total"] = sum(getattr(weights, name) * parts[name] for name in tokens)
+    return parts
+
+
+class Operations(TorchDispatchMode):
+    """Counts the multiplications of matrix products, and notes the elements of the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiplications = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            left, right = args[:2] if name == "aten::mm" else args[1:3]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        if isinstance(result, Tensor) and not func.is_view:
+            self.largest = max(self.largest, result.numel())
+        return result
