@@ -255,7 +255,7 @@ def diff(
     b: Annotated[str, typer.Argument(help="The cache to hold against it.")],
     json_: Json = False,
 ) -> None:
-    """Are two caches of the same thing the same? Exit code 1 when they differ in identity or samples."""
+    """Are two caches of the same thing the same? Exit code 1 when they differ."""
     from cache_schema.cache import open_cache
     from cache_schema.diff import diff as diff_caches
     from views.terminal import Bar, print_json, print_summary
@@ -268,7 +268,7 @@ def diff(
 
 @app.command()
 def merge(
-    caches: Annotated[list[str], typer.Argument(help="Two or more caches with the same identity.")],
+    caches: Annotated[list[str], typer.Argument(help="Two or more caches of the same teacher and targets.")],
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
