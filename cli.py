@@ -284,7 +284,11 @@ def merge(
 def select(
     cache: CachePath,
     where: Annotated[
-        str, typer.Option(help="Which samples, for example 'tokens < 512 and confidence > 0.5'.")
+        str,
+        typer.Option(
+            help="Which samples, for example 'tokens < 512 and confidence > 0.5'. Fields: row, id, tokens, "
+            "images, image, confidence, disagreement, perplexity, response_tokens. Or rows:FILE, ids:FILE."
+        ),
     ],
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
