@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from demo.easy_vqa import KINDS
@@ -22,7 +23,7 @@ def print_table(results: dict[str, Any], out: Path) -> None:
         title="1,000 held-out images: exact match in %, distance to the teacher", title_justify="left"
     )
     for name in ("", *KINDS, *DISTANCES.values()):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_row("majority", *_majority(results["teacher"]), *("" for _ in DISTANCES))
     table.add_row("teacher", *_row([results["teacher"]]))
     for kind in ("distilled", "plain"):
@@ -42,7 +43,7 @@ def _row(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     accuracies = [[100 * each["by_kind"][kind]["exact_match"] for each in evaluations] for kind in KINDS]
     distances = [[each["teacher"][name] for each in evaluations] for name in DISTANCES]
     return [_mean(values, "{:.1f}") for values in accuracies] + [
-        _mean(values, "{:.3f}") for values in distances
+        _mean(values, "{:.2f}") for values in distances
     ]
 
 
