@@ -13,15 +13,14 @@ from rich.table import Table
 from demo.easy_vqa import KINDS
 from views.terminal import results as terminal
 
-DISTANCES = {"response_kl": "KL text", "visual_kl": "KL visual", "relation": "relation"}
+DISTANCES = {"response_kl": "KL text", "visual_kl": "KL visual", "relation": "1 - cos"}
 
 
 def print_table(results: dict[str, Any], out: Path) -> None:
     """The table of a finished run on stdout; students of several seeds as mean ± standard deviation."""
     seeds = list(results["students"])
-    table = Table(
-        title="1,000 held-out images: exact match in %, distance to the teacher", title_justify="left"
-    )
+    title = "1,000 held-out images: exact match in %, distance to the teacher"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0)
     for name in ("", *KINDS, *DISTANCES.values()):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_row("majority", *_majority(results["teacher"]), *("" for _ in DISTANCES))
