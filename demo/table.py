@@ -42,7 +42,7 @@ def _row(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     accuracies = [[100 * each["by_kind"][kind]["exact_match"] for each in evaluations] for kind in KINDS]
     distances = [[each["teacher"][name] for each in evaluations] for name in DISTANCES]
     return [_mean(values, "{:.1f}") for values in accuracies] + [
-        _mean(values, "{:.2f}") for values in distances
+        _mean(values, "{:.3f}") for values in distances
     ]
 
 
