@@ -26,7 +26,7 @@ from demo.language_model import conversation_texts, extract_vision_tower, train_
 from demo.measure_teacher import answer_accuracy
 from demo.teacher_texts import Texts, attention_of
 from demo.tokenizer import CHAT_TEMPLATE, END, IMAGE, train_tokenizer, training_texts
-from demo.vision_tower import VISUAL_TOKENS
+from demo.vision_tower import FEATURE_LAYER, VISUAL_TOKENS
 
 TEACHER = Path(__file__).parent.parent / "demo" / "teacher"
 
@@ -132,7 +132,7 @@ def test_training_rows_hold_every_question_once_and_train_images_only(data, pict
         assert all("<image>" not in question for question, _ in turns[1:])
         plain = [(question.removeprefix("<image>\n"), answer) for question, answer in turns]
         assert sorted(plain) == sorted(picture.questions)
-        moved += plain != list(picture.questions)
+        moved += plain not in (list(picture.questions), sorted(plain))
         [(request, said)] = turns_of(caption)
         assert request == "<image>\nDescribe the image."
         assert said in picture.attributes.captions
@@ -320,6 +320,7 @@ def test_the_shipped_teacher_is_the_measured_one():
     assert sum(path.stat().st_size for path in TEACHER.iterdir()) < 8_000_000
     assert all(record["test"][kind]["accuracy"] >= 0.95 for kind in KINDS)
     model = AutoModelForImageTextToText.from_pretrained(TEACHER, dtype=torch.float32)
+    assert model.config.vision_feature_layer == FEATURE_LAYER
     found = answer_accuracy(model, AutoProcessor.from_pretrained(TEACHER), load_pictures("test")[:12])
     assert all(found[kind]["accuracy"] >= 0.8 for kind in KINDS), found
 
