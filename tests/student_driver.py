@@ -25,7 +25,11 @@ def run(file: Path, runs: Sequence[dict[str, Any]], *, ranks: int = 1) -> list[i
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if ranks > 1:
         assert len(runs) == 1
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+        address = {
+            "GLOO_SOCKET_IFNAME": "lo",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(20000 + os.getpid() % 20000),
+        }
         environment |= {**address, "WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(

@@ -99,10 +99,26 @@ def test_one_batch_is_its_micro_batches_accumulated(world, tmp_path, stage, redu
             torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=2e-4)
 
 
-def test_two_processes_give_the_loss_curve_of_one(world, tmp_path):
+class InterruptedAt(Silent):
+    """Sends this process a signal after a step."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step, self.number = step, number
+
+    def update(self, done, **fields):
+        if done == self.step:
+            signal.raise_signal(self.number)
+
+
+def test_two_processes_give_the_loss_curve_of_one_and_take_over_its_run(world, tmp_path):
+    changes = {"global_batch": 5, "max_steps": 6, "learning_rate": 1e-3}
+    alone = settings(world, tmp_path / "1", **changes, micro_batch=5, eval_cache=str(world.cache))
+    train(alone, Silent())
+    with pytest.raises(StoppedEarly):
+        train(replace(alone, out=tmp_path / "moved"), InterruptedAt(3))
     common = {
         "base": "dft",
-        "stage": {"global_batch": 5, "max_steps": 6, "learning_rate": 1e-3},
+        "stage": changes,
         "student": world.student,
         "cache": str(world.cache),
         "image_root": world.image_root,
@@ -111,17 +127,17 @@ def test_two_processes_give_the_loss_curve_of_one(world, tmp_path):
         "save_every": 3,
         "device": "cpu",
         "eval_cache": str(world.cache),
+        "resume": True,
     }
-    run(tmp_path / "runs.json", [{**common, "out": tmp_path / "2"}], ranks=2)
-    alone = settings(world, tmp_path / "1", **common.pop("stage"), micro_batch=5, eval_cache=str(world.cache))
-    train(alone, Silent())
-    assert losses_of(tmp_path / "2") == pytest.approx(losses_of(tmp_path / "1"), rel=1e-4)
-    one, two = (read_metrics(tmp_path / ranks)[-1] for ranks in "12")
-    assert one.pop("group") == two.pop("group") == "held-out"
-    assert two == pytest.approx(one, rel=1e-3)
-    alone = weights_of(tmp_path / "1/model")
-    for name, tensor in weights_of(tmp_path / "2/model").items():
-        torch.testing.assert_close(tensor, alone[name], rtol=1e-3, atol=2e-4)
+    expected = weights_of(tmp_path / "1/model")
+    for name in ("2", "moved"):
+        run(tmp_path / "runs.json", [{**common, "out": tmp_path / name}], ranks=2)
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(tmp_path / "1"), rel=1e-4)
+        one, two = (read_metrics(tmp_path / folder)[-1] for folder in ("1", name))
+        assert one.pop("group") == two.pop("group") == "held-out"
+        assert two == pytest.approx(one, rel=1e-3)
+        for parameter, tensor in weights_of(tmp_path / name / "model").items():
+            torch.testing.assert_close(tensor, expected[parameter], rtol=1e-3, atol=2e-4)
 
 
 def test_the_loss_falls(world, tmp_path):
@@ -168,14 +184,9 @@ def test_a_finished_run_is_not_repeated(world, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on_bit_equal(world, tmp_path, number):
-    class Interrupting(Silent):
-        def update(self, done, **fields):
-            if done == 2:
-                signal.raise_signal(number)
-
     config = settings(world, tmp_path / "stopped", max_steps=5, seed=3)
     with pytest.raises(StoppedEarly, match=r"stopped at step 2 of 5.*--resume"):
-        train(config, Interrupting())
+        train(config, InterruptedAt(2, number))
     with pytest.raises(KdcacheError, match="add --resume"):
         train(config, Silent())
     result = train(replace(config, resume=True), Silent())

@@ -1,0 +1,100 @@
+"""Two ranks on the CPU: steps of the student sharded by FSDP2 against the same steps of a whole student.
+
+Called as `python student_fsdp_driver.py STUDENT CACHE IMAGES OUT` with the environment of torch.distributed.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from cache_schema import open_cache
+from student.collate import Collator
+from student.folder import load_model, load_processor
+from student.losses import Denominators, LossWeights
+from student.model import DistilledStudent, whole
+
+STEPS = 3
+
+
+def main() -> None:
+    student, url, images, out = map(Path, sys.argv[1:])
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    cache = open_cache(url)
+    collator = Collator(
+        image_processor=load_processor(student).image_processor,
+        image_root=images,
+        pad_token_id=1,
+        image_token_id=2,
+        targets=tuple(cache.spec.targets),
+    )
+    alone = DistilledStudent(
+        load_model(student, torch.float32),
+        LossWeights(),
+        vocab_size=340,
+        trainable=("projector", "language_model"),
+    ).train()
+    sharded = copy.deepcopy(alone)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    register_fsdp_forward_method(sharded, "measure")
+    optimizers = [
+        torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-3)
+        for each in (alone, sharded)
+    ]
+    # Rank 1's micro-batches: images, text alone, none at all.
+    samples = [cache[index] for index in range(len(cache))]
+    text = [sample for sample in samples if not sample.images]
+    seen = [sample for sample in samples if sample.images]
+    plan = [[seen[:2], seen[2:4]], [seen[4:6], text[:2]], [seen[6:9], []]]
+    for step in range(STEPS):
+        batches = [collator(part) for part in plan[step]]
+        counts = sum((batch.denominators for batch in batches), Denominators())
+        for batch in batches:
+            alone(batch.inputs, batch.labels, batch.targets, counts).total.backward()
+        mine = batches[rank]
+        sharded(mine.inputs, mine.labels, mine.targets, counts, 2).total.backward()
+        norms = [
+            float(whole(torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0))) for each in (alone, sharded)
+        ]
+        assert abs(norms[0] - norms[1]) < 1e-3 * norms[0], norms
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    expected, found = alone.trained(), sharded.trained()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-4)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(sharded, optimizers[1], options=options)
+    if rank == 0:  # a checkpoint, which every rank reads
+        assert len(state["state"]) == len(expected)
+        torch.save(state, out / "optimizer.pt")
+    dist.barrier()
+    state = torch.load(out / "optimizer.pt", weights_only=True)
+    set_optimizer_state_dict(sharded, optimizers[1], state, options=options)
+    batch = collator(seen[:3])
+    parts, same = sharded.measure(batch.inputs, batch.labels, batch.targets)
+    expected_parts, expected_same = alone.measure(batch.inputs, batch.labels, batch.targets)
+    torch.testing.assert_close(parts.response, expected_parts.response, rtol=1e-3, atol=1e-3)
+    assert float(same.visual) == float(expected_same.visual)
+    (out / f"rank-{rank}").write_text("done")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
