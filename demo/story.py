@@ -45,7 +45,7 @@ class DemoSettings:
     dpt_epochs: float = 2
     sft_epochs: float = 3
     dft_epochs: float = 3
-    global_batch: int = 32
+    global_batch: int = 16
     dpt_learning_rate: float = 3e-3
     learning_rate: float = 2e-3
 
