@@ -1,18 +1,27 @@
-"""The contract between teacher and student: what a cache holds and how it lies on disk."""
+"""The contract between teacher and student: what a cache holds and how it lies on disk.
 
-from cache_schema.cache import Cache, CacheIndex, open_cache
-from cache_schema.errors import CacheDamaged, IdentityMismatch, KdcacheError, RowRejected, StoppedEarly
-from cache_schema.records import (
-    CapturedImage,
-    CapturedSample,
-    ImageRecord,
-    QuarantinedRow,
-    Relation,
-    Sample,
-    TopK,
-)
-from cache_schema.spec import TargetSpec
-from cache_schema.writer import CacheWriter
+Names are loaded when they are first used, so that `kdcache --help` and the error types need no numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache_schema.cache import Cache, CacheIndex, open_cache
+    from cache_schema.errors import CacheDamaged, IdentityMismatch, KdcacheError, RowRejected, StoppedEarly
+    from cache_schema.records import (
+        CapturedImage,
+        CapturedSample,
+        ImageRecord,
+        QuarantinedRow,
+        Relation,
+        Sample,
+        TopK,
+    )
+    from cache_schema.spec import TargetSpec
+    from cache_schema.writer import CacheWriter
 
 __all__ = [
     "Cache",
@@ -33,3 +42,20 @@ __all__ = [
     "TopK",
     "open_cache",
 ]
+
+_HOMES = {
+    "cache": ("Cache", "CacheIndex", "open_cache"),
+    "errors": ("CacheDamaged", "IdentityMismatch", "KdcacheError", "RowRejected", "StoppedEarly"),
+    "records": (
+        *("CapturedImage", "CapturedSample", "ImageRecord", "QuarantinedRow", "Relation", "Sample", "TopK"),
+    ),
+    "spec": ("TargetSpec",),
+    "writer": ("CacheWriter",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"cache_schema.{module}"), name)
+    raise AttributeError(f"module 'cache_schema' has no attribute {name!r}")
