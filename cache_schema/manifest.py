@@ -211,10 +211,12 @@ class CommitRecord:
     def from_bytes(cls, data: bytes, where: str) -> CommitRecord:
         """The record in `data`. CacheDamaged when altered."""
         document = unseal(data, where)
-        if document.pop("format") != "kdcache-commit" or document.pop("format_version") != FORMAT_VERSION:
+        if document["format"] != "kdcache-commit" or document["format_version"] != FORMAT_VERSION:
             raise CacheDamaged(f"{where}: not a commit record of format version {FORMAT_VERSION}")
-        files = tuple(StoredFile(**entry) for entry in document.pop("files"))
-        return cls(files=files, **document)
+        document["files"] = tuple(
+            StoredFile(path=f["path"], bytes=f["bytes"], sha256=f["sha256"]) for f in document["files"]
+        )
+        return cls(**{name: document[name] for name in cls.__dataclass_fields__})
 
 
 def commit_path(shard: int) -> str:

@@ -1,0 +1,226 @@
+"""Stock libraries open every file, and caches of version 1 stay readable for ever.
+
+The reader here is written after docs/cache-format.md and uses nothing of kdcache. The golden caches under
+tests/golden/cache-v1 were written once; they and the numbers beside them must never be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zarr
+
+from cache_schema import Sample, TargetSpec, TopK, open_cache
+from cache_schema.verify import verify
+from tests.cache_teacher import build_cache
+
+GOLDEN = Path(__file__).parent / "golden" / "cache-v1"
+TARGETS = ("response", "visual", "relation", "prompt")
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    at = data.rindex(b'"digest": "') + len(b'"digest": "')
+    blank = data[:at] + b"0" * 64 + data[at + 64 :]
+    assert hashlib.sha256(blank).hexdigest() == data[at : at + 64].decode()
+    return json.loads(data)
+
+
+def topk(group: zarr.Group, rows: slice, at_one: int) -> dict[str, np.ndarray]:
+    found = {name: array[:] for name, array in group.arrays()}
+    tail = found["tail_logprob"][:, rows].astype(np.float64)
+    if "token_ids" in found:
+        ids, logprobs = found["token_ids"][rows], found["logprobs"][rows]
+    else:
+        ids = found["vocabulary"][found["ids"][rows]]
+        steps = found["steps"][:, rows].astype(int)
+        level = np.vstack([np.zeros((1, steps.shape[1]), int), np.cumsum(steps, axis=0)])
+        fall = found["drop"][rows].astype(np.float64) * (level / 255) ** 2
+        logprobs = (np.log(1 - np.exp(tail[at_one])) - np.log(np.exp(-fall).sum(axis=0)) - fall).T
+    names = {"logsumexp", "entropy", "label_logprob", "sampled_counts"} & found.keys()
+    others = {name: found[name][rows] for name in names}
+    return {"token_ids": ids, "logprobs": logprobs, "tail_logprob": tail.T} | others
+
+
+def gram(group: zarr.Group, image: int) -> np.ndarray:
+    found = {name: array[:] for name, array in group.arrays()}
+    tokens, ranks = found["tokens"].astype(int), found["rank"].astype(int)
+    size, rank = tokens[image], ranks[image]
+    scale = found["scales"][np.maximum(ranks, 1)[:image].sum() :][: max(rank, 1)].astype(np.float64)
+    if rank == 0:
+        sizes = np.where(ranks == 0, tokens * (tokens + 1) // 2, 0)
+        upper = np.zeros((size, size))
+        upper[np.triu_indices(size)] = found["triangles"][sizes[:image].sum() :][: sizes[image]] * scale[0]
+        return upper + np.triu(upper, 1).T
+    columns = found["columns"][(tokens * ranks)[:image].sum() :][: size * rank].reshape(rank, size)
+    if columns.dtype == np.uint16:
+        q = columns.astype(int)
+        columns = np.where(q % 2 == 0, q // 2, -(q + 1) // 2)
+    factor = (columns * scale[:, None]).T
+    return factor @ factor.T
+
+
+def read_stock(root: Path) -> list[dict[str, Any]]:
+    """Every sample of a cache, by json, hashlib, pyarrow and zarr alone."""
+    manifest = unsealed(root / "manifest.json")
+    at_one = manifest["spec"]["temperatures"].index(1.0)
+    samples = []
+    for path in sorted((root / "commits").glob("*.json")):
+        record = unsealed(path)
+        assert record["cache"] == manifest["identity"]
+        for file in record["files"]:
+            assert hashlib.sha256((root / file["path"]).read_bytes()).hexdigest() == file["sha256"]
+        name = f"{record['shard']:05d}-{record['attempt']}"
+        targets = zarr.open(root / "targets" / f"{name}.zarr", mode="r")
+        with pa.OSFile(str(root / "samples" / f"{name}.arrow")) as source:
+            table = pa.ipc.open_file(source).read_all()
+        for row in table.to_pylist():
+            supervised = [t - 1 for a, b in row["label_spans"] for t in range(a, b) if t > 0]
+            visual = [t for image in row["images"] for a, b in image["spans"] for t in range(a, b)]
+            rest = set(range(row["tokens"])) - set(supervised) - set(visual)
+            sample = {
+                "row": row["row"],
+                "input_ids": row["input_ids"],
+                "response_positions": supervised,
+                "visual_positions": visual,
+                "prompt_positions": sorted(rest),
+            }
+            for kind, count in (("response", len(supervised)), ("prompt", len(rest))):
+                if (start := row[f"{kind}_start"]) is not None:
+                    sample[kind] = topk(targets[kind], slice(start, start + count), at_one)
+            sample["visual"] = []
+            sample["relations"] = []
+            for image in row["images"]:
+                count = sum(b - a for a, b in image["spans"])
+                if (start := image["visual_start"]) is not None:
+                    sample["visual"].append(topk(targets["visual"], slice(start, start + count), at_one))
+                if image["relation"] is not None:
+                    sample["relations"].append(gram(targets["relation"], image["relation"]))
+            samples.append(sample)
+    return samples
+
+
+def assert_same(found: TopK, stock: dict[str, np.ndarray]) -> None:
+    np.testing.assert_array_equal(found.token_ids, stock["token_ids"])
+    np.testing.assert_allclose(found.logprobs, stock["logprobs"], atol=5e-6)
+    for name in ("tail_logprob", "logsumexp", "entropy", "label_logprob", "sampled_counts"):
+        if name in stock:
+            np.testing.assert_array_equal(getattr(found, name), stock[name])
+
+
+def assert_sample(found: Sample, stock: dict[str, Any]) -> None:
+    assert found.row == stock["row"]
+    for name in ("input_ids", "response_positions", "visual_positions", "prompt_positions"):
+        assert getattr(found, name).tolist() == list(stock[name])
+    for kind in ("response", "prompt"):
+        assert (getattr(found, kind) is None) == (kind not in stock)
+        if kind in stock:
+            assert_same(getattr(found, kind), stock[kind])
+    if stock["visual"]:
+        parts = [part for part in stock["visual"] if len(part["token_ids"])]
+        assert_same(found.visual, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+    assert len(found.relations) == len(stock["relations"])
+    for relation, expected in zip(found.relations, stock["relations"], strict=True):
+        kept = relation.gram if relation.factor is None else relation.factor @ relation.factor.T
+        np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TargetSpec(targets=TARGETS, top_k=5, temperatures=(0.5, 1.0, 2.0), tail_samples=2),
+        TargetSpec(targets=TARGETS, top_k=5, precision="full", relation="exact"),
+        TargetSpec(targets=("relation",), relation="exact"),
+    ],
+    ids=["compact", "full", "relation"],
+)
+def test_stock_libraries_read_what_is_written(tmp_path: Path, spec: TargetSpec) -> None:
+    build_cache(tmp_path, spec, share=True)
+    cache = open_cache(tmp_path)
+    stock = read_stock(tmp_path)
+    assert len(stock) == len(cache)
+    for index, sample in enumerate(stock):
+        assert_sample(cache[index], sample)
+
+
+def test_every_array_carries_a_checksum(tmp_path: Path) -> None:
+    build_cache(tmp_path, TargetSpec(targets=TARGETS, top_k=5, tail_samples=2))
+    arrays = 0
+    for path in tmp_path.glob("targets/*.zarr"):
+        for _, array in zarr.open_group(path, mode="r").members(max_depth=None):
+            if isinstance(array, zarr.Array):
+                arrays += 1
+                assert type(array.compressors[-1]).__name__ == "Crc32cCodec"
+                assert array.metadata.zarr_format == 3
+    assert arrays == 5 * (3 * 9 + 2 + 7)
+    chunk = next(tmp_path.glob("targets/*.zarr/response/steps/c/0/0"))
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 8
+    chunk.write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open(chunk.parents[4], mode="r")["response/steps"][:]
+
+
+def numbers_of(sample: Sample) -> dict[str, Any]:
+    """What a golden cache is held to: sums over everything, and a few values themselves."""
+    numbers: dict[str, Any] = {
+        "row": sample.row,
+        "sample_id": sample.sample_id,
+        "input_ids": sample.input_ids.tolist(),
+        "supervised": int((sample.labels >= 0).sum()),
+        "images": [[image.path, image.sha256[-4:], image.positions.tolist()] for image in sample.images],
+        "model_inputs": {name: values.tolist() for name, values in sample.model_inputs.items()},
+        "relations": [
+            [r.norm, r.residual, float(np.abs(r.factor if r.gram is None else r.gram).sum())]
+            for r in sample.relations
+        ],
+    }
+    for kind in ("response", "visual", "prompt"):
+        record = getattr(sample, kind)
+        if record is not None:
+            numbers[kind] = {
+                "first": record.logprobs[0].tolist(),
+                **{
+                    name: float(values.sum(dtype=np.float64))
+                    for name in TopK.__dataclass_fields__
+                    if (values := getattr(record, name)) is not None
+                },
+            }
+    return numbers
+
+
+def assert_numbers(found: Any, expected: Any, where: str = "") -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_numbers(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for number, value in enumerate(expected):
+            assert_numbers(found[number], value, f"{where}/{number}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("name", ["compact", "full"])
+def test_golden_caches_of_version_1(name: str) -> None:
+    report = verify(GOLDEN / name)
+    assert report.problems == []
+    cache = open_cache(GOLDEN / name)
+    expected = json.loads((GOLDEN / f"{name}.json").read_text())
+    assert len(cache) == len(expected["samples"])
+    assert cache.manifest.identity == expected["identity"]
+    assert cache.manifest.fingerprint.digest == expected["fingerprint"]
+    assert [row.row for row in cache.quarantined()] == expected["quarantined"]
+    for index, numbers in enumerate(expected["samples"]):
+        assert_numbers(numbers_of(cache[index]), numbers, f"{name}/{index}")
+    for index, sample in enumerate(read_stock(GOLDEN / name)):
+        assert_sample(cache[index], sample)
