@@ -11,13 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly
+from cache_schema.interrupt import Interrupt
 from cache_schema.manifest import CommitRecord
 from cache_schema.progress import Progress
 from cache_schema.records import CapturedSample, QuarantinedRow
 from cache_schema.writer import CacheWriter
 from pipeline.engine import Engine
 from pipeline.extract import Captured, Extractor
-from pipeline.interrupt import Interrupt
 from pipeline.job import Job
 from pipeline.prefetch import Prefetch
 from pipeline.samples import PreparedSample, SamplePreparer

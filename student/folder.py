@@ -82,11 +82,15 @@ def part_of(name: str) -> Part:
 def freeze(model: nn.Module, trainable: tuple[Part, ...]) -> list[str]:
     """Lets the parameters of `trainable` require gradients and no others; their names.
 
-    KdcacheError when a part has no parameter: the model is of a family whose parts are not known.
+    Of a language model with adapters only these do. KdcacheError when a part has no parameter: the model is
+    of a family whose parts are not known.
     """
     names = []
+    adapted = any(".lora_" in name for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trainable)
+        part = part_of(name)
+        base = adapted and part == "language_model" and ".lora_" not in name
+        parameter.requires_grad_(part in trainable and not base)
         if parameter.requires_grad:
             names.append(name)
     for part in trainable:

@@ -31,7 +31,8 @@ class Stage:
     all ranks and accumulation steps. The stage ends after `epochs` passes or `max_steps` steps, whichever
     is asked last (max_steps wins). weight_decay, beta1, beta2, epsilon: of AdamW. max_grad_norm: the
     clipping bound of the global gradient norm, 0 for none. group_by_modality: batches are either all with
-    or all without images, as in LLaVA's sampler.
+    or all without images, as in LLaVA's sampler. lora_rank: above 0 the language model trains through
+    low-rank adapters alone, scaled by lora_alpha / lora_rank and merged into its weights at the end.
     """
 
     name: str
@@ -49,6 +50,9 @@ class Stage:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     group_by_modality: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -68,6 +72,11 @@ class Stage:
             problems.append(f"epochs must be positive, not {self.epochs}")
         if not 0.0 <= self.warmup_ratio < 1.0:
             problems.append(f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
+        if self.lora_rank < 0 or not self.lora_alpha > 0.0 or not 0.0 <= self.lora_dropout < 1.0:
+            lora = (self.lora_rank, self.lora_alpha, self.lora_dropout)
+            problems.append(
+                f"lora_rank, lora_alpha, lora_dropout must be >= 0, > 0 and in [0, 1), not {lora}"
+            )
         if self.max_grad_norm < 0.0:
             problems.append(f"max_grad_norm must not be negative, not {self.max_grad_norm}")
         if problems:

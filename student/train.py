@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -23,15 +21,16 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from cache_schema.cache import Cache, open_cache
 from cache_schema.errors import KdcacheError, StoppedEarly
+from cache_schema.interrupt import Interrupt
 from cache_schema.progress import Progress
 from student.checkpoint import Checkpoint, Checkpoints, refuse_other
 from student.checks import check_student
 from student.collate import Batch, Collator, load_ahead
-from student.folder import load_model, load_processor, save_folder
+from student.folder import load_processor
 from student.heldout import measure_cache, weighted
-from student.interrupt import Interrupt
 from student.losses import Denominators, LossParts
 from student.model import DistilledStudent, whole
+from student.prepare import checkpoint_activations, load_student, make_accelerator, save_trained
 from student.run_folder import TERMS, Journal, Meter, finished, time_line, write_result, write_settings
 from student.settings import TrainConfig, identity_of
 from student.stream import Stream, StreamConfig
@@ -77,7 +76,7 @@ class _Run:
         self.stage = stage = config.resolved_stage
         self.checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
         saved = self._saved()
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.ranks: int = self.accelerator.num_processes
@@ -142,32 +141,22 @@ class _Run:
         return saved
 
     def _prepare_student(self) -> tuple[DistilledStudent, Collator]:
-        config, cache = self.config, self.cache
-        model = load_model(config.student, torch.float32)
+        config, cache, training = self.config, self.cache, self.cache.manifest.fingerprint.training
+        student = load_student(config, training["vocab_size"], self.stopwatch)
         placeholders = check_student(
             cache,
-            model,
+            student.model,
             self.processor,
             config.image_root,
             self.stage,
             adopt_template=config.adopt_template,
         )
-        training = cache.manifest.fingerprint.training
+        student.check_head(torch.tensor([self.processor.tokenizer.encode("What is in the image?")]))
         if config.adopt_template:
             self.processor.chat_template = training["chat_template"]
         checkpointing = config.gradient_checkpointing
         if checkpointing if checkpointing is not None else self.device.type != "cpu":
-            enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
-            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        student = DistilledStudent(
-            model,
-            self.stage.losses,
-            vocab_size=training["vocab_size"],
-            trainable=self.stage.trainable,
-            stopwatch=self.stopwatch,
-        )
-        student.check_head(torch.tensor([self.processor.tokenizer.encode("What is in the image?")]))
-        student.train()
+            checkpoint_activations(student)
         collator = Collator(
             image_processor=self.processor.image_processor,
             image_root=config.image_root,
@@ -177,7 +166,7 @@ class _Run:
             sample_temperature=cache.spec.sample_temperature,
             placeholders=placeholders,
         )
-        return student, collator
+        return student.train(), collator
 
     def train(self) -> None:
         """Steps until the stage's end, an early stop, or a signal."""
@@ -341,15 +330,7 @@ class _Run:
             "identity": self.identity,
         }
         if self.accelerator.is_main_process:
-            # Frozen weights are taken from the folder again: autocast or a device may have changed theirs.
-            final = DistilledStudent(
-                load_model(config.student, torch.float32),
-                self.stage.losses,
-                vocab_size=self.student.vocab_size,
-                trainable=self.stage.trainable,
-            )
-            final.load_trained(weights)
-            save_folder(final.model, self.processor, config.out / "model")
+            save_trained(config, self.student.vocab_size, weights, self.processor, config.out / "model")
             write_result(config.out, result)
         self.accelerator.wait_for_everyone()
         self.progress.message(f"stage {self.stage.name}: {self.step} steps; {result['time']}")
@@ -361,17 +342,6 @@ class _Run:
             return values
         total: Tensor = self.accelerator.reduce(values.to(self.device), reduction="sum")
         return total.cpu()
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator as `accelerate launch` configured it."""
-    # A second stage in the same process may ask for another precision, which the shared state forbids.
-    AcceleratorState._reset_state()
-    mixed = "no" if config.precision == "fp32" else config.precision
-    trackers = list(config.trackers)
-    return Accelerator(
-        cpu=config.device == "cpu", mixed_precision=mixed, log_with=trackers or None, project_dir=config.out
-    )
 
 
 def _terms_of(parts: LossParts, ranks: int) -> Tensor:

@@ -1,0 +1,73 @@
+"""What a run needs before its first step: the student with its parts frozen or adapted, and the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from student.folder import load_model, save_folder
+from student.lora import add_adapters, merge_adapters
+from student.model import DistilledStudent
+from student.settings import TrainConfig
+from student.timing import Stopwatch
+
+
+def load_student(
+    config: TrainConfig, vocab_size: int, stopwatch: Stopwatch | None = None
+) -> DistilledStudent:
+    """The student of a run as it stands before the first step, in float32 on the CPU."""
+    stage = config.resolved_stage
+    model = load_model(config.student, torch.float32)
+    if stage.lora_rank:
+        add_adapters(
+            model,
+            rank=stage.lora_rank,
+            alpha=stage.lora_alpha,
+            dropout=stage.lora_dropout,
+            seed=config.seed,
+        )
+    return DistilledStudent(
+        model, stage.losses, vocab_size=vocab_size, trainable=stage.trainable, stopwatch=stopwatch
+    )
+
+
+def checkpoint_activations(student: DistilledStudent) -> None:
+    """Recomputes activations in the backward pass instead of keeping them."""
+    model = student.model
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def save_trained(
+    config: TrainConfig, vocab_size: int, weights: Mapping[str, Tensor], processor: Any, out: Path
+) -> None:
+    """Writes the student with its trained weights as a model folder, adapters merged.
+
+    Frozen weights are read from the student's folder again: no device or autocast has touched them.
+    """
+    student = load_student(config, vocab_size)
+    student.load_trained(weights)
+    if config.resolved_stage.lora_rank:
+        merge_adapters(student.model)
+    save_folder(student.model, processor, out)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """An Accelerator as `accelerate launch` configured it."""
+    # A second stage in the same process may ask for another precision, which the shared state forbids.
+    AcceleratorState._reset_state()
+    # A tower's last layers lie behind the features that are taken, and text has no image.
+    unused = "vision_tower" in config.resolved_stage.trainable
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        log_with=list(config.trackers) or None,
+        project_dir=config.out,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
