@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from cache_schema import KdcacheError, StoppedEarly, open_cache
 from cache_schema.progress import Silent
 from student.collate import Collator
-from student.folder import load_model, part_of
+from student.folder import load_model, load_processor, part_of
+from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.run_folder import read_metrics
@@ -315,3 +316,38 @@ def test_plain_training_reads_no_target(world, tmp_path, monkeypatch):
     train(settings(world, tmp_path, replace(DFT, name="ce", losses=CE_ONLY)), Silent())
     assert asked
     assert set(asked) == {()}
+
+
+def test_adapters_train_the_language_model_alone_and_are_merged(world, tmp_path):
+    """Resumed in the middle, too: the checkpoint holds the adapters, the model folder plain weights."""
+    config = settings(world, tmp_path / "run", max_steps=4, lora_rank=4, eval_cache=str(world.cache))
+    with pytest.raises(StoppedEarly):
+        train(config, InterruptedAt(2))
+    held = load_file(tmp_path / "run/checkpoints/step-00000002/weights.safetensors")
+    assert {name for name in held if ".lora_" not in name} == {
+        name for name in held if part_of(name) == "projector"
+    }
+    result = train(replace(config, resume=True), Silent())
+    train(replace(config, out=tmp_path / "whole"), Silent())
+    before, after = weights_of(world.student), weights_of(tmp_path / "run/model")
+    whole = weights_of(tmp_path / "whole/model")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(whole[name], after[name]) for name in after)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = {name for name in before if name.endswith("_proj.weight") and part_of(name) == "language_model"}
+    assert moved == layers | {name for name in before if part_of(name) == "projector"}
+    merged = measure(world, tmp_path / "run/model")
+    assert merged == pytest.approx({name: result["evaluation"][name] for name in merged}, rel=1e-4)
+
+
+def measure(world, folder):
+    processor = load_processor(folder)
+    collator = Collator(
+        image_processor=processor.image_processor,
+        image_root=world.image_root,
+        pad_token_id=1,
+        image_token_id=2,
+        targets=("response", "visual", "relation"),
+    )
+    student = DistilledStudent(load_model(folder), LossWeights(), vocab_size=340)
+    return measure_cache(student, open_cache(world.cache), collator, device=torch.device("cpu"))
