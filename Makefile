@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 RUN_DIR ?= demo-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -11,11 +12,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
 
+# One thread a process: two multi-threaded torch processes slow each other down.
 test: install
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow --timeout 1800
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow --timeout 1800
 
 check: install lint types test
 
