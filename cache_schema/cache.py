@@ -215,12 +215,12 @@ def _read_manifest(store: Store) -> Manifest:
 
 
 def _read_commits(store: Store, manifest: Manifest) -> dict[int, CommitRecord]:
-    commits = {}
+    commits, identity = {}, manifest.identity
     sizes = store.list("commits")
     paths = [path for path in sizes if not path.startswith("commits/.")]
     for path, data in store.read_many({path: sizes[path] for path in paths}).items():
         record = CommitRecord.from_bytes(data, f"{store.url}/{path}")
-        if record.path != path or record.cache != manifest.identity:
+        if record.path != path or record.cache != identity:
             raise CacheDamaged(f"{store.url}/{path}: the record of another shard or cache; {REMEDY}")
         commits[record.shard] = record
     return commits
