@@ -395,7 +395,15 @@ def train(
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")] = 500,
     log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 10,
+    keep: Annotated[int, typer.Option(help="Newest checkpoints that stay, beside the best.")] = 2,
     workers: Annotated[int, typer.Option(help="Threads that decode images.")] = 2,
+    window: Annotated[int, typer.Option(help="Shards that the shuffle mixes.")] = 8,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations; default: on an accelerator.")
+    ] = None,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="Trackers of accelerate; default: tensorboard.")
+    ] = None,
     adopt_template: Annotated[
         bool, typer.Option("--adopt-template", help="Give the student the cache's chat template.")
     ] = False,
@@ -405,27 +413,22 @@ def train(
     """Train a student from a cache: one stage, or a recipe of stages."""
     from student.recipe import train_recipe
     from student.settings import TrainConfig
-    from student.stages import DFT, STAGES, open_recipe
+    from student.stages import DFT, open_recipe, stage_named
     from student.train import train as train_stage
     from views.terminal import Bar, print_json, print_training
 
     if (stage is None) == (recipe is None):
         raise typer.BadParameter("name either --stage or --recipe")
-    if stage is not None and stage not in STAGES:
-        raise typer.BadParameter(f"{stage!r} is not one of {', '.join(STAGES)}", param_hint="--stage")
     if recipe is not None and targets is not None:
         raise typer.BadParameter("a recipe names the losses of its stages", param_hint="--targets")
     every_cache, caches = _by_stage("--cache", cache or [])
     every_root, roots = _by_stage("--image-root", image_root)
     if stage is not None and not every_cache:
         raise typer.BadParameter("a stage needs a cache to learn from", param_hint="--cache")
-    chosen = STAGES[stage] if stage else DFT
-    if targets is not None:
-        chosen = chosen.only(() if targets == "none" else tuple(_words(targets)))
     config = TrainConfig(
-        stage=chosen,
+        stage=stage_named(stage, targets) if stage else DFT,
         student=student,
-        cache=every_cache,
+        cache=every_cache or None,
         image_root=Path(every_root),
         out=out,
         resume=resume,
@@ -442,7 +445,11 @@ def train(
         early_stop=early_stop,
         log_every=log_every,
         save_every=save_every,
+        keep=keep,
         workers=workers,
+        window=window,
+        gradient_checkpointing=gradient_checkpointing,
+        trackers=tuple(tracker or ("tensorboard",)),
         adopt_template=adopt_template,
     )
     if recipe is None:
