@@ -28,10 +28,13 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, V) float32 logits of hidden (N, D): low-precision inputs, float32 products and output."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, V) float32 logits of hidden (N, D): low-precision inputs, float32 products and output.
+
+        out (N, V) float32 on the head's device: where to put them.
+        """
         weight = self.weight[: self.vocab_size]
-        logits = _product(hidden.to(weight.device), weight)
+        logits = _product(hidden.to(weight.device), weight, out)
         if self.bias is not None:
             logits += self.bias[: self.vocab_size].float()
         if self.scale != 1.0:
@@ -41,10 +44,10 @@ class Head:
         return logits
 
 
-def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     """hidden (N, D) @ weight (V, D)^T, accumulated and returned in float32."""
     if weight.dtype == torch.float32 or weight.device.type != "cuda":
-        return hidden.float() @ weight.float().T
+        return torch.mm(hidden.float(), weight.float().T, out=out)
     return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
 
 

@@ -35,6 +35,7 @@ class TargetMaker:
         self._head = head
         self._spec = spec
         self._rows = max(1, chunk_bytes // (4 * head.vocab_size))
+        self._buffer = torch.empty(0, head.vocab_size)  # logits of a chunk; fresh memory costs a tenth more
         self._relations = RelationMaker(head, spec) if "relation" in spec.targets else None
 
     def topk(
@@ -74,7 +75,7 @@ class TargetMaker:
     def _chunk(self, hidden: Tensor, labels: NDArray[np.integer] | None) -> dict[str, Tensor]:
         """The fields of at most self._rows positions, on the head's device."""
         with torch.inference_mode():
-            logits = self._head.logits(hidden)
+            logits = self._head.logits(hidden, self._room(len(hidden)))
             group = len(logits) if logits.device.type != "cpu" else max(1, _CACHE_BYTES // logits[0].nbytes)
             parts = [self._group(part) for part in logits.split(group)]
             fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -83,6 +84,12 @@ class TargetMaker:
                 chosen = logits.gather(1, index.clamp(min=0)[:, None])[:, 0] - fields["logsumexp"]
                 fields["label_logprob"] = chosen.masked_fill(index == IGNORE_INDEX, 0.0)
         return fields
+
+    def _room(self, rows: int) -> Tensor:
+        """(rows, V) of the buffer, made at the size of its largest use, on the head's device."""
+        if len(self._buffer) < rows:
+            self._buffer = torch.empty(rows, self._head.vocab_size, device=self._head.weight.device)
+        return self._buffer[:rows]
 
     def _group(self, logits: Tensor) -> dict[str, Tensor]:
         """The label-free fields of logits (n, V)."""

