@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -198,10 +199,11 @@ class _Verification:
         )
         spec, vocab_size = manifest.spec, manifest.fingerprint.training.get("vocab_size")
         rows = quarantine["row"].to_pylist()
-        counts = {"samples": len(block), "quarantined": len(rows)}
+        counts = Counter(samples=len(block), quarantined=len(rows))
         for position in range(len(block)):
             sample = block.sample(position)
             rows.append(sample.row)
+            counts.update(tokens=len(sample.input_ids), images=len(sample.images))
             where = f"sample {position} (row {sample.row})"
             parts = {"response": sample.response, "visual": sample.visual, "prompt": sample.prompt}
             positions = {
@@ -215,6 +217,8 @@ class _Verification:
                 if topk is None or len(topk) != positions[kind]:
                     self._problem(base + kind, f"{where}: its targets are not there", REMAKE)
                     continue
+                if kind != "visual":  # an image's rows may serve several samples
+                    counts[f"{kind}_positions"] += len(topk)
                 for what in topk_problems(topk, spec, vocab_size):
                     self._problem(base + kind, f"{where}: {what}", REMAKE)
             if "relation" in spec.targets and len(sample.relations) != len(sample.images):

@@ -7,13 +7,15 @@ import os
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache_schema import CacheDamaged, CacheWriter, KdcacheError, TargetSpec, open_cache
 from cache_schema.verify import GRACE_SECONDS, verify
-from tests.cache_teacher import assert_same_cache, build_cache, make_manifest
+from tests.cache_teacher import assert_same_cache, build_cache, capture, make_manifest
 
 SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), top_k=6)
 
@@ -180,3 +182,25 @@ def test_random_faults_are_found(tmp_path: Path) -> None:
 def test_400_random_faults_are_found(tmp_path: Path) -> None:
     build_cache(tmp_path, SPEC, rows=8)
     find_faults(tmp_path, 400, seed=2)
+
+
+def test_content_is_checked_and_all_problems_are_reported(tmp_path: Path, monkeypatch) -> None:
+    """Sound files that hold wrong numbers, as a faulty writer would leave them."""
+    monkeypatch.setattr(CacheWriter, "_refuse_unsound", lambda *_: None)
+    writer = CacheWriter.open(tmp_path, make_manifest(SPEC))
+    rows = writer.manifest.plan.rows_of(0).tolist()
+    samples, bad = capture(rows, SPEC)
+    entropy = np.full(len(samples[0].response), np.nan, np.float32)
+    far = samples[1].response.token_ids + 1000
+    broken = [
+        replace(samples[0], response=replace(samples[0].response, entropy=entropy)),
+        replace(samples[1], response=replace(samples[1].response, token_ids=far)),
+        replace(samples[2], row=99),
+        *samples[3:],
+    ]
+    writer.write_shard(0, broken, bad, engine={}, seconds=0.0)
+    lines = "\n".join(str(problem) for problem in verify(tmp_path).problems)
+    assert f"row {samples[0].row}): entropy is not finite at position 0" in lines
+    assert f"row {samples[1].row}): token ids outside 0..499" in lines
+    assert "samples and quarantine are not the rows of the plan" in lines
+    assert "4 of 5 shards are not there" in lines
