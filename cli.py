@@ -413,20 +413,25 @@ def train(
     """Train a student from a cache: one stage, or a recipe of stages."""
     from student.recipe import train_recipe
     from student.settings import TrainConfig
-    from student.stages import DFT, open_recipe, stage_named
+    from student.stages import DFT, STAGES, open_recipe
     from student.train import train as train_stage
     from views.terminal import Bar, print_json, print_training
 
     if (stage is None) == (recipe is None):
         raise typer.BadParameter("name either --stage or --recipe")
+    if stage is not None and stage not in STAGES:
+        raise typer.BadParameter(f"{stage!r} is not one of {', '.join(STAGES)}", param_hint="--stage")
     if recipe is not None and targets is not None:
         raise typer.BadParameter("a recipe names the losses of its stages", param_hint="--targets")
     every_cache, caches = _by_stage("--cache", cache or [])
     every_root, roots = _by_stage("--image-root", image_root)
     if stage is not None and not every_cache:
         raise typer.BadParameter("a stage needs a cache to learn from", param_hint="--cache")
+    chosen = STAGES[stage] if stage else DFT
+    if targets is not None:
+        chosen = chosen.only(() if targets == "none" else tuple(_words(targets)))
     config = TrainConfig(
-        stage=stage_named(stage, targets) if stage else DFT,
+        stage=chosen,
         student=student,
         cache=every_cache or None,
         image_root=Path(every_root),
