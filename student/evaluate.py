@@ -276,6 +276,8 @@ def _distance(
     check_student(cache, model, processor, config.image_root, stage, adopt_template=True)
     training = cache.manifest.fingerprint.training
     student = DistilledStudent(model, LossWeights(), vocab_size=training["vocab_size"]).eval()
+    probe = processor.tokenizer.encode("What is in the image?")
+    student.check_head(torch.tensor([probe], device=device))
     collator = Collator(
         image_processor=processor.image_processor,
         image_root=config.image_root,

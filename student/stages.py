@@ -137,23 +137,6 @@ STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (DPT, SFT, DFT, PT
 RECIPES: Mapping[str, tuple[Stage, ...]] = {"llava-kd": (DPT, SFT, DFT), "llava": (PT, SFT)}
 
 
-def stage_named(name: str, targets: str | None = None) -> Stage:
-    """A built-in stage; targets: those that stay of its own, comma-separated, or `none` for CE alone.
-
-    KdcacheError when a name is unknown.
-    """
-    if name not in STAGES:
-        raise KdcacheError(
-            f"stage {name!r} is not one of {', '.join(STAGES)}; use one of these or a recipe file"
-        )
-    if targets is None:
-        return STAGES[name]
-    try:
-        return STAGES[name].only(() if targets == "none" else tuple(targets.replace(" ", "").split(",")))
-    except ValueError as error:
-        raise KdcacheError(str(error)) from error
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeStage:
     """A stage in a recipe, with the data it learns from where the recipe says so."""

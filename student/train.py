@@ -213,7 +213,10 @@ class _Run:
             terms = torch.stack(values).cpu().double()  # (micro-batches, terms)
             sums = dict(zip((*TERMS, "unsupervised"), self._add_up(terms.sum(0)).tolist(), strict=True))
             if not math.isfinite(sums["loss"]) or not (math.isfinite(norm) or self.accelerator.scaler):
-                self._refuse(micro_batches, terms[:, 0])
+                if math.isfinite(sums["loss"]):
+                    self._refuse(micro_batches)
+                finite = torch.isfinite(terms[:, 0]).tolist()
+                self._refuse([b for b, fine in zip(micro_batches, finite, strict=True) if not fine])
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.step += 1
@@ -226,17 +229,16 @@ class _Run:
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), bound)
         return float(whole(norm))
 
-    def _refuse(self, micro_batches: list[Batch], losses: Tensor) -> None:
+    def _refuse(self, suspects: list[Batch]) -> None:
         """Saves the weights as they are before this step and names the samples that broke it."""
         self.optimizer.zero_grad()
         where = self._save()
-        bad = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
         names = [
             f"{sample_id} (row {row})"
-            for batch in (bad or micro_batches)
+            for batch in suspects
             for sample_id, row in zip(batch.sample_ids, batch.rows, strict=True)
         ]
-        names = gather_object(names if bad or all(torch.isfinite(losses)) else [])
+        names = gather_object(names)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise KdcacheError(
             f"the loss or its gradient is not finite at step {self.step} for samples "

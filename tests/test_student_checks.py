@@ -15,7 +15,7 @@ from cache_schema.progress import Silent
 from student.checks import check_student
 from student.collate import Collator, respan
 from student.folder import load_model, load_processor
-from student.stages import DFT, SFT, stage_named
+from student.stages import DFT, SFT
 from student.train import train
 from tests.student_caches import fake_capture, make_world
 from tests.test_student_train import losses_of, settings
@@ -107,15 +107,13 @@ def test_missing_targets_and_temperatures_are_refused(world, tmp_path):
         IdentityMismatch, match=r"the cache holds response; use `--targets response` or build"
     ):
         check(world, cache=cache)
-    hot = replace(
-        stage_named("dft", "response"), losses=replace(stage_named("dft", "response").losses, temperature=2.0)
-    )
+    hot = replace(DFT.only(("response",)), losses=replace(DFT.only(("response",)).losses, temperature=2.0))
     with pytest.raises(IdentityMismatch, match=r"temperature 2.0 is asked, the cache holds tails at \[1.0\]"):
         check(world, cache=cache, stage=hot)
     drawn = replace(hot, losses=replace(hot.losses, temperature=1.0, tail="sampled"))
     with pytest.raises(IdentityMismatch, match="needs draws, the cache holds 0"):
         check(world, cache=cache, stage=drawn)
-    assert check(world, cache=cache, stage=stage_named("dft", "response")) is None
+    assert check(world, cache=cache, stage=DFT.only(("response",))) is None
     assert check(world, cache=cache, stage=SFT) is None
 
 
@@ -137,7 +135,7 @@ def test_other_visual_tokens_are_refused_or_replaced(world, tmp_path):
         match=r"image \S+ \(40x36\) is 16 visual tokens here, 9 in the cache.*--targets response",
     ):
         check(world, cache=cache)
-    stage = stage_named("dft", "response")
+    stage = DFT.only(("response",))
     assert check(world, cache=cache, stage=stage) == 16
     train(settings(world, tmp_path / "run", stage, cache=cache, max_steps=12, learning_rate=3e-3), Silent())
     losses = losses_of(tmp_path / "run")

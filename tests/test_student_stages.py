@@ -7,7 +7,7 @@ import pytest
 
 from cache_schema import KdcacheError
 from student.losses import LossWeights
-from student.stages import DFT, DPT, PT, SFT, open_recipe, stage_from, stage_named
+from student.stages import DFT, DPT, PT, SFT, open_recipe, stage_from
 
 
 def test_the_stages_have_the_settings_of_the_paper():
@@ -139,10 +139,8 @@ def test_the_recipe_of_the_paper_is_built_in():
 
 
 def test_targets_can_be_narrowed():
-    assert stage_named("dft", "response").targets == ("response",)
-    assert stage_named("dft", "response, visual").losses.relation == 0
-    assert stage_named("dpt", "none").losses == PT.losses
-    with pytest.raises(KdcacheError, match="targets must be some of"):
-        stage_named("dft", "sight")
-    with pytest.raises(KdcacheError, match="stage 'dftt' is not one of"):
-        stage_named("dftt")
+    assert DFT.only(("response",)).targets == ("response",)
+    assert DFT.only(("response", "visual")).losses.relation == 0
+    assert DPT.only(()).losses == PT.losses
+    with pytest.raises(ValueError, match="targets must be some of"):
+        DFT.only(("sight",))
