@@ -44,7 +44,12 @@ def text_of(message: Mapping[str, Any]) -> str:
 def label_of(raw: Any, row: int) -> str:
     """The row's `id` as text, or its number where it has none."""
     label = raw.get("id") if isinstance(raw, dict) else None
-    return str(row) if label is None else str(label)
+    return str(row) if label is None else writable(str(label))
+
+
+def writable(text: str) -> str:
+    """`text` with `?` for the lone surrogates that JSON may hold and no file format can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def conversation_of(raw: Any, row: int) -> Conversation:
@@ -106,6 +111,8 @@ def _image_path(item: Any, row: int) -> str:
         item = item.get("path") or item.get("url")
     if not isinstance(item, str) or not item:
         raise RowRejected("broken_row", f"row {row} names an image that is not a path: {item!r}")
+    if writable(item) != item:
+        raise RowRejected("broken_row", f"row {row} names an image by text that is not Unicode: {item!r}")
     return item.removeprefix("file://")
 
 

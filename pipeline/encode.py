@@ -15,6 +15,19 @@ from torch import Tensor
 from cache_schema.errors import RowRejected
 from pipeline.templates import Rendered
 
+# Whatever a processor raises on one strange row (a lone surrogate, an image 1 pixel wide) is that row's
+# fault; where every row fails, the build stops before it begins.
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 Span = tuple[int, int]
 Mask = NDArray[np.bool_]
 
@@ -99,7 +112,7 @@ def _call(processor: Any, images: Sequence[Image.Image], **texts: list[str]) -> 
                 **texts,
             )
         )
-    except (ValueError, IndexError) as error:
+    except _REFUSALS as error:
         raise RowRejected("processor", f"the processor refuses the row: {error}") from error
     replacements = output.pop("text_replacement_offsets", None)  # of no use without images
     offsets = output.pop("offset_mapping")[0].numpy()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from cache_schema.conversations import writable
 from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly
 from cache_schema.interrupt import Interrupt
 from cache_schema.manifest import CommitRecord
@@ -125,7 +126,10 @@ class CaptureLoop:
             return preparer.prepare(dataset[row])
         except RowRejected as error:
             return QuarantinedRow(
-                row=row, sample_id=dataset.label_of(row), reason=error.reason, detail=error.detail
+                row=row,
+                sample_id=dataset.label_of(row),
+                reason=error.reason,
+                detail=writable(error.detail),
             )
 
     # ---- capturing, in the main thread ----

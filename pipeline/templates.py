@@ -95,7 +95,7 @@ class ChatTemplate:
             raise KdcacheError(
                 f"template {self.name} is not valid Jinja (line {error.lineno}): {error}"
             ) from error
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise RowRejected("template", f"template {self.name} refuses the row: {error}") from error
         return texts[0], spans[0] if marks else []
 

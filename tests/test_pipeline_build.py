@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +152,44 @@ def test_many_workers_make_the_same_cache(setting: Setting, captured: Path, tmp_
     same_arrays(captured, out)
 
 
+def test_workers_at_the_same_time_make_the_same_cache(
+    setting: Setting, captured: Path, tmp_path: Path
+) -> None:
+    teacher, folder = setting
+    script = """
+import sys
+from pathlib import Path
+from cache_schema import TargetSpec
+from cache_schema.progress import Silent
+from pipeline.capture import BuildConfig, build
+
+teacher, folder, out = map(Path, sys.argv[1:])
+spec = TargetSpec(
+    targets=("response", "visual", "relation", "prompt"), precision="full", top_k=8, temperatures=(1.0, 2.0)
+)
+build(
+    BuildConfig(
+        teacher=teacher, data=folder / "data.json", image_root=folder / "images", out=str(out), spec=spec,
+        shard_size=4, batch_tokens=300, device="cpu",
+    ),
+    Silent(),
+)
+"""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(teacher), str(folder), str(tmp_path / "c")],
+            env=os.environ | {"SLURM_PROCID": rank, "SLURM_NTASKS": "2"},
+            cwd=Path(__file__).parent.parent,
+            stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]
+    for worker in workers:
+        _, stderr = worker.communicate(timeout=200)
+        assert worker.returncode == 0, stderr.decode()
+    same_arrays(captured, tmp_path / "c")
+
+
 def test_a_second_run_does_nothing_and_says_so(setting: Setting, captured: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in captured.rglob("*")}
     notes = Notes()
@@ -251,6 +291,37 @@ def test_memory_that_runs_out_shrinks_the_batches(
     assert 0 < len(longest) < 14
     summary = build(config_of(setting, tmp_path / "d"), Silent())
     assert summary.quarantined == {"out_of_memory": len(longest)}
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "sharded", "device_map"])
+def test_other_forms_of_a_teacher(setting: Setting, captured: Path, tmp_path: Path, form: str) -> None:
+    teacher, _ = setting
+    config = config_of(setting, tmp_path / "c")
+    if form == "bfloat16":
+        config = replace(config, dtype="bfloat16")
+    elif form == "device_map":
+        config = replace(config, device_map="cpu")
+    else:
+        shutil.copytree(teacher, tmp_path / "sharded")
+        (tmp_path / "sharded" / "model.safetensors").unlink()
+        model = AutoModelForImageTextToText.from_pretrained(teacher)
+        model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+        assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+        config = replace(config, teacher=tmp_path / "sharded")
+    assert build(config, Silent()).captured == 14
+    tolerance = 0.3 if form == "bfloat16" else 1e-5
+    ours, theirs = by_row(open_cache(config.out)), by_row(open_cache(captured))
+    for row, sample in ours.items():
+        error = np.abs(sample.response.label_logprob - theirs[row].response.label_logprob)
+        assert error.max() <= tolerance
+    assert open_cache(config.out).manifest.fingerprint.capture["dtype"] == (
+        "bfloat16" if form == "bfloat16" else "float32"
+    )
+
+
+def test_a_quantised_teacher_without_its_package_is_refused(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(KdcacheError, match="bitsandbytes"):
+        build(config_of(setting, tmp_path / "c", quantization="8bit"), Silent())
 
 
 def test_the_manifest_tells_who_the_teacher_was(setting: Setting, captured: Path) -> None:
@@ -379,6 +450,28 @@ def test_what_is_missing_is_said_in_one_line(setting: Setting, tmp_path: Path) -
             build(replace(good, **change), Silent())
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "c").exists()
+
+
+def test_text_that_is_no_unicode_harms_its_own_row_only(setting: Setting, tmp_path: Path) -> None:
+    teacher, folder = setting
+    target = tmp_path / "data"
+    shutil.copytree(folder, target)
+    rows = json.loads((target / "data.json").read_text())
+    rows[0]["id"] = "lone \ud83d id"
+    rows[1]["conversations"][0]["value"] += "lone \ud83d"
+    rows[2]["image"] = "lone-\ud83d.png"
+    rows[3]["image"] = "café\udce9.png"
+    (target / "data.json").write_text(json.dumps(rows))
+    config = config_of((teacher, target), tmp_path / "c")
+    summary = build(config, Silent())
+    cache = open_cache(config.out)
+    assert summary.captured == 14 - 3
+    assert {row.row: row.reason for row in cache.quarantined()} == {
+        1: "processor",
+        2: "broken_row",
+        3: "broken_row",
+    }
+    assert by_row(cache)[0].sample_id == "lone ? id"
 
 
 @pytest.mark.parametrize("change", ["teacher", "data", "spec", "template", "max_length"])
