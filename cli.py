@@ -568,7 +568,7 @@ def main() -> None:
     except StoppedEarly as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(3)
-    except KdcacheError as error:
+    except (KdcacheError, ValueError) as error:  # a setting out of range is a ValueError
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)

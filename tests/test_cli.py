@@ -1,0 +1,220 @@
+"""The commands end to end on a tiny model, and what they say when something is wrong."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import cli
+from cache_schema.cache import open_cache
+from tests.tiny_models import tiny_dataset, tiny_llava, write_png
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, capsys):
+    """(exit code, stdout, stderr) of a command, run in this process through `cli.main`."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, hook = sys.argv, sys.excepthook
+    sys.argv = ["kdcache", *map(str, arguments)]
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv, sys.excepthook = argv, hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A teacher, a dataset and, in `folder`, room for everything made of them."""
+    folder = tmp_path_factory.mktemp("world")
+    teacher = tiny_llava(folder / "teacher")
+    data = tiny_dataset(folder / "data", rows=10)
+    return SimpleNamespace(folder=folder, teacher=teacher, data=data.data, images=data.image_root)
+
+
+def build_arguments(world, **other):
+    options = {
+        "teacher": world.teacher,
+        "data": world.data,
+        "image-root": world.images,
+        "out": world.folder / "cache",
+        "dtype": "float32",
+        "shard-size": 4,
+        **other,
+    }
+    return ["build", *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+@pytest.fixture(scope="module")
+def cache(world):
+    """The cache of the world, built by the command in a process of its own."""
+    command = [sys.executable, "-m", "cli", *map(str, build_arguments(world)), "--json"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=240)
+    summary = json.loads(done.stdout)
+    assert summary["captured"] == 10
+    assert not summary["already_done"]
+    return world.folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def student(world, cache):
+    """A student of the cache: the teacher's tower and a smaller language model that knows nothing."""
+    parts = world.folder / "words"
+    open_cache(cache).write_assets(parts)
+    vocab = json.loads((world.teacher / "config.json").read_text())["text_config"]["vocab_size"]
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(parts)
+    (parts / "preprocessor_config.json").unlink(missing_ok=True)
+    return parts
+
+
+def test_the_whole_way(world, cache, student, capsys):
+    def ok(*arguments):
+        code, out, err = run(*arguments, "--json", capsys=capsys)
+        assert code == 0, err
+        return json.loads(out)
+
+    assert ok(*build_arguments(world))["already_done"]
+    assert ok("verify", cache)["ok"]
+    assert ok("inspect", cache)["counts"]["samples"] == 10
+    assert ok("inspect", cache, "--sample", "0")["row"] == 0
+    assert ok("diff", cache, cache)["same"]
+    selected = world.folder / "selected"
+    assert ok("select", cache, "--where", "row < 4", "--out", selected)["samples"] == 4
+    rest = world.folder / "rest"
+    ok("select", cache, "--where", "row >= 4", "--out", rest)
+    assert ok("merge", selected, rest, "--out", world.folder / "merged")["samples"] == 10
+    assert ok("to-arrow", cache, "--out", world.folder / "arrow")["samples"] == 10
+
+    made = world.folder / "student"
+    ok(
+        *("new-student", "--vision-tower", world.teacher, "--language-model", student),
+        *("--like", cache, "--out", made),
+    )
+    shutil.rmtree(world.folder / "elsewhere", ignore_errors=True)
+    world.teacher.rename(world.folder / "elsewhere")  # nothing below may read the teacher
+    try:
+        trained = ok(
+            *("train", "--recipe", "llava-kd", "--student", made, "--cache", cache),
+            *("--image-root", world.images, "--out", world.folder / "run"),
+            *("--global-batch", 4, "--micro-batch", 4, "--max-steps", 2),
+        )
+        assert [stage["steps"] for stage in trained["stages"]] == [2, 2, 2]
+        found = ok(
+            *("evaluate", "--model", trained["model"], "--data", world.data),
+            *("--image-root", world.images, "--cache", cache, "--max-new-tokens", 4),
+        )
+        assert found["questions"] > 10
+        assert found["teacher"]["response_kl"] > 0
+        exported = world.folder / "exported"
+        ok("export", "--model", trained["model"], "--out", exported)
+        assert (exported / "model.safetensors").exists()
+        assert Path(ok("report", world.folder / "run")["report"]).exists()
+    finally:
+        (world.folder / "elsewhere").rename(world.teacher)
+
+
+def test_a_page_and_a_sample_are_shown(world, cache, capsys):
+    page = world.folder / "page.html"
+    assert run("inspect", cache, "--html", page, "--samples", 2, capsys=capsys)[0] == 0
+    assert "<html" in page.read_text(encoding="utf-8")
+    code, out, _ = run("inspect", cache, "--sample", "row-1", "--image-root", world.images, capsys=capsys)
+    assert code == 0
+    assert "row-1" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"teacher": "nowhere"}, "nowhere"),
+        ({"data": "no.json"}, "no.json"),
+        ({"image-root": "no-images"}, "no-images"),
+        ({"top-k": 0}, "top_k must be at least 1"),
+    ],
+)
+def test_what_cannot_go_on_says_so_in_one_line_and_leaves_nothing(world, tmp_path, capsys, change, says):
+    arguments = build_arguments(world, out=tmp_path / "cache", **change)
+    code, out, err = run(*arguments, capsys=capsys)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 1
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_teacher_is_refused_and_the_cache_stays(world, cache, tmp_path, capsys):
+    other = tiny_llava(tmp_path / "other", seed=1)
+    code, _, err = run(*build_arguments(world, teacher=other), capsys=capsys)
+    assert code == 1
+    assert "teacher_weights" in err
+    assert run("verify", cache, capsys=capsys)[0] == 0
+
+
+def test_bad_rows_are_quarantined_with_a_reason_each(world, tmp_path, capsys):
+    images = tmp_path / "images"
+    write_png(images / "good.png", seed=0)
+    whole = write_png(images / "cut.png", seed=1).read_bytes()
+    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    write_png(tmp_path / "outside.png", seed=2)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A circle."}]
+    rows = [
+        {"id": "good", "image": "good.png", "conversations": turns},
+        {"id": "missing", "image": "none.png", "conversations": turns},
+        {"id": "cut", "image": "cut.png", "conversations": turns},
+        {"id": "climbs", "image": "../outside.png", "conversations": turns},
+        {"id": "no-turns", "image": "good.png", "conversations": []},
+        {"id": "silent", "image": "good.png", "conversations": turns[:1]},
+        {"id": "long", "conversations": [{"from": "human", "value": "a " * 900}, turns[1]]},
+        {"id": "text", "conversations": [{"from": "human", "value": "Say it."}, turns[1]]},
+    ]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    options = {"data": data, "image-root": images, "out": tmp_path / "cache", "max-length": 400}
+    code, out, err = run(*build_arguments(world, **options), "--json", capsys=capsys)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["captured"] == 2
+    assert sum(summary["quarantined"].values()) == 6
+    quarantined = {row.sample_id: row for row in open_cache(tmp_path / "cache").quarantined()}
+    assert set(quarantined) == {"missing", "cut", "climbs", "no-turns", "silent", "long"}
+    assert len({row.reason for row in quarantined.values()}) >= 5
+    assert all(row.detail for row in quarantined.values())
+
+
+def test_a_student_with_another_tokenizer_is_refused(world, cache, tmp_path, capsys):
+    other = tiny_llava(tmp_path / "other", words=330)
+    code, _, err = run(
+        *("train", "--stage", "sft", "--student", other, "--cache", cache),
+        *("--image-root", world.images, "--out", tmp_path / "run"),
+        capsys=capsys,
+    )
+    assert code == 1
+    assert "tokenizer" in err
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("arguments", [["build"], ["train", "--stage", "none"], ["no-such-command"]])
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    assert run(*arguments, capsys=capsys)[0] == 2
