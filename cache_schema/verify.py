@@ -82,9 +82,9 @@ def verify(
 ) -> VerifyReport:
     """Check every file of the cache at `url` and what it says.
 
-    repair: sets damaged shards aside (moved below `aside/`, nothing is deleted or overwritten), so that a
-    resumed build makes them again, and removes the leftovers of dead attempts. KdcacheError when no cache
-    is there.
+    repair: sets damaged shards aside (their commit records go below `aside/`, nothing is overwritten), so
+    that a resumed build makes them again, and removes the leftovers of dead attempts, those of shards set
+    aside by an earlier repair among them. KdcacheError when no cache is there.
     """
     return _Verification(open_store(url, storage_options), progress or Silent()).run(repair)
 
@@ -255,7 +255,7 @@ class _Verification:
             self.report.repaired.append(f"set aside {MANIFEST}")
         for path in sorted(self.damaged):
             set_aside(self.store, path)
-            self.report.repaired.append(f"set aside {path} and the files it names")
+            self.report.repaired.append(f"set aside {path}")
         for problem in self.report.problems:
             if problem.what == STRANGER:
                 self.store.move(problem.file, f"aside/{problem.file}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cache_schema.checks import relation_problems, topk_problems
-from cache_schema.errors import CacheDamaged, IdentityMismatch, KdcacheError
+from cache_schema.errors import IdentityMismatch, KdcacheError
 from cache_schema.identity import compare
 from cache_schema.manifest import CommitRecord, Manifest, StoredFile, commit_path
 from cache_schema.records import CapturedSample, QuarantinedRow
@@ -202,20 +202,13 @@ class CacheWriter:
 
 
 def set_aside(store: Store, commit: str) -> None:
-    """Move a commit record, which ends its shard, then those of its files that exist, below `aside/`.
+    """Move a commit record below `aside/`: its shard is no more, and can be made again.
 
-    An altered record no longer tells its files: they stay where they are, named by nothing.
+    Its files stay, named by nothing, like those of any dead attempt; moving the record back brings the
+    shard back until `verify --repair` sweeps them.
     """
-    mark = uuid.uuid4().hex[:8]
     try:
-        try:
-            files = CommitRecord.from_bytes(store.read(commit), commit).files
-        except CacheDamaged:
-            files = ()
-        store.move(commit, f"aside/{mark}/{commit}")
-        for file in files:
-            if store.exists(file.path):
-                store.move(file.path, f"aside/{mark}/{file.path}")
+        store.move(commit, f"aside/{uuid.uuid4().hex[:8]}/{commit}")
     except OSError as error:
         raise store_failure(error, store) from error
 

@@ -190,17 +190,17 @@ def test_content_is_checked_and_all_problems_are_reported(tmp_path: Path, monkey
     writer = CacheWriter.open(tmp_path, make_manifest(SPEC))
     rows = writer.manifest.plan.rows_of(0).tolist()
     samples, bad = capture(rows, SPEC)
-    entropy = np.full(len(samples[0].response), np.nan, np.float32)
+    nowhere = np.full(len(samples[0].response), np.nan, np.float32)
     far = samples[1].response.token_ids + 1000
     broken = [
-        replace(samples[0], response=replace(samples[0].response, entropy=entropy)),
+        replace(samples[0], response=replace(samples[0].response, logsumexp=nowhere)),
         replace(samples[1], response=replace(samples[1].response, token_ids=far)),
         replace(samples[2], row=99),
         *samples[3:],
     ]
     writer.write_shard(0, broken, bad, engine={}, seconds=0.0)
     lines = "\n".join(str(problem) for problem in verify(tmp_path).problems)
-    assert f"row {samples[0].row}): entropy is not finite at position 0" in lines
+    assert f"row {samples[0].row}): logsumexp is not finite at position 0" in lines
     assert f"row {samples[1].row}): token ids outside 0..499" in lines
     assert "samples and quarantine are not the rows of the plan" in lines
     assert "4 of 5 shards are not there" in lines
