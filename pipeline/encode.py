@@ -24,6 +24,7 @@ _REFUSALS = (
     LookupError,
     OSError,
     RuntimeError,
+    StopIteration,
     TypeError,
     ValueError,
 )

@@ -103,7 +103,7 @@ class CaptureLoop:
                 rejected: list[QuarantinedRow] = []
                 pixels = 0
                 rows = self._job.plan.rows_of(shard).tolist()
-                step = 4 * self._job.config.prepare_threads
+                step = 2 * self._job.config.prepare_threads
                 for start in range(0, len(rows), step):
                     for result in pool.map(self._prepare, rows[start : start + step]):
                         if isinstance(result, QuarantinedRow):

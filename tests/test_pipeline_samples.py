@@ -195,6 +195,17 @@ def test_over_long_samples(world: tuple[Any, Path], over_long: str) -> None:
     assert rejection(world, raw, max_length=shortest - 1, over_long="cut").reason == "over_long"
 
 
+def test_a_cut_counts_what_the_template_writes_at_its_end(world: tuple[Any, Path], tmp_path: Path) -> None:
+    talkative = tmp_path / "talkative.jinja"
+    talkative.write_text(chat_template() + "That is all that was said about it.")
+    raw = row("First?", "One.", "Second?", "Two.", "Third?", "Three.")
+    whole = prepare(world, raw, str(talkative))
+    cut = prepare(world, raw, str(talkative), max_length=len(whole) - 1, over_long="cut")
+    assert cut.answers_kept == 2
+    shorter = prepare(world, raw, str(talkative), max_length=len(cut) - 1, over_long="cut")
+    assert shorter.answers_kept == 1
+
+
 def test_templates_that_cannot_be_loaded(world: tuple[Any, Path], tmp_path: Path) -> None:
     processor, _ = world
     with pytest.raises(KdcacheError, match="plain, llava_v1"):

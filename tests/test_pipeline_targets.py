@@ -8,6 +8,7 @@ from torch import Tensor
 from cache_schema.errors import KdcacheError
 from cache_schema.records import IGNORE_INDEX
 from cache_schema.spec import TargetSpec
+from pipeline import draws
 from pipeline.draws import tail_draws, uniforms
 from pipeline.engine import Head
 from pipeline.relation import truncate
@@ -76,6 +77,20 @@ def test_records_follow_their_definitions(name: str, size: float) -> None:
         tail = rest.logsumexp(dim=1) - (logits / temperature).logsumexp(dim=1)
         wanted = {"rtol": 1e-5, "atol": 1e-5 + 4e-6 * scale / temperature}
         np.testing.assert_allclose(record.tail_logprob[:, column], tail, **wanted)
+
+
+def test_the_likeliest_may_stand_anywhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for vocab in (64, 300, 1000, 1024, 1087):
+        for place in (0, 63, vocab // 2, vocab - 1):
+            weight = torch.rand(vocab, 1, generator=generator)
+            weight[place] = 9.0
+            maker = TargetMaker(
+                Head(weight=weight, vocab_size=vocab), TargetSpec(top_k=3, targets=("response",))
+            )
+            record = maker.topk(torch.ones(2, 1))
+            np.testing.assert_array_equal(record.token_ids, weight[:, 0].topk(3).indices.expand(2, 3))
+            assert record.token_ids[0, 0] == place
 
 
 def test_the_deepest_tails_are_finite() -> None:
@@ -162,6 +177,14 @@ def test_draws_follow_the_tail_at_their_temperature() -> None:
             record.token_ids[row], record.sampled_ids[row][record.sampled_counts[row] > 0]
         ).any()
         np.testing.assert_allclose(found / 40_000, expected[row], atol=0.012)
+
+
+def test_what_has_no_weight_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[-torch.inf, -torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
+    for number, drawn in ((0.0, 2), (0.499, 2), (0.5, 4), (1.0 - 2.0**-53, 4)):
+        monkeypatch.setattr(draws, "uniforms", lambda *_, number=number, **__: np.full((1, 2), number))
+        ids, counts = tail_draws(logits, 2, seed=0, rows=np.array([0]), positions=np.array([0]))
+        assert (ids.tolist(), counts.tolist()) == ([[drawn, 0]], [[2, 0]])
 
 
 def test_an_empty_tail_draws_nothing() -> None:
