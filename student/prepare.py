@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
+from cache_schema.errors import KdcacheError
 from student.folder import load_model, save_folder
 from student.lora import add_adapters, merge_adapters
 from student.model import DistilledStudent
@@ -59,15 +61,23 @@ def save_trained(
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator as `accelerate launch` configured it."""
+    """An Accelerator as `accelerate launch` configured it. KdcacheError when it refuses."""
     # A second stage in the same process may ask for another precision, which the shared state forbids.
     AcceleratorState._reset_state()
     # A tower's last layers lie behind the features that are taken, and text has no image.
     unused = "vision_tower" in config.resolved_stage.trainable
-    return Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        log_with=list(config.trackers) or None,
-        project_dir=config.out,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-    )
+    try:
+        return Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            log_with=list(config.trackers) or None,
+            project_config=ProjectConfiguration(
+                project_dir=str(config.out), logging_dir=str(config.out / "tensorboard")
+            ),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        )
+    except ValueError as error:
+        raise KdcacheError(
+            f"accelerate refuses precision {config.precision} with trackers {', '.join(config.trackers)}: "
+            f"{' '.join(str(error).split())}; choose others"
+        ) from error

@@ -81,9 +81,8 @@ class Journal:
             kept = [line for line in read_metrics(out) if line["step"] <= step]
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         if accelerator.log_with:
-            # The tracker's folder is the project's name within the run's folder.
             purge = {"purge_step": step + 1} if step else {}
-            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+            accelerator.init_trackers("kdcache", init_kwargs={"tensorboard": purge})
 
     def write(self, step: int, values: Mapping[str, Any], *, group: str) -> None:
         """One line: the step, the group (`train`, `held-out`), the values; `group/name` to the trackers."""
