@@ -1,10 +1,12 @@
 """Time and peak memory of one loss step, forward and backward, each variant in a process of its own.
 
     python -m benchmarks.losses [--dtype float32 bfloat16] [--head frozen trained] [--json FILE]
+    python -m benchmarks.losses --check       gradients against plain autograd, at this size
 
 A batch of one sample: 729 visual positions, 729 response positions (CE and KL), one image's relation.
 Memory is the peak of the process during the step over what it held before (weights, hidden states, this
-variant's targets), less the gradient of a trained head. Variants:
+variant's targets), less the gradient of a trained head. Seconds are the process's own (CPU time), so that
+another process on the machine counts for little. Variants:
     dense      logits (N, V), softmax of the teacher's logits, Gram matrix of the logits; the teacher's
                logits are given and not counted
     distillkit logits (N, V) first, then top-k KL and CE in chunks; no tail, no relation term
@@ -164,6 +166,36 @@ def ours(case: Case) -> float:
     return parts.total.item()
 
 
+def plain(case: Case) -> float:
+    """What `ours` computes, as `dense` would: all logits, autograd."""
+    logits = (case.hidden @ case.weight.t()).float()
+    log_q = logits.log_softmax(-1)
+    kept = (case.logprobs.exp() * (case.logprobs - log_q.gather(1, case.token_ids))).sum()
+    log_q_tail = log_q.scatter(1, case.token_ids, -torch.inf).logsumexp(1, keepdim=True)
+    loss = (kept + (case.tail.exp() * (case.tail - log_q_tail)).sum()) / VISUAL
+    loss = loss + F.nll_loss(log_q[VISUAL:], case.labels)
+    visual = logits[:VISUAL]
+    gram, other = visual @ visual.t(), case.factor @ case.factor.t()
+    loss = loss + 0.5 * (1 - F.cosine_similarity(gram.flatten(), other.flatten(), dim=0))
+    loss.backward()
+    return loss.item()
+
+
+def check() -> None:
+    """Print how far value and gradients of `ours` are from those of `plain`, in float32."""
+    case = make_case(torch.float32, trained=True, dense=False)
+    values, gradients = [], []
+    for step in (ours, plain):
+        case.hidden.grad = case.weight.grad = None
+        values.append(step(case))
+        gradients.append((case.hidden.grad, case.weight.grad))
+    print(f"value: {abs(values[0] - values[1]) / values[1]:.1e} apart (relative)")
+    for name, mine, true in zip(("hidden", "weight"), *gradients, strict=True):
+        assert mine is not None
+        assert true is not None
+        print(f"gradient in {name}: {(mine - true).norm() / true.norm():.1e} apart (relative norm)")
+
+
 def floor(case: Case) -> float:
     """Logits, gradient of the states, gradient of a trained head; W^T W and W (W^T W) for its relation."""
     weight = case.weight.detach()
@@ -241,6 +273,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="timed steps, of which the best counts")
     parser.add_argument("--threads", type=int, default=1, help="threads of the matrix products")
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--check", action="store_true", help="compare gradients instead of measuring")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -248,6 +281,9 @@ def main() -> None:
         dtype = getattr(torch, options.dtype[0])
         trained = options.head[0] == "trained"
         print(json.dumps(measure(options.one, dtype, trained=trained, repeats=options.repeats)))
+        return
+    if options.check:
+        check()
         return
     results = {}
     print(f"N = {VISUAL + RESPONSE}, V = {V:,}, D = {D:,}, K = {K}; torch {torch.__version__}")

@@ -9,8 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student.losses import cross_entropy, sparse_kl
-from tests.dense_twins import Operations, dense_kl, dense_logits, sparse_kl_twin, sparse_record
+from student.losses import cross_entropy, relation_loss, sparse_kl
+from tests.dense_twins import (
+    Operations,
+    dense_kl,
+    dense_logits,
+    relation_twin,
+    sparse_kl_twin,
+    sparse_record,
+)
 
 TAILS = ("bucket", "renormalize", "drop", "sampled")
 TEMPERATURES = (0.5, 1.0, 2.0, 8.0)
@@ -418,6 +425,44 @@ def test_bfloat16_sums_in_float32(trained):
         rounding = (true.bfloat16().double() - true).norm() / true.norm()
         # The logits' gradient is rounded to bfloat16 before it meets a bfloat16 head; nothing else is.
         assert error < (2 if ours is hidden.grad else 1.05) * rounding
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_devices_that_multiply_bfloat16_into_float32(monkeypatch, trained, weight_dtype):
+    """What is done on CUDA, with its product imitated: no GPU here."""
+    products = []
+
+    def wide_mm(left, right, *, out_dtype):
+        assert left.dtype == right.dtype == torch.bfloat16
+        products.append(left.shape[0] * left.shape[1] * right.shape[1])
+        return (left.float() @ right.float()).to(out_dtype)
+
+    monkeypatch.setattr("student.losses.products.multiplies_wide", lambda device: True)
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    n, d, v = 40, 64, 500
+    *leaves, teacher = problem(n, d, v, seed=2)
+    hidden = (leaves[0] * 2).detach().bfloat16().requires_grad_()
+    weight = leaves[1].detach().bfloat16().to(weight_dtype).requires_grad_(trained)
+    value = sparse_kl(
+        hidden, weight, sparse_record(teacher, 16, dtype=torch.float32), memory_budget=6 * v * 7
+    )
+    value = value + relation_loss(
+        hidden, weight, torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    )
+    value.backward()
+    assert sum(products) >= (3 if trained else 2) * n * d * v
+    wide = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    factor = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).double()
+    logits = wide[0] @ wide[1].T
+    twin = sparse_kl_twin(logits, sparse_record(teacher, 16)).mean() + relation_twin(
+        logits, factor @ factor.T
+    )
+    assert value.item() == pytest.approx(twin.item(), rel=2e-6)
+    for leaf, true in zip((hidden, weight), torch.autograd.grad(twin, wide), strict=True):
+        if leaf.requires_grad:
+            assert leaf.grad.dtype == leaf.dtype
+            assert (leaf.grad.double() - true).norm() < 4e-3 * true.norm()
 
 
 def test_mixed_dtypes_meet_in_the_wider():

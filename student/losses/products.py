@@ -19,6 +19,11 @@ def block_rows(matrix: Tensor, itemsize: int) -> int:
     return max(1, block_bytes // (matrix.shape[1] * itemsize))
 
 
+def multiplies_wide(device: torch.device) -> bool:
+    """Whether torch.mm there takes bfloat16 factors and hands out float32."""
+    return device.type == "cuda"
+
+
 class HeadProducts:
     """The products that the losses need of one head, its matrix (V, D) without the padding rows.
 
@@ -34,8 +39,8 @@ class HeadProducts:
         self.bias = None if head.bias is None else head.bias.detach()[: self.columns].to(self.dtype)
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.narrow = hidden_dtype == self.weight.dtype == torch.bfloat16
-        widens = self.weight.is_cuda and hidden_dtype == torch.bfloat16 and self.dtype == torch.float32
-        self.operand = torch.bfloat16 if widens else self.dtype
+        low = hidden_dtype == torch.bfloat16 and self.dtype == torch.float32
+        self.operand = torch.bfloat16 if low and multiplies_wide(self.weight.device) else self.dtype
 
     def blocks(self, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Row ranges of the matrix, of at most `most` rows, and those rows (v, D) as operand."""
