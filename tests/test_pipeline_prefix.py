@@ -17,6 +17,7 @@ from pipeline.capture import BuildConfig, build
 from pipeline.engine import Head
 from pipeline.prefix import prefix_is_independent, prefix_keys
 from pipeline.samples import PreparedSample
+from pipeline.targets import TargetMaker
 from tests.tiny_models import tiny_dataset, tiny_llava
 
 
@@ -69,6 +70,18 @@ def test_the_probe_finds_any_position_that_looks_back(leak: int | None, independ
     assert prefix_is_independent(Teacher(leak), a_sample(IDS)) is independent
 
 
+@pytest.mark.parametrize("by", ["change", "length"])
+def test_the_probe_changes_and_cuts(by: str) -> None:
+    class Subtle(Teacher):
+        def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
+            (sample,) = samples
+            ids = sample.input_ids
+            leak = len(ids) if by == "length" else float((ids[5:] != np.array(IDS[5:])[: len(ids[5:])]).any())
+            return [super().hidden_states(samples)[0] + leak]
+
+    assert not prefix_is_independent(Subtle(None), a_sample(IDS))
+
+
 def test_a_key_holds_all_that_decides_the_image_and_nothing_after_it() -> None:
     base = a_sample(IDS)
     (key,) = prefix_keys(base, "teacher")
@@ -98,7 +111,13 @@ def test_sharing_changes_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         spec=TargetSpec(precision="full", top_k=8),
         device="cpu",
     )
+    made = []
+    relation = TargetMaker.relation
+    monkeypatch.setattr(
+        TargetMaker, "relation", lambda self, hidden: made.append(len(hidden)) or relation(self, hidden)
+    )
     build(config, Silent())
+    assert len(made) == 3, "computed once an image, not only stored once"
     monkeypatch.setattr(capture, "prefix_is_independent", lambda engine, sample: False)
     build(replace(config, out=str(tmp_path / "single")), Silent())
     shared, single = open_cache(tmp_path / "shared"), open_cache(tmp_path / "single")
