@@ -32,7 +32,7 @@ class TargetSpec:
     precision: Precision = "compact"
     relation: RelationForm = "factor"
     relation_bound: float = 1e-5
-    relation_max_rank: int = 256
+    relation_max_rank: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
