@@ -474,7 +474,7 @@ def evaluate(
         str | None, typer.Option(help="Also hold the model against the teacher in this cache.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at a time.")] = 64,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many rows, drawn with a fixed seed.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 32,
     json_: Json = False,
 ) -> None:
