@@ -55,7 +55,7 @@ from pipeline.transformers_engine import TransformersEngine, load_engine, load_p
 SPEC = TargetSpec(targets=("response", "visual", "relation"))
 IMAGE_TOKEN = "<file_sep>"  # a token of SmolLM2 that no English text holds
 TEXT_TOKENS = 130
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 GROUPS = (1, 2, 2, 1, 2, 2, 1, 2, 2, 2)  # conversations an image, 1.7 on average
 REACH = {"one conversation an image": 0.95, "1.7 conversations an image": 1.4}
 
@@ -234,7 +234,7 @@ def whole_build(teacher: Path, data: Path, out: Path) -> float:
         out=str(out),
         spec=SPEC,
         batch_tokens=BATCH_TOKENS,
-        shard_size=4,
+        shard_size=6,
         device="cpu",
     )
     build(config, clock)

@@ -12,11 +12,11 @@ def plan_rows(first_images: NDArray[np.int64], *, shard_size: int, seed: int) ->
     """A plan in which rows with the same first image stand side by side in one shard.
 
     first_images (rows,) int64: the image's key, 0 for none. Rows without an image stand alone. Groups are
-    shuffled by `seed`, so that every shard is a fair sample of the data; a group over shard_size is
-    split, and so is one that no row is left to make room for.
+    shuffled by `seed`, so that every shard is a fair sample of the data. A group over shard_size begins
+    with a shard and is split; so is one that no single row is left to make room for.
     """
     rows = len(first_images)
-    members, starts = _groups(first_images, shard_size)
+    members, starts = _groups(first_images)
     sizes = np.diff(starts)
     generator = np.random.Generator(np.random.Philox(seed))
     shuffled = generator.permutation(len(sizes))
@@ -43,13 +43,10 @@ def plan_rows(first_images: NDArray[np.int64], *, shard_size: int, seed: int) ->
     return Plan(rows=rows, shard_size=shard_size, order=order)
 
 
-def _groups(first_images: NDArray[np.int64], largest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows sorted by group, and where each group of at most `largest` starts (groups + 1,)."""
+def _groups(first_images: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows sorted by group, and where each group starts (groups + 1,); a row without an image is alone."""
     members = np.argsort(first_images, kind="stable")
     keys = first_images[members]
     fresh = np.ones(len(keys), dtype=bool)
     fresh[1:] = (keys[1:] != keys[:-1]) | (keys[1:] == 0)
-    starts = np.flatnonzero(fresh)
-    within = np.arange(len(keys)) - np.repeat(starts, np.diff(np.append(starts, len(keys))))
-    fresh |= within % largest == 0
     return members, np.append(np.flatnonzero(fresh), len(keys))

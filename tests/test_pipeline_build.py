@@ -205,12 +205,14 @@ class Notes(Silent):
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.lines: list[str] = []
+        self.fields: dict[str, str] = {}
         self.left = stop_after
 
     def message(self, line: str) -> None:
         self.lines.append(line)
 
     def update(self, done: int, **fields: str) -> None:
+        self.fields = fields
         if self.left is not None and fields:
             self.left -= 1
             if self.left == 0:
@@ -274,8 +276,9 @@ def test_memory_that_runs_out_shrinks_the_batches(
     monkeypatch.setattr(TransformersEngine, "hidden_states", meagre)
     monkeypatch.setattr(TransformersEngine, "packed_hidden_states", meagre_packs)
     monkeypatch.setattr(capture, "packing_is_exact", lambda engine, sample: True)
-    out = tmp_path / "c"
-    assert build(config_of(setting, out), Silent()).captured == 14
+    shown = Notes()
+    assert build(config_of(setting, tmp_path / "c", shard_size=14), shown).captured == 14
+    assert int(shown.fields["batch"].split()[0]) < 300
     assert max(sizes) > 1
     assert sizes.count(1) >= 10
 
@@ -415,6 +418,13 @@ def test_a_broken_dataset_stops_early(setting: Setting, tmp_path: Path) -> None:
     ) as caught:
         build(config_of((teacher, target), tmp_path / "c", max_bad=0.1), Silent())
     assert "\n" not in str(caught.value)
+    one_shard = {"shard_size": 14}  # 9 of its 14 rows are bad
+    with pytest.raises(KdcacheError, match="9 of 14 rows"):
+        build(config_of((teacher, target), tmp_path / "e", max_bad=0.64, **one_shard), Silent())
+    assert not list((tmp_path / "e" / "commits").glob("*"))
+    assert (
+        build(config_of((teacher, target), tmp_path / "e", max_bad=0.65, **one_shard), Silent()).captured == 5
+    )
     shutil.rmtree(target / "images" / "pictures")
     rows = json.loads((target / "data.json").read_text())
     (target / "data.json").write_text(json.dumps([row for row in rows if "image" in row]))
