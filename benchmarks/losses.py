@@ -197,7 +197,7 @@ def check() -> None:
 
 
 def floor(case: Case) -> float:
-    """Logits, gradient of the states, gradient of a trained head; W^T W and W (W^T W) for its relation."""
+    """Logits, gradient of the states and, of a trained head, its gradient, half of W^T W, and W (W^T W)."""
     weight = case.weight.detach()
     block = torch.empty(CHUNK, V, dtype=weight.dtype)
     grad = torch.zeros_like(weight) if case.weight.requires_grad else None
@@ -208,7 +208,10 @@ def floor(case: Case) -> float:
         if grad is not None:
             grad.addmm_(logits.t(), states)
     if grad is not None:
-        grad.addmm_(weight, weight.t() @ weight)
+        gram = torch.zeros(D, D, dtype=weight.dtype)
+        for panel in range(0, D, 256):
+            gram[panel : panel + 256, panel:] = weight[:, panel : panel + 256].t() @ weight[:, panel:]
+        grad.addmm_(weight, gram)
     return 0.0
 
 

@@ -47,7 +47,7 @@ def both_ways(hidden, head, image, memory_budget=2**20):
             patch.setattr("student.losses.relation.takes_gram", lambda *_, way=through_gram: way)
             work = RelationWork(images=(image,), weights=(0.7,))
             value = run_relations(hidden, head, work, products, gradients, memory_budget)
-        weight = gradients.weight.result(hidden.dtype)
+        weight = gradients.weight.result()
         bias = [] if gradients.bias is None else [gradients.bias]
         found.append([value, gradients.hidden, weight, *bias])
     return found

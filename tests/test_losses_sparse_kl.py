@@ -400,13 +400,14 @@ def test_cross_entropy_equals_torch(head):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_bfloat16_sums_in_float32(trained):
+def test_bfloat16_sums_in_float32(monkeypatch, trained):
     """Value and gradients are those of exact arithmetic on the bfloat16 inputs, rounded once at the end."""
     *leaves, teacher = problem(n=40, d=64, v=500, seed=2)
     hidden = (leaves[0] * 2).detach().bfloat16().requires_grad_()
     weight = leaves[1].detach().bfloat16().requires_grad_(trained)
     record = sparse_record(teacher, 16, dtype=torch.float32)
     budget = 6 * 500 * 7  # several chunks
+    monkeypatch.setattr("student.losses.products._PIECE_BYTES", 64 * 4 * 37)  # several pieces, the last short
     value = sparse_kl(hidden, weight, record, memory_budget=budget)
     assert value.dtype == torch.float32
     wide = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]

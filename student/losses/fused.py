@@ -83,7 +83,7 @@ class _FusedLosses(torch.autograd.Function):
                 total += _weighted(relation.new_tensor(relations.weights), relation)
         ctx.save_for_backward(
             None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
-            None if gradients.weight is None else gradients.weight.result(weight.dtype),
+            None if gradients.weight is None else gradients.weight.result(),
             None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
         )
         ctx.mark_non_differentiable(kl, ce, relation)

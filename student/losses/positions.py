@@ -100,8 +100,9 @@ def run_positions(
     ce = torch.zeros((count,), dtype=dtype, device=hidden.device)
     stride = -(-(columns + 1) // 16) * 16  # rows begin on a cache line
     apart = work.temperature != 1.0 and bool((work.layers[0].label_weights != 0).any())
-    buffers = 1 + apart + (len(work.layers) > 1) + (products.softcap is not None) + 0.5 * products.narrow
-    size = _chunk_rows(count, int(stride * dtype.itemsize * buffers), memory_budget)
+    buffers = 1 + apart + (products.softcap is not None) + 0.5 * products.narrow
+    copies = sum(int((layer.weights != 0).sum()) for layer in work.layers[1:])
+    size = _chunk_rows(count, copies, int(stride * dtype.itemsize * buffers), memory_budget)
     buffer = torch.empty((min(size, count), stride), dtype=dtype, device=hidden.device)
     slopes = None if products.softcap is None else torch.empty_like(buffer)
 
@@ -128,9 +129,10 @@ def run_positions(
     return kl, ce
 
 
-def _chunk_rows(count: int, row_bytes: int, memory_budget: int) -> int:
-    """Positions a chunk: even chunks of rows that fit the budget, at least one row."""
+def _chunk_rows(count: int, copies: int, row_bytes: int, memory_budget: int) -> int:
+    """Positions a chunk, at least 1: even chunks that fit the budget, all `copies` of rows in one of them."""
     most = max(1, memory_budget // row_bytes)
+    most -= min(copies, most // 2)
     return max(1, math.ceil(count / max(1, math.ceil(count / most))))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from student.losses.head import Head
 
+_PIECE_BYTES = 64 * 2**20
 _PANEL = 256
 """Columns of W^T W made at a time: its lower triangle is copied, not computed."""
 
@@ -114,43 +115,41 @@ class HeadProducts:
 
 
 class WeightGradient:
-    """The gradient of the head's matrix (V_rows, D), summed over chunks of positions.
+    """The gradient of the head's matrix (V_rows, D), summed in the products' dtype over chunks of positions.
 
-    The sum for a bfloat16 matrix is held as two bfloat16 arrays, value and rest: 16 bits of mantissa in the
-    bytes of a float32 array, of which half are the gradient itself and half are given back at the end.
+    The sum for a float32 matrix is its gradient. That for a narrower one is held in pieces, each of which is
+    given back as soon as it is rounded into the gradient.
     """
 
     def __init__(self, weight: Tensor, products: HeadProducts) -> None:
         self._products = products
-        split = weight.dtype == torch.bfloat16
-        dtype = torch.bfloat16 if split else products.dtype
-        self._total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        self._rest = torch.zeros_like(self._total) if split else None
+        self._shape, self._dtype = weight.shape, weight.dtype
+        self._size = len(weight)
+        if weight.dtype != products.dtype:
+            self._size = max(1, _PIECE_BYTES // (weight.shape[1] * products.dtype.itemsize))
+        rows = weight.split(self._size)
+        self._pieces = [torch.zeros(r.shape, dtype=products.dtype, device=weight.device) for r in rows]
 
     def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
         """Add left (v, n) right (n, D) to these rows."""
-        if self._rest is None:
-            self._sum(self._total[rows], left, right)
-            return
-        total, rest = self._total[rows], self._rest[rows]
-        step = block_rows(total, 2 * self._products.dtype.itemsize)
-        for start in range(0, len(total), step):
-            piece = slice(start, start + step)
-            wide = self._sum(total[piece].to(self._products.dtype), left[piece], right)
-            wide += rest[piece].to(wide.dtype)
-            total[piece] = wide
-            rest[piece] = wide.sub_(total[piece].to(wide.dtype))
+        for number in range(rows.start // self._size, -(-rows.stop // self._size)):
+            begin = number * self._size
+            first, last = max(rows.start, begin), min(rows.stop, begin + self._size)
+            total = self._pieces[number][first - begin : last - begin]
+            factor = left[first - rows.start : last - rows.start]
+            if self._products.operand == factor.dtype == right.dtype == total.dtype:
+                total.addmm_(factor, right)
+            else:
+                total += self._products.product(factor, right)
 
-    def _sum(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """total += left right, in place."""
-        if self._products.operand == left.dtype == right.dtype == total.dtype:
-            return total.addmm_(left, right)
-        return total.add_(self._products.product(left, right))
-
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """The sum, in the dtype of the parameter. The last call to make."""
-        self._rest = None
-        return self._total.to(dtype)
+    def result(self) -> Tensor:
+        """The gradient, in the dtype of the matrix. The last call to make."""
+        if len(self._pieces) == 1:
+            return self._pieces.pop().to(self._dtype)
+        gradient = torch.empty(self._shape, dtype=self._dtype, device=self._pieces[0].device)
+        for rows in reversed(gradient.split(self._size)):
+            rows.copy_(self._pieces.pop())
+        return gradient
 
 
 class Gradients:
