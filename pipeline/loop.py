@@ -72,7 +72,7 @@ class CaptureLoop:
             self._good += commit.counts["samples"]
             self._bad.update(commit.statistics["quarantined"])
         self._rows = sum(len(plan.rows_of(commit.shard)) for commit in commits)
-        self._started, self._already = time.monotonic(), self._rows
+        self._started = time.monotonic()
         self._progress.begin("capturing", plan.rows)
         self._progress.update(self._rows)
         windows = self._windows(self._writer.pending(rank, world_size))
@@ -80,16 +80,18 @@ class CaptureLoop:
             with Interrupt() as interrupt, ThreadPoolExecutor(1) as disk, Prefetch(windows) as ready:
                 writing: Future[CommitRecord | None] | None = None
                 shard: _Shard | None = None
-                for window in ready:
-                    if shard is None or shard.index != window.shard:
-                        shard = _Shard(index=window.shard, started=time.monotonic())
-                    self._capture(window, shard, interrupt)
-                    if window.last:
-                        self._refuse_bad_data(shard)
-                        self._settle(writing)
-                        writing = disk.submit(self._write, shard)
-                        shard = None
-                self._settle(writing)
+                try:
+                    for window in ready:
+                        if shard is None or shard.index != window.shard:
+                            shard = _Shard(index=window.shard, started=time.monotonic())
+                        self._capture(window, shard, interrupt)
+                        if window.last:
+                            self._refuse_bad_data(shard)
+                            self._settle(writing)
+                            writing = disk.submit(self._write, shard)
+                            shard = None
+                finally:
+                    self._settle(writing)  # also on the way out: a full disk is told, not hidden
         finally:
             self._progress.end()
 

@@ -16,7 +16,15 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cache_schema import Cache, IdentityMismatch, KdcacheError, StoppedEarly, TargetSpec, open_cache
+from cache_schema import (
+    Cache,
+    CacheWriter,
+    IdentityMismatch,
+    KdcacheError,
+    StoppedEarly,
+    TargetSpec,
+    open_cache,
+)
 from cache_schema.identity import tokenizer_digest
 from cache_schema.progress import Silent
 from pipeline import capture
@@ -250,6 +258,18 @@ def test_batches_change_nothing_but_rounding(setting: Setting, captured: Path, t
                 np.testing.assert_allclose(one.tail_logprob, other.tail_logprob, atol=1e-5)
         for one, other in zip(left.relations, right.relations, strict=True):
             np.testing.assert_allclose(one.norm, other.norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_disk_that_refuses_is_never_hidden(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    def full(self: CacheWriter, *_: Any, **__: Any) -> None:
+        raise KdcacheError("the disk is full")
+
+    monkeypatch.setattr(CacheWriter, "write_shard", full)
+    with pytest.raises(KdcacheError, match="the disk is full"):
+        build(config_of(setting, tmp_path / "c"), Notes(stop_after=3 if stopped else None))
 
 
 def test_memory_that_runs_out_shrinks_the_batches(
