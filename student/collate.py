@@ -18,6 +18,7 @@ from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
 from cache_schema.images import open_image
 from cache_schema.records import IGNORE_INDEX, ImageRecord, Sample, TopK
 from student.losses import Denominators, DistillationTargets, PositionTargets, RelationTargets
+from student.pixels import PixelInputs
 from student.stream import Located, Step
 
 
@@ -56,14 +57,14 @@ class Batch:
 class Collator:
     """Makes a Batch of samples, in any thread.
 
-    image_processor: the student's, of transformers. image_root: the folder that the cache's image paths
+    pixels: by the student's processor. image_root: the folder that the cache's image paths
     start from. pad_token_id: fills the right of shorter samples. targets: which of the cache's targets
     become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every
     image's placeholder tokens are replaced by so many of `image_token_id` (a student that sees images in
     another number of tokens than the teacher; visual and relation targets are then impossible).
     """
 
-    image_processor: Any
+    pixels: PixelInputs
     image_root: Path
     pad_token_id: int
     image_token_id: int
@@ -87,7 +88,7 @@ class Collator:
             attention[place, : len(sample.input_ids)] = 1
         inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}
         inputs |= _extra_inputs(samples, length)
-        inputs |= self.pixels([image for sample in samples for image in sample.images])
+        inputs |= self.images([sample.images for sample in samples])
         targets = self._targets(samples, length)
         made = torch.from_numpy(labels)
         return Batch(
@@ -99,13 +100,9 @@ class Collator:
             sample_ids=tuple(sample.sample_id for sample in samples),
         )
 
-    def pixels(self, images: Sequence[ImageRecord]) -> dict[str, Tensor]:
-        """What the image processor makes of the images; empty without images."""
-        if not images:
-            return {}
-        opened = [self._open(image) for image in images]
-        made = self.image_processor(images=opened, return_tensors="pt")
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    def images(self, samples: Sequence[Sequence[ImageRecord]]) -> dict[str, Tensor]:
+        """The pixel inputs of the images of each sample; empty without images."""
+        return self.pixels([[self._open(image) for image in images] for images in samples])
 
     def _open(self, record: ImageRecord) -> Any:
         try:

@@ -15,6 +15,7 @@ from student.folder import load_model, load_processor, part_of
 from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
+from student.pixels import PixelInputs
 from student.run_folder import read_metrics
 from student.settings import TrainConfig
 from student.stages import CE_ONLY, DFT, DPT, PT, SFT
@@ -364,7 +365,7 @@ def test_adapters_train_the_language_model_alone_and_are_merged(world, tmp_path)
 def measure(world, folder):
     processor = load_processor(folder)
     collator = Collator(
-        image_processor=processor.image_processor,
+        pixels=PixelInputs(processor),
         image_root=world.image_root,
         pad_token_id=1,
         image_token_id=2,
