@@ -259,15 +259,16 @@ def _position_targets(
     if not records:
         return None
 
-    def joined(name: str, dtype: torch.dtype) -> Tensor | None:
+    def joined(name: str) -> Tensor | None:
         arrays = [getattr(record, name) for _, _, record in records]
         if any(array is None for array in arrays):
             return None
-        return torch.from_numpy(np.concatenate(arrays)).to(dtype)
+        return torch.from_numpy(np.concatenate(arrays))
 
-    token_ids = joined("token_ids", torch.int64)
-    logprobs = joined("logprobs", torch.float32)
-    tail = joined("tail_logprob", torch.float32)
+    token_ids = joined("token_ids")
+    logprobs = joined("logprobs")
+    tail = joined("tail_logprob")
+    counts_drawn = joined("sampled_counts")
     assert token_ids is not None
     assert logprobs is not None
     assert tail is not None
@@ -280,8 +281,8 @@ def _position_targets(
         logprobs=logprobs,
         tail_logprob=tail,
         temperatures=torch.from_numpy(np.array(records[0][2].temperatures, dtype=np.float32)),
-        sampled_ids=joined("sampled_ids", torch.int64),
-        sampled_counts=joined("sampled_counts", torch.float32),
+        sampled_ids=joined("sampled_ids"),
+        sampled_counts=None if counts_drawn is None else counts_drawn.float(),
         sample_temperature=sample_temperature,
     )
 
