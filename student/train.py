@@ -280,6 +280,7 @@ class _Run:
             world_size=self.ranks,
             add_up=self._add_up,
         )
+        self.student.reshard()
         measured["loss"] = weighted(measured, self.stage.losses)
         self.journal.write(self.step, measured, group="held-out")
         best = self.memory["best"]
