@@ -36,7 +36,16 @@ import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from cache_schema import (
@@ -55,6 +64,7 @@ from cache_schema.manifest import Manifest, Plan
 from student.collate import Batch, Collator, load_ahead
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent
+from student.pixels import PixelInputs
 from student.stages import CE_ONLY
 from student.stream import Stream, StreamConfig
 
@@ -189,7 +199,7 @@ def _rows(pool: TopK, order: np.ndarray, labels: np.ndarray | None) -> TopK:
 class WithoutPixels(Collator):
     """Everything of a batch but its images."""
 
-    def pixels(self, images: Sequence[ImageRecord]) -> dict[str, torch.Tensor]:
+    def images(self, samples: Sequence[Sequence[ImageRecord]]) -> dict[str, torch.Tensor]:
         return {}
 
 
@@ -225,8 +235,18 @@ def reader(folder: Path) -> dict[str, Any]:
 
 
 def collator_for(folder: Path, cache: Cache, kind: type[Collator] = Collator) -> Collator:
-    return kind(
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<image>": 0, "<unk>": 1}, unk_token="<unk>")),
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    processor = LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
+        tokenizer=tokenizer,
+        patch_size=28,
+        vision_feature_select_strategy="full",
+    )
+    return kind(
+        pixels=PixelInputs(processor),
         image_root=folder / "images",
         pad_token_id=1,
         image_token_id=IMAGE_ID,

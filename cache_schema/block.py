@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.codecs.relation import RelationBlock
-from cache_schema.codecs.topk import Arrays, Rows, decode_topk
+from cache_schema.codecs.topk import Arrays, Rows, decode_topk, prepare_topk
 from cache_schema.records import (
     ImageRecord,
     Relation,
@@ -31,7 +31,7 @@ class ShardBlock:
         self, table: pa.Table, groups: Mapping[str, Arrays], spec: TargetSpec, parts: frozenset[str]
     ) -> None:
         self.parts = parts
-        self._groups = groups
+        self._groups = {kind: prepare_topk(arrays) for kind, arrays in groups.items()}
         self._temperatures = np.array(spec.temperatures, np.float32)
         self._relations = RelationBlock(groups["relation"]) if "relation" in groups else None
         self._rows = table.drop_columns(["images", "input_ids", "label_spans"]).to_pylist()
@@ -40,7 +40,9 @@ class ShardBlock:
         self._images = _Lists(table["images"])
         images = self._images.values
         self._image_rows = images.to_pylist()
-        self.nbytes = table.nbytes + sum(a.nbytes for arrays in groups.values() for a in arrays.values())
+        self.nbytes = table.nbytes + sum(
+            a.nbytes for arrays in self._groups.values() for a in arrays.values()
+        )
 
     def __len__(self) -> int:
         return len(self._rows)

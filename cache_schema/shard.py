@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import zarr
+from numcodecs import blosc
+from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -73,6 +76,12 @@ QUARANTINE_SCHEMA = pa.schema(
 
 CHUNK_BYTES = 256 << 20
 """Arrays are one chunk up to this size; blosc takes at most 2 GiB."""
+
+_PLAIN_TYPES = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in ("uint8", "uint16", "uint32", "int32", "int64", "float16", "float32", "float64")
+}
+"""Types that `read_groups` decodes itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,19 +282,68 @@ def write_groups(groups: Mapping[str, Arrays], attributes: dict[str, Any]) -> di
 def read_groups(files: Mapping[str, bytes]) -> dict[str, Arrays]:
     """The arrays of a hierarchy, group -> name -> values.
 
-    The caller has seen to it that no file is missing: zarr would read a missing chunk as zeros.
+    The caller has seen to it that no file is missing: zarr would read a missing chunk as zeros. CacheDamaged
+    when a chunk is missing nevertheless, ValueError when one does not decode.
     """
-    prototype = default_buffer_prototype()
-    store = zarr.storage.MemoryStore(
-        {path: prototype.buffer.from_bytes(data) for path, data in files.items()}
+    groups: dict[str, Arrays] = {}
+    for path, data in files.items():
+        group, _, name = path.removesuffix("/zarr.json").partition("/")
+        if name and path.endswith("/zarr.json"):
+            groups.setdefault(group, {})[name] = _read_array(files, f"{group}/{name}", json.loads(data))
+    return groups
+
+
+def _read_array(files: Mapping[str, bytes], base: str, metadata: dict[str, Any]) -> NDArray[Any]:
+    """An array as zarr would read it: a quarter of the time where it is encoded as `write_groups` does."""
+    shape, inner = metadata["shape"], metadata["shape"][1:]
+    if not _is_ours(metadata):
+        return _read_by_zarr(files, base)
+    values = np.empty(shape, _PLAIN_TYPES[metadata["data_type"]])
+    step = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+    count = -(-shape[0] // step) if values.size else 0
+    chunks = [path for path in files if path.startswith(f"{base}/c/")]
+    if len(chunks) != count:
+        raise CacheDamaged(f"{base}: {len(chunks)} chunks of {count} are there")
+    for number in range(count):
+        encoded = files["/".join([base, "c", str(number), *("0" for _ in inner)])]
+        place = values[number * step : (number + 1) * step]
+        try:
+            compressed = CRC32C().decode(encoded)
+            if len(place) == step:
+                blosc.decompress(compressed, place)
+            else:  # chunks are whole on disk, the last one filled up
+                whole = np.frombuffer(blosc.decompress(compressed), values.dtype).reshape(step, *inner)
+                place[...] = whole[: len(place)]
+        except RuntimeError as error:
+            raise ValueError(f"{base}: chunk {number} does not decode: {error}") from error
+    return values
+
+
+def _is_ours(metadata: dict[str, Any]) -> bool:
+    """Whether an array is in chunks along its first dimension, little-endian, blosc, crc32c."""
+    codecs, chunks = metadata["codecs"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    return (
+        [codec["name"] for codec in codecs] == ["bytes", "blosc", "crc32c"]
+        and codecs[0].get("configuration", {}).get("endian", "little") == "little"
+        and metadata["data_type"] in _PLAIN_TYPES
+        and metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
+        and len(chunks) > 0
+        and chunks[1:] == [max(size, 1) for size in metadata["shape"][1:]]
     )
-    root = zarr.open_group(store, mode="r", zarr_format=3)
-    for group, members in root.groups():
-        for name, array in members.arrays():
-            chunks = sum(path.startswith(f"{group}/{name}/c/") for path in files)
-            if chunks != array.nchunks:
-                raise CacheDamaged(f"{group}/{name}: {chunks} chunks of {array.nchunks} are there")
-    return {group: {name: array[...] for name, array in members.arrays()} for group, members in root.groups()}
+
+
+def _read_by_zarr(files: Mapping[str, bytes], base: str) -> NDArray[Any]:
+    """An array that another program has encoded in another way that zarr knows."""
+    prototype = default_buffer_prototype()
+    mine = {
+        path: prototype.buffer.from_bytes(data) for path, data in files.items() if path.startswith(f"{base}/")
+    }
+    array = zarr.open_array(zarr.storage.MemoryStore(mine), path=base, mode="r", zarr_format=3)
+    chunks = sum(path.startswith(f"{base}/c/") for path in files)
+    if chunks != array.nchunks:
+        raise CacheDamaged(f"{base}: {chunks} chunks of {array.nchunks} are there")
+    values: NDArray[Any] = array[...]
+    return values
 
 
 def _chunks(values: NDArray[Any]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from cache_schema.identity import tokenizer_digest
 from cache_schema.records import ImageRecord
 from student.collate import Collator
 from student.folder import special_tokens
+from student.pixels import PixelInputs
 from student.stages import Stage
 
 _SIZES = 4
@@ -135,7 +136,7 @@ def _visual_tokens(
 ) -> list[tuple[ImageRecord, int]]:
     """(image, tokens the student makes of it) for one image of each of the first sizes met."""
     collator = Collator(
-        image_processor=processor.image_processor,
+        pixels=PixelInputs(processor),
         image_root=image_root,
         pad_token_id=0,
         image_token_id=cache.manifest.fingerprint.training["image_token_id"],
@@ -152,7 +153,7 @@ def _visual_tokens(
         for image in found.values():
             pixels = {
                 name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
-                for name, tensor in collator.pixels([image]).items()
+                for name, tensor in collator.images([[image]]).items()
             }
             features = model.get_image_features(**pixels).pooler_output
             counts.append((image, sum(feature.shape[-2] for feature in features)))

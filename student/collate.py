@@ -18,6 +18,7 @@ from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
 from cache_schema.images import open_image
 from cache_schema.records import IGNORE_INDEX, ImageRecord, Sample, TopK
 from student.losses import Denominators, DistillationTargets, PositionTargets, RelationTargets
+from student.pixels import PixelInputs
 from student.stream import Located, Step
 
 
@@ -56,14 +57,14 @@ class Batch:
 class Collator:
     """Makes a Batch of samples, in any thread.
 
-    image_processor: the student's, of transformers. image_root: the folder that the cache's image paths
+    pixels: by the student's processor. image_root: the folder that the cache's image paths
     start from. pad_token_id: fills the right of shorter samples. targets: which of the cache's targets
     become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every
     image's placeholder tokens are replaced by so many of `image_token_id` (a student that sees images in
     another number of tokens than the teacher; visual and relation targets are then impossible).
     """
 
-    image_processor: Any
+    pixels: PixelInputs
     image_root: Path
     pad_token_id: int
     image_token_id: int
@@ -87,7 +88,7 @@ class Collator:
             attention[place, : len(sample.input_ids)] = 1
         inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}
         inputs |= _extra_inputs(samples, length)
-        inputs |= self.pixels([image for sample in samples for image in sample.images])
+        inputs |= self.images([sample.images for sample in samples])
         targets = self._targets(samples, length)
         made = torch.from_numpy(labels)
         return Batch(
@@ -99,13 +100,9 @@ class Collator:
             sample_ids=tuple(sample.sample_id for sample in samples),
         )
 
-    def pixels(self, images: Sequence[ImageRecord]) -> dict[str, Tensor]:
-        """What the image processor makes of the images; empty without images."""
-        if not images:
-            return {}
-        opened = [self._open(image) for image in images]
-        made = self.image_processor(images=opened, return_tensors="pt")
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    def images(self, samples: Sequence[Sequence[ImageRecord]]) -> dict[str, Tensor]:
+        """The pixel inputs of the images of each sample; empty without images."""
+        return self.pixels([[self._open(image) for image in images] for images in samples])
 
     def _open(self, record: ImageRecord) -> Any:
         try:
@@ -262,15 +259,16 @@ def _position_targets(
     if not records:
         return None
 
-    def joined(name: str, dtype: torch.dtype) -> Tensor | None:
+    def joined(name: str) -> Tensor | None:
         arrays = [getattr(record, name) for _, _, record in records]
         if any(array is None for array in arrays):
             return None
-        return torch.from_numpy(np.concatenate(arrays)).to(dtype)
+        return torch.from_numpy(np.concatenate(arrays))
 
-    token_ids = joined("token_ids", torch.int64)
-    logprobs = joined("logprobs", torch.float32)
-    tail = joined("tail_logprob", torch.float32)
+    token_ids = joined("token_ids")
+    logprobs = joined("logprobs")
+    tail = joined("tail_logprob")
+    counts_drawn = joined("sampled_counts")
     assert token_ids is not None
     assert logprobs is not None
     assert tail is not None
@@ -283,8 +281,8 @@ def _position_targets(
         logprobs=logprobs,
         tail_logprob=tail,
         temperatures=torch.from_numpy(np.array(records[0][2].temperatures, dtype=np.float32)),
-        sampled_ids=joined("sampled_ids", torch.int64),
-        sampled_counts=joined("sampled_counts", torch.float32),
+        sampled_ids=joined("sampled_ids"),
+        sampled_counts=None if counts_drawn is None else counts_drawn.float(),
         sample_temperature=sample_temperature,
     )
 

@@ -27,6 +27,7 @@ from student.folder import load_model, load_processor
 from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
+from student.pixels import PixelInputs
 from student.stages import DFT
 
 
@@ -279,7 +280,7 @@ def _distance(
     probe = processor.tokenizer.encode("What is in the image?")
     student.check_head(torch.tensor([probe], device=device))
     collator = Collator(
-        image_processor=processor.image_processor,
+        pixels=PixelInputs(processor),
         image_root=config.image_root,
         pad_token_id=processor.tokenizer.pad_token_id or 0,
         image_token_id=training["image_token_id"],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cache_schema.errors import KdcacheError
@@ -58,6 +59,26 @@ class DistilledStudent(nn.Module):
         self.caps_logits = True
         freeze(model, trainable)
         self._stopwatch = stopwatch or Stopwatch()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that accelerate's FSDP shards on their own: those of the language model. A rank without
+        an image never calls the tower's, and the others would wait for it."""
+        kinds: dict[bool, set[str]] = {True: set(), False: set()}
+        for name, module in self.model.named_modules():
+            kinds[part_of(f"{name}.") == "language_model"].add(type(module).__name__)
+        return sorted((kinds[True] - kinds[False]) & set(self.model._no_split_modules or ()))
+
+    def tie_weights(self) -> None:
+        """Shares again what accelerate's FSDP takes apart on the meta device."""
+        self.model.tie_weights()
+
+    def reshard(self) -> None:
+        """Gives back what FSDP has gathered for a forward pass that no backward pass follows: until then
+        the parameters are not those that the optimizer knows."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def train(self, mode: bool = True) -> DistilledStudent:
         """Training mode for all but a frozen vision tower."""

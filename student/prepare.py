@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
@@ -61,14 +62,19 @@ def save_trained(
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator as `accelerate launch` configured it. KdcacheError when it refuses."""
+    """An Accelerator as `accelerate launch` configured it.
+
+    KdcacheError when it refuses, or when FSDP is asked for on a CPU, where accelerate would quietly run DDP.
+    """
     # A second stage in the same process may ask for another precision, which the shared state forbids.
     AcceleratorState._reset_state()
     # A tower's last layers lie behind the features that are taken, and text has no image.
     unused = "vision_tower" in config.resolved_stage.trainable
+    # Told nothing, accelerate takes the processes of a machine without accelerator for strangers.
+    cpu = config.device == "cpu" or torch.accelerator.current_accelerator(check_available=True) is None
     try:
-        return Accelerator(
-            cpu=config.device == "cpu",
+        accelerator = Accelerator(
+            cpu=cpu,
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             log_with=list(config.trackers) or None,
             project_config=ProjectConfiguration(
@@ -81,3 +87,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"accelerate refuses precision {config.precision} with trackers {', '.join(config.trackers)}: "
             f"{' '.join(str(error).split())}; choose others"
         ) from error
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if cpu and not sharded and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise KdcacheError(
+            "accelerate shards on accelerators only, and here is a CPU: launch without FSDP (`accelerate "
+            "launch --cpu --num_processes N`) for DDP"
+        )
+    return accelerator

@@ -30,6 +30,7 @@ from student.folder import load_processor
 from student.heldout import measure_cache, weighted
 from student.losses import Denominators, LossParts
 from student.model import DistilledStudent, whole
+from student.pixels import PixelInputs
 from student.prepare import checkpoint_activations, load_student, make_accelerator, save_trained
 from student.run_folder import TERMS, Journal, Meter, finished, time_line, write_result, write_settings
 from student.settings import TrainConfig, identity_of
@@ -158,7 +159,7 @@ class _Run:
         if checkpointing if checkpointing is not None else self.device.type != "cpu":
             checkpoint_activations(student)
         collator = Collator(
-            image_processor=self.processor.image_processor,
+            pixels=PixelInputs(self.processor),
             image_root=config.image_root,
             pad_token_id=self.processor.tokenizer.pad_token_id or 0,
             image_token_id=training["image_token_id"],
@@ -279,6 +280,7 @@ class _Run:
             world_size=self.ranks,
             add_up=self._add_up,
         )
+        self.student.reshard()
         measured["loss"] = weighted(measured, self.stage.losses)
         self.journal.write(self.step, measured, group="held-out")
         best = self.memory["best"]

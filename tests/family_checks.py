@@ -17,6 +17,8 @@ from cache_schema.progress import Silent
 from cache_schema.rows import Conversation, open_dataset
 from pipeline.capture import BuildConfig, build
 from pipeline.transformers_engine import TransformersEngine
+from student.collate import Collator
+from student.pixels import PixelInputs
 from tests.tiny_families import make
 from tests.tiny_models import write_png
 
@@ -96,12 +98,26 @@ def check_family(name: str, folder: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(teacher).eval()
     dataset = open_dataset(data)
     assert len(cache) == len(dataset)
-    for sample in (cache[i] for i in range(len(cache))):
+    collator = Collator(
+        pixels=PixelInputs(processor),
+        image_root=root,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        image_token_id=model.config.image_token_id,
+    )
+    samples = [cache[i] for i in range(len(cache))]
+    pictured = [sample for sample in samples if sample.images]
+    with torch.inference_mode():
+        together = model(**collator(pictured).inputs).logits
+    for sample in samples:
         inputs = reference_inputs(name, processor, dataset[sample.row], root)
         check_inputs(sample, inputs, model.config)
+        check_rebuilt(collator([sample]).inputs, inputs)
         with torch.inference_mode():
             logits = model(**inputs).logits[0, :, : len(processor.tokenizer)].double()
         check_targets(sample, logits)
+        if sample.images:  # what a student makes of a whole batch from the cache
+            batched = together[pictured.index(sample), : len(logits), : logits.shape[1]].double()
+            np.testing.assert_allclose(batched, logits, rtol=1e-4, atol=1e-4)
 
 
 def check_inputs(sample: Sample, inputs: dict[str, torch.Tensor], config: Any) -> None:
@@ -120,6 +136,13 @@ def check_inputs(sample: Sample, inputs: dict[str, torch.Tensor], config: Any) -
         np.concatenate([[], *(image.positions for image in sample.images)]), placeholders
     )
     assert all(len(image.positions) for image in sample.images)
+
+
+def check_rebuilt(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """The student's inputs from the cache are the processor's own: ids, types, pixels, grids, sizes."""
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=0, check_dtype=value.is_floating_point())
 
 
 def check_targets(sample: Sample, logits: torch.Tensor) -> None:

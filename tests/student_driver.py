@@ -76,6 +76,31 @@ def arm(name: str, call: int) -> None:
         student.folder.save_file = armed(student.folder.save_file)
 
 
+def shard() -> None:
+    """Makes accelerate shard on the CPU what it shards on accelerators: everything of its FSDP2 runs, but
+    for the line that asks for another device."""
+    from accelerate import Accelerator
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    import student.prepare
+
+    class Sharding(Accelerator):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.state.distributed_type = DistributedType.FSDP
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }
+    student.prepare.Accelerator = Sharding  # type: ignore[misc]
+
+
 def train_one(settings: dict[str, Any]) -> None:
     from cache_schema.progress import Silent
     from student.settings import TrainConfig
@@ -85,6 +110,8 @@ def train_one(settings: dict[str, Any]) -> None:
     kill = settings.pop("kill")
     if kill is not None:
         arm(*kill)
+    if settings.pop("shard", False):
+        shard()
     stage = stage_from({"base": settings.pop("base"), **settings.pop("stage", {})})
     paths = {name: Path(settings.pop(name)) for name in ("student", "image_root", "out")}
     train(TrainConfig(stage=stage, trackers=(), **paths, **settings), Silent())

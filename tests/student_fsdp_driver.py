@@ -24,6 +24,7 @@ from student.collate import Collator
 from student.folder import load_model, load_processor
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent, whole
+from student.pixels import PixelInputs
 
 STEPS = 3
 
@@ -34,7 +35,7 @@ def main() -> None:
     rank = dist.get_rank()
     cache = open_cache(url)
     collator = Collator(
-        image_processor=load_processor(student).image_processor,
+        pixels=PixelInputs(load_processor(student)),
         image_root=images,
         pad_token_id=1,
         image_token_id=2,

@@ -6,9 +6,11 @@ import json
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from zarr.core.buffer import default_buffer_prototype
 
 from cache_schema.codecs.ids import decode_ids, encode_ids
 from cache_schema.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
@@ -312,3 +314,41 @@ def test_the_joined_record_is_the_records_in_order() -> None:
     assert len(joined) == 3
     np.testing.assert_array_equal(joined.token_ids[1:], parts[2].token_ids)
     assert joined.sampled_ids is None
+
+
+@pytest.mark.parametrize("precision", ["compact", "full"])
+def test_arrays_read_here_are_those_that_zarr_reads(precision, monkeypatch) -> None:
+    """Of whole chunks, of several with a last one that is filled up, and encoded by another program."""
+    spec = TargetSpec(top_k=6, temperatures=(1.0, 2.0), tail_samples=3, precision=precision)
+    arrays = encode_topk(make_topk(np.random.default_rng(0), 50, spec, vocab=40), precision)
+    arrays["empty"] = np.zeros((0, 3), np.float16)
+    for size in (1 << 20, 130):
+        monkeypatch.setattr("cache_schema.shard.CHUNK_BYTES", size)
+        files = write_groups({"visual": arrays}, {})
+        root = zarr.open_group(_store(files), mode="r")
+        found = read_groups(files)["visual"]
+        assert found.keys() == arrays.keys()
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, arrays[name])
+            np.testing.assert_array_equal(values, root[f"visual/{name}"][...])
+            assert values.dtype == arrays[name].dtype
+    assert any(path.startswith("visual/logsumexp/c/1") for path in files)
+    other: dict = {}
+    zarr.open_group(zarr.storage.MemoryStore(other), mode="w").create_array(
+        "visual/entropy", data=np.arange(12.0).reshape(3, 4), chunks=(2, 3)
+    )
+    foreign = {path: buffer.to_bytes() for path, buffer in other.items()}
+    np.testing.assert_array_equal(read_groups(foreign)["visual"]["entropy"], np.arange(12.0).reshape(3, 4))
+    for stored, path in ((files, "visual/logsumexp/c/1"), (foreign, "visual/entropy/c/1/1")):
+        lacking = {name: data for name, data in stored.items() if name != path}
+        with pytest.raises(CacheDamaged, match="chunks of"):
+            read_groups(lacking)
+    bent = bytearray(files["visual/logsumexp/c/1"])
+    bent[20] ^= 1
+    with pytest.raises(ValueError, match=r"visual/logsumexp: chunk 1 does not decode"):
+        read_groups({**files, "visual/logsumexp/c/1": bytes(bent)})
+
+
+def _store(files: dict[str, bytes]) -> zarr.storage.MemoryStore:
+    prototype = default_buffer_prototype()
+    return zarr.storage.MemoryStore({path: prototype.buffer.from_bytes(data) for path, data in files.items()})

@@ -18,6 +18,7 @@ from student.collate import Collator
 from student.folder import load_model
 from student.losses import LossWeights
 from student.model import DistilledStudent
+from student.pixels import PixelInputs
 from tests.dense_twins import dense_kl, relation_twin
 from tests.tiny_models import tiny_dataset, tiny_llava
 
@@ -56,7 +57,7 @@ class World:
         """The micro-batches of one epoch, the same rows in the same order for every cache."""
         samples = sorted((cache[i] for i in range(len(cache))), key=lambda sample: sample.row)
         collator = Collator(
-            image_processor=processor_of(self.student).image_processor,
+            pixels=PixelInputs(processor_of(self.student)),
             image_root=self.data.image_root,
             pad_token_id=1,
             image_token_id=2,

@@ -15,6 +15,7 @@ from cache_schema.progress import Silent
 from student.checks import check_student
 from student.collate import Collator, respan
 from student.folder import load_model, load_processor
+from student.pixels import PixelInputs
 from student.stages import DFT, SFT
 from student.train import train
 from tests.student_caches import fake_capture, make_world
@@ -191,7 +192,7 @@ def test_inputs_are_what_the_model_was_captured_with(world):
     cache = open_cache(world.cache)
     samples = [cache[index] for index in range(6)]
     collator = Collator(
-        image_processor=load_processor(world.student).image_processor,
+        pixels=PixelInputs(load_processor(world.student)),
         image_root=world.image_root,
         pad_token_id=1,
         image_token_id=2,

@@ -26,6 +26,7 @@ from student.folder import load_model, load_processor
 from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
+from student.pixels import PixelInputs
 from student.recipe import train_recipe
 from student.report import report
 from student.stages import DFT, DPT, SFT, Recipe, RecipeStage
@@ -232,14 +233,17 @@ def test_the_distance_is_the_dense_kl_and_relation(tmp_path):
     terms = {name: [] for name in ("ce", "response_kl", "visual_kl", "prompt_kl", "relation")}
     same = {"response": [], "visual": []}
     collator = Collator(
-        image_processor=processor.image_processor,
+        pixels=PixelInputs(processor),
         image_root=world.image_root,
         pad_token_id=1,
         image_token_id=2,
     )
     for index in range(len(cache)):
         sample = cache[index]
-        inputs = {"input_ids": torch.tensor(sample.input_ids)[None].long(), **collator.pixels(sample.images)}
+        inputs = {
+            "input_ids": torch.tensor(sample.input_ids)[None].long(),
+            **collator.images([sample.images]),
+        }
         with torch.no_grad():
             p, q = (each(**inputs).logits[0, :, :340].double() for each in (teacher, model))
         log_p, log_q = torch.log_softmax(p, -1), torch.log_softmax(q, -1)
@@ -287,7 +291,7 @@ def test_a_student_equal_to_its_teacher_is_at_distance_nothing(world, tmp_path):
         DistilledStudent(model, LossWeights(), vocab_size=340),
         cache,
         Collator(
-            image_processor=processor.image_processor,
+            pixels=PixelInputs(processor),
             image_root=world.image_root,
             pad_token_id=1,
             image_token_id=2,

@@ -1,6 +1,7 @@
 """The loop: what trains, that batches add up, and what a run leaves behind."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from student.folder import load_model, load_processor, part_of
 from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
+from student.pixels import PixelInputs
 from student.run_folder import read_metrics
 from student.settings import TrainConfig
 from student.stages import CE_ONLY, DFT, DPT, PT, SFT
@@ -111,7 +113,9 @@ class InterruptedAt(Silent):
             signal.raise_signal(self.number)
 
 
-def test_two_processes_give_the_loss_curve_of_one_and_take_over_its_run(world, tmp_path):
+def test_two_processes_with_whole_or_sharded_weights_give_the_loss_curve_of_one_and_take_over_its_run(
+    world, tmp_path
+):
     changes = {"global_batch": 5, "max_steps": 6, "learning_rate": 1e-3}
     alone = settings(world, tmp_path / "1", **changes, micro_batch=5, eval_cache=str(world.cache))
     train(alone, Silent())
@@ -130,9 +134,10 @@ def test_two_processes_give_the_loss_curve_of_one_and_take_over_its_run(world, t
         "eval_cache": str(world.cache),
         "resume": True,
     }
+    shutil.copytree(tmp_path / "moved", tmp_path / "moved to shards")
     expected = weights_of(tmp_path / "1/model")
-    for name in ("2", "moved"):
-        run(tmp_path / "runs.json", [{**common, "out": tmp_path / name}], ranks=2)
+    for name in ("2", "moved", "shards", "moved to shards"):
+        run(tmp_path / "runs.json", [{**common, "out": tmp_path / name, "shard": "shards" in name}], ranks=2)
         for term in ("loss", "ce", "response", "visual", "relation", "grad_norm"):
             expected_values = losses_of(tmp_path / "1", term)
             assert losses_of(tmp_path / name, term) == pytest.approx(expected_values, rel=1e-3)
@@ -306,6 +311,12 @@ def test_gradient_checkpointing_and_bf16_change_rounding_only(world, tmp_path):
     assert losses_of(tmp_path / "bf16") != plain
 
 
+def test_sharding_on_a_cpu_is_refused_instead_of_quietly_left_out(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(KdcacheError, match=r"shards on accelerators only.*launch without FSDP"):
+        train(settings(world, tmp_path), Silent())
+
+
 def test_an_unknown_tracker_is_refused(world, tmp_path):
     with pytest.raises(KdcacheError, match=r"accelerate refuses precision fp32 with trackers paper.*choose"):
         train(settings(world, tmp_path, trackers=("paper",)), Silent())
@@ -364,7 +375,7 @@ def test_adapters_train_the_language_model_alone_and_are_merged(world, tmp_path)
 def measure(world, folder):
     processor = load_processor(folder)
     collator = Collator(
-        image_processor=processor.image_processor,
+        pixels=PixelInputs(processor),
         image_root=world.image_root,
         pad_token_id=1,
         image_token_id=2,

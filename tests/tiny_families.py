@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_models import CHAT_TEMPLATE, END, PAD, tiny_tokenizer
+from tests.tiny_models import CHAT_TEMPLATE, END, PAD, tiny_llava, tiny_tokenizer
 
 IMAGE_SIZE, PATCH = 28, 7
 HIDDEN, VOCAB = 32, 424
@@ -304,6 +304,7 @@ def qwen(folder: Path, kind: str) -> Path:
 
 
 PLAIN: dict[str, Callable[[Path], Path]] = {
+    "llava": tiny_llava,
     "llava_next": llava_next,
     "idefics3": idefics3,
     "gemma3": gemma3,

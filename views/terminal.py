@@ -95,7 +95,7 @@ def print_training(result: dict[str, Any]) -> None:
             "steps": stage["steps"],
             "model": stage["model"],
             "last losses": losses,
-            "time": stage["time"],
+            "time": stage["time"].removeprefix("time: "),
         }
         if stage["evaluation"]:
             facts["held out"] = stage["evaluation"]

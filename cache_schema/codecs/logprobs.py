@@ -43,14 +43,25 @@ def encode_logprobs(logprobs: Float32) -> tuple[UInt8, Float16]:
     return np.ascontiguousarray(np.diff(level, axis=1).T), drop
 
 
-def decode_logprobs(steps: UInt8, drop: Float16, tail_logprob: Float16) -> Float32:
-    """logprobs (N, K) float32 from steps (K - 1, N), drop (N,) and the tail (N,) at temperature 1."""
-    level = np.zeros((len(steps) + 1, len(drop)), np.uint8)
+def levels_of(steps: UInt8) -> UInt8:
+    """`level` (K, N) uint8 from steps (K - 1, N)."""
+    level = np.zeros((len(steps) + 1, steps.shape[1]), np.uint8)
     for k, step in enumerate(steps):  # 3 times the speed of np.cumsum along the first axis
         np.add(level[k], step, out=level[k + 1])
+    return level
+
+
+def decode_logprobs(steps: UInt8, drop: Float16, tail_logprob: Float16) -> Float32:
+    """logprobs (N, K) float32 from steps (K - 1, N), drop (N,) and the tail (N,) at temperature 1."""
+    return decode_levels(levels_of(steps), drop, tail_logprob)
+
+
+def decode_levels(level: UInt8, drop: Float16, tail_logprob: Float16) -> Float32:
+    """logprobs (N, K) float32 from level (K, N), drop (N,) and the tail (N,) at temperature 1."""
     logprobs = level.T.astype(np.float32, order="C")
     logprobs *= logprobs
     logprobs *= drop.astype(np.float32)[:, None] / -(LEVELS * LEVELS)
     inside = np.log(-np.expm1(tail_logprob.astype(np.float32)))
-    logprobs += (inside - np.log(np.exp(logprobs).sum(axis=1)))[:, None]
+    mass = np.einsum("nk->n", np.exp(logprobs))  # a third of the time of sum(axis=1)
+    logprobs += (inside - np.log(mass))[:, None]
     return logprobs

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_schema.codecs.ids import decode_ids, encode_ids
-from cache_schema.codecs.logprobs import LARGEST, decode_logprobs, encode_logprobs, encode_tail
+from cache_schema.codecs.logprobs import LARGEST, decode_levels, encode_logprobs, encode_tail, levels_of
 from cache_schema.records import TopK
 from cache_schema.spec import Precision
 
@@ -69,8 +69,17 @@ def encode_topk(record: TopK, precision: Precision) -> Arrays:
     return arrays
 
 
+def prepare_topk(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    """A block whose `steps` have become `levels` (K, N) uint8: what `decode_topk` needs of every row is
+    done for all of them at once."""
+    prepared = dict(arrays)
+    if "steps" in prepared:
+        prepared["levels"] = levels_of(prepared.pop("steps"))
+    return prepared
+
+
 def decode_topk(arrays: Mapping[str, NDArray[Any]], rows: Rows, temperatures: NDArray[np.float32]) -> TopK:
-    """The record of some rows (positions) of a block."""
+    """The record of some rows (positions) of a block, as stored or prepared."""
 
     def floats(name: str) -> NDArray[np.float32] | None:
         return arrays[name][rows].astype(np.float32) if name in arrays else None
@@ -80,7 +89,8 @@ def decode_topk(arrays: Mapping[str, NDArray[Any]], rows: Rows, temperatures: ND
         vocabulary = arrays["vocabulary"]
         token_ids = decode_ids(vocabulary, arrays["ids"][rows])
         at_one = int(np.flatnonzero(temperatures == 1.0)[0])
-        logprobs = decode_logprobs(arrays["steps"][:, rows], arrays["drop"][rows], tail[at_one])
+        levels = arrays["levels"][:, rows] if "levels" in arrays else levels_of(arrays["steps"][:, rows])
+        logprobs = decode_levels(levels, arrays["drop"][rows], tail[at_one])
         sampled = decode_ids(vocabulary, arrays["sampled_ids"][rows]) if "sampled_ids" in arrays else None
     else:
         token_ids, logprobs = arrays["token_ids"][rows], arrays["logprobs"][rows]

@@ -1,0 +1,74 @@
+"""Pixels of the short way are those of the whole processor, bit by bit."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, LlavaProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from student.pixels import PixelInputs
+from tests.tiny_models import IMAGE, tiny_tokenizer
+
+KINDS = {
+    "square": SiglipImageProcessorPil(size={"height": 40, "width": 56}),
+    "bilinear": SiglipImageProcessorPil(
+        size={"height": 40, "width": 40}, resample=2, image_mean=[0.1, 0.5, 0.9]
+    ),
+    "crop": CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 36}),
+    "crop that fills up": CLIPImageProcessorPil(
+        size={"shortest_edge": 20}, crop_size={"height": 32, "width": 32}
+    ),
+}
+
+
+def processor_of(image_processor):
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tiny_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        image_token=IMAGE,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_gives_the_bits_of_the_processor(kind):
+    processor = processor_of(KINDS[kind])
+    pixels = PixelInputs(processor)
+    assert pixels._table is not None
+    random = np.random.default_rng(0)
+    images = [
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
+        for size in [(40, 56), (1, 1), (300, 7), (7, 300), (200, 200), (41, 55)]
+    ]
+    found = pixels([images[:2], [], images[2:]])
+    assert found.keys() == {"pixel_values"}
+    for image, ours in zip(images, found["pixel_values"], strict=True):
+        theirs = processor(text=[IMAGE], images=[[image]], return_tensors="pt")["pixel_values"]
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs[0])
+    assert pixels([[], []]) == {}
+
+
+@pytest.mark.parametrize("change", [{"do_normalize": False}, {"do_rescale": False}, {"do_pad": True}])
+def test_other_settings_go_through_the_processor(change):
+    processor = processor_of(SiglipImageProcessorPil(size={"height": 40, "width": 40}, **change))
+    pixels = PixelInputs(processor)
+    assert pixels._table is None
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 30, 3), dtype=np.uint8))
+    theirs = processor(text=[IMAGE], images=[[image]], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels([[image]])["pixel_values"], theirs)
+
+
+def test_an_image_processor_of_its_own_is_asked():
+    class Darker(SiglipImageProcessorPil):
+        def normalize(self, image, mean, std, **options):
+            return super().normalize(image, mean, std, **options) * 0.5
+
+    class Other(SiglipImageProcessorPil):
+        def resize(self, image, size, resample=None, **options):
+            return 255 - super().resize(image, size, resample=resample, **options)
+
+    for kind in (Darker, Other):
+        assert PixelInputs(processor_of(kind(size={"height": 40, "width": 40})))._table is None
