@@ -207,8 +207,8 @@ def _array_rows(path: Path, content: mmap.mmap, at: int) -> Iterator[tuple[int, 
             rest = _skip(content, at + 1, _BLANKS)
             if rest < len(content):
                 raise KdcacheError(
-                    f"data file {path} goes on after its array ends, at byte {rest}: rows there would be lost; "
-                    "put all rows into one array"
+                    f"data file {path} goes on after its array ends, at byte {rest}: rows there would be "
+                    "lost; put all rows into one array"
                 )
             return
         if at >= len(content):

@@ -57,7 +57,7 @@ def relation_statistics(ranks: Sequence[int], residuals: Sequence[float]) -> dic
 def sample_statistics(
     samples: Sequence[CapturedSample], quarantined: Sequence[QuarantinedRow]
 ) -> dict[str, Any]:
-    """The five longest samples as [row, tokens], supervised tokens, samples cut short, quarantine by reason."""
+    """The five longest samples as [row, tokens], supervised tokens, how many were cut, quarantine reasons."""
     longest = sorted(((len(s.input_ids), s.row) for s in samples), reverse=True)[:5]
     return {
         "longest": [[row, tokens] for tokens, row in longest],

@@ -23,7 +23,8 @@ def summarise(cache: Cache) -> dict[str, Any]:
 
     bytes: of the files of committed shards, without manifest and commit records. Means are over
     positions. label_accuracy: share of labels that are the teacher's likeliest token; perplexity: of the
-    teacher on the labels. cut: samples that a build cut short at a turn's end. covered_mass: what the K entries hold of the full distribution.
+    teacher on the labels. covered_mass: what the K entries hold of the full distribution. cut: samples that
+    a build cut short at a turn's end.
     """
     commits = [cache.commits[shard] for shard in cache.shards]
     counts: Counter[str] = Counter()

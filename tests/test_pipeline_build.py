@@ -160,8 +160,14 @@ def same_arrays(first: Path, second: Path) -> None:
 
 def test_many_workers_make_the_same_cache(setting: Setting, captured: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
-    for rank in (2, 0):  # worker 1 never comes: the others take its shards
-        build(config_of(setting, out, rank=rank, world_size=3), Silent())
+    stopped = Notes(stop_after=4)
+    with pytest.raises(StoppedEarly):
+        build(config_of(setting, out, rank=2, world_size=3), stopped)
+    assert 0 < len(list(out.glob("commits/*.json"))) < 4
+    notes = Notes()  # worker 1 never comes, and worker 2 has gone: 0 takes their shards
+    build(config_of(setting, out, rank=0, world_size=3), notes)
+    assert notes.done[0] > 4, "what others have finished counts as done"
+    assert notes.done[-1] == 14
     same_arrays(captured, out)
 
 
@@ -219,13 +225,19 @@ class Notes(Silent):
     def __init__(self, stop_after: int | None = None) -> None:
         self.lines: list[str] = []
         self.fields: dict[str, str] = {}
+        self.begun: list[str] = []
+        self.done: list[int] = []
         self.left = stop_after
+
+    def begin(self, what: str, total: int | None) -> None:
+        self.begun.append(what)
 
     def message(self, line: str) -> None:
         self.lines.append(line)
 
     def update(self, done: int, **fields: str) -> None:
         self.fields = fields
+        self.done += [done] if fields else []
         if self.left is not None and fields:
             self.left -= 1
             if self.left == 0:
@@ -370,8 +382,12 @@ def test_other_forms_of_a_teacher(setting: Setting, captured: Path, tmp_path: Pa
 
 
 def test_a_quantised_teacher_without_its_package_is_refused(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(KdcacheError, match="bitsandbytes"):
-        build(config_of(setting, tmp_path / "c", quantization="8bit"), Silent())
+    """In one line, before weights are read or even hashed."""
+    notes = Notes()
+    with pytest.raises(KdcacheError, match="8bit needs the package bitsandbytes; install it") as caught:
+        build(config_of(setting, tmp_path / "c", quantization="8bit"), notes)
+    assert "\n" not in str(caught.value)
+    assert not notes.begun
 
 
 def test_the_manifest_tells_who_the_teacher_was(setting: Setting, captured: Path) -> None:
