@@ -24,8 +24,8 @@ class Conversation:
 
     messages: dictionaries `{"role": system|user|assistant, "content": [{"type": "image"} | {"type":
     "text", "text": ...}, ...]}`: perhaps a system message, then user and assistant in turns, an answer
-    last. images: relative paths, one an image part and in their order. embedded: for paths under
-    `embedded/`, the files that the row itself carries. extra: the row's other keys.
+    last; no content is without parts. images: relative paths, one an image part and in their order.
+    embedded: for paths under `embedded/`, the files that the row itself carries. extra: other keys.
     """
 
     row: int
@@ -81,7 +81,7 @@ def conversation_of(raw: Any, row: int) -> Conversation:
             )
         placed.extend(part["image"] for part in parts if part["type"] == "image")
         content = [{"type": "image"} if part["type"] == "image" else part for part in parts]
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": content or [{"type": "text", "text": ""}]})
     if messages and messages[-1]["role"] == "user":
         unanswered = messages.pop()
         if any(part["type"] == "image" for part in unanswered["content"]):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cache_schema.errors import KdcacheError, RowRejected
 
@@ -56,6 +56,8 @@ def open_image(root: Path | str, relative_path: str) -> OpenedImage:
         with Image.open(io.BytesIO(content)) as opened:
             opened.load()
             image = _to_rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError as error:  # whose text names an address in memory
+        raise RowRejected("broken_image", f"{relative_path} is no image of a known format") from error
     except _DECODING_ERRORS as error:
         raise RowRejected("broken_image", f"{relative_path}: {error}") from error
     digest = hashlib.sha256(content).hexdigest()

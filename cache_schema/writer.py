@@ -70,6 +70,10 @@ class CacheWriter:
         """The shards that exist now."""
         return {int(path[8:-5]) for path in self.store.list("commits") if not path.startswith("commits/.")}
 
+    def is_committed(self, shard: int) -> bool:
+        """Whether the shard exists now."""
+        return self.store.exists(commit_path(shard))
+
     def pending(self, rank: int = 0, world_size: int = 1) -> Iterator[int]:
         """Shards to make: those with i mod world_size = rank, then any that nobody has finished.
 
@@ -83,7 +87,7 @@ class CacheWriter:
         others = np.array([i for i in range(shards) if i % world_size != rank], dtype=np.int64)
         others = np.random.default_rng(rank).permutation(others)
         for shard in [*own, *others.tolist()]:
-            if not self.store.exists(commit_path(shard)):
+            if not self.is_committed(shard):
                 yield shard
 
     def write_shard(

@@ -82,9 +82,15 @@ class CaptureLoop:
             with Interrupt() as interrupt, ThreadPoolExecutor(1) as disk, Prefetch(windows) as ready:
                 writing: Future[CommitRecord | None] | None = None
                 shard: _Shard | None = None
+                finished: set[int] = set()  # by others, while they were being prepared here
                 try:
                     for window in ready:
-                        if shard is None or shard.index != window.shard:
+                        if window.shard in finished:
+                            continue
+                        if shard is None:
+                            if self._writer.is_committed(window.shard):  # since it was prepared
+                                finished.add(window.shard)
+                                continue
                             shard = _Shard(index=window.shard, started=time.monotonic())
                         self._capture(window, shard, interrupt)
                         if window.last:
