@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +24,15 @@ class Conversation:
 
     messages: dictionaries `{"role": system|user|assistant, "content": [{"type": "image"} | {"type":
     "text", "text": ...}, ...]}`: perhaps a system message, then user and assistant in turns, an answer
-    last. images: relative paths, one an image part and in their order. extra: the row's other keys.
+    last; no content is without parts. images: relative paths, one an image part and in their order.
+    embedded: for paths under `embedded/`, the files that the row itself carries. extra: other keys.
     """
 
     row: int
     sample_id: str
     messages: list[dict[str, Any]]
     images: tuple[str, ...] = ()
+    embedded: Mapping[str, bytes] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,8 +70,9 @@ def conversation_of(raw: Any, row: int) -> Conversation:
         raise RowRejected("no_turns", f"row {row} has no turns under `conversations` or `messages`")
     messages: list[dict[str, Any]] = []
     placed: list[str | None] = []
+    embedded: dict[str, bytes] = {}
     for turn in turns:
-        role, parts = _read_turn(turn, row)
+        role, parts = _read_turn(turn, row, embedded)
         if role == "assistant" and all(message["role"] == "system" for message in messages):
             continue
         if messages and role in ("system", messages[-1]["role"]):
@@ -75,7 +81,7 @@ def conversation_of(raw: Any, row: int) -> Conversation:
             )
         placed.extend(part["image"] for part in parts if part["type"] == "image")
         content = [{"type": "image"} if part["type"] == "image" else part for part in parts]
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": content or [{"type": "text", "text": ""}]})
     if messages and messages[-1]["role"] == "user":
         unanswered = messages.pop()
         if any(part["type"] == "image" for part in unanswered["content"]):
@@ -85,30 +91,39 @@ def conversation_of(raw: Any, row: int) -> Conversation:
     return Conversation(
         row=row,
         sample_id=label_of(raw, row),
-        images=_place_images(placed, _listed_images(raw, row), messages, row),
+        images=_place_images(placed, _listed_images(raw, row, embedded), messages, row),
+        embedded=embedded,
         messages=messages,
         extra={key: value for key, value in raw.items() if key not in _OWN_KEYS},
     )
 
 
-def _listed_images(raw: Mapping[str, Any], row: int) -> list[str]:
+def _listed_images(raw: Mapping[str, Any], row: int, embedded: dict[str, bytes]) -> list[str]:
     """The image paths that a row names beside its turns."""
     named = raw.get("images")
     if named is None:
         named = raw.get("image")
     if named is None or named == "":
         return []
-    return [_image_path(item, row) for item in (named if isinstance(named, list) else [named])]
+    return [_image_path(item, row, embedded) for item in (named if isinstance(named, list) else [named])]
 
 
-def _image_path(item: Any, row: int) -> str:
-    """A path from the forms in which rows name an image."""
+def _image_path(item: Any, row: int, embedded: dict[str, bytes]) -> str:
+    """A path from the forms in which rows name an image; one that the row carries itself joins `embedded`.
+
+    Those are what Arrow tables of `datasets` hold (`bytes`, perhaps with a `path`), and `data:` URLs.
+    """
     if isinstance(item, dict):
-        if item.get("bytes") is not None:
-            raise RowRejected(
-                "embedded_image", f"row {row} embeds an image's bytes; write it to a file and name its path"
-            )
+        if isinstance(item.get("bytes"), bytes):
+            return _embed(item["bytes"], embedded)
         item = item.get("path") or item.get("url")
+    if isinstance(item, str) and item.startswith("data:image/"):
+        try:
+            return _embed(base64.b64decode(item.partition(";base64,")[2], validate=True), embedded)
+        except (binascii.Error, ValueError) as error:
+            raise RowRejected(
+                "broken_row", f"row {row} has an image whose base64 is broken: {error}"
+            ) from error
     if not isinstance(item, str) or not item:
         raise RowRejected("broken_row", f"row {row} names an image that is not a path: {item!r}")
     if writable(item) != item:
@@ -116,7 +131,14 @@ def _image_path(item: Any, row: int) -> str:
     return item.removeprefix("file://")
 
 
-def _read_turn(turn: Any, row: int) -> tuple[str, list[dict[str, Any]]]:
+def _embed(content: bytes, embedded: dict[str, bytes]) -> str:
+    digest = hashlib.sha256(content).hexdigest()
+    path = f"embedded/{digest[:2]}/{digest}"
+    embedded[path] = content
+    return path
+
+
+def _read_turn(turn: Any, row: int, embedded: dict[str, bytes]) -> tuple[str, list[dict[str, Any]]]:
     """(role, content parts) of a turn; an image part holds its own path under `image`, or None."""
     if not isinstance(turn, dict):
         raise RowRejected("broken_row", f"row {row} has a turn that is {type(turn).__name__}, not an object")
@@ -138,7 +160,8 @@ def _read_turn(turn: Any, row: int) -> tuple[str, list[dict[str, Any]]]:
             parts.extend(_split_marks(part["text"]))
         elif kind in ("image", "image_url"):
             named = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None)
-            parts.append({"type": "image", "image": None if named is None else _image_path(named, row)})
+            path = None if named is None else _image_path(named, row, embedded)
+            parts.append({"type": "image", "image": path})
         else:
             raise RowRejected("broken_row", f"row {row} has a content part of type {kind!r}")
     return role, parts

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cache_schema.errors import RowRejected
+from cache_schema.errors import KdcacheError, RowRejected
 
 # What pillow raises on damaged files, beside OSError (which UnidentifiedImageError is).
 _DECODING_ERRORS = (
@@ -53,10 +56,34 @@ def open_image(root: Path | str, relative_path: str) -> OpenedImage:
         with Image.open(io.BytesIO(content)) as opened:
             opened.load()
             image = _to_rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError as error:  # whose text names an address in memory
+        raise RowRejected("broken_image", f"{relative_path} is no image of a known format") from error
     except _DECODING_ERRORS as error:
         raise RowRejected("broken_image", f"{relative_path}: {error}") from error
     digest = hashlib.sha256(content).hexdigest()
     return OpenedImage(image=image, sha256=digest, width=image.width, height=image.height)
+
+
+def unpack_embedded(root: Path | str, embedded: Mapping[str, bytes]) -> None:
+    """Writes images that a row carries itself to their paths under `root`, where those are not there yet.
+
+    Their names are digests of their content, so that any number of processes may do so at once.
+    KdcacheError when the folder refuses.
+    """
+    for relative_path, content in embedded.items():
+        path = Path(root) / relative_path
+        if path.exists():
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise KdcacheError(
+                f"the images that rows carry are unpacked to {root}/embedded, which cannot be written "
+                f"({error.strerror or error}); make it writable or give another --image-root"
+            ) from error
 
 
 def _read_inside(root: Path, relative_path: str) -> bytes:

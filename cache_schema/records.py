@@ -99,7 +99,8 @@ class CapturedSample:
     row: its number in the dataset (its identity); sample_id: the dataset's label, may repeat.
     input_ids (T,) int32; label_spans (S, 2) int32: half-open token ranges that are supervised.
     model_inputs: whatever else of the model's inputs comes from the ids (token types, ...), keyed as the
-    model names it, arrays without a batch dimension.
+    model names it, arrays without a batch dimension. answers_cut: answers that were left out at the end
+    because the sample was too long with them; only counted.
     """
 
     row: int
@@ -110,6 +111,7 @@ class CapturedSample:
     response: TopK | None = None
     prompt: TopK | None = None
     model_inputs: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    answers_cut: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

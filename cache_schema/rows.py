@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from cache_schema.progress import Progress, Silent
 __all__ = ["Conversation", "Dataset", "open_dataset"]
 
 _STEP = 1 << 24
+_BATCH = 256  # rows of Parquet handled at once: they may carry images
 _BLANKS = b" \t\r\n"
 
 
@@ -87,7 +89,7 @@ def open_dataset(path: Path | str, progress: Progress | None = None) -> Dataset:
     progress.begin("reading the rows", size)
     try:
         if path.suffix == ".parquet":
-            source, keys = _index_parquet(path)
+            source, keys = _index_parquet(path, progress)
         elif size > 0:
             source, keys = _index_json(path, progress)
     finally:
@@ -202,6 +204,12 @@ def _array_rows(path: Path, content: mmap.mmap, at: int) -> Iterator[tuple[int, 
     while True:
         at = _skip(content, at, _BLANKS + b",")
         if content[at : at + 1] == b"]":
+            rest = _skip(content, at + 1, _BLANKS)
+            if rest < len(content):
+                raise KdcacheError(
+                    f"data file {path} goes on after its array ends, at byte {rest}: rows there would be "
+                    "lost; put all rows into one array"
+                )
             return
         if at >= len(content):
             raise KdcacheError(
@@ -229,36 +237,40 @@ def _array_rows(path: Path, content: mmap.mmap, at: int) -> Iterator[tuple[int, 
 
 
 class ParquetSource:
-    """Rows of a Parquet file whose row groups begin at `starts`; the last group read stays in memory."""
+    """Rows of a Parquet file, copied to a temporary Arrow file whose record batches begin at `starts`.
 
-    def __init__(self, path: Path, starts: NDArray[np.int64]) -> None:
-        self._path = path
+    A plan reads rows in an order of its own, and Parquet gives no row without its whole row group. The
+    copy is mapped, not read, and goes with the process.
+    """
+
+    def __init__(self, batches: pa.RecordBatchFileReader, starts: NDArray[np.int64]) -> None:
+        self._batches = batches
         self._starts = starts
         self._lock = threading.Lock()
-        self._group = -1
-        self._table: pa.Table | None = None
 
     def read(self, row: int) -> Any:
-        group = int(np.searchsorted(self._starts, row, side="right")) - 1
-        with self._lock:
-            if self._table is None or group != self._group:
-                with pq.ParquetFile(self._path) as file:
-                    self._group, self._table = group, file.read_row_group(group)
-            table = self._table
-        return table.slice(row - int(self._starts[group]), 1).to_pylist()[0]
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        with self._lock:  # the reader keeps its place in the file
+            rows = self._batches.get_batch(batch)
+        return rows.slice(row - int(self._starts[batch]), 1).to_pylist()[0]
 
 
-def _index_parquet(path: Path) -> tuple[ParquetSource, list[NDArray[np.int64]]]:
+def _index_parquet(path: Path, progress: Progress) -> tuple[ParquetSource, list[NDArray[np.int64]]]:
+    keys: list[NDArray[np.int64]] = []
     try:
-        with pq.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-            keys = [
-                np.array([_first_image_key(raw) for raw in batch.to_pylist()], dtype=np.int64)
-                for batch in file.iter_batches(batch_size=1024)
-            ]
+        with pq.ParquetFile(path) as file, tempfile.NamedTemporaryFile(suffix=".arrow") as copy:
+            total = max(file.metadata.num_rows, 1)
+            with pa.ipc.new_file(copy.name, file.schema_arrow) as writer:
+                for batch in file.iter_batches(batch_size=_BATCH):
+                    writer.write_batch(batch)
+                    rows = batch.to_pylist()
+                    keys.append(np.array([_first_image_key(raw) for raw in rows], dtype=np.int64))
+                    done = sum(map(len, keys))
+                    progress.update(path.stat().st_size * done // total)
+            batches = pa.ipc.open_file(pa.memory_map(copy.name))
     except (pa.ArrowException, OSError) as error:
         raise KdcacheError(
             f"data file {path} is not a readable Parquet file: {error}; get it anew"
         ) from error
-    starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
-    return ParquetSource(path, starts), keys
+    starts = np.cumsum([0, *map(len, keys)], dtype=np.int64)
+    return ParquetSource(batches, starts), keys

@@ -23,7 +23,8 @@ def summarise(cache: Cache) -> dict[str, Any]:
 
     bytes: of the files of committed shards, without manifest and commit records. Means are over
     positions. label_accuracy: share of labels that are the teacher's likeliest token; perplexity: of the
-    teacher on the labels. covered_mass: what the K entries hold of the full distribution.
+    teacher on the labels. covered_mass: what the K entries hold of the full distribution. cut: samples that
+    a build cut short at a turn's end.
     """
     commits = [cache.commits[shard] for shard in cache.shards]
     counts: Counter[str] = Counter()
@@ -61,6 +62,7 @@ def summarise(cache: Cache) -> dict[str, Any]:
         "sharing": _sharing(counts, sizes),
         "positions": {kind: _kind(commits, kind) for kind in KINDS if kind in cache.spec.targets},
         "relation": _relation(commits) if "relation" in cache.spec.targets else None,
+        "cut": sum(record.statistics.get("cut", 0) for record in commits),
         "quarantine": dict(_added(commits, "quarantined").most_common()),
         "slowest_shards": _slowest(commits),
         "longest_samples": [

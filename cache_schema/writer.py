@@ -70,18 +70,24 @@ class CacheWriter:
         """The shards that exist now."""
         return {int(path[8:-5]) for path in self.store.list("commits") if not path.startswith("commits/.")}
 
+    def is_committed(self, shard: int) -> bool:
+        """Whether the shard exists now."""
+        return self.store.exists(commit_path(shard))
+
     def pending(self, rank: int = 0, world_size: int = 1) -> Iterator[int]:
         """Shards to make: those with i mod world_size = rank, then any that nobody has finished.
 
-        The store is asked again before each is handed out.
+        The store is asked again before each is handed out. Those of others come in an order of this
+        worker's own, so that idle workers seldom take the same one.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} workers")
         shards = self.manifest.plan.shards
         own = [i for i in range(shards) if i % world_size == rank]
-        others = [i for i in range(shards) if i % world_size != rank]
-        for shard in own + others:
-            if not self.store.exists(commit_path(shard)):
+        others = np.array([i for i in range(shards) if i % world_size != rank], dtype=np.int64)
+        others = np.random.default_rng(rank).permutation(others)
+        for shard in [*own, *others.tolist()]:
+            if not self.is_committed(shard):
                 yield shard
 
     def write_shard(

@@ -98,9 +98,11 @@ def _summary(out: str, started: float, *, already_done: bool) -> BuildSummary:
         reasons.update(commit.statistics["quarantined"])
     return BuildSummary(
         captured=sum(commit.counts["samples"] for commit in commits),
+        cut=sum(commit.statistics.get("cut", 0) for commit in commits),
         quarantined=dict(sorted(reasons.items())),
         shards=len(commits),
         tokens=sum(commit.counts["tokens"] for commit in commits),
+        images=sum(commit.counts["images"] for commit in commits),
         seconds=time.monotonic() - started,
         already_done=already_done,
     )

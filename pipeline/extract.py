@@ -92,9 +92,8 @@ class Extractor:
             results: dict[int, Captured] = {}
             keys = [want.keys[-1] if self._pack and want.keys else None for want in wanted]
             groups = pack_samples(waiting, keys, self.batch_tokens)
-            for batch in batches(
-                [make_pack([waiting[i] for i in group]) for group in groups], self.batch_tokens
-            ):
+            packs = [make_pack([waiting[i] for i in group]) for group in groups]
+            for batch in self._batches(packs):
                 captured = self._run([[wanted[i] for i in groups[number]] for number in batch])
                 results |= zip((i for number in batch for i in groups[number]), captured, strict=True)
                 yield captured
@@ -108,6 +107,20 @@ class Extractor:
                 ):
                     orphans.append(want.sample)
             waiting = orphans
+
+    def _batches(self, packs: Sequence[Pack]) -> Iterator[list[int]]:
+        """The batches of packs; those to come are formed anew when the budget has shrunk."""
+        left = list(range(len(packs)))
+        while left:
+            budget = self.batch_tokens
+            done: set[int] = set()
+            for batch in batches([packs[number] for number in left], budget):
+                chosen = [left[place] for place in batch]
+                yield chosen
+                done.update(chosen)
+                if self.batch_tokens != budget:
+                    break
+            left = [number for number in left if number not in done]
 
     def _wanted(self, sample: PreparedSample, seen: set[str], claimed: set[str]) -> _Wanted:
         keys: list[str | None] = [None] * len(sample.images)
@@ -218,6 +231,7 @@ class Extractor:
             response=response,
             prompt=prompt,
             model_inputs=sample.token_inputs,
+            answers_cut=sample.answers_cut,
         )
 
 

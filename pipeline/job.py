@@ -20,7 +20,7 @@ from pipeline.planner import plan_rows
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import BuildConfig
 from pipeline.templates import ChatTemplate, load_template
-from pipeline.transformers_engine import image_token_id_of, load_processor
+from pipeline.transformers_engine import image_token_id_of, load_processor, require_bitsandbytes
 
 _PROBES = 64  # rows looked at for those that can probe the teacher
 
@@ -109,6 +109,8 @@ class Job:
 
 def open_job(config: BuildConfig, progress: Progress) -> Job:
     """Reads everything but the weights' values. KdcacheError names what is missing or does not fit."""
+    if config.quantization is not None:
+        require_bitsandbytes(config.quantization)
     processor = load_processor(config.teacher)
     template = load_template(processor, config.template)
     teacher_config = AutoConfig.from_pretrained(config.teacher, local_files_only=True)

@@ -59,6 +59,8 @@ class CaptureLoop:
         self._progress = progress
         self._threads = threading.local()
         self._rows = self._samples = self._tokens = self._bytes = 0  # of this run
+        self._committed: set[int] = set()  # by this run
+        self._elsewhere = 0  # rows of shards that others committed, or earlier runs
         self._bad: Counter[str] = Counter()  # of the whole cache, by reason
         self._good = 0
 
@@ -71,18 +73,24 @@ class CaptureLoop:
         for commit in commits:
             self._good += commit.counts["samples"]
             self._bad.update(commit.statistics["quarantined"])
-        self._rows = sum(len(plan.rows_of(commit.shard)) for commit in commits)
+        self._look_around()
         self._started = time.monotonic()
         self._progress.begin("capturing", plan.rows)
-        self._progress.update(self._rows)
+        self._progress.update(self._elsewhere)
         windows = self._windows(self._writer.pending(rank, world_size))
         try:
             with Interrupt() as interrupt, ThreadPoolExecutor(1) as disk, Prefetch(windows) as ready:
                 writing: Future[CommitRecord | None] | None = None
                 shard: _Shard | None = None
+                finished: set[int] = set()  # by others, while they were being prepared here
                 try:
                     for window in ready:
-                        if shard is None or shard.index != window.shard:
+                        if window.shard in finished:
+                            continue
+                        if shard is None:
+                            if self._writer.is_committed(window.shard):  # since it was prepared
+                                finished.add(window.shard)
+                                continue
                             shard = _Shard(index=window.shard, started=time.monotonic())
                         self._capture(window, shard, interrupt)
                         if window.last:
@@ -189,12 +197,20 @@ class CaptureLoop:
             self._progress.message("a shard was finished by another worker first; this one's copy is dropped")
         else:
             self._bytes += sum(file.bytes for file in record.files)
+            self._committed.add(record.shard)
+        self._look_around()
         self._show()
+
+    def _look_around(self) -> None:
+        """Takes note of what other workers have finished."""
+        others = self._writer.committed() - self._committed
+        self._elsewhere = sum(len(self._job.plan.rows_of(shard)) for shard in others)
 
     def _show(self) -> None:
         seconds = max(time.monotonic() - self._started, 1e-9)
+        rows = self._job.plan.rows
         self._progress.update(
-            self._rows,
+            min(self._rows + self._elsewhere, rows),  # a row that two workers captured counts once
             samples=f"{self._samples / seconds:.1f}/s",
             tokens=f"{self._tokens / seconds:,.0f}/s",
             written=f"{self._bytes / 1e6:,.1f} MB",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cache_schema.conversations import Conversation
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.images import OpenedImage, open_image
+from cache_schema.images import OpenedImage, open_image, unpack_embedded
 from cache_schema.records import ImageRecord
 from pipeline.encode import Encoded, encode
 from pipeline.templates import ChatTemplate, Rendered
@@ -28,7 +28,7 @@ class PreparedSample:
     input_ids (T,) int32 with every image expanded; label_spans (S, 2) int32, half-open and ascending.
     token_inputs: further inputs of shape (T,) (token types). pixel_inputs: everything else the processor
     made (pixels, grids, sizes), with the leading dimensions that the model expects. answers_kept: how
-    many of the conversation's answers are in it (fewer when it was cut).
+    many of the conversation's answers are in it; answers_cut: how many were cut off at its end.
     """
 
     row: int
@@ -39,6 +39,7 @@ class PreparedSample:
     token_inputs: Mapping[str, NDArray[np.generic]]
     pixel_inputs: Mapping[str, Tensor]
     answers_kept: int
+    answers_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -84,6 +85,7 @@ class SamplePreparer:
 
         A sample over max_length is rejected, or under `cut` ends with the last answer that fits.
         """
+        unpack_embedded(self._image_root, conversation.embedded)
         images = [open_image(self._image_root, path) for path in conversation.images]
         sample = self._prepare(conversation, images)
         if len(sample) <= self._max_length:
@@ -93,7 +95,7 @@ class SamplePreparer:
             shorter = first_answers(conversation, answers)
             cut = self._prepare(shorter, images[: len(shorter.images)])
             if len(cut) <= self._max_length:
-                return cut
+                return replace(cut, answers_cut=len(conversation.answers) - answers)
             answers -= 1
         raise RowRejected("over_long", f"{len(sample)} tokens with its images, more than {self._max_length}")
 

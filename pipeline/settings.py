@@ -74,14 +74,17 @@ class BuildConfig:
 class BuildSummary:
     """What the cache holds after a build.
 
-    captured: samples; quarantined: rows by reason; tokens: of the captured samples. seconds: of this run.
+    captured: samples; cut: those of them that --over-long cut short; quarantined: rows by reason; tokens,
+    images: of the captured samples. seconds: of this run.
     already_done: this run found nothing left to do.
     """
 
     captured: int
+    cut: int
     quarantined: dict[str, int]
     shards: int
     tokens: int
+    images: int
     seconds: float
     already_done: bool
 

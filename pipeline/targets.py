@@ -19,7 +19,7 @@ from pipeline.relation import RelationMaker
 
 _BLOCK = 64  # columns a block of the top-k search
 _TINY = 1e-30  # tails below this sum are recomputed relative to their own maximum
-_CACHE_BYTES = 4 << 20  # logits worked on at a time, so that passes over them stay in a CPU's cache
+_CACHE_BYTES = 2 << 20  # logits worked on at a time, so that passes over them stay in a CPU's cache
 
 
 class TargetMaker:
@@ -35,7 +35,7 @@ class TargetMaker:
         self._head = head
         self._spec = spec
         self._rows = max(1, chunk_bytes // (4 * head.vocab_size))
-        self._buffer = torch.empty(0, head.vocab_size)  # logits of a chunk; fresh memory costs a tenth more
+        self._rooms: dict[str, Tensor] = {}  # kept, because fresh memory costs more than what is done in it
         self._relations = RelationMaker(head, spec) if "relation" in spec.targets else None
 
     def topk(
@@ -75,7 +75,7 @@ class TargetMaker:
     def _chunk(self, hidden: Tensor, labels: NDArray[np.integer] | None) -> dict[str, Tensor]:
         """The fields of at most self._rows positions, on the head's device."""
         with torch.inference_mode():
-            logits = self._head.logits(hidden, self._room(len(hidden)))
+            logits = self._head.logits(hidden, self._room("logits", len(hidden)))
             group = len(logits) if logits.device.type != "cpu" else max(1, _CACHE_BYTES // logits[0].nbytes)
             parts = [self._group(part) for part in logits.split(group)]
             fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -85,24 +85,28 @@ class TargetMaker:
                 fields["label_logprob"] = chosen.masked_fill(index == IGNORE_INDEX, 0.0)
         return fields
 
-    def _room(self, rows: int) -> Tensor:
-        """(rows, V) of the buffer, made at the size of its largest use, on the head's device."""
-        if len(self._buffer) < rows:
-            self._buffer = torch.empty(rows, self._head.vocab_size, device=self._head.weight.device)
-        return self._buffer[:rows]
+    def _room(self, name: str, rows: int) -> Tensor:
+        """(rows, V) of a buffer, made at the size of its largest use, on the head's device."""
+        if name not in self._rooms or len(self._rooms[name]) < rows:
+            device = self._head.weight.device
+            self._rooms[name] = torch.empty(rows, self._head.vocab_size, device=device)
+        return self._rooms[name][:rows]
 
     def _group(self, logits: Tensor) -> dict[str, Tensor]:
         """The label-free fields of logits (n, V)."""
         k, vocab = self._spec.top_k, logits.shape[1]
         values, ids = _top(logits, k)
         peak = values[:, :1]
-        shifted = logits - peak  # (n, V), at most 0
+        shifted = torch.sub(logits, peak, out=self._room("shifted", len(logits)))  # (n, V), at most 0
+        weights = self._room("weights", len(logits))
         fields: dict[str, Tensor] = {}
         tails = []
         for temperature in self._spec.temperatures:
-            weights = shifted.div(temperature).exp_() if temperature != 1.0 else shifted.exp()
             if temperature == 1.0:
+                torch.exp(shifted, out=weights)
                 moment = torch.linalg.vecdot(weights, shifted)
+            else:
+                torch.div(shifted, temperature, out=weights).exp_()
             inside = weights.gather(1, ids).sum(dim=1)
             weights.scatter_(1, ids, 0.0)
             outside = weights.sum(dim=1)

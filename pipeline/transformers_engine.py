@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,6 +249,17 @@ def load_engine(
     if not placed:
         model = model.to(choose_device(device))
     return TransformersEngine(model, vocab_size=vocab_size, pad_token_id=pad_token_id)
+
+
+def require_bitsandbytes(quantization: str) -> None:
+    """KdcacheError unless the package behind `quantization` is installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise KdcacheError(
+            f"a teacher in {quantization} needs the package bitsandbytes; install it (pip install "
+            "bitsandbytes), or leave the quantization out"
+        )
+    # one line a layer and call, for every dtype but float16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def require_model_folder(folder: Path) -> None:

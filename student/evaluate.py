@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from transformers import LlavaProcessor
 from cache_schema.cache import open_cache
 from cache_schema.conversations import Conversation
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.images import open_image
+from cache_schema.images import open_image, unpack_embedded
 from cache_schema.progress import Progress
 from cache_schema.rows import open_dataset
 from student.answers import Answered, score
@@ -108,6 +109,7 @@ def _questions(
     for row in rows:
         try:
             conversation = dataset[row]
+            unpack_embedded(config.image_root, conversation.embedded)
             for path in conversation.images:
                 if path not in readable:
                     readable[path] = _fault(config.image_root, path)
@@ -239,7 +241,9 @@ class _Answerer:
         past.batch_select_indices(chosen)
         rest = self._padded(endings)
         joined = {name: torch.cat([first[name][chosen], rest[name]], dim=1) for name in first}
-        return {**joined, "past_key_values": past}
+        # the argument's name from transformers 5.24 on, and before
+        takes_cache = "cache" in inspect.signature(type(self.model).forward).parameters
+        return {**joined, "cache" if takes_cache else "past_key_values": past}
 
     def _token_ids(self, questions: list[Question], pixels: torch.Tensor) -> list[list[int]]:
         """The token ids of each prompt with its images expanded."""

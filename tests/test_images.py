@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache_schema.errors import RowRejected
-from cache_schema.images import open_image
+from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.images import open_image, unpack_embedded
 
 RAMP = np.linspace(0, 1, 24 * 16).reshape(16, 24)
 
@@ -108,3 +108,17 @@ def test_a_path_inside_through_a_relative_root(tmp_path: Path, monkeypatch: pyte
     grey8().save(tmp_path / "root" / "x.png")
     monkeypatch.chdir(tmp_path)
     assert open_image("root", "./x.png").width == 24
+
+
+def test_embedded_images_are_unpacked_once(tmp_path: Path) -> None:
+    grey8().save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    path = f"embedded/ab/{hashlib.sha256(content).hexdigest()}"
+    unpack_embedded(tmp_path, {path: content})
+    written = (tmp_path / path).stat().st_mtime_ns
+    unpack_embedded(tmp_path, {path: content})
+    assert (tmp_path / path).stat().st_mtime_ns == written
+    assert list((tmp_path / "embedded" / "ab").iterdir()) == [tmp_path / path]
+    assert open_image(tmp_path, path).width == 24
+    with pytest.raises(KdcacheError, match="cannot be written"):
+        unpack_embedded(tmp_path / "x.png", {path: content})

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -27,6 +29,7 @@ from cache_schema import (
 )
 from cache_schema.identity import tokenizer_digest
 from cache_schema.progress import Silent
+from cache_schema.summary import summarise
 from pipeline import capture
 from pipeline.capture import BuildConfig, build
 from pipeline.workers import place_among_workers
@@ -65,9 +68,11 @@ def captured(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path
     summary = build(config_of(setting, out), Silent())
     assert summary.to_json() | {"seconds": 0, "tokens": 0} == {
         "captured": 14,
+        "cut": 0,
         "quarantined": {},
         "shards": 4,
         "tokens": 0,
+        "images": 12,
         "seconds": 0,
         "already_done": False,
     }
@@ -155,8 +160,14 @@ def same_arrays(first: Path, second: Path) -> None:
 
 def test_many_workers_make_the_same_cache(setting: Setting, captured: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
-    for rank in (2, 0):  # worker 1 never comes: the others take its shards
-        build(config_of(setting, out, rank=rank, world_size=3), Silent())
+    stopped = Notes(stop_after=4)
+    with pytest.raises(StoppedEarly):
+        build(config_of(setting, out, rank=2, world_size=3), stopped)
+    assert 0 < len(list(out.glob("commits/*.json"))) < 4
+    notes = Notes()  # worker 1 never comes, and worker 2 has gone: 0 takes their shards
+    build(config_of(setting, out, rank=0, world_size=3), notes)
+    assert notes.done[0] > 4, "what others have finished counts as done"
+    assert notes.done[-1] == 14
     same_arrays(captured, out)
 
 
@@ -214,13 +225,19 @@ class Notes(Silent):
     def __init__(self, stop_after: int | None = None) -> None:
         self.lines: list[str] = []
         self.fields: dict[str, str] = {}
+        self.begun: list[str] = []
+        self.done: list[int] = []
         self.left = stop_after
+
+    def begin(self, what: str, total: int | None) -> None:
+        self.begun.append(what)
 
     def message(self, line: str) -> None:
         self.lines.append(line)
 
     def update(self, done: int, **fields: str) -> None:
         self.fields = fields
+        self.done += [done] if fields else []
         if self.left is not None and fields:
             self.left -= 1
             if self.left == 0:
@@ -316,6 +333,28 @@ def test_memory_that_runs_out_shrinks_the_batches(
     assert summary.quarantined == {"out_of_memory": len(longest)}
 
 
+def test_a_budget_that_shrank_holds_for_the_batches_to_come(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.transformers_engine import TransformersEngine
+
+    whole = TransformersEngine.hidden_states
+    refused = []
+
+    def limited(self: TransformersEngine, samples: Any) -> Any:
+        size = len(samples) * max(len(sample) for sample in samples)
+        if size > 200:
+            refused.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return whole(self, samples)
+
+    monkeypatch.setattr(TransformersEngine, "hidden_states", limited)
+    monkeypatch.setattr(capture, "packing_is_exact", lambda engine, sample: False)
+    config = config_of(setting, tmp_path / "c", shard_size=14, batch_tokens=400)
+    assert build(config, Silent()).captured == 14
+    assert 1 <= len(refused) <= 2
+
+
 @pytest.mark.parametrize("form", ["bfloat16", "sharded", "device_map"])
 def test_other_forms_of_a_teacher(setting: Setting, captured: Path, tmp_path: Path, form: str) -> None:
     teacher, _ = setting
@@ -343,8 +382,12 @@ def test_other_forms_of_a_teacher(setting: Setting, captured: Path, tmp_path: Pa
 
 
 def test_a_quantised_teacher_without_its_package_is_refused(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(KdcacheError, match="bitsandbytes"):
-        build(config_of(setting, tmp_path / "c", quantization="8bit"), Silent())
+    """In one line, before weights are read or even hashed."""
+    notes = Notes()
+    with pytest.raises(KdcacheError, match="8bit needs the package bitsandbytes; install it") as caught:
+        build(config_of(setting, tmp_path / "c", quantization="8bit"), notes)
+    assert "\n" not in str(caught.value)
+    assert not notes.begun
 
 
 def test_the_manifest_tells_who_the_teacher_was(setting: Setting, captured: Path) -> None:
@@ -427,6 +470,45 @@ def test_bad_rows_go_to_quarantine_and_can_be_tried_again(setting: Setting, tmp_
     again = build(replace(config, retry_quarantine=True), Silent())
     assert again.captured == 8
     assert "missing_image" not in again.quarantined
+
+
+def test_samples_that_were_cut_are_counted(setting: Setting, captured: Path, tmp_path: Path) -> None:
+    samples = by_row(open_cache(captured))
+    limit = max(len(sample.input_ids) for sample in samples.values()) - 1
+    summary = build(config_of(setting, tmp_path / "c", max_length=limit, over_long="cut"), Silent())
+    cut = by_row(open_cache(tmp_path / "c"))
+    shorter = [row for row in cut if len(cut[row].input_ids) < len(samples[row].input_ids)]
+    assert summary.captured == 14
+    assert summary.cut == len(shorter) > 0
+    assert summarise(open_cache(tmp_path / "c"))["cut"] == summary.cut
+    for row in shorter:
+        sample = cut[row]
+        np.testing.assert_array_equal(sample.input_ids, samples[row].input_ids[: len(sample.input_ids)])
+        assert sample.labels[-1] == 0  # the end token of an answer
+
+
+def test_rows_with_their_own_images(setting: Setting, captured: Path, tmp_path: Path) -> None:
+    """A Parquet file as `datasets` writes it gives the targets that the same files on disk give."""
+    _, folder = setting
+    rows = json.loads((folder / "data.json").read_text())
+    for row in rows:
+        turns = row.pop("conversations")
+        roles = {"human": "user", "gpt": "assistant"}
+        row["messages"] = [{"role": roles[t["from"]], "content": t["value"]} for t in turns]
+        names = [row.pop("image")] if "image" in row else []
+        row["images"] = [{"bytes": (folder / "images" / n).read_bytes(), "path": None} for n in names]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet", row_group_size=5)
+    root = tmp_path / "images"
+    root.mkdir()
+    config = replace(config_of(setting, tmp_path / "c"), data=tmp_path / "data.parquet", image_root=root)
+    assert build(config, Silent()).captured == 14
+    ours, theirs = by_row(open_cache(config.out)), by_row(open_cache(captured))
+    for row, sample in ours.items():
+        np.testing.assert_array_equal(sample.input_ids, theirs[row].input_ids)
+        np.testing.assert_allclose(sample.response.logprobs, theirs[row].response.logprobs, atol=1e-5)
+        for image, other in zip(sample.images, theirs[row].images, strict=True):
+            assert image.sha256 == other.sha256
+            assert (root / image.path).is_file()
 
 
 def test_a_broken_dataset_stops_early(setting: Setting, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Rows: every form in which LLaVA and `messages` data come, and every way in which they are broken."""
 
+import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,66 @@ def test_image_parts_may_carry_their_paths() -> None:
     assert conversation_of(row, 0).images == ("1.png", "2.png")
 
 
+def test_images_that_rows_carry_themselves(tmp_path: Path) -> None:
+    """As `datasets` stores them (a struct of bytes and path), and as data URLs in JSON."""
+    content = [b"one", b"two"]
+    paths = [f"embedded/{d[:2]}/{d}" for d in (hashlib.sha256(each).hexdigest() for each in content)]
+    images = [{"bytes": each, "path": "ignored.png"} for each in content]
+    rows = [
+        {"messages": MESSAGES[1:], "images": images[:1]},
+        {"messages": MESSAGES[1:], "images": images[1:]},
+    ]
+    rows.append({"messages": MESSAGES[1:], "images": [{"bytes": None, "path": "x.png"}]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1)
+    dataset = open_dataset(tmp_path / "a.parquet")
+    assert [row.images for row in dataset] == [(paths[0],), (paths[1],), ("x.png",)]
+    assert [row.embedded for row in dataset] == [{paths[0]: b"one"}, {paths[1]: b"two"}, {}]
+    assert len(set(dataset.first_images)) == 3
+
+    url = "data:image/png;base64," + base64.b64encode(b"two").decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, text("What?")]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Two."}]}
+    assert conversation_of(row, 0).embedded == {paths[1]: b"two"}
+
+
+def test_parquet_rows_in_any_order(tmp_path: Path) -> None:
+    """More rows than a batch, row groups that do not fit the batches, and the file gone afterwards."""
+    rows = [{"conversations": llava("q", str(i))["conversations"], "image": f"{i}.png"} for i in range(1200)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=190)
+    dataset = open_dataset(path)
+    path.unlink()
+    for row in np.random.default_rng(0).permutation(1200).tolist():
+        assert dataset[row].images == (f"{row}.png",)
+        assert dataset[row].answers == [str(row)]
+
+
+@pytest.mark.parametrize("damage", ["bom", "crlf", "nan", "bytes", "twice"])
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_text_files_as_they_come(tmp_path: Path, form: str, damage: str) -> None:
+    rows = [llava("q", str(i), image="é.png", score=1.0) for i in range(3)]
+    if damage == "twice":
+        rows = [*rows, rows[0]]
+    written = [json.dumps(row, ensure_ascii=False) for row in rows]
+    content = ("[" + ",\r\n".join(written) + "]" if form == "array" else "\r\n".join(written)).encode()
+    if damage == "bom":
+        content = b"\xef\xbb\xbf" + content
+    elif damage == "nan":
+        content = content.replace(b"1.0", b"NaN", 1)
+    elif damage == "bytes":  # Latin-1 in one row of a UTF-8 file
+        content = content.replace("é".encode(), b"\xe9", 1)
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    dataset = open_dataset(path)
+    assert len(dataset) == len(rows)
+    if damage == "bytes":
+        with pytest.raises(RowRejected, match="broken_json"):
+            dataset[0]
+    else:
+        assert dataset[0].answers == ["0"]
+    assert [dataset[row].images for row in range(1, len(rows))] == [("é.png",)] * (len(rows) - 1)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -142,7 +204,8 @@ def test_image_parts_may_carry_their_paths() -> None:
         (llava("<image><image>", "a", image="1.png"), "image_count"),
         (llava("<image>", "a", images=["1.png", "2.png"]), "image_count"),
         (llava("q", "a", image=7), "broken_row"),
-        (llava("q", "a", image={"bytes": "xx", "path": None}), "embedded_image"),
+        (llava("q", "a", image={"bytes": "xx", "path": None}), "broken_row"),
+        (llava("q", "a", image="data:image/png;base64,%%"), "broken_row"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "broken_row"),
     ],
 )
@@ -172,6 +235,7 @@ def test_a_broken_line_is_one_rejected_row(tmp_path: Path) -> None:
         ("a.json", b"[]", "holds no rows"),
         ("a.json", b"[\n" + json.dumps(llava("q", "a")).encode() + b",\n", "cut off after row 1"),
         ("a.json", b"[" + json.dumps(llava("q", "a")).encode() + b', {"id": ]', "not valid JSON in row 1"),
+        ("a.json", b'[{"id": 1}]\n[{"id": 2}]', "goes on after its array ends, at byte 12"),
         ("a.json", b"hello\nworld", "neither a JSON array nor JSON lines"),
         ("a.parquet", b"PAR1 and no more", "not a readable Parquet file"),
     ],

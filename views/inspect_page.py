@@ -123,6 +123,8 @@ def _odds(summary: Mapping[str, Any]) -> Panel | None:
         for reason, rows in summary["quarantine"].items():
             table.add_row(Text(printable(reason)), count(rows))
         lines.append(table)
+    if summary["cut"]:
+        lines.append(f"{count(summary['cut'])} samples were too long and end with the last answer that fits")
     if summary["slowest_shards"]:
         shards = ", ".join(
             f"{entry['shard']} ({entry['samples_a_second']:.3g}/s)"

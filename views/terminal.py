@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -14,8 +16,10 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+
+LINE_EVERY = 60.0
+"""Seconds between two lines of a task where stderr is no terminal."""
 
 LOSSES = ("loss", "ce", "response", "visual", "prompt", "relation")
 
@@ -31,7 +35,8 @@ def print_json(document: Any) -> None:
 class Bar:
     """A `cache_schema.progress.Progress` as a bar on stderr, with what the task says of itself beside it.
 
-    Where stderr is no terminal, a task is a line when it begins and a line when it ends.
+    Where stderr is no terminal, a task is a line when it begins, one a minute, and one when it ends. The
+    time left comes from the mean speed of the whole task, not counting what was done when it began.
     """
 
     def __init__(self) -> None:
@@ -39,10 +44,13 @@ class Bar:
         self._task: TaskID | None = None
         self._what = ""
         self._fields = ""
+        self._first: int | None = None  # what was done when the task began
+        self._began = self._told = 0.0
 
     def begin(self, what: str, total: int | None) -> None:
         self.end()
-        self._what, self._fields = what, ""
+        self._what, self._fields, self._first = what, "", None
+        self._began = self._told = time.monotonic()
         if not notes.is_terminal:
             notes.print(f"{what} ...", markup=False)
         self._bar = Progress(
@@ -51,19 +59,36 @@ class Bar:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
             TextColumn("{task.fields[said]}", markup=False),
             console=notes,
             disable=not notes.is_terminal,
         )
         self._bar.start()
-        self._task = self._bar.add_task(what, total=total, said="")
+        self._task = self._bar.add_task(what, total=total, said="", left="")
 
     def update(self, done: int, **fields: str) -> None:
         if self._bar is None or self._task is None:
             return
         self._fields = "  ".join(f"{name} {value}" for name, value in fields.items()) or self._fields
-        self._bar.update(self._task, completed=done, said=self._fields)
+        self._first = done if self._first is None else self._first
+        left = self._left(done)
+        self._bar.update(self._task, completed=done, said=self._fields, left=left)
+        if not notes.is_terminal and time.monotonic() - self._told >= LINE_EVERY:
+            self._told = time.monotonic()
+            total = self._bar.tasks[0].total
+            of = "" if total is None else f" of {total:,.0f}"
+            said = "  ".join(part for part in (f"{done:,}{of}", left, self._fields) if part)
+            notes.print(f"{self._what}: {said}", markup=False, soft_wrap=True)
+
+    def _left(self, done: int) -> str:
+        """How long the rest takes at the mean speed so far; empty where nothing tells."""
+        assert self._bar is not None
+        total, gained = self._bar.tasks[0].total, done - (self._first or 0)
+        if total is None or gained <= 0:
+            return ""
+        seconds = (time.monotonic() - self._began) * (total - done) / gained
+        return f"{timedelta(seconds=round(seconds))} left"
 
     def message(self, line: str) -> None:
         notes.print(line, markup=False, soft_wrap=True)
