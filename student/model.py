@@ -83,13 +83,13 @@ class DistilledStudent(nn.Module):
     def train(self, mode: bool = True) -> DistilledStudent:
         """Training mode for all but a frozen vision tower."""
         super().train(mode)
+        tower = [
+            (part_of(name), parameter.requires_grad) for name, parameter in self.model.named_parameters()
+        ]
+        if ("vision_tower", True) in tower:
+            return self
         for name, module in self.model.named_modules():
-            parameters = list(module.parameters())
-            if (
-                name
-                and part_of(f"{name}.") == "vision_tower"
-                and not any(p.requires_grad for p in parameters)
-            ):
+            if name and part_of(f"{name}.") == "vision_tower":
                 module.training = False
         return self
 

@@ -89,6 +89,15 @@ def test_the_frozen_tower_is_in_eval_mode_and_keeps_no_gradient(world):
     assert not features.requires_grad
 
 
+def test_a_trained_tower_is_in_training_mode_down_to_modules_without_parameters(world):
+    student = DistilledStudent(
+        load_model(world.student), LossWeights(), vocab_size=340, trainable=("vision_tower",)
+    ).train()
+    modes = {name: module.training for name, module in student.model.named_modules() if "vision" in name}
+    assert any("activation" in name for name in modes)
+    assert all(modes.values())
+
+
 @pytest.mark.parametrize("stage", [DPT, DFT], ids=lambda stage: stage.name)
 @pytest.mark.parametrize("reduction", ["sample_mean", "token_mean"])
 def test_one_batch_is_its_micro_batches_accumulated(world, tmp_path, stage, reduction):
