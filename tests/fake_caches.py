@@ -29,6 +29,11 @@ from cache_schema.manifest import Manifest, Plan
 
 END, IMAGE = "<|end|>", "<image>"
 HIDDEN = 12
+PROCESSOR = {  # square images of one grid
+    "config.json": b'{"model_type": "llava"}',
+    "preprocessor_config.json": b'{"image_processor_type": "SiglipImageProcessor", '
+    b'"size": {"height": 28, "width": 28}}',
+}
 ENGINE = {"name": "fake", "version": "1"}
 ANSWERS = (
     "a red circle on a white ground",
@@ -154,7 +159,7 @@ def make_cache(
         spec=spec,
         plan=plan,
         created="2026-01-01T00:00:00+00:00",
-        assets={"tokenizer.json": made.to_str().encode()},
+        assets={"tokenizer.json": made.to_str().encode(), **PROCESSOR},
         dataset={"data": "fake.json", "teacher": "fake-teacher", "rows": rows, "image_root": str(image_root)},
     )
     writer = CacheWriter.open(out, manifest)

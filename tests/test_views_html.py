@@ -122,7 +122,10 @@ def test_the_numbers_are_those_of_the_cache(page: Path, cache: Cache) -> None:
     assert entry["label_id"] == sample.input_ids[sample.response_positions[1] + 1]
     assert all(str(i) in data["words"] for i, _ in entry["top"])
     first, second = document["images"]
-    assert (first["tokens"], first["grid"]["on_image"], second["grid"]["on_image"]) == (36, True, False)
+    assert (first["tokens"], first["layout"]["note"]) == (36, None)
+    assert [layer["box"] for layer in first["layout"]["layers"]] == [[0, 0, 1, 1]]
+    assert "12 tokens are not what SiglipImageProcessor" in second["layout"]["note"]
+    assert [layer["box"] for layer in second["layout"]["layers"]] == [None]
     assert [i for i, _ in second["visual"]["top"][3]] == sample.visual.token_ids[36 + 3, :5].tolist()
     levels = np.frombuffer(base64.b64decode(first["relation"]["columns"]), np.int8).reshape(-1, 36)
     drawn = levels.T * np.array(first["relation"]["scales"])
@@ -264,7 +267,7 @@ def test_evil_text_is_seen_and_not_run(browser: Browser, page: Path, cache: Cach
             break
     else:
         raise AssertionError("no sample with a script element is on the page")
-    assert browser.run("return document.title") == "Cache a"
+    assert browser.run("return document.title") == "a - kdcache"
     assert browser.run("return document.querySelectorAll('script').length") == 2
     assert browser.log() == []
 

@@ -16,7 +16,6 @@ from cache_schema import Cache, KdcacheError, TargetSpec
 from cache_schema.records import Relation
 from tests.fake_caches import make_cache, tokenizer
 from views.blocks import fitted, half_blocks, heat
-from views.grid import ImageSettings, grid_of
 from views.relation_picture import pooled, principal_factor, similarity
 from views.sample_document import roles_of, sample_document
 from views.sample_page import print_sample
@@ -162,40 +161,6 @@ def test_sentencepiece_style_blanks_are_kept() -> None:
 def test_signs_for_what_cannot_be_seen() -> None:
     assert visible(" a\n\t\x1b\x7f") == "␣a⏎⇥\\x1b\\x7f"
     assert printable("a\nb\x07") == "a\nb\\x07"
-
-
-@pytest.mark.parametrize(
-    ("count", "thw", "expected"),
-    [
-        (729, None, (27, 27, True)),
-        (1, None, (1, 1, True)),
-        (2880, None, (54, 54, False)),
-        (0, None, (0, 1, False)),
-        (48, (1, 12, 16), (6, 8, True)),
-        (50, (1, 12, 16), (7, 8, False)),
-        (96, (2, 12, 16), (10, 10, False)),
-    ],
-)
-def test_grids(count: int, thw: tuple[int, ...] | None, expected: tuple[int, int, bool]) -> None:
-    grid = grid_of(count, None if thw is None else np.array(thw), merge=2)
-    assert (grid.rows, grid.columns, grid.on_image) == expected
-
-
-def test_the_picture_is_what_the_model_sees() -> None:
-    wide = Image.new("RGB", (200, 100))
-    for settings, expected in (
-        ({"size": {"height": 384, "width": 384}}, (200, 100)),
-        ({"do_center_crop": True, "size": {"shortest_edge": 336}, "crop_size": {"height": 336}}, (100, 100)),
-        ({"do_pad": True}, (200, 200)),
-        ({}, (200, 100)),
-    ):
-        assets = {"preprocessor_config.json": json.dumps(settings).encode()}
-        assert ImageSettings(assets).as_seen(wide).size == expected
-    nested = {
-        "processor_config.json": json.dumps({"image_processor": {"merge_size": 2, "do_pad": True}}).encode()
-    }
-    assert ImageSettings(nested).as_seen(wide).size == (200, 200)
-    assert ImageSettings(nested).merge == 2
 
 
 def test_relation_pictures() -> None:

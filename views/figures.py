@@ -21,6 +21,13 @@ def size(number: float) -> str:
     return f"{value:.3g} TB"
 
 
+def mass(share: float) -> str:
+    """A share of probability in percent, with as many nines as tell something."""
+    if share > 0.9999995:
+        return "> 99.9999%"
+    return f"{share:.2%}" if share < 0.999 else f"{share:.4%}"
+
+
 def duration(seconds: float) -> str:
     """12.3 s, 4 min 05 s, 3 h 20 min."""
     if seconds < 60:

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from views.figures import bin_label, count, size, units_of, what_it_is
+from views.figures import bin_label, count, mass, size, units_of, what_it_is
 from views.terminal import results
 from views.token_text import printable
 
@@ -92,7 +92,7 @@ def _positions(summary: Mapping[str, Any]) -> list[Panel]:
         if not found["positions"]:
             continue
         facts = [
-            f"mass covered {found['mean_covered_mass']:.4f}",
+            f"mass covered {mass(found['mean_covered_mass'])}",
             f"entropy {found['mean_entropy']:.3f} nats",
         ]
         if found["labels"]:
