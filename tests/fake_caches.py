@@ -136,10 +136,12 @@ def make_cache(
     shards: Collection[int] | None = None,
     identity: Mapping[str, str] | None = None,
     ids: Mapping[int, str] | None = None,
+    processor: Mapping[str, bytes] = PROCESSOR,
 ) -> Cache:
     """A cache of `rows` rows, or of `shards` only. Every second row shares the picture of the one before it.
 
     patches: visual tokens of each image of a row (3 * row + 2 has none). bad: row -> reason.
+    processor: the assets that tell how images are laid.
     """
     spec = spec or TargetSpec(top_k=8, temperatures=(1.0, 2.0))
     made = tokenizer()
@@ -159,7 +161,7 @@ def make_cache(
         spec=spec,
         plan=plan,
         created="2026-01-01T00:00:00+00:00",
-        assets={"tokenizer.json": made.to_str().encode(), **PROCESSOR},
+        assets={"tokenizer.json": made.to_str().encode(), **processor},
         dataset={"data": "fake.json", "teacher": "fake-teacher", "rows": rows, "image_root": str(image_root)},
     )
     writer = CacheWriter.open(out, manifest)
