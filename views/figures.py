@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
+
+from cache_schema.build_state import seconds_since
+
+GAPS = 8
+"""Stretches of missing shards that are named."""
 
 
 def count(number: int) -> str:
@@ -89,6 +95,27 @@ def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("engine", f"{_engine(entry['engine'])} ({count(entry['shards'])} shards)")
         for entry in built["engines"]
     ]
+    return lines
+
+
+def progress_of(summary: Mapping[str, Any], now: datetime | None = None) -> list[str]:
+    """A build that is not complete, in lines: how far, what is missing, how fast and how long still; at
+    the moment `now` also how long ago the last shard came."""
+    built = summary["built"]
+    lines = [
+        f"{count(built['shards'])} of {count(built['of_shards'])} shards, "
+        f"{count(built['rows'])} of {count(built['of_rows'])} rows"
+    ]
+    if summary["bytes"]["when_complete"]:
+        lines[0] += f"; about {size(summary['bytes']['when_complete'])} when complete"
+    gaps = [f"{first}" if first == last else f"{first}-{last}" for first, last in built["missing"]]
+    more = f" and {count(len(gaps) - GAPS)} more stretches" if len(gaps) > GAPS else ""
+    lines.append(f"missing shards: {', '.join(gaps[:GAPS])}{more}")
+    if built["rows_a_second"]:
+        pace = f"lately {built['rows_a_second']:.3g} rows/s: about {duration(built['seconds_left'])} left"
+        if now is not None:
+            pace += f"; last shard {duration(max(seconds_since(built['last_commit'], now), 0.0))} ago"
+        lines.append(pace)
     return lines
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from views.figures import bin_label, count, mass, size, units_of, what_it_is
+from views.figures import bin_label, count, mass, progress_of, size, units_of, what_it_is
 
 WIDTH, HEIGHT, MARGIN = 420, 150, 32
 WIDEST = 105
@@ -27,8 +27,10 @@ def summary_html(summary: Mapping[str, Any]) -> str:
         _relation(summary["relation"]),
         _odds(summary),
     ]
+    progress = [] if summary["built"]["complete"] else progress_of(summary)
     return (
         f'<div class="facts">{"".join(_cards(summary))}</div>'
+        f"{''.join(f'<p>{escape(line)}</p>' for line in progress)}"
         f'<section aria-label="Summary" class="panels">{"".join(panels)}</section>'
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -10,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from views.figures import bin_label, count, mass, size, units_of, what_it_is
+from views.figures import bin_label, count, mass, progress_of, size, units_of, what_it_is
 from views.terminal import results
 from views.token_text import printable
 
@@ -45,13 +46,9 @@ def _heading(summary: Mapping[str, Any]) -> Text:
         "not bold",
     )
     if not built["complete"]:
-        text.append(
-            f"\n{count(built['shards'])} of {count(built['of_shards'])} shards, "
-            f"{count(built['rows'])} of {count(built['of_rows'])} rows",
-            "not bold",
-        )
-        if summary["bytes"]["when_complete"]:
-            text.append(f"; about {size(summary['bytes']['when_complete'])} when complete", "not bold")
+        text.append(f"   {_bar(share).ljust(BAR, '·')}", style)
+        for line in progress_of(summary, datetime.now(UTC)):
+            text.append(f"\n{line}", "not bold")
     return text
 
 
