@@ -253,15 +253,36 @@ def verify(
 def diff(
     a: Annotated[str, typer.Argument(help="A cache.")],
     b: Annotated[str, typer.Argument(help="The cache to hold against it.")],
+    kl_bound: Annotated[
+        float, typer.Option(help="Largest mean KL in nats a position, of each kind, that counts as the same.")
+    ] = 1e-2,
+    relation_bound: Annotated[
+        float, typer.Option(help="Largest mean 1 - cos of the relations that counts as the same.")
+    ] = 1e-3,
+    may_differ: Annotated[
+        str, typer.Option(help="Comma-separated keys of the identity that may differ, such as dtype.")
+    ] = "",
     json_: Json = False,
 ) -> None:
-    """Are two caches of the same thing the same? Exit code 1 when they differ."""
+    """Are two caches of the same thing the same? Exit code 1 when they differ.
+
+    Compares identity, rows, inputs, KL of the targets by kind and cosine of the relations. Engines, library
+    versions and how rows stand in shards are no difference.
+    """
     from cache_schema.cache import open_cache
     from cache_schema.diff import diff as diff_caches
-    from views.terminal import Bar, print_json, print_summary
+    from views.diff_page import print_difference
+    from views.terminal import Bar, print_json
 
-    report = diff_caches(open_cache(a), open_cache(b), progress=Bar())
-    print_json(report.to_json()) if json_ else print_summary("difference", report.to_json())
+    report = diff_caches(
+        open_cache(a),
+        open_cache(b),
+        progress=Bar(),
+        kl_bound=kl_bound,
+        relation_bound=relation_bound,
+        may_differ=_words(may_differ),
+    )
+    print_json(report.to_json()) if json_ else print_difference(report.to_json(), a, b)
     if not report.same:
         raise typer.Exit(1)
 

@@ -78,7 +78,7 @@ def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{named}, {capture.get('dtype', '?')}, weights {str(capture.get('teacher_weights'))[:12]}",
         ),
         ("data", _dataset(summary["dataset"])),
-        ("template", str(training.get("template_name") or "the processor's own")),
+        ("template", _template(training.get("template_name"))),
         (
             "targets",
             f"{', '.join(spec['targets'])}; top {spec['top_k']}, temperatures "
@@ -92,10 +92,17 @@ def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         speed = summary["counts"].get("samples", 0) / built["seconds"]
         lines.append(("capture", f"{duration(built['seconds'])}, {speed:.3g} samples/s of one worker"))
     lines += [
-        ("engine", f"{_engine(entry['engine'])} ({count(entry['shards'])} shards)")
+        (
+            "engine",
+            f"{_engine(entry['engine'])} ({count(entry['shards'])} shard{'s' * (entry['shards'] != 1)})",
+        )
         for entry in built["engines"]
     ]
     return lines
+
+
+def _template(name: str | None) -> str:
+    return "the processor's own" if name in (None, "processor") else str(name)
 
 
 def progress_of(summary: Mapping[str, Any], now: datetime | None = None) -> list[str]:

@@ -40,13 +40,14 @@ def _heading(summary: Mapping[str, Any]) -> Text:
     state = "complete" if built["complete"] else f"{share:.1%} built"
     style = "green" if built["complete"] else "yellow"
     text.append(f"   {state}", style)
+    if not built["complete"]:
+        text.append(f"   {_bar(share).ljust(BAR, '·')}", style)
     text.append(
         f"\n{count(counts.get('samples', 0))} samples, {count(counts.get('tokens', 0))} tokens, "
         f"{count(counts.get('images', 0))} images, {size(summary['bytes']['total'])}",
         "not bold",
     )
     if not built["complete"]:
-        text.append(f"   {_bar(share).ljust(BAR, '·')}", style)
         for line in progress_of(summary, datetime.now(UTC)):
             text.append(f"\n{line}", "not bold")
     return text
