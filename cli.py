@@ -200,7 +200,9 @@ def inspect(
     sample: Annotated[
         str | None, typer.Option(help="Look into one sample: its row number or its id.")
     ] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Show images from this folder.")] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the images to show; default: where the build had them.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
     samples: Annotated[int, typer.Option(help="Samples on the page.")] = 50,
     order: Annotated[str, typer.Option(help="Which: worst, random, or rows and ids with commas.")] = "worst",
@@ -210,19 +212,20 @@ def inspect(
     from cache_schema.cache import open_cache
     from cache_schema.summary import summarise
     from views.inspect_page import print_summary_page
-    from views.sample_document import sample_document
+    from views.sample_document import recorded_images, sample_document
     from views.sample_page import print_sample
     from views.terminal import Bar, print_json, print_summary
 
     opened = open_cache(cache)
+    images = image_root or recorded_images(opened)
     if html is not None:
         from views.html_page import write_html
 
         chosen = order if order in ("worst", "random") else _words(order)
-        page = write_html(opened, html, samples=samples, order=chosen, image_root=image_root, progress=Bar())
+        page = write_html(opened, html, samples=samples, order=chosen, image_root=images, progress=Bar())
         print_json({"page": str(page)}) if json_ else print_summary("page", {"file": str(page)})
     elif sample is not None:
-        print_json(sample_document(opened, sample)) if json_ else print_sample(opened, sample, image_root)
+        print_json(sample_document(opened, sample)) if json_ else print_sample(opened, sample, images)
     else:
         summary = summarise(opened)
         print_json(summary) if json_ else print_summary_page(summary)

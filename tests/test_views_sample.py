@@ -17,7 +17,7 @@ from cache_schema.records import Relation
 from tests.fake_caches import make_cache, tokenizer
 from views.blocks import fitted, half_blocks, heat
 from views.relation_picture import pooled, principal_factor, similarity
-from views.sample_document import roles_of, sample_document
+from views.sample_document import recorded_images, roles_of, sample_document
 from views.sample_page import print_sample
 from views.token_text import TokenText, printable, visible
 
@@ -116,6 +116,34 @@ def test_a_missing_or_changed_picture_is_said(cache: Cache, tmp_path: Path, fold
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "0.png")
     assert "its digest differs" in printed(cache, 0, tmp_path)
     assert "its digest differs" not in printed(cache, 0, folder / "images")
+
+
+def test_images_are_looked_for_where_the_build_had_them(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "a", tmp_path / "images", rows=3)
+    assert recorded_images(cache) == tmp_path / "images"
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    assert recorded_images(cache) is None
+
+
+def test_disagreements_are_marked_without_colour_too(cache: Cache) -> None:
+    """In the table, and in the conversation by colour where there is one."""
+    document = sample_document(cache, 0)
+    wrong = [entry for entry in document["response"] if not entry["agrees"]]
+    assert wrong
+    assert printed(cache, 0, None).count("✗") == len(wrong)
+    assert "the teacher says otherwise" in printed(cache, 0, None)
+    lines = [line for line in printed(cache, 0, None, width=80).splitlines() if "✗" in line]
+    for entry, line in zip(wrong, lines, strict=True):
+        assert f"{entry['label_probability']:.4f}" in line
+        assert f"{entry['top'][0]['probability']:.3f}" in line
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_figure_of_a_sample_is_cut(cache: Cache, folder: Path, width: int) -> None:
+    page = printed(cache, 0, folder / "images", width=width)
+    assert all(len(line) <= width for line in page.splitlines())
+    figures = [f"{entry['label_probability']:.4f}" for entry in sample_document(cache, 0)["response"]]
+    assert all(figure in page for figure in figures)
 
 
 def test_text_of_the_dataset_cannot_steer_the_terminal(cache: Cache) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,12 @@ def find_sample(cache: Cache, row_or_id: int | str) -> Sample:
         f"{cache.url}: no sample with row number or id {str(row_or_id)!r}; the plan holds "
         f"{cache.plan.rows:,} rows, {len(cache):,} are captured"
     )
+
+
+def recorded_images(cache: Cache) -> Path | None:
+    """The folder that the build took its images from, where it is (still) on this machine."""
+    folder = cache.manifest.dataset.get("image_root")
+    return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
 
 
 def sample_document(cache: Cache, row_or_id: int | str, *, top: int = TOP) -> dict[str, Any]:
