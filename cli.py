@@ -296,7 +296,13 @@ def merge(
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
-    """One cache of several, without running the teacher."""
+    """One cache of several, without running the teacher.
+
+    All must have the teacher, template and targets of the first. Shards are taken over whole: on one file
+    system their files are hard links to those of the old caches, which take no room and stay when an old
+    cache is removed (no file of a cache is ever changed in place); elsewhere they are copied. A row that
+    several of them hold is taken from the first.
+    """
     from cache_schema.merge import merge as merge_caches
     from views.terminal import Bar, print_json, print_summary
 
@@ -310,14 +316,24 @@ def select(
     where: Annotated[
         str,
         typer.Option(
-            help="Which samples, for example 'tokens < 512 and confidence > 0.5'. Fields: row, id, tokens, "
-            "images, image, confidence, disagreement, perplexity, response_tokens. Or rows:FILE, ids:FILE."
+            help="Which samples: a condition such as 'tokens < 512 and confidence > 0.5' or "
+            "'\"cat\" in image', or rows:FILE, ids:FILE with one a line."
         ),
     ],
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
-    """A smaller cache: the samples that meet a condition."""
+    """A smaller cache: the samples that meet a condition, without running the teacher.
+
+    Fields: row (number in the dataset), id (its label), tokens (length, images included), images (how many),
+    image (path of any of them), response_tokens; and of the teacher over the response positions: confidence
+    (mean probability of its likeliest token), disagreement (share where that is not the label), perplexity
+    (of the labels). They are compared with ==, !=, <, <=, >, >=, in, and joined by and, or, not.
+
+    Shards that are kept whole become hard links on one file system, which take no room and stay when the old
+    cache is removed (no file of a cache is ever changed in place), and copies elsewhere. Parts of shards are
+    written anew as they were stored, bit by bit.
+    """
     from cache_schema.select import select as select_samples
     from views.terminal import Bar, print_json, print_summary
 
