@@ -200,7 +200,9 @@ def inspect(
     sample: Annotated[
         str | None, typer.Option(help="Look into one sample: its row number or its id.")
     ] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Show images from this folder.")] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the images to show; default: where the build had them.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
     samples: Annotated[int, typer.Option(help="Samples on the page.")] = 50,
     order: Annotated[str, typer.Option(help="Which: worst, random, or rows and ids with commas.")] = "worst",
@@ -210,19 +212,20 @@ def inspect(
     from cache_schema.cache import open_cache
     from cache_schema.summary import summarise
     from views.inspect_page import print_summary_page
-    from views.sample_document import sample_document
+    from views.sample_document import recorded_images, sample_document
     from views.sample_page import print_sample
     from views.terminal import Bar, print_json, print_summary
 
     opened = open_cache(cache)
+    images = image_root or recorded_images(opened)
     if html is not None:
         from views.html_page import write_html
 
         chosen = order if order in ("worst", "random") else _words(order)
-        page = write_html(opened, html, samples=samples, order=chosen, image_root=image_root, progress=Bar())
+        page = write_html(opened, html, samples=samples, order=chosen, image_root=images, progress=Bar())
         print_json({"page": str(page)}) if json_ else print_summary("page", {"file": str(page)})
     elif sample is not None:
-        print_json(sample_document(opened, sample)) if json_ else print_sample(opened, sample, image_root)
+        print_json(sample_document(opened, sample)) if json_ else print_sample(opened, sample, images)
     else:
         summary = summarise(opened)
         print_json(summary) if json_ else print_summary_page(summary)
@@ -253,15 +256,36 @@ def verify(
 def diff(
     a: Annotated[str, typer.Argument(help="A cache.")],
     b: Annotated[str, typer.Argument(help="The cache to hold against it.")],
+    kl_bound: Annotated[
+        float, typer.Option(help="Largest mean KL in nats a position, of each kind, that counts as the same.")
+    ] = 1e-2,
+    relation_bound: Annotated[
+        float, typer.Option(help="Largest mean 1 - cos of the relations that counts as the same.")
+    ] = 1e-3,
+    may_differ: Annotated[
+        str, typer.Option(help="Comma-separated keys of the identity that may differ, such as dtype.")
+    ] = "",
     json_: Json = False,
 ) -> None:
-    """Are two caches of the same thing the same? Exit code 1 when they differ."""
+    """Are two caches of the same thing the same? Exit code 1 when they differ.
+
+    Compares identity, rows, inputs, KL of the targets by kind and cosine of the relations. Engines, library
+    versions and how rows stand in shards are no difference.
+    """
     from cache_schema.cache import open_cache
     from cache_schema.diff import diff as diff_caches
-    from views.terminal import Bar, print_json, print_summary
+    from views.diff_page import print_difference
+    from views.terminal import Bar, print_json
 
-    report = diff_caches(open_cache(a), open_cache(b), progress=Bar())
-    print_json(report.to_json()) if json_ else print_summary("difference", report.to_json())
+    report = diff_caches(
+        open_cache(a),
+        open_cache(b),
+        progress=Bar(),
+        kl_bound=kl_bound,
+        relation_bound=relation_bound,
+        may_differ=_words(may_differ),
+    )
+    print_json(report.to_json()) if json_ else print_difference(report.to_json(), a, b)
     if not report.same:
         raise typer.Exit(1)
 
@@ -272,7 +296,13 @@ def merge(
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
-    """One cache of several, without running the teacher."""
+    """One cache of several, without running the teacher.
+
+    All must have the teacher, template and targets of the first. Shards are taken over whole: on one file
+    system their files are hard links to those of the old caches, which take no room and stay when an old
+    cache is removed (no file of a cache is ever changed in place); elsewhere they are copied. A row that
+    several of them hold is taken from the first.
+    """
     from cache_schema.merge import merge as merge_caches
     from views.terminal import Bar, print_json, print_summary
 
@@ -286,14 +316,24 @@ def select(
     where: Annotated[
         str,
         typer.Option(
-            help="Which samples, for example 'tokens < 512 and confidence > 0.5'. Fields: row, id, tokens, "
-            "images, image, confidence, disagreement, perplexity, response_tokens. Or rows:FILE, ids:FILE."
+            help="Which samples: a condition such as 'tokens < 512 and confidence > 0.5' or "
+            "'\"cat\" in image', or rows:FILE, ids:FILE with one a line."
         ),
     ],
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
-    """A smaller cache: the samples that meet a condition."""
+    """A smaller cache: the samples that meet a condition, without running the teacher.
+
+    Fields: row (number in the dataset), id (its label), tokens (length, images included), images (how many),
+    image (path of any of them), response_tokens; and of the teacher over the response positions: confidence
+    (mean probability of its likeliest token), disagreement (share where that is not the label), perplexity
+    (of the labels). They are compared with ==, !=, <, <=, >, >=, in, and joined by and, or, not.
+
+    Shards that are kept whole become hard links on one file system, which take no room and stay when the old
+    cache is removed (no file of a cache is ever changed in place), and copies elsewhere. Parts of shards are
+    written anew as they were stored, bit by bit.
+    """
     from cache_schema.select import select as select_samples
     from views.terminal import Bar, print_json, print_summary
 

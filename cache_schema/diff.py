@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,13 +40,16 @@ class KindDifference:
 
 @dataclass(slots=True, kw_only=True)
 class DiffReport:
-    """What is different. identity: fingerprint and spec, each as key, a, b, blocks. only_in_*: row numbers.
+    """What is different. identity: fingerprint and spec, each as key, a, b, blocks; `blocks` is "nothing" of
+    what is only recorded and "allowed" of what the caller let differ. engines: those that wrote the shards of
+    a and of b, where they are not the same ones. only_in_*: row numbers.
 
     other_inputs: rows whose token ids, labels or image positions differ, so that their targets were not
     compared. kl: by kind. relation: images, mean and least cosine, worst row.
     """
 
     identity: list[dict[str, Any]] = field(default_factory=list)
+    engines: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     samples: int = 0
     only_in_a: list[int] = field(default_factory=list)
     only_in_b: list[int] = field(default_factory=list)
@@ -64,7 +67,7 @@ class DiffReport:
     @property
     def same_identity(self) -> bool:
         """No difference in what decides the meaning of a target."""
-        return all(difference["blocks"] == "nothing" for difference in self.identity)
+        return all(difference["blocks"] in ("nothing", "allowed") for difference in self.identity)
 
     @property
     def targets_agree(self) -> bool:
@@ -94,14 +97,21 @@ def diff(
     *,
     kl_bound: float = KL_BOUND,
     relation_bound: float = RELATION_BOUND,
+    may_differ: Collection[str] = (),
 ) -> DiffReport:
     """Compare two caches row by row; shards and order may differ. Targets that only one has are not compared.
 
     KL is over the entries that both keep and one event for the rest (`cache_schema.divergence.kl`), so
-    different top_k are no difference by themselves.
+    different top_k are no difference by themselves. kl_bound, relation_bound: of the means over all
+    positions of a kind, and over all images. may_differ: keys of the identity that are no difference here,
+    such as `dtype`; a key with dots under it stands for all of them. Engines and versions never are one.
     """
     progress = progress or Silent()
-    report = DiffReport(kl_bound=kl_bound, relation_bound=relation_bound, identity=_identity(a, b))
+    report = DiffReport(
+        kl_bound=kl_bound, relation_bound=relation_bound, identity=_identity(a, b, may_differ)
+    )
+    engines = {"a": _engines(a), "b": _engines(b)}
+    report.engines = engines if engines["a"] != engines["b"] else {}
     rows_a, rows_b = a.index().row, b.index().row
     report.only_in_a = np.setdiff1d(rows_a, rows_b).tolist()
     report.only_in_b = np.setdiff1d(rows_b, rows_a).tolist()
@@ -120,18 +130,28 @@ def diff(
     return report
 
 
-def _identity(a: Cache, b: Cache) -> list[dict[str, Any]]:
+def _engines(cache: Cache) -> list[dict[str, str]]:
+    """What wrote the shards, every engine with its versions once."""
+    found = {tuple(sorted(record.engine.items())) for record in cache.commits.values()}
+    return [dict(engine) for engine in sorted(found)]
+
+
+def _identity(a: Cache, b: Cache, may_differ: Collection[str]) -> list[dict[str, Any]]:
     found = [
         {"key": d.key, "a": d.ours, "b": d.theirs, "blocks": d.blocks}
         for d in compare(a.manifest.fingerprint, b.manifest.fingerprint)
     ]
     told = {entry["key"] for entry in found}
     ours, theirs = a.spec.to_json(), b.spec.to_json()
-    return found + [
+    found += [
         {"key": f"spec.{key}", "a": ours[key], "b": theirs[key], "blocks": "resume"}
         for key in ours
         if ours[key] != theirs[key] and f"spec.{key}" not in told
     ]
+    for entry in found:
+        if any(entry["key"] == key or entry["key"].startswith(f"{key}.") for key in may_differ):
+            entry["blocks"] = "allowed"
+    return found
 
 
 def _pairs(a: Cache, b: Cache) -> Iterator[tuple[Sample, Sample]]:

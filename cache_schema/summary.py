@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_schema.build_state import build_state
 from cache_schema.cache import Cache
 from cache_schema.manifest import CommitRecord
 from cache_schema.statistics import MASS_EDGES, RANK_EDGES
@@ -41,15 +42,7 @@ def summarise(cache: Cache) -> dict[str, Any]:
         "teacher": _teacher(cache),
         "dataset": cache.manifest.dataset,
         "spec": cache.spec.to_json(),
-        "built": {
-            "complete": len(commits) == cache.plan.shards,
-            "shards": len(commits),
-            "of_shards": cache.plan.shards,
-            "rows": done,
-            "of_rows": cache.plan.rows,
-            "seconds": round(sum(record.seconds for record in commits), 3),
-            "engines": _engines(commits),
-        },
+        "built": build_state(commits, cache.plan) | {"engines": _engines(commits)},
         "counts": {name: counts[name] for name in sorted(counts)},
         "bytes": {
             "total": total,

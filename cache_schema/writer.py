@@ -161,7 +161,7 @@ class CacheWriter:
             ),
             engine=dict(engine),
             seconds=seconds,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
 
     def _refuse_unsound(

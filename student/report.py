@@ -1,4 +1,4 @@
-"""A page about a training run: curves of every term, what was held out, how the time went, a table."""
+"""A page about a training run: what it came to, curves of every term, what was held out, how the time went"""
 
 from __future__ import annotations
 
@@ -11,21 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from cache_schema.errors import KdcacheError
+from student.run_curves import StageCurves, draw_curves
 from student.run_folder import TERMS, read_metrics, read_result, write_text
 from student.timing import LAPS
 
-_HELD_OUT = ("loss", "ce", "response_kl", "visual_kl", "prompt_kl", "relation")
-_AGREEMENT = ("response_top1", "visual_top1")
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.25em .8em;"
-    "text-align:left;font-variant-numeric:tabular-nums}img{max-width:100%}"
-)
+_HELD_OUT = ("ce", "response_kl", "visual_kl", "prompt_kl", "relation", "response_top1", "visual_top1")
+_NAMES = {
+    "loss": "loss",
+    "ce": "cross entropy",
+    "response": "KL, response",
+    "visual": "KL, visual",
+    "prompt": "KL, prompt",
+    "relation": "relation, 1 - cos",
+    "response_kl": "KL, response",
+    "visual_kl": "KL, visual",
+    "prompt_kl": "KL, prompt",
+    "response_top1": "likeliest token is the teacher's, response",
+    "visual_top1": "likeliest token is the teacher's, visual",
+}
+_STYLE = """
+:root{color-scheme:light dark;--paper:light-dark(#fbfaf7,#16181b);--ink:light-dark(#1d2126,#e6e4df);
+--faint:light-dark(#5d656e,#a2a8ae);--line:light-dark(#dcd9d2,#363b41);--card:light-dark(#fff,#1e2125)}
+body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:0 auto;
+padding:1.5rem clamp(.8rem,3vw,2.5rem) 4rem;background:var(--paper);color:var(--ink)}
+h1{font-size:1.6rem;margin:0;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:2rem 0 .5rem}
+.faint{color:var(--faint)}.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;
+padding:.6rem 1rem;overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{border-top:1px solid var(--line);padding:.2rem 1.6rem .2rem 0;text-align:left;vertical-align:top}
+tr:first-child>*{border-top:0}th{font-weight:600}th[scope=row]{font-weight:400;color:var(--faint)}
+td{overflow-wrap:anywhere}td.number,th.number{text-align:right;white-space:nowrap}
+tr.part th{padding-top:.7rem;font-weight:600;color:var(--ink)}
+img{max-width:100%;display:block}
+@media (prefers-color-scheme:dark){img{filter:invert(.9) hue-rotate(180deg)}}
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,19 +64,22 @@ class StageRun:
 def report(run: Path, out: Path | None = None) -> Path:
     """Writes the report of a run, or of a recipe's folder of runs, and returns its path.
 
-    out: a `.png` holds the curves only, anything else is one HTML page with nothing outside it; default:
-    report.html in the run. It works while the run goes on.
+    out: a `.png` holds the curves and below them the final table, anything else is one HTML page with
+    nothing outside it, which also tells each stage's settings; default: report.html in the run. It works
+    while the run goes on. KdcacheError when there is no run, or `out` cannot be written.
     """
     stages = _stages(run)
-    figure = _curves(stages)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
+    figure = draw_curves([StageCurves(name=s.name, train=s.train, held_out=s.held_out) for s in stages])
     target = out or run / "report.html"
-    if target.suffix == ".png":
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(image.getvalue())
-    else:
-        write_text(target, _page(run, stages, image.getvalue()))
+        if target.suffix == ".png":
+            _add_table(figure, stages)
+            figure.savefig(target, format="png", dpi=110)
+        else:
+            write_text(target, _page(run, stages, figure))
+    except OSError as error:
+        raise KdcacheError(f"{target}: {error.strerror or error}; name a file that can be written") from error
     return target
 
 
@@ -82,71 +107,108 @@ def _stage(folder: Path) -> StageRun:
     )
 
 
-def _curves(stages: Sequence[StageRun]) -> Figure:
-    figure = Figure(figsize=(5.2 * len(stages) + 1.5, 13), layout="constrained")
-    rows = figure.subplots(4, len(stages), squeeze=False)
-    for column, stage in enumerate(stages):
-        loss, held_out, agreement, rate = (rows[row][column] for row in range(4))
-        loss.set_title(stage.name)
-        _draw(loss, stage.train, TERMS, "training loss")
-        _draw(held_out, stage.held_out, _HELD_OUT, "held-out loss", marker="o")
-        _draw(agreement, stage.held_out, _AGREEMENT, "top-1 agreement with the teacher", marker="o")
-        _draw(rate, stage.train, ("lr",), "learning rate")
-        rate.set_xlabel("step")
-    return figure
+def final_table(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
+    """What the stages came to: a name and a text a stage in every line; a line without texts is a heading."""
+    lines: list[tuple[str, list[str]]] = [
+        ("state", ["finished" if stage.result else "not finished" for stage in stages]),
+        ("steps", [f"{_last(stage.train).get('step', 0):,}" for stage in stages]),
+        (
+            "samples a second",
+            [_figure(_last(stage.train).get("samples_per_second"), ".1f") for stage in stages],
+        ),
+    ]
+    for heading, names, journals in (
+        ("training, mean since the line before", TERMS, [stage.train for stage in stages]),
+        ("held out", _HELD_OUT, [stage.held_out for stage in stages]),
+    ):
+        found = [
+            (_NAMES[name], [_figure(_last(journal).get(name) or None, ".4f") for journal in journals])
+            for name in names
+        ]
+        present = [(name, texts) for name, texts in found if set(texts) != {"-"}]
+        lines += [(heading, []), *present] if present else []
+    return lines
 
 
-def _draw(
-    axes: Axes, lines: Sequence[dict[str, Any]], names: Sequence[str], title: str, marker: str | None = None
-) -> None:
-    axes.set_ylabel(title)
-    axes.grid(alpha=0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for name in names:
-        points = [(line["step"], line[name]) for line in lines if line.get(name)]
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=name.replace("_", " "), marker=marker, markersize=3)
-    if axes.lines:
-        axes.legend(fontsize="small")
-    else:
-        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color="0.5")
+def _last(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return lines[-1] if lines else {}
 
 
-def _page(run: Path, stages: Sequence[StageRun], image: bytes) -> str:
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _add_table(figure: Figure, stages: Sequence[StageRun]) -> None:
+    """The final table as text below the curves."""
+    lines = final_table(stages)
+    width, height = figure.get_size_inches()
+    room = 0.22 * (len(lines) + 2)
+    figure.set_size_inches(width, height + room)
+    top = room / (height + room)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(rect=(0, top, 1, 1 - top))  # type: ignore[call-arg]
+    names = max(len(name) for name, _ in lines) + 2
+    columns = [max(len(texts[n]) for _, texts in lines if texts) for n in range(len(stages))]
+    columns = [max(width, len(stage.name)) + 2 for width, stage in zip(columns, stages, strict=True)]
+    head = " " * names + "".join(s.name.rjust(wide) for s, wide in zip(stages, columns, strict=True))
+    rows = [head] + [
+        name.ljust(names) + "".join(text.rjust(wide) for text, wide in zip(texts, columns, strict=False))
+        for name, texts in lines
+    ]
+    figure.text(0.02, top - 0.01, "\n".join(rows), family="monospace", fontsize=9, va="top", linespacing=1.35)
+
+
+def _page(run: Path, stages: Sequence[StageRun], figure: Figure) -> str:
+    image = io.BytesIO()
+    figure.savefig(image, format="svg", transparent=True)
+    picture = base64.b64encode(image.getvalue()).decode()
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)}</title>",
-        f"<style>{_STYLE}</style><h1>Training run {html.escape(run.name)}</h1>",
-        f'<img alt="Curves of the run" src="data:image/png;base64,{base64.b64encode(image).decode()}">',
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(run.name)} - kdcache</title><style>{_STYLE}</style></head><body>",
+        f'<h1>{html.escape(run.name)} <span class="faint">a kdcache training run</span></h1>',
+        f"<h2>At the end</h2>{_final(stages)}",
+        '<h2>Curves</h2><div class="card">',
+        f'<img alt="Curves of the run" src="data:image/svg+xml;base64,{picture}"></div>',
     ]
     for stage in stages:
-        parts += [f"<h2>{html.escape(stage.name)}</h2>", _table(_summary(stage))]
-    return "\n".join(parts) + "\n</html>\n"
+        parts += [f"<h2>{html.escape(stage.name)}</h2>", _table(_settings(stage))]
+    return "\n".join(parts) + "\n</body></html>\n"
 
 
-def _summary(stage: StageRun) -> list[tuple[str, str]]:
+def _final(stages: Sequence[StageRun]) -> str:
+    head = "".join(f"<th class=number>{html.escape(stage.name)}</th>" for stage in stages)
+    rows = [f"<tr><td></td>{head}</tr>"]
+    for name, texts in final_table(stages):
+        if not texts:
+            rows.append(f"<tr class=part><th colspan={len(stages) + 1}>{html.escape(name)}</th></tr>")
+            continue
+        cells = "".join(f"<td class=number>{html.escape(text)}</td>" for text in texts)
+        rows.append(f"<tr><th scope=row>{html.escape(name)}</th>{cells}</tr>")
+    return f'<div class="card"><table>{"".join(rows)}</table></div>'
+
+
+def _settings(stage: StageRun) -> list[tuple[str, str]]:
     settings = stage.settings["stage"]
-    latest = stage.train[-1] if stage.train else {}
+    latest = _last(stage.train)
     rows = [
-        ("state", f"finished, {stage.result['steps']} steps" if stage.result else "not finished"),
         ("trained parts", ", ".join(settings["trainable"])),
         ("losses", ", ".join(f"{name} {value}" for name, value in settings["losses"].items())),
         ("batch, learning rate", f"{settings['global_batch']}, {settings['learning_rate']}"),
+        ("student", str(stage.settings["student"])),
         ("cache", f"{stage.settings['cache']} ({stage.settings['identity']['cache']['identity'][:12]})"),
-        ("step", str(latest.get("step", 0))),
+        ("held-out cache", str(stage.settings.get("eval_cache") or "none")),
+        ("versions", ", ".join(f"{name} {value}" for name, value in stage.settings["versions"].items())),
     ]
-    rows += [(f"training {name}", f"{latest[name]:.4f}") for name in TERMS if latest.get(name)]
-    for name, value in (stage.held_out[-1] if stage.held_out else {}).items():
-        if name in (*_HELD_OUT, *_AGREEMENT) and value is not None:
-            rows.append((f"held-out {name.replace('_', ' ')}", f"{value:.4f}"))
     if latest:
-        shares = ", ".join(f"{name} {latest.get(f'time {name}', 0.0):.0%}" for name in LAPS)
-        rows += [("samples a second", f"{latest['samples_per_second']:.1f}"), ("time", shares)]
+        rows.append(("time", ", ".join(f"{name} {latest.get(f'time {name}', 0.0):.0%}" for name in LAPS)))
     return rows
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     body = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows
+        f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in rows
     )
-    return f"<table>{body}</table>"
+    return f'<div class="card"><table>{body}</table></div>'

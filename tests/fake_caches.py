@@ -29,6 +29,11 @@ from cache_schema.manifest import Manifest, Plan
 
 END, IMAGE = "<|end|>", "<image>"
 HIDDEN = 12
+PROCESSOR = {  # square images of one grid
+    "config.json": b'{"model_type": "llava"}',
+    "preprocessor_config.json": b'{"image_processor_type": "SiglipImageProcessor", '
+    b'"size": {"height": 28, "width": 28}}',
+}
 ENGINE = {"name": "fake", "version": "1"}
 ANSWERS = (
     "a red circle on a white ground",
@@ -131,10 +136,12 @@ def make_cache(
     shards: Collection[int] | None = None,
     identity: Mapping[str, str] | None = None,
     ids: Mapping[int, str] | None = None,
+    processor: Mapping[str, bytes] = PROCESSOR,
 ) -> Cache:
     """A cache of `rows` rows, or of `shards` only. Every second row shares the picture of the one before it.
 
     patches: visual tokens of each image of a row (3 * row + 2 has none). bad: row -> reason.
+    processor: the assets that tell how images are laid.
     """
     spec = spec or TargetSpec(top_k=8, temperatures=(1.0, 2.0))
     made = tokenizer()
@@ -154,7 +161,7 @@ def make_cache(
         spec=spec,
         plan=plan,
         created="2026-01-01T00:00:00+00:00",
-        assets={"tokenizer.json": made.to_str().encode()},
+        assets={"tokenizer.json": made.to_str().encode(), **processor},
         dataset={"data": "fake.json", "teacher": "fake-teacher", "rows": rows, "image_root": str(image_root)},
     )
     writer = CacheWriter.open(out, manifest)

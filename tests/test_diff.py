@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cache_schema import TargetSpec, open_cache
-from cache_schema.diff import diff
+from cache_schema.diff import DiffReport, diff
 from cache_schema.divergence import kl, relation_cosine
 from cache_schema.records import Relation, TopK
 from cache_schema.select import select
 from tests.fake_caches import by_row, make_cache
+from views.diff_page import print_difference
 
 COMPACT = TargetSpec(top_k=8, temperatures=(1.0, 2.0))
 
@@ -72,6 +75,63 @@ def test_missing_rows_and_other_inputs_are_listed(tmp_path: Path, pictures: Path
     assert report.samples == 8
     assert [d["key"] for d in report.identity if d["blocks"] == "resume"] == ["dtype"]
     assert not report.same_identity
+
+
+def test_engines_are_no_difference_but_are_told(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a parity test of engines uses it: only what wrote the shards differs."""
+    a = make_cache(tmp_path / "a", pictures, rows=5)
+    monkeypatch.setattr("tests.fake_caches.ENGINE", {"name": "other", "version": "1"})
+    b = make_cache(tmp_path / "b", pictures, rows=5)
+    report = diff(a, b)
+    assert report.same
+    assert report.engines == {
+        "a": [{"name": "fake", "version": "1"}],
+        "b": [{"name": "other", "version": "1"}],
+    }
+    page = printed(report)
+    assert "the same" in page.splitlines()[0]
+    assert "engine: name" in page
+    assert "engine: version" not in page
+    assert diff(a, a).engines == {}
+
+
+def test_what_may_differ_is_named_by_the_caller(tmp_path: Path, pictures: Path) -> None:
+    a = make_cache(tmp_path / "a", pictures, rows=5)
+    b = make_cache(tmp_path / "b", pictures, rows=5, identity={"dtype": "bfloat16"})
+    assert not diff(a, b).same
+    report = diff(a, b, may_differ=["dtype"])
+    assert report.same
+    assert "but for dtype, as allowed" in printed(report)
+    other = make_cache(tmp_path / "c", pictures, rows=5, spec=replace(COMPACT, top_k=16))
+    assert not diff(a, other, may_differ=["spec.relation"]).same_identity
+    assert diff(a, other, may_differ=["spec"]).same
+    assert not diff(a, make_cache(tmp_path / "d", pictures, rows=5, noise=0.3), kl_bound=1e-9).targets_agree
+    assert diff(a, make_cache(tmp_path / "d", pictures, rows=5, noise=0.3), kl_bound=9.0).kl["visual"].p99 > 0
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_page_of_a_difference_fits_and_names_the_worst(
+    tmp_path: Path, pictures: Path, width: int
+) -> None:
+    a = make_cache(tmp_path / "a", pictures, rows=7)
+    b = make_cache(tmp_path / "b", pictures, rows=9, noise=0.5, identity={"dtype": "[red]\x1b[31m"})
+    report = diff(a, b)
+    page = printed(report, width)
+    assert all(len(line) <= width for line in page.splitlines()[1:])
+    assert "…" not in page
+    for told in ("not the same", "dtype", "[red]\\x1b[31m", "2 only in b (rows 7, 8)", "do not agree"):
+        assert told in page, told
+    for kind in ("response", "visual"):
+        assert f"{report.kl[kind].worst_row} ({report.kl[kind].worst_row_mean:.1e})" in page
+    assert "\x1b" not in page
+
+
+def printed(report: DiffReport, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    print_difference(report.to_json(), "a", "b", console)
+    return console.file.getvalue()
 
 
 def record(logits: np.ndarray, k: int) -> TopK:

@@ -122,7 +122,10 @@ def test_the_numbers_are_those_of_the_cache(page: Path, cache: Cache) -> None:
     assert entry["label_id"] == sample.input_ids[sample.response_positions[1] + 1]
     assert all(str(i) in data["words"] for i, _ in entry["top"])
     first, second = document["images"]
-    assert (first["tokens"], first["grid"]["on_image"], second["grid"]["on_image"]) == (36, True, False)
+    assert (first["tokens"], first["layout"]["note"]) == (36, None)
+    assert [layer["box"] for layer in first["layout"]["layers"]] == [[0, 0, 1, 1]]
+    assert "12 tokens are not what SiglipImageProcessor" in second["layout"]["note"]
+    assert [layer["box"] for layer in second["layout"]["layers"]] == [None]
     assert [i for i, _ in second["visual"]["top"][3]] == sample.visual.token_ids[36 + 3, :5].tolist()
     levels = np.frombuffer(base64.b64decode(first["relation"]["columns"]), np.int8).reshape(-1, 36)
     drawn = levels.T * np.array(first["relation"]["scales"])
@@ -208,6 +211,49 @@ def test_a_patch_shows_its_tokens_and_its_relation(browser: Browser, page: Path)
 
 
 @pytest.mark.slow
+def test_two_grids_of_one_picture_and_their_row_ends(tmp_path: Path) -> None:
+    """LLaVA-NeXT: 48 x 40 pixels as 4 x 4 patches, then as 8 x 8 less a row of padding above and below."""
+    pixels = {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": 28},
+        "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+    }
+    processor = {
+        "processor_config.json": json.dumps({"patch_size": 7, "image_processor": pixels}).encode(),
+        "config.json": b'{"model_type": "llava_next"}',
+    }
+    count = 16 + 6 * 8 + 6
+    cache = make_cache(tmp_path / "a", tmp_path / "images", rows=1, patches=(count,), processor=processor)
+    page = write_html(cache, tmp_path / "page.html", image_root=tmp_path / "images")
+    (image,) = data_of(page)["samples"][0]["images"]
+    layers = image["layout"]["layers"]
+    sizes = [(layer["rows"], layer["columns"], len(layer["row_ends"])) for layer in layers]
+    assert sizes == [(4, 4, 0), (6, 8, 6)]
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page.as_uri())
+        assert browser.run("return document.querySelectorAll('.stage img').length") == 2
+        pixels_of = (
+            "return [...document.querySelectorAll('.stage canvas')].map(c => "
+            "Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data))"
+        )
+        browser.click(".grid[aria-label*='in detail'] button:nth-child(11)")
+        assert "in detail, patch at row 1, column 2" in browser.text(".patch-detail")
+        before = browser.run(pixels_of)
+        assert [len(part) for part in before] == [4 * 16, 4 * 48]
+        browser.click(".grid[aria-label*='the whole picture'] button:nth-child(6)")
+        assert "the whole picture, patch at row 1, column 1" in browser.text(".patch-detail")
+        after = browser.run(pixels_of)
+        assert all(x != y for x, y in zip(before, after, strict=True)), "one relation over both grids"
+        token = layers[1]["row_ends"][3]
+        browser.click(".ends button:nth-child(4)")
+        assert "in detail, end of row 3" in browser.text(".patch-detail")
+        assert f"position {image['visual']['positions'][token]}," in browser.text(".patch-detail")
+        chosen = browser.run("return document.querySelectorAll('.look.two [aria-selected=true]').length")
+        assert chosen == 1
+        assert [line for line in browser.log() if "getImageData" not in line] == []
+
+
+@pytest.mark.slow
 def test_a_token_shows_its_bars(browser: Browser, page: Path) -> None:
     document = open_row(browser, page, images=False)
     words = data_of(page)["words"]
@@ -264,7 +310,7 @@ def test_evil_text_is_seen_and_not_run(browser: Browser, page: Path, cache: Cach
             break
     else:
         raise AssertionError("no sample with a script element is on the page")
-    assert browser.run("return document.title") == "Cache a"
+    assert browser.run("return document.title") == "a - kdcache"
     assert browser.run("return document.querySelectorAll('script').length") == 2
     assert browser.log() == []
 

@@ -16,9 +16,8 @@ from cache_schema import Cache, KdcacheError, TargetSpec
 from cache_schema.records import Relation
 from tests.fake_caches import make_cache, tokenizer
 from views.blocks import fitted, half_blocks, heat
-from views.grid import ImageSettings, grid_of
 from views.relation_picture import pooled, principal_factor, similarity
-from views.sample_document import roles_of, sample_document
+from views.sample_document import recorded_images, roles_of, sample_document
 from views.sample_page import print_sample
 from views.token_text import TokenText, printable, visible
 
@@ -119,6 +118,34 @@ def test_a_missing_or_changed_picture_is_said(cache: Cache, tmp_path: Path, fold
     assert "its digest differs" not in printed(cache, 0, folder / "images")
 
 
+def test_images_are_looked_for_where_the_build_had_them(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "a", tmp_path / "images", rows=3)
+    assert recorded_images(cache) == tmp_path / "images"
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    assert recorded_images(cache) is None
+
+
+def test_disagreements_are_marked_without_colour_too(cache: Cache) -> None:
+    """In the table, and in the conversation by colour where there is one."""
+    document = sample_document(cache, 0)
+    wrong = [entry for entry in document["response"] if not entry["agrees"]]
+    assert wrong
+    assert printed(cache, 0, None).count("✗") == len(wrong)
+    assert "the teacher says otherwise" in printed(cache, 0, None)
+    lines = [line for line in printed(cache, 0, None, width=80).splitlines() if "✗" in line]
+    for entry, line in zip(wrong, lines, strict=True):
+        assert f"{entry['label_probability']:.4f}" in line
+        assert f"{entry['top'][0]['probability']:.3f}" in line
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_figure_of_a_sample_is_cut(cache: Cache, folder: Path, width: int) -> None:
+    page = printed(cache, 0, folder / "images", width=width)
+    assert all(len(line) <= width for line in page.splitlines())
+    figures = [f"{entry['label_probability']:.4f}" for entry in sample_document(cache, 0)["response"]]
+    assert all(figure in page for figure in figures)
+
+
 def test_text_of_the_dataset_cannot_steer_the_terminal(cache: Cache) -> None:
     page = printed(cache, 4, None)
     assert "\x1b" not in page
@@ -162,40 +189,6 @@ def test_sentencepiece_style_blanks_are_kept() -> None:
 def test_signs_for_what_cannot_be_seen() -> None:
     assert visible(" a\n\t\x1b\x7f") == "␣a⏎⇥\\x1b\\x7f"
     assert printable("a\nb\x07") == "a\nb\\x07"
-
-
-@pytest.mark.parametrize(
-    ("count", "thw", "expected"),
-    [
-        (729, None, (27, 27, True)),
-        (1, None, (1, 1, True)),
-        (2880, None, (54, 54, False)),
-        (0, None, (0, 1, False)),
-        (48, (1, 12, 16), (6, 8, True)),
-        (50, (1, 12, 16), (7, 8, False)),
-        (96, (2, 12, 16), (10, 10, False)),
-    ],
-)
-def test_grids(count: int, thw: tuple[int, ...] | None, expected: tuple[int, int, bool]) -> None:
-    grid = grid_of(count, None if thw is None else np.array(thw), merge=2)
-    assert (grid.rows, grid.columns, grid.on_image) == expected
-
-
-def test_the_picture_is_what_the_model_sees() -> None:
-    wide = Image.new("RGB", (200, 100))
-    for settings, expected in (
-        ({"size": {"height": 384, "width": 384}}, (200, 100)),
-        ({"do_center_crop": True, "size": {"shortest_edge": 336}, "crop_size": {"height": 336}}, (100, 100)),
-        ({"do_pad": True}, (200, 200)),
-        ({}, (200, 100)),
-    ):
-        assets = {"preprocessor_config.json": json.dumps(settings).encode()}
-        assert ImageSettings(assets).as_seen(wide).size == expected
-    nested = {
-        "processor_config.json": json.dumps({"image_processor": {"merge_size": 2, "do_pad": True}}).encode()
-    }
-    assert ImageSettings(nested).as_seen(wide).size == (200, 200)
-    assert ImageSettings(nested).merge == 2
 
 
 def test_relation_pictures() -> None:

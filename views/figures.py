@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
+
+from cache_schema.build_state import seconds_since
+
+GAPS = 8
+"""Stretches of missing shards that are named."""
 
 
 def count(number: int) -> str:
@@ -19,6 +25,13 @@ def size(number: float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
+
+
+def mass(share: float) -> str:
+    """A share of probability in percent, with as many nines as tell something."""
+    if share > 0.9999995:
+        return "> 99.9999%"
+    return f"{share:.2%}" if share < 0.999 else f"{share:.4%}"
 
 
 def duration(seconds: float) -> str:
@@ -65,7 +78,7 @@ def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{named}, {capture.get('dtype', '?')}, weights {str(capture.get('teacher_weights'))[:12]}",
         ),
         ("data", _dataset(summary["dataset"])),
-        ("template", str(training.get("template_name") or "the processor's own")),
+        ("template", _template(training.get("template_name"))),
         (
             "targets",
             f"{', '.join(spec['targets'])}; top {spec['top_k']}, temperatures "
@@ -79,9 +92,37 @@ def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         speed = summary["counts"].get("samples", 0) / built["seconds"]
         lines.append(("capture", f"{duration(built['seconds'])}, {speed:.3g} samples/s of one worker"))
     lines += [
-        ("engine", f"{_engine(entry['engine'])} ({count(entry['shards'])} shards)")
+        (
+            "engine",
+            f"{_engine(entry['engine'])} ({count(entry['shards'])} shard{'s' * (entry['shards'] != 1)})",
+        )
         for entry in built["engines"]
     ]
+    return lines
+
+
+def _template(name: str | None) -> str:
+    return "the processor's own" if name in (None, "processor") else str(name)
+
+
+def progress_of(summary: Mapping[str, Any], now: datetime | None = None) -> list[str]:
+    """A build that is not complete, in lines: how far, what is missing, how fast and how long still; at
+    the moment `now` also how long ago the last shard came."""
+    built = summary["built"]
+    lines = [
+        f"{count(built['shards'])} of {count(built['of_shards'])} shards, "
+        f"{count(built['rows'])} of {count(built['of_rows'])} rows"
+    ]
+    if summary["bytes"]["when_complete"]:
+        lines[0] += f"; about {size(summary['bytes']['when_complete'])} when complete"
+    gaps = [f"{first}" if first == last else f"{first}-{last}" for first, last in built["missing"]]
+    more = f" and {count(len(gaps) - GAPS)} more stretches" if len(gaps) > GAPS else ""
+    lines.append(f"missing shards: {', '.join(gaps[:GAPS])}{more}")
+    if built["rows_a_second"]:
+        pace = f"lately {built['rows_a_second']:.3g} rows/s: about {duration(built['seconds_left'])} left"
+        if now is not None:
+            pace += f"; last shard {duration(max(seconds_since(built['last_commit'], now), 0.0))} ago"
+        lines.append(pace)
     return lines
 
 

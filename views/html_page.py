@@ -19,7 +19,7 @@ from cache_schema.progress import Progress, Silent
 from cache_schema.records import Relation, Sample
 from cache_schema.scores import scores_of
 from cache_schema.summary import summarise
-from views.grid import ImageSettings
+from views.grid import framed
 from views.html_summary import summary_html
 from views.relation_picture import principal_factor
 from views.sample_document import describe, find_sample
@@ -51,16 +51,16 @@ def write_html(
     relation of a patch is drawn from the strongest 48 columns of the factor, in 8 bits: for the eye.
     """
     progress = progress or Silent()
-    text, settings = TokenText.of_assets(cache.assets), ImageSettings(cache.assets)
+    text = TokenText.of_assets(cache.assets)
     words: dict[str, str] = {}
     documents = []
     chosen, told = _choose(cache, samples, order, seed, progress)
     progress.begin("samples", len(chosen))
     for number, sample in enumerate(chosen):
-        documents.append(_sample(cache, sample, text, settings, image_root, words))
+        documents.append(_sample(cache, sample, text, image_root, words))
         progress.update(number + 1)
     progress.end()
-    title = f"Cache {cache.url.rstrip('/').rsplit('/', 1)[-1]}"
+    title = cache.url.rstrip("/").rsplit("/", 1)[-1]
     parts = {
         "title": _escaped(title),
         "css": (PAGE / "page.css").read_text(encoding="utf-8"),
@@ -119,7 +119,6 @@ def _sample(
     cache: Cache,
     sample: Sample,
     text: TokenText,
-    settings: ImageSettings,
     image_root: Path | None,
     words: dict[str, str],
 ) -> dict[str, Any]:
@@ -140,8 +139,21 @@ def _sample(
             }
         if image["relation"]:
             image["relation"] |= _columns(sample.relations[number])
-        image["picture"], image["note"] = _picture(image, image_root, settings)
+        image["picture"], image["note"] = _picture(image, image_root)
+        _onto_the_shown_part(image)
     return document
+
+
+def _onto_the_shown_part(image: dict[str, Any]) -> None:
+    """Boxes in fractions of the part of the picture that is shown, and the proportions of that part."""
+    left, top, right, bottom = image["layout"].pop("frame")
+    across, down = right - left, bottom - top
+    image["aspect"] = image["width"] * across / (image["height"] * down)
+    for layer in image["layout"]["layers"]:
+        if layer["box"]:
+            x, y, x_end, y_end = layer["box"]
+            edges = ((x - left) / across, (y - top) / down, (x_end - left) / across, (y_end - top) / down)
+            layer["box"] = [round(edge, 5) for edge in edges]
 
 
 def _pairs(entries: list[dict[str, Any]], words: dict[str, str]) -> list[list[float]]:
@@ -158,9 +170,7 @@ def _columns(relation: Relation) -> dict[str, Any]:
     return {"columns": columns, "scales": [float(f"{scale:.5g}") for scale in scales]}
 
 
-def _picture(
-    image: dict[str, Any], root: Path | None, settings: ImageSettings
-) -> tuple[str | None, str | None]:
+def _picture(image: dict[str, Any], root: Path | None) -> tuple[str | None, str | None]:
     """The picture as a data URI, and what is to be said of it."""
     if root is None:
         return None, "Give --image-root to see the picture."
@@ -168,7 +178,7 @@ def _picture(
         opened = open_image(root, image["path"])
     except RowRejected as rejected:
         return None, f"No picture: {rejected.detail}."
-    seen = settings.as_seen(opened.image)
+    seen = framed(opened.image, image["layout"]["frame"])
     small = max(seen.size) <= PICTURE_SIDE
     if not small:
         seen.thumbnail((PICTURE_SIDE, PICTURE_SIDE))

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from views.figures import bin_label, count, size, units_of, what_it_is
+from views.figures import bin_label, count, mass, progress_of, size, units_of, what_it_is
 
-WIDTH, HEIGHT, MARGIN = 420, 150, 22
+WIDTH, HEIGHT, MARGIN = 420, 150, 32
+WIDEST = 105
 LABELS = 9
+FEW = 5
+"""So few bars carry their labels and shares themselves."""
 PARTS = ("response", "visual", "prompt", "relation", "samples", "quarantine", "other")
 
 
@@ -24,8 +27,10 @@ def summary_html(summary: Mapping[str, Any]) -> str:
         _relation(summary["relation"]),
         _odds(summary),
     ]
+    progress = [] if summary["built"]["complete"] else progress_of(summary)
     return (
         f'<div class="facts">{"".join(_cards(summary))}</div>'
+        f"{''.join(f'<p>{escape(line)}</p>' for line in progress)}"
         f'<section aria-label="Summary" class="panels">{"".join(panels)}</section>'
     )
 
@@ -43,7 +48,7 @@ def _cards(summary: Mapping[str, Any]) -> list[str]:
     ]
     for kind, found in positions.items():
         if found["positions"]:
-            cards.append((f"mass covered, {kind}", f"{found['mean_covered_mass']:.2%}"))
+            cards.append((f"mass covered, {kind}", mass(found["mean_covered_mass"])))
         if found["labels"]:
             cards.append((f"label accuracy, {kind}", f"{found['label_accuracy']:.1%}"))
     return [f'<div class="fact"><b>{escape(value)}</b>{escape(name)}</div>' for name, value in cards]
@@ -71,12 +76,12 @@ def _bytes(summary: Mapping[str, Any]) -> str:
 
 def _positions(kind: str, found: Mapping[str, Any]) -> str:
     rows = [
-        ["mass the kept entries hold", f"{found['mean_covered_mass']:.4f}"],
+        ["mass the kept entries hold", mass(found["mean_covered_mass"])],
         ["entropy", f"{found['mean_entropy']:.3f} nats"],
     ]
     if found["labels"]:
-        rows.append(["teacher's accuracy on the labels", f"{found['label_accuracy']:.1%}"])
-        rows.append(["teacher's perplexity on the labels", f"{found['perplexity']:.4g}"])
+        rows.append(["accuracy on the labels", f"{found['label_accuracy']:.1%}"])
+        rows.append(["perplexity on the labels", f"{found['perplexity']:.4g}"])
     body = _table((), rows, numbers=(1,)) + _bars(found["covered_mass"], f"Mass covered at {kind} positions")
     return _panel(f"{kind.capitalize()}: {count(found['positions'])} positions", body)
 
@@ -132,22 +137,30 @@ def _bars(histogram: Mapping[str, Sequence[float]], title: str) -> str:
     filled = [place for place, number in enumerate(counts) if number]
     if not filled:
         return ""
-    places = range(filled[0], filled[-1] + 1)
-    step, most = WIDTH / len(places), max(counts)
+    places = range(max(filled[0] - 1, 0), min(filled[-1] + 2, len(counts)))  # an empty bin at either side
+    step, most = min(WIDTH / len(places), WIDEST), max(counts)
     every = -(-len(places) // LABELS)
     bars = []
     for n, place in enumerate(places):
         height = (HEIGHT - 2 * MARGIN) * counts[place] / most
-        told = f"{bin_label(edges, place)}: {counts[place] / sum(counts):.1%}"
+        label = bin_label(edges, place)
+        told = f"{label}: {counts[place] / sum(counts):.1%}"
         bars.append(
             f'<rect x="{n * step + 1:.1f}" y="{HEIGHT - MARGIN - height:.1f}" width="{max(step - 2, 1):.1f}" '
             f'height="{height:.1f}"><title>{escape(told)}</title></rect>'
         )
-        if n % every == 0:
+        if len(places) <= FEW:
+            middle = f'x="{n * step + step / 2:.1f}" text-anchor="middle"'
+            bars.append(f'<text {middle} y="{HEIGHT - 6}">{escape(label)}</text>')
+            if counts[place]:
+                share = f"{counts[place] / sum(counts):.1%}"
+                bars.append(f'<text {middle} y="{HEIGHT - MARGIN - height - 3:.1f}">{share}</text>')
+        elif n % every == 0:
             bars.append(f'<text x="{n * step + 1:.1f}" y="{HEIGHT - 6}">{edges[place]:g}</text>')
     base = HEIGHT - MARGIN
+    told_most = "" if len(places) <= FEW else f", highest bar {most / sum(counts):.1%}"
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f'<text x="1" y="14">{escape(title)}, highest bar {most / sum(counts):.1%}</text>'
+        f'<text x="1" y="12">{escape(title)}{told_most}</text>'
         f'<line x1="0" x2="{WIDTH}" y1="{base}" y2="{base}"/>{"".join(bars)}</svg>'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -10,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from views.figures import bin_label, count, size, units_of, what_it_is
+from views.figures import bin_label, count, mass, progress_of, size, units_of, what_it_is
 from views.terminal import results
 from views.token_text import printable
 
@@ -39,19 +40,16 @@ def _heading(summary: Mapping[str, Any]) -> Text:
     state = "complete" if built["complete"] else f"{share:.1%} built"
     style = "green" if built["complete"] else "yellow"
     text.append(f"   {state}", style)
+    if not built["complete"]:
+        text.append(f"   {_bar(share).ljust(BAR, '·')}", style)
     text.append(
         f"\n{count(counts.get('samples', 0))} samples, {count(counts.get('tokens', 0))} tokens, "
         f"{count(counts.get('images', 0))} images, {size(summary['bytes']['total'])}",
         "not bold",
     )
     if not built["complete"]:
-        text.append(
-            f"\n{count(built['shards'])} of {count(built['of_shards'])} shards, "
-            f"{count(built['rows'])} of {count(built['of_rows'])} rows",
-            "not bold",
-        )
-        if summary["bytes"]["when_complete"]:
-            text.append(f"; about {size(summary['bytes']['when_complete'])} when complete", "not bold")
+        for line in progress_of(summary, datetime.now(UTC)):
+            text.append(f"\n{line}", "not bold")
     return text
 
 
@@ -92,7 +90,7 @@ def _positions(summary: Mapping[str, Any]) -> list[Panel]:
         if not found["positions"]:
             continue
         facts = [
-            f"mass covered {found['mean_covered_mass']:.4f}",
+            f"mass covered {mass(found['mean_covered_mass'])}",
             f"entropy {found['mean_entropy']:.3f} nats",
         ]
         if found["labels"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from cache_schema.cache import Cache
 from cache_schema.errors import KdcacheError
 from cache_schema.records import IGNORE_INDEX, ImageRecord, Relation, Sample, TopK
 from cache_schema.scores import scores_of
-from views.grid import ImageSettings, grid_of
+from views.grid import ImageSettings, Layout, Shape, layout_of
 from views.token_text import TokenText
 
 TOP = 5
 """Entries of a distribution that a document shows."""
+
+BEFORE = 24
+"""Tokens before an image's token that may name the tile it opens."""
 
 
 def find_sample(cache: Cache, row_or_id: int | str) -> Sample:
@@ -38,11 +42,18 @@ def find_sample(cache: Cache, row_or_id: int | str) -> Sample:
     )
 
 
+def recorded_images(cache: Cache) -> Path | None:
+    """The folder that the build took its images from, where it is (still) on this machine."""
+    folder = cache.manifest.dataset.get("image_root")
+    return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
+
+
 def sample_document(cache: Cache, row_or_id: int | str, *, top: int = TOP) -> dict[str, Any]:
     """What `inspect --sample` shows, as JSON values; `top` entries of each distribution.
 
     tokens: position, id, text, role (prompt, visual, response) of each, runs of visual tokens as one entry
-    with `count`. response: a list over response positions; images: a list with `visual` over their tokens.
+    with `count`. response: a list over response positions; images: a list with `visual` over their tokens
+    and `layout`, which tells where on the picture they lie (`views.grid`).
     rows_with_this_id: other rows that carry the same label.
     """
     sample = find_sample(cache, row_or_id)
@@ -53,6 +64,7 @@ def sample_document(cache: Cache, row_or_id: int | str, *, top: int = TOP) -> di
 
 def describe(cache: Cache, sample: Sample, text: TokenText, *, top: int = TOP) -> dict[str, Any]:
     """`sample_document` of a sample that is already at hand, without the other rows of its id."""
+    settings = ImageSettings(cache.assets)
     scores = None
     if sample.response is not None and len(sample.response):
         found = scores_of(sample)
@@ -69,7 +81,7 @@ def describe(cache: Cache, sample: Sample, text: TokenText, *, top: int = TOP) -
         "tokens": _tokens(sample, text),
         "response": _response(sample, text, top),
         "images": [
-            _image(cache, sample, number, image, text, top) for number, image in enumerate(sample.images)
+            _image(sample, number, image, settings, text, top) for number, image in enumerate(sample.images)
         ],
     }
 
@@ -126,18 +138,15 @@ def _response(sample: Sample, text: TokenText, top: int) -> list[dict[str, Any]]
 
 
 def _image(
-    cache: Cache, sample: Sample, number: int, image: ImageRecord, text: TokenText, top: int
+    sample: Sample, number: int, image: ImageRecord, settings: ImageSettings, text: TokenText, top: int
 ) -> dict[str, Any]:
-    settings = ImageSettings(cache.assets)
-    thw = sample.model_inputs.get("image_grid_thw")
-    grid = grid_of(len(image.positions), None if thw is None else np.atleast_2d(thw)[number], settings.merge)
     document: dict[str, Any] = {
         "path": image.path,
         "sha256": image.sha256,
         "width": image.width,
         "height": image.height,
         "tokens": len(image.positions),
-        "grid": {"rows": grid.rows, "columns": grid.columns, "on_image": grid.on_image},
+        "layout": _layout(layout_of(_shape(sample, image, text), settings)),
         "visual": [],
         "relation": None,
     }
@@ -156,6 +165,43 @@ def _image(
     if sample.relations:
         document["relation"] = _relation(sample.relations[number])
     return document
+
+
+def _shape(sample: Sample, image: ImageRecord, text: TokenText) -> Shape:
+    """What the layout of an image depends on."""
+    cuts = np.flatnonzero(np.diff(image.positions) > 1) + 1
+    runs, last = [], 0
+    for run in np.split(image.positions, cuts):
+        before = sample.input_ids[max(last, int(run[0]) - BEFORE) : int(run[0])].tolist()
+        runs.append((len(run), "".join(text.flow(before))))
+        last = int(run[-1]) + 1
+    return Shape(
+        width=image.width,
+        height=image.height,
+        count=len(image.positions),
+        images=len(sample.images),
+        runs=runs,
+    )
+
+
+def _layout(layout: Layout) -> dict[str, Any]:
+    layers = [
+        {
+            "name": layer.name,
+            "rows": layer.tokens.shape[0],
+            "columns": layer.tokens.shape[1],
+            "tokens": layer.tokens.tolist(),
+            "box": None if layer.box is None else list(layer.box),
+            "row_ends": layer.row_ends.tolist(),
+        }
+        for layer in layout.layers
+    ]
+    return {
+        "layers": layers,
+        "frame": list(layout.frame),
+        "apart": list(layout.apart),
+        "note": layout.note,
+    }
 
 
 def _relation(relation: Relation) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -18,20 +21,22 @@ from cache_schema.errors import RowRejected
 from cache_schema.images import open_image
 from cache_schema.records import Relation
 from views.blocks import fitted, half_blocks, heat
-from views.grid import ImageSettings
+from views.grid import framed
 from views.relation_picture import pooled, principal_factor, similarity
 from views.sample_document import find_sample, sample_document
 from views.terminal import results
 from views.token_text import printable, visible
 
 ROLE_STYLE = {"prompt": "cyan", "visual": "magenta", "response": "green"}
-PICTURE_LINES = 20
-RELATION_SIDE = 40
+WRONG_STYLE = "red underline"
+PICTURE_SIDE = 40
+GAP = 3
 RELATION_RANK = 64
 LEAST_CENTRED_RANK = 4
 """Of a lower rank hardly anything is left when the tokens' mean is taken away."""
 
 NARROWEST_CELL = 6
+NOTHING: dict[str, Any] = {"text": "", "probability": 0.0}
 LONGEST_WORD = 14
 
 
@@ -43,17 +48,19 @@ def print_sample(
     sample = find_sample(cache, row_or_id)
     document = sample_document(cache, sample.row, top=3)
     console.print(_heading(document))
-    settings = ImageSettings(cache.assets)
     for number, image in enumerate(document["images"]):
         pictures: list[RenderableType] = []
+        side = min(
+            PICTURE_SIDE, (console.width - GAP) // 2 if sample.relations and image_root else console.width
+        )
         if image_root is not None:
-            pictures.append(_picture(image, image_root, settings, console))
+            pictures.append(_picture(image, image_root, side, console))
         if sample.relations:
-            pictures.append(_relation(sample.relations[number], image, console))
+            pictures.append(_relation(sample.relations[number], image, side, console))
         console.print(Text(f"\nimage {number}: {printable(image['path'])}", style="bold"))
         console.print(f"{image['width']} x {image['height']} pixels, {image['tokens']} visual tokens")
         if pictures:
-            console.print(Columns(pictures, padding=(0, 3)))
+            console.print(Columns(pictures, padding=(0, GAP)))
     console.print(_conversation(document))
     if sample.response is not None:
         rows = document["response"]
@@ -62,7 +69,7 @@ def print_sample(
             f"\n[bold]the teacher at {len(rows)} response positions, "
             f"another token likelier than the label at {wrong}[/]"
         )
-        console.print(_response(rows))
+        console.print(_response(rows, console.width))
     for number, image in enumerate(document["images"]):
         if image["visual"]:
             _print_visual(number, image, console)
@@ -74,7 +81,7 @@ def _heading(document: dict[str, Any]) -> Text:
     scores = document["scores"]
     if scores:
         text.append(
-            f"   confidence {scores['confidence']:.3f}   disagreement {scores['disagreement']:.3f}",
+            f"\nconfidence {scores['confidence']:.3f}   disagreement {scores['disagreement']:.3f}",
             "not bold",
         )
         if scores["perplexity"] is not None:
@@ -86,94 +93,120 @@ def _heading(document: dict[str, Any]) -> Text:
     return text
 
 
-def _picture(image: dict[str, Any], root: Path, settings: ImageSettings, console: Console) -> RenderableType:
+def _picture(image: dict[str, Any], root: Path, side: int, console: Console) -> RenderableType:
     try:
         opened = open_image(root, image["path"])
     except RowRejected as rejected:
         return Text(f"no picture: {rejected.detail}", style="yellow")
-    seen = settings.as_seen(opened.image)
-    text = half_blocks(fitted(seen, min(console.width, 60), PICTURE_LINES), colour=_coloured(console))
+    seen = framed(opened.image, tuple(image["layout"]["frame"]))
+    text = half_blocks(fitted(seen, side, side // 2), colour=_coloured(console))
     if opened.sha256 != image["sha256"]:
         text.append("\nnot the file that was captured: its digest differs", "yellow")
     return text
 
 
-def _relation(relation: Relation, image: dict[str, Any], console: Console) -> Text:
+def _relation(relation: Relation, image: dict[str, Any], side: int, console: Console) -> Text:
     factor = principal_factor(relation, RELATION_RANK)
     facts = image["relation"]
     rich = facts["rank"] is None or facts["rank"] >= LEAST_CENTRED_RANK
     matrix = similarity(factor) if rich else factor @ factor.T
-    picture = pooled(matrix, RELATION_SIDE, RELATION_SIDE)
+    picture = pooled(matrix, side - side % 2, side - side % 2)
     text = half_blocks(heat(picture), colour=_coloured(console))
     shape = "exact" if facts["rank"] is None else f"rank {facts['rank']}"
-    text.append(
-        f"\nrelation{', mean removed' if rich else ''}: {shape}, residual {facts['residual']:.1e}", "dim"
+    told = (
+        f"relation of its tokens, {'mean removed, ' if rich else ''}{shape}, residual {facts['residual']:.1e}"
     )
-    return text
+    return text.append("\n" + fill(told, side), "dim")
 
 
 def _conversation(document: dict[str, Any]) -> Panel:
     text = Text()
+    wrong = {entry["position"] + 1 for entry in document["response"] if not entry["agrees"]}
     for token in document["tokens"]:
         if token["role"] == "visual":
             text.append(f"[image {token['image']}: {token['count']} tokens]", ROLE_STYLE["visual"])
         else:
-            text.append(printable(token["text"]), ROLE_STYLE[token["role"]])
+            style = WRONG_STYLE if token["position"] in wrong else ROLE_STYLE[token["role"]]
+            text.append(printable(token["text"]), style)
     legend = Text("conversation: ")
     for role, style in ROLE_STYLE.items():
         legend.append(f" {role}", style)
+    if wrong:
+        legend.append("  ").append("the teacher says otherwise", WRONG_STYLE)
     return Panel(text, title=legend, title_align="left")
 
 
-def _response(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("at", "label", "p(label)", "1st", "2nd", "3rd", "entropy", "outside"):
-        table.add_column(
-            name, justify="right" if name in ("at", "p(label)", "entropy", "outside") else "left"
-        )
+def _response(rows: Sequence[dict[str, Any]], width: int) -> Table:
+    """A line a position; ✗ where the label is not the teacher's first. A narrow terminal leaves out the last
+    columns, never a part of a figure."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    words = [row["label"] for row in rows] + [entry["text"] for row in rows for entry in row["top"]]
+    longest = min(max((cell_len(visible(word)) for word in words), default=1), LONGEST_WORD)
+    numbers = max(len(str(row["position"])) for row in rows) if rows else 2
+    spare = width - max(numbers, 2) - 1 - (longest + 10) - 6
+    tops = max(min(spare // (longest + 8), 3), 1)
+    spare -= tops * (longest + 8)
+    extra = [name for name, cost in (("entropy", 9), ("outside", 18)) if spare >= cost]
+    for name in ("at", "", "label", "p(label)", *("1st", "2nd", "3rd")[:tops], *extra):
+        right = name in ("at", "p(label)", "entropy", "outside")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for row in rows:
         style = "" if row["agrees"] else "red"
-        label = Text(_word(row["label"]), style or ROLE_STYLE["response"])
-        tops = [Text(f"{_word(entry['text'])} {entry['probability']:.3f}") for entry in row["top"]]
-        if tops and style:
-            tops[0].stylize("bold red")
+        cells = [Text(f"{_word(entry['text'])} {entry['probability']:.3f}") for entry in row["top"][:tops]]
+        if cells and style:
+            cells[0].stylize("bold red")
         probability = row["label_probability"]
         table.add_row(
             str(row["position"]),
-            label,
+            Text("" if row["agrees"] else "✗", style),
+            Text(_word(row["label"]), style or ROLE_STYLE["response"]),
             Text("-" if probability is None else f"{probability:.4f}", style),
-            *tops,
-            *[""] * (3 - len(tops)),
-            f"{row['entropy']:.2f}",
-            f"{row['outside']:.4f}",
+            *cells,
+            *[""] * (tops - len(cells)),
+            *[f"{row['entropy']:.2f}", f"{row['outside']:.4f}"][: len(extra)],
         )
     return table
 
 
 def _print_visual(number: int, image: dict[str, Any], console: Console) -> None:
     """The likeliest token of each patch where it lies; in a narrow terminal neighbours share a cell."""
-    rows, columns = image["grid"]["rows"], image["grid"]["columns"]
+    layers = image["layout"]["layers"]
+    if image["layout"]["note"]:
+        console.print(Text(f"\nimage {number}: {printable(image['layout']['note'])}", "yellow"))
+    for layer in layers:
+        where = f", {layer['name']}" if len(layers) > 1 else ""
+        _print_layer(f"image {number}{where}", layer, image["visual"], console)
+
+
+def _print_layer(
+    named: str, layer: dict[str, Any], visual: Sequence[dict[str, Any]], console: Console
+) -> None:
+    tokens = np.array(layer["tokens"])
+    rows, columns = tokens.shape
     pool = 1
     while -(-columns // pool) * NARROWEST_CELL > console.width:
         pool += 1
     cell = min(console.width // -(-columns // pool) - 1, LONGEST_WORD)
-    words = np.full((rows, columns), "", dtype=object)
-    sure = np.full((rows, columns), -1.0)
-    for place, entry in enumerate(image["visual"]):
-        words.flat[place] = entry["top"][0]["text"]
-        sure.flat[place] = entry["top"][0]["probability"]
     of = "" if pool == 1 else f", the surest of {pool} x {pool} patches"
-    console.print(f"\n[bold]the teacher's likeliest token at each patch of image {number}{of}[/]")
-    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    console.print(f"\n[bold]the teacher's likeliest token at each patch of {named}{of}[/]")
+    lines: list[list[Text]] = []
     for top in range(0, rows, pool):
-        cells = []
+        lines.append([])
         for left in range(0, columns, pool):
-            part = sure[top : top + pool, left : left + pool]
-            i, j = np.unravel_index(int(part.argmax()), part.shape)
-            word = visible(str(words[top + i, left + j]))[:cell]
-            cells.append(Text(word, _certainty(float(part[i, j])), no_wrap=True, overflow="crop"))
-        table.add_row(*cells)
+            here = tokens[top : top + pool, left : left + pool].ravel()
+            firsts = [visual[place]["top"][0] for place in here[here >= 0]]
+            best = max(firsts, key=lambda entry: entry["probability"], default=NOTHING)
+            lines[-1].append(Text(visible(best["text"])[:cell], _certainty(best["probability"])))
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    for _ in lines[0] if lines else ():  # all of one width, as the patches are
+        table.add_column(min_width=max(word.cell_len for line in lines for word in line), no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
+    if layer["row_ends"]:
+        ends = [visual[place]["top"][0]["text"] for place in layer["row_ends"]]
+        said = ", ".join(f"{visible(word)} x {times}" for word, times in Counter(ends).most_common(5))
+        console.print(Text(f"at the tokens that end its rows: {said}", "dim"))
 
 
 def _certainty(probability: float) -> str:

@@ -45,7 +45,7 @@ function bars(entries, labelId, outside) {
       el("span", { class: "share" }, percent(p)));
   };
   for (const [id, p] of entries) row(signs(word(id)), p, id === labelId ? "label" : "");
-  if (outside !== null) row("everything else", outside, "outside");
+  if (outside !== null) row("all others", outside, "outside");
   return box;
 }
 
@@ -92,9 +92,10 @@ function conversation(sample) {
       flow.append(el("span", { class: "visual" }, `image ${token.image}: ${token.count} tokens`), " ");
     } else if (at.has(token.position)) {
       const n = at.get(token.position);
-      items[n] = el("span", { role: "option", onclick: () => choose(n), onmouseenter: () => show(n),
-        onmouseleave: () => show(chosen), class: sample.response[n].agrees ? null : "wrong" }, token.text || "·");
-      flow.append(items[n]);
+      const bare = token.text.trimStart();
+      items[n] = el("span", { role: "option", "aria-selected": "false", onclick: () => choose(n), onmouseenter: () => show(n),
+        onmouseleave: () => show(chosen), class: sample.response[n].agrees ? null : "wrong" }, bare || signs(token.text) || "·");
+      flow.append(token.text.slice(0, token.text.length - bare.length), items[n]);
     } else flow.append(el("span", { class: token.role }, token.text));
   }
   // A position whose label is itself a visual token has no word of its own to press.
@@ -126,26 +127,57 @@ function conversation(sample) {
 }
 
 function picture(image, number) {
-  const { rows, columns, on_image: onImage } = image.grid;
-  const stage = el("div", { class: "stage" });
-  const canvas = el("canvas", { width: columns, height: rows });
-  const grid = el("div", { class: "grid", role: "listbox", "aria-label": `Patches of image ${number}` });
-  grid.style.gridTemplate = `repeat(${rows}, minmax(0, 1fr)) / repeat(${columns}, minmax(0, 1fr))`;
+  const { layers, apart, note } = image.layout;
   const detail = el("div", { class: "patch-detail", "aria-live": "polite" });
   const low = el("span"), high = el("span");
-  if (image.picture && onImage) {
-    stage.append(el("img", { src: image.picture, alt: image.path }));
-  } else {
-    stage.classList.add("blank");
-    stage.style.aspectRatio = `${columns} / ${rows}`;
-  }
-  stage.append(canvas, grid);
   const factor = image.relation ? unpack(image.relation) : null;
+  const items = []; // by token, whatever grid it stands in
+  const told = []; // by token, how it is called
+  const stops = []; // of each group of tokens, where its one stop for the tab key is
   let chosen = 0;
-  const items = Array.from({ length: image.tokens }, (_, place) => el("button", { type: "button", role: "option",
-    "aria-label": `patch ${place}`, onclick: () => choose(place), onmouseenter: () => show(place), onmouseleave: () => show(chosen) }));
-  grid.append(...items);
-  const stop = keys(grid, items, columns, choose);
+
+  function token(place, text) {
+    told[place] = text;
+    return (items[place] = el("button", { type: "button", role: "option", "aria-label": text, "aria-selected": "false",
+      onclick: () => choose(place), onmouseenter: () => show(place), onmouseleave: () => show(chosen) }));
+  }
+  function group(label, kind, places, columns, name) {
+    const box = el("div", { class: kind, role: "listbox", "aria-label": `${label} of image ${number}` });
+    const buttons = places.map((place, n) => (place < 0 ? el("span") : token(place, name(n, place))));
+    box.append(...buttons);
+    const real = places.filter((place) => place >= 0);
+    const stop = keys(box, real.map((place) => items[place]), columns, (n) => choose(real[n]));
+    stops.push((place) => { if (real.includes(place)) stop(real.indexOf(place)); });
+    return box;
+  }
+  const ahead = layers.length > 1 ? (layer) => `${layer.name}, ` : () => "";
+  const figures = layers.map((layer) => {
+    const { rows, columns, box } = layer, [left, top, right, bottom] = box ?? [0, 0, 1, 1];
+    const percents = { left: 100 * left, top: 100 * top, width: 100 * (right - left), height: 100 * (bottom - top) };
+    const lay = (node, names) => { for (const name of names) node.style[name] = `${percents[name]}%`; };
+    const canvas = el("canvas", { width: columns, height: rows });
+    const grid = group(`Patches, ${layer.name},`, "grid", layer.tokens.flat(), columns, (n, place) => box
+      ? `${ahead(layer)}patch at row ${Math.floor(n / columns)}, column ${n % columns}` : `token ${place} of the image`);
+    grid.style.gridTemplate = `repeat(${rows}, minmax(0, 1fr)) / repeat(${columns}, minmax(0, 1fr))`;
+    const stage = el("div", { class: "stage" }, image.picture && box ? el("img", { src: image.picture, alt: image.path }) : null, canvas, grid);
+    for (const node of [canvas, grid]) lay(node, ["left", "top", "width", "height"]);
+    stage.classList.toggle("blank", !(image.picture && box));
+    stage.style.aspectRatio = box ? image.aspect : columns / rows;
+    const frame = el("div", { class: "framed" }, stage);
+    if (layer.row_ends.length) {
+      const ends = group(`Row ends, ${layer.name},`, "ends", layer.row_ends, 1, (n) => `${ahead(layer)}end of row ${n}`);
+      ends.style.gridTemplate = `repeat(${rows}, minmax(0, 1fr)) / 1fr`;
+      lay(ends, ["top", "height"]);
+      frame.append(el("div", { class: "beside" }, ends));
+    }
+    const caption = layers.length > 1 || layer.row_ends.length ? el("figcaption", { class: "faint" },
+      `${layer.name}, ${rows} x ${columns}` + (layer.row_ends.length ? "; at the right the tokens that end each row" : "")) : null;
+    const whole = el("figure", {}, frame, caption);
+    whole.style.maxWidth = `min(27rem, ${30 * (box ? image.aspect : columns / rows)}rem)`;
+    return { layer, canvas, stage, whole };
+  });
+  const others = apart.length ? el("div", { class: "tools" }, el("span", { class: "faint" }, "on no part of the picture:"),
+    group("Tokens apart", "apart", apart, 1, (n, place) => `token ${place} of the image`)) : null;
 
   function values(place) {
     if (mode === "entropy") return image.visual.entropy;
@@ -153,12 +185,15 @@ function picture(image, number) {
   }
   function show(place) {
     const field = values(place);
-    paint(canvas, field, image.picture && onImage);
-    const range = field ? [Math.min(...field), Math.max(...field)] : null;
+    const laid = layers.flatMap((layer) => layer.tokens.flat()).filter((at) => at >= 0);
+    const range = field ? [Math.min(...laid.map((at) => field[at])), Math.max(...laid.map((at) => field[at]))] : null;
+    for (const { layer, canvas } of figures) {
+      paint(canvas, field, layer.tokens.flat(), range, image.picture && layer.box);
+      for (const end of layer.row_ends) items[end].style.background = field ? `rgb(${colour(field[end], range)})` : "";
+    }
     low.textContent = range ? figure(range[0]) : "";
     high.textContent = range ? figure(range[1]) : "";
-    const where = onImage ? `row ${Math.floor(place / columns)}, column ${place % columns}` : `token ${place} of the image`;
-    detail.replaceChildren(el("h3", {}, `patch at ${where}`));
+    detail.replaceChildren(el("h3", {}, told[place]));
     if (image.visual) {
       detail.append(bars(image.visual.top[place], null, image.visual.outside[place]),
         el("p", { class: "faint" }, `position ${image.visual.positions[place]}, entropy ${image.visual.entropy[place].toFixed(2)} nats`));
@@ -169,18 +204,23 @@ function picture(image, number) {
   }
   function choose(place) {
     chosen = place;
-    stop(place);
+    stops.forEach((stop) => stop(place));
     items.forEach((item, i) => item.setAttribute("aria-selected", i === place));
     show(place);
   }
   function redraw() {
-    stage.classList.toggle("words", mode === "words");
-    look.classList.toggle("wide", mode === "words" && columns > 12);
-    items.forEach((item, place) => {
-      const id = image.visual ? image.visual.top[place][0][0] : null;
-      item.textContent = mode === "words" && id !== null ? signs(word(id)) : "";
-      item.classList.toggle("same", place > 0 && id !== null && id === image.visual.top[place - 1][0][0]);
-    });
+    const wide = mode === "words" && layers.some((layer) => layer.columns > 12);
+    look.classList.toggle("wide", wide);
+    for (const { layer, stage } of figures) {
+      stage.classList.toggle("words", mode === "words");
+      let before = null;
+      for (const place of layer.tokens.flat().filter((at) => at >= 0)) {
+        const id = image.visual ? image.visual.top[place][0][0] : null;
+        items[place].textContent = mode === "words" && id !== null ? signs(word(id)) : "";
+        items[place].classList.toggle("same", id !== null && id === before);
+        before = id;
+      }
+    }
     legend.style.visibility = mode === "relation" || mode === "entropy" ? "visible" : "hidden";
     show(chosen);
   }
@@ -194,15 +234,17 @@ function picture(image, number) {
   const mean = el("input", { type: "checkbox", checked: (centred ?? rich) ? "" : null,
     onchange: () => { centred = mean.checked; redraw(); } });
   const legend = el("div", { class: "legend" }, low, el("i"), high);
-  const look = el("div", { class: "look" }, el("div", {}, stage, legend), detail);
-  choose(Math.floor(rows / 2) * columns + Math.floor(columns / 2) < image.tokens
-    ? Math.floor(rows / 2) * columns + Math.floor(columns / 2) : 0);
+  const stages = el("div", { class: "stages" }, ...figures.map(({ whole }) => whole));
+  const look = el("div", { class: layers.length > 1 ? "look two" : "look" }, el("div", {}, stages, others, legend), detail);
+  const { rows, columns, tokens } = layers[layers.length - 1];
+  choose(Math.max(tokens[Math.floor(rows / 2)][Math.floor(columns / 2)], 0));
   redraw();
+  const onPicture = layers.every((layer) => layer.box);
   return el("div", { class: "panel" },
     el("div", { class: "tools" }, el("h3", {}, `image ${number} `, el("span", { class: "mono faint" }, image.path)), choice,
       image.relation ? el("label", {}, mean, " mean removed") : null),
-    image.note ? el("p", { class: "faint" }, image.note) : null,
-    look, image.picture && !onImage ? el("p", {}, el("img", { src: image.picture, alt: image.path })) : null);
+    ...[image.note, note].filter(Boolean).map((text) => el("p", { class: "note" }, text)),
+    look, image.picture && !onPicture ? el("p", {}, el("img", { class: "plain", src: image.picture, alt: image.path })) : null);
 }
 
 function unpack(relation) {
@@ -228,16 +270,21 @@ function relationRow(factor, place, removeMean) {
   });
 }
 
-function paint(canvas, values, seeThrough) {
+function colour(value, [low, high]) {
+  const at = Math.min(Math.max((value - low) / (high - low || 1), 0), 1) * (VIRIDIS.length - 1);
+  const i = Math.min(Math.floor(at), VIRIDIS.length - 2);
+  return VIRIDIS[i].map((from, c) => from + (at - i) * (VIRIDIS[i + 1][c] - from));
+}
+
+// The field of all tokens, drawn where `places` has them.
+function paint(canvas, field, places, range, seeThrough) {
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
-  if (!values) return;
-  const low = Math.min(...values), span = Math.max(...values) - low || 1;
+  if (!field) return;
   const data = context.createImageData(canvas.width, canvas.height);
-  values.forEach((value, place) => {
-    const at = (value - low) / span * (VIRIDIS.length - 1), i = Math.min(Math.floor(at), VIRIDIS.length - 2);
-    for (let c = 0; c < 3; c++) data.data[4 * place + c] = VIRIDIS[i][c] + (at - i) * (VIRIDIS[i + 1][c] - VIRIDIS[i][c]);
-    data.data[4 * place + 3] = seeThrough ? 165 : 255;
+  places.forEach((place, n) => {
+    if (place < 0) return;
+    data.data.set([...colour(field[place], range), seeThrough ? 165 : 255], 4 * n);
   });
   context.putImageData(data, 0, 0);
 }

@@ -1,0 +1,66 @@
+"""How far a build is: its rows, the shards still missing, its pace and the time left"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+from cache_schema.manifest import CommitRecord, Plan
+
+RECENT = 16
+"""Newest commit records that tell the pace: workers may have come or gone since the build began."""
+
+
+def build_state(commits: Sequence[CommitRecord], plan: Plan) -> dict[str, Any]:
+    """Of a plan and the commit records of what exists so far, JSON values only.
+
+    missing: shards without a commit record as [first, last], both included. rows_a_second: of all workers
+    together, over the time in which the newest shards were captured (pauses do not count); seconds_left at
+    that pace. last_commit: ISO 8601, UTC, of the newest record. Both None where there is nothing to tell.
+    """
+    rows = sum(_rows(record) for record in commits)
+    recent = sorted(commits, key=lambda record: record.created)[-RECENT:]
+    busy = _covered([_interval(record) for record in recent])
+    pace = sum(_rows(record) for record in recent) / busy if busy > 0 else None
+    return {
+        "complete": len(commits) == plan.shards,
+        "shards": len(commits),
+        "of_shards": plan.shards,
+        "rows": rows,
+        "of_rows": plan.rows,
+        "missing": _gaps(sorted(record.shard for record in commits), plan.shards),
+        "rows_a_second": pace,
+        "seconds_left": (plan.rows - rows) / pace if pace else None,
+        "last_commit": recent[-1].created if recent else None,
+        "seconds": round(sum(record.seconds for record in commits), 3),
+    }
+
+
+def seconds_since(moment: str, now: datetime) -> float:
+    """Seconds from an ISO 8601 moment until now."""
+    return (now - datetime.fromisoformat(moment)).total_seconds()
+
+
+def _rows(record: CommitRecord) -> int:
+    return record.counts["samples"] + record.counts["quarantined"]
+
+
+def _interval(record: CommitRecord) -> tuple[float, float]:
+    end = datetime.fromisoformat(record.created).timestamp()
+    return end - record.seconds, end
+
+
+def _covered(intervals: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of the intervals."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        covered += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return covered
+
+
+def _gaps(present: Sequence[int], shards: int) -> list[list[int]]:
+    bounds = [-1, *present, shards]
+    return [[before + 1, after - 1] for before, after in pairwise(bounds) if after - before > 1]

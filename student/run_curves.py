@@ -1,0 +1,107 @@
+"""The curves of a training run as one figure: a row a quantity, a column a stage"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+TRAINING, HELD_OUT = "#1b6ca8", "#c8553d"
+SECOND = "#3a7d44"
+WIDTH, HEIGHT = 4.6, 2.1
+"""Inches of a panel."""
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCurves:
+    """The journal of one stage: its lines of training and of what is held out, as metrics.jsonl has them."""
+
+    name: str
+    train: Lines
+    held_out: Lines
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """What a row of panels shows: its names in the training lines and in the held-out ones."""
+
+    title: str
+    train: str | None
+    held_out: tuple[str, ...] = ()
+
+
+QUANTITIES = (
+    Quantity("loss", "loss"),
+    Quantity("cross entropy, nats a token", "ce", ("ce",)),
+    Quantity("KL at response positions, nats", "response", ("response_kl",)),
+    Quantity("KL at visual positions, nats", "visual", ("visual_kl",)),
+    Quantity("KL at prompt positions, nats", "prompt", ("prompt_kl",)),
+    Quantity("relation, 1 - cos", "relation", ("relation",)),
+    Quantity("likeliest token is the teacher's", None, ("response_top1", "visual_top1")),
+    Quantity("learning rate", "lr"),
+    Quantity("gradient norm", "grad_norm"),
+)
+
+
+def draw_curves(stages: Sequence[StageCurves]) -> Figure:
+    """The figure, transparent outside its panels. A quantity that no stage has is left out."""
+    rows = [quantity for quantity in QUANTITIES if any(_has(quantity, stage) for stage in stages)]
+    size = (WIDTH * len(stages) + 0.6, HEIGHT * max(len(rows), 1) + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(max(len(rows), 1), len(stages), squeeze=False)
+    for column, stage in enumerate(stages):
+        for row, quantity in enumerate(rows):
+            axes = panels[row][column]
+            _panel(axes, quantity, stage)
+            if column == 0:
+                axes.set_title(quantity.title, loc="left", fontsize=10)
+        panels[0][column].annotate(
+            stage.name, (0.5, 1.18), xycoords="axes fraction", ha="center", fontsize=12, fontweight="bold"
+        )
+        panels[-1][column].set_xlabel("step")
+    if not rows:
+        panels[0][0].text(0.5, 0.5, "nothing measured yet", ha="center", transform=panels[0][0].transAxes)
+    return figure
+
+
+def points(lines: Lines, name: str | None) -> list[tuple[float, float]]:
+    """(step, value) of the lines that carry a value of this name."""
+    return [(line["step"], line[name]) for line in lines if name and line.get(name) is not None]
+
+
+def _curve(lines: Lines, name: str | None) -> list[tuple[float, float]]:
+    """Without a term that is never anything but 0: it is not in the stage's loss."""
+    found = points(lines, name)
+    return found if any(value for _, value in found) else []
+
+
+def _has(quantity: Quantity, stage: StageCurves) -> bool:
+    held_out = any(_curve(stage.held_out, name) for name in quantity.held_out)
+    return held_out or bool(_curve(stage.train, quantity.train))
+
+
+def _panel(axes: Axes, quantity: Quantity, stage: StageCurves) -> None:
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=8)
+    trained = _curve(stage.train, quantity.train)
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color=TRAINING, linewidth=1.6, label="training")
+    for name, colour in zip(quantity.held_out, (HELD_OUT, SECOND), strict=False):
+        found = _curve(stage.held_out, name)
+        label = "held out" if len(quantity.held_out) == 1 else f"held out, {name.partition('_')[0]}"
+        if found:
+            axes.plot(
+                *zip(*found, strict=True), color=colour, linestyle="--", marker="o", markersize=4, label=label
+            )
+    if len(axes.lines) > 1 or any("held" in str(line.get_label()) for line in axes.lines):
+        axes.legend(fontsize=8, framealpha=0.6)
+    if not axes.lines:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
