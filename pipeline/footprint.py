@@ -1,0 +1,84 @@
+"""Bytes of targets as the codecs really write them, and what larger shards of the same take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cache_schema.codecs.relation import StoredRelation, pack_relations
+from cache_schema.codecs.topk import Arrays, encode_topk
+from cache_schema.records import CapturedSample, TopK
+from cache_schema.shard import encode_shard, write_groups
+from cache_schema.spec import Precision, TargetSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes of a group of targets that was encoded as one shard.
+
+    items: positions, images or samples in it. data: bytes of what every item has its part in. fixed: bytes
+    that each shard has whatever it holds (array metadata). vocabulary: bytes of the dictionary of ids, which
+    grows with the items to the power `growth` (measured: how many more ids the second half brought).
+    """
+
+    items: int
+    data: int
+    fixed: int
+    vocabulary: int = 0
+    growth: float = 0.0
+
+    def total(self, items: float, shards: int) -> float:
+        """Bytes of `items` in `shards` equal shards; 0 where there is nothing."""
+        if not self.items or items <= 0.0:
+            return 0.0
+        dictionary = self.vocabulary * float(items / shards / self.items) ** self.growth
+        return float(self.data / self.items * items + shards * (self.fixed + dictionary))
+
+
+def topk_footprint(record: TopK, precision: Precision) -> Footprint:
+    """The footprint of records as one group of a shard, every field counted."""
+    data, fixed, vocabulary = _sizes(encode_topk(record, precision))
+    growth = 0.0
+    if vocabulary and len(record) > 1:
+        half = len(np.unique(record.token_ids[: len(record) // 2]))
+        growth = float(np.clip(np.log2(len(np.unique(record.token_ids)) / half), 0.0, 1.0))
+    return Footprint(items=len(record), data=data, fixed=fixed, vocabulary=vocabulary, growth=growth)
+
+
+def relation_footprint(stored: Sequence[StoredRelation]) -> Footprint:
+    """The footprint of the relation records of some images."""
+    data, fixed, _ = _sizes(pack_relations(stored))
+    return Footprint(items=len(stored), data=data, fixed=fixed)
+
+
+def table_footprint(samples: Sequence[CapturedSample], spec: TargetSpec, *, sharing: bool) -> Footprint:
+    """The footprint of a shard's tables (ids, spans, images) and of what else a shard without targets has.
+
+    sharing: whether images carry the key of their prefix.
+    """
+    bare = []
+    for sample in samples:
+        images = [
+            replace(image, visual=None, relation=None, prefix_key=image.record.sha256 if sharing else None)
+            for image in sample.images  # a key is as long as a digest, and as hard to compress
+        ]
+        bare.append(replace(sample, response=None, prompt=None, images=tuple(images)))
+    empty, full = (sum(map(len, encode_shard("", part, [], spec).files.values())) for part in ([], bare))
+    return Footprint(items=len(bare), data=max(full - empty, 0), fixed=empty)
+
+
+def _sizes(arrays: Arrays) -> tuple[int, int, int]:
+    """Bytes of the values, of the metadata, and of the dictionary of ids."""
+    data = fixed = vocabulary = 0
+    for path, content in write_groups({"targets": arrays}, {}).items():
+        if path == "zarr.json":
+            continue  # the root of a shard: counted with its tables
+        if path.endswith("zarr.json"):
+            fixed += len(content)
+        elif path.startswith("targets/vocabulary/"):
+            vocabulary += len(content)
+        else:
+            data += len(content)
+    return data, fixed, vocabulary
