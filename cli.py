@@ -133,8 +133,9 @@ def plan(
     ] = None,
     noise_kl: Annotated[float, typer.Option(help="Mean KL in nats between teacher and noisy teacher.")] = 0.7,
     max_angle: Annotated[
-        float, typer.Option(help="Degrees that a stored target's gradient may be off.")
-    ] = 5.0,
+        str,
+        typer.Option(help="Degrees that a stored target's gradient may be off; 5,visual=15 for one target."),
+    ] = "5",
     max_kl: Annotated[float, typer.Option(help="Mean nats that storing may change a record by.")] = 1e-4,
     positions: Annotated[
         int, typer.Option(help="Positions of each kind whose gradients are compared.")
@@ -160,7 +161,7 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Measure on a few samples what a cache costs and loses, and recommend how to build it."""
-    from cache_schema.spec import TargetSpec
+    from cache_schema.spec import TARGETS, TargetSpec
     from pipeline.advice import PlanConfig
     from pipeline.advice import plan as plan_cache
     from pipeline.choice import write_command
@@ -197,7 +198,7 @@ def plan(
         student=student,
         noise_kl=noise_kl,
         positions=positions,
-        max_angle=max_angle,
+        max_angle=_by_target("--max-angle", max_angle, TARGETS),
         max_kl=max_kl,
         seed=seed,
     )
@@ -646,6 +647,19 @@ def _numbers(option: str, text: str) -> list[float]:
         raise typer.BadParameter(
             f"{text!r} is not a comma-separated list of numbers", param_hint=option
         ) from None
+
+
+def _by_target(option: str, text: str, targets: tuple[str, ...]) -> dict[str, float]:
+    """A number for every target, NAME=NUMBER for one of them."""
+    found: dict[str, float] = {}
+    for word in sorted(_words(text), key=lambda word: "=" in word):
+        name, _, number = word.rpartition("=")
+        numbers = _numbers(option, number)
+        if len(numbers) != 1 or (name not in targets if found else name):
+            told = f"a number for all targets, then NAME=NUMBER for some of {', '.join(targets)}"
+            raise typer.BadParameter(f"{text!r} is not {told}", param_hint=option)
+        found |= {name: numbers[0]} if name else dict.fromkeys(targets, numbers[0])
+    return found
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from cache_schema.divergence import kl
 from cache_schema.errors import KdcacheError
 from cache_schema.progress import Progress
 from cache_schema.records import Relation, TopK
-from cache_schema.spec import Precision, TargetSpec
+from cache_schema.spec import TARGETS, Precision, TargetSpec
 from pipeline.choice import build_arguments, choose, chosen_spec
 from pipeline.engine import Head, understood_head
 from pipeline.fidelity import as_stored, narrowed, relation_angle
@@ -42,8 +42,8 @@ class PlanConfig:
     build: the build that is planned; its top_k, precision and relation are what is looked for. samples:
     rows drawn by `seed`. top_ks, precisions, relations (bounds of 1 - cos, or `exact`): the grid. student:
     a folder; None: the teacher with noise at a mean KL of noise_kl nats. positions: of each kind, whose
-    gradients are compared. max_angle (degrees), max_kl (nats, stored against exact record): what the
-    recommended setting has to meet.
+    gradients are compared. max_angle (degrees, by target), max_kl (nats, stored against exact record): what
+    the recommended setting has to meet.
     """
 
     build: BuildConfig
@@ -54,7 +54,7 @@ class PlanConfig:
     student: Path | None = None
     noise_kl: float = 0.7
     positions: int = 2048
-    max_angle: float = 5.0
+    max_angle: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TARGETS, 5.0))
     max_kl: float = 1e-4
     seed: int = 0
 
@@ -66,8 +66,13 @@ class PlanConfig:
         ]
         problems += [
             f"{name} must be above 0, not {getattr(self, name):g}"
-            for name in ("noise_kl", "max_angle", "max_kl")
+            for name in ("noise_kl", "max_kl")
             if not 0.0 < getattr(self, name) < float("inf")
+        ]
+        problems += [
+            f"max_angle of {name} must lie in (0, 180], not {angle:g}"
+            for name, angle in self.max_angle.items()
+            if not 0.0 < angle <= 180.0
         ]
         for name in ("top_ks", "precisions", "relations"):
             if not getattr(self, name):
@@ -332,7 +337,7 @@ def _document(
         },
         "recommended": {
             **choice,
-            "max_angle": config.max_angle,
+            "max_angle": {name: config.max_angle[name] for name in config.build.spec.targets},
             "max_kl": config.max_kl,
             "bytes": by_part,
             "total_bytes": sum(by_part.values()),

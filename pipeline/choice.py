@@ -13,19 +13,20 @@ from cache_schema.spec import TargetSpec
 from pipeline.settings import BuildConfig
 
 Row = Mapping[str, Any]
+Angles = Mapping[str, float]
+"""Degrees by kind of target; `relation` is one of them."""
 
 _NO_FLAG = ("spec", "teacher", "data", "image_root", "out", "prepare_threads", "retry_quarantine")
 
 
 def choose(
-    positions: Sequence[Row], relations: Sequence[Row], *, max_angle: float, max_kl: float
+    positions: Sequence[Row], relations: Sequence[Row], *, max_angle: Angles, max_kl: float
 ) -> dict[str, Any]:
     """The smallest setting whose angles and KL are within the bounds at every kind of target.
 
     positions: rows of `target`, `top_k`, `precision`, `angle`, `kl`, `dataset_bytes`; relations: rows of
-    `relation`, `bound`, `precision`, `angle`, `dataset_bytes`. Top-k and relation are chosen apart, the
-    precision is of both. Where no setting is within the bounds: the one of the smallest angles, and `misses`
-    says what it misses.
+    `relation`, `precision`, `angle`, `dataset_bytes`. Top-k and relation are chosen apart, the
+    precision is of both. Where no setting is within the bounds: the nearest, and `misses` says by what.
     """
     found = []
     for precision in dict.fromkeys(row["precision"] for row in positions or relations):
@@ -52,27 +53,29 @@ def choose(
     return min(found, key=lambda one: (len(one["misses"]), one["target_bytes"]))
 
 
-def _best(settings: Sequence[tuple[Any, list[Row]]], max_angle: float, max_kl: float) -> list[Row]:
-    """The rows of the smallest setting that misses no bound, or else of the smallest angle."""
+def _best(settings: Sequence[tuple[Any, list[Row]]], max_angle: Angles, max_kl: float) -> list[Row]:
+    """The rows of the smallest setting that misses no bound, or else of the one that comes nearest."""
 
     def rank(setting: tuple[Any, list[Row]]) -> tuple[Any, ...]:
         rows = setting[1]
         size = sum(row["dataset_bytes"] for row in rows)
-        if any(_misses(row, max_angle, max_kl) for row in rows):
-            return (1, max(row["angle"] for row in rows), size)
-        return (0, size)
+        excess = max(max(row["angle"] / max_angle[_name(row)], row.get("kl", 0.0) / max_kl) for row in rows)
+        return (excess, size) if excess > 1.0 else (0, size)
 
     return min(settings, key=rank)[1] if settings else []
 
 
-def _misses(row: Row, max_angle: float, max_kl: float) -> list[str]:
-    name = row.get("target", "relation")
-    found = []
-    if row["angle"] > max_angle:
-        found.append(f"{name}: {row['angle']:.2g} degrees, more than {max_angle:g}")
+def _misses(row: Row, max_angle: Angles, max_kl: float) -> list[str]:
+    name, found = _name(row), []
+    if row["angle"] > max_angle[name]:
+        found.append(f"{name}: {row['angle']:.2g} degrees, more than {max_angle[name]:g}")
     if row.get("kl", 0.0) > max_kl:
         found.append(f"{name}: KL {row['kl']:.2g}, more than {max_kl:g}")
     return found
+
+
+def _name(row: Row) -> str:
+    return str(row.get("target", "relation"))
 
 
 def chosen_spec(spec: TargetSpec, choice: Mapping[str, Any]) -> TargetSpec:

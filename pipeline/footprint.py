@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cache_schema.codecs.relation import StoredRelation, pack_relations
-from cache_schema.codecs.topk import Arrays, encode_topk
+from cache_schema.codecs.topk import Arrays, encode_topk, topk_rows
 from cache_schema.records import CapturedSample, TopK
 from cache_schema.shard import encode_shard, write_groups
 from cache_schema.spec import Precision, TargetSpec
@@ -16,16 +16,17 @@ from cache_schema.spec import Precision, TargetSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes of a group of targets that was encoded as one shard.
+    """Bytes of a group of targets in a shard, as a line through those of half and of all that was encoded.
 
-    items: positions, images or samples in it. data: bytes of what every item has its part in. fixed: bytes
-    that each shard has whatever it holds (array metadata). vocabulary: bytes of the dictionary of ids, which
-    grows with the items to the power `growth` (measured: how many more ids the second half brought).
+    items: positions, images or samples that were encoded. each: bytes that one more of them takes, which is
+    less than the mean: a compressor learns, and array metadata is written once. fixed: bytes that a shard has
+    whatever it holds. vocabulary: bytes of the dictionary of ids, which grows with the items to the power
+    `growth` (measured: how many more ids the second half brought).
     """
 
     items: int
-    data: int
-    fixed: int
+    each: float
+    fixed: float
     vocabulary: int = 0
     growth: float = 0.0
 
@@ -34,23 +35,25 @@ class Footprint:
         if not self.items or items <= 0.0:
             return 0.0
         dictionary = self.vocabulary * float(items / shards / self.items) ** self.growth
-        return float(self.data / self.items * items + shards * (self.fixed + dictionary))
+        return float(self.each * items + shards * (self.fixed + dictionary))
 
 
 def topk_footprint(record: TopK, precision: Precision) -> Footprint:
     """The footprint of records as one group of a shard, every field counted."""
-    data, fixed, vocabulary = _sizes(encode_topk(record, precision))
+
+    def sizes(count: int) -> tuple[int, int, int]:
+        return _sizes(encode_topk(topk_rows(record, slice(count)), precision))
+
     growth = 0.0
-    if vocabulary and len(record) > 1:
+    if precision == "compact" and len(record) > 1:
         half = len(np.unique(record.token_ids[: len(record) // 2]))
         growth = float(np.clip(np.log2(len(np.unique(record.token_ids)) / half), 0.0, 1.0))
-    return Footprint(items=len(record), data=data, fixed=fixed, vocabulary=vocabulary, growth=growth)
+    return _line(len(record), sizes, growth)
 
 
 def relation_footprint(stored: Sequence[StoredRelation]) -> Footprint:
     """The footprint of the relation records of some images."""
-    data, fixed, _ = _sizes(pack_relations(stored))
-    return Footprint(items=len(stored), data=data, fixed=fixed)
+    return _line(len(stored), lambda count: _sizes(pack_relations(stored[:count])))
 
 
 def table_footprint(samples: Sequence[CapturedSample], spec: TargetSpec, *, sharing: bool) -> Footprint:
@@ -65,8 +68,28 @@ def table_footprint(samples: Sequence[CapturedSample], spec: TargetSpec, *, shar
             for image in sample.images  # a key is as long as a digest, and as hard to compress
         ]
         bare.append(replace(sample, response=None, prompt=None, images=tuple(images)))
-    empty, full = (sum(map(len, encode_shard("", part, [], spec).files.values())) for part in ([], bare))
-    return Footprint(items=len(bare), data=max(full - empty, 0), fixed=empty)
+    empty = sum(map(len, encode_shard("", [], [], spec).files.values()))
+
+    def sizes(count: int) -> tuple[int, int, int]:
+        files = encode_shard("", bare[:count], [], spec).files
+        return sum(map(len, files.values())) - empty, empty, 0
+
+    return _line(len(bare), sizes)
+
+
+def _line(items: int, sizes: Callable[[int], tuple[int, int, int]], growth: float = 0.0) -> Footprint:
+    """sizes: count -> bytes of the first `count` items: their values, metadata, and dictionary of ids."""
+    data, fixed, vocabulary = sizes(items)
+    half = items // 2
+    each = (data - sizes(half)[0]) / (items - half) if half else data / max(items, 1)
+    each = min(max(each, 0.0), data / max(items, 1))
+    return Footprint(
+        items=items,
+        each=each,
+        fixed=fixed + data - each * items,
+        vocabulary=vocabulary,
+        growth=growth,
+    )
 
 
 def _sizes(arrays: Arrays) -> tuple[int, int, int]:

@@ -54,8 +54,9 @@ def draw_plan(document: Mapping[str, Any], file: Path) -> None:
         for row, x in zip(rows, sizes, strict=True):
             told = str(row.get("top_k") or _form(row["relation"]))
             axes.annotate(told, (x, row["angle"]), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    bound = document["recommended"]["max_angle"]
-    axes.axhline(bound, linestyle="--", color="grey", linewidth=0.8, label=f"bound, {bound:g} degrees")
+    for bound, names in _bounds(document).items():
+        told = f"{', '.join(names)}: at most {bound:g}"
+        axes.axhline(bound, linestyle="--", color="grey", linewidth=0.8, label=told)
     axes.set_xscale("log")
     axes.set_xlabel("GB for the whole dataset")
     axes.set_ylabel("gradient off the dense one, degrees")
@@ -64,6 +65,14 @@ def draw_plan(document: Mapping[str, Any], file: Path) -> None:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
         raise KdcacheError(f"cannot draw {file}: {error}; name a .png, .svg or .pdf file") from error
+
+
+def _bounds(document: Mapping[str, Any]) -> dict[float, list[str]]:
+    """Degrees allowed, and for which targets."""
+    bounds: dict[float, list[str]] = {}
+    for name, angle in document["recommended"]["max_angle"].items():
+        bounds.setdefault(angle, []).append(name)
+    return bounds
 
 
 def _lines(document: Mapping[str, Any]) -> dict[str, list[Row]]:
@@ -118,7 +127,7 @@ def _positions(document: Mapping[str, Any]) -> list[Table]:
                     f"{row['bytes']:.1f}",
                     _bounded(row["kl"], chosen["max_kl"], "{:.1e}"),
                     f"{round(row['unseen_kl'], 4) + 0.0:.4f}",
-                    _bounded(row["angle"], chosen["max_angle"], "{:.2f}"),
+                    _bounded(row["angle"], chosen["max_angle"][kind], "{:.2f}"),
                     size(row["dataset_bytes"]),
                     style="bold" if best else "",
                 )
@@ -144,7 +153,7 @@ def _relations(document: Mapping[str, Any]) -> Table | None:
             f"{row['residual']:.1e}",
             f"{row['residual_max']:.1e}",
             f"{row['bytes'] / 1000:.1f}",
-            _bounded(row["angle"], chosen["max_angle"], "{:.2f}"),
+            _bounded(row["angle"], chosen["max_angle"]["relation"], "{:.2f}"),
             size(row["dataset_bytes"]),
             style="bold" if best else "",
         )
@@ -217,7 +226,12 @@ def _recommendation(document: Mapping[str, Any]) -> Text:
     if chosen["relation"] is not None:
         form = chosen["relation"]
         words.append("exact relation" if form == "exact" else f"relation within {_form(form)}")
-    bounds = f"{chosen['max_angle']:g} degrees and {chosen['max_kl']:g} nats"
+    angles = _bounds(document)
+    told = [
+        f"{angle:g} degrees" + (f" ({', '.join(of)})" if len(angles) > 1 else "")
+        for angle, of in angles.items()
+    ]
+    bounds = f"{', '.join(told)} and {chosen['max_kl']:g} nats"
     text = Text(f"recommended: {', '.join(words)}", f"bold {_GOOD if chosen['within_bounds'] else 'yellow'}")
     if chosen["within_bounds"]:
         text.append(f" (the smallest within {bounds})", "not bold")
