@@ -130,7 +130,15 @@ def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
     progress.end()
     draw = draw_rows(job, config.samples, config.seed)
     alike = sharing_of(job, draw, config.seed) if sharing else None
-    surveyor = Surveyor(job, engine, head, config.widest, positions=config.positions, seed=config.seed)
+    surveyor = Surveyor(
+        job,
+        engine,
+        head,
+        config.widest,
+        sharing=sharing,
+        positions=config.positions,
+        seed=config.seed,
+    )
     survey = surveyor.run(draw, student, progress)
     kinds = [kind for kind in ("response", "visual", "prompt") if kind in survey.records]
     for missing in sorted(
@@ -207,7 +215,7 @@ def _measure_positions(
         mass = float(-np.expm1(covered.astype(np.float64)).mean())
         for precision in config.precisions:
             stored[k, precision] = as_stored(narrow, precision)
-            footprint = topk_footprint(narrowed(part, k), precision)
+            footprint = topk_footprint(narrowed(part, k), precision, head.vocab_size)
             footprints[kind, k, precision] = footprint
             error = kl(narrow, stored[k, precision])
             total = footprint.total(workload.positions[kind], workload.shards)

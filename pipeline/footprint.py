@@ -21,7 +21,7 @@ class Footprint:
     items: positions, images or samples that were encoded. each: bytes that one more of them takes, which is
     less than the mean: a compressor learns, and array metadata is written once. fixed: bytes that a shard has
     whatever it holds. vocabulary: bytes of the dictionary of ids, which grows with the items to the power
-    `growth` (measured: how many more ids the second half brought).
+    `growth` (measured: how many more ids the second half brought) until it holds every id, at `limit` bytes.
     """
 
     items: int
@@ -29,26 +29,28 @@ class Footprint:
     fixed: float
     vocabulary: int = 0
     growth: float = 0.0
+    limit: float = 0.0
 
     def total(self, items: float, shards: int) -> float:
         """Bytes of `items` in `shards` equal shards; 0 where there is nothing."""
         if not self.items or items <= 0.0:
             return 0.0
-        dictionary = self.vocabulary * float(items / shards / self.items) ** self.growth
+        dictionary = min(self.vocabulary * float(items / shards / self.items) ** self.growth, self.limit)
         return float(self.each * items + shards * (self.fixed + dictionary))
 
 
-def topk_footprint(record: TopK, precision: Precision) -> Footprint:
+def topk_footprint(record: TopK, precision: Precision, vocab_size: int) -> Footprint:
     """The footprint of records as one group of a shard, every field counted."""
 
     def sizes(count: int) -> tuple[int, int, int]:
         return _sizes(encode_topk(topk_rows(record, slice(count)), precision))
 
-    growth = 0.0
-    if precision == "compact" and len(record) > 1:
-        half = len(np.unique(record.token_ids[: len(record) // 2]))
-        growth = float(np.clip(np.log2(len(np.unique(record.token_ids)) / half), 0.0, 1.0))
-    return _line(len(record), sizes, growth)
+    whole = _line(len(record), sizes)
+    if not whole.vocabulary or len(record) < 2:
+        return replace(whole, limit=float(whole.vocabulary))
+    half, ids = (len(np.unique(record.token_ids[:count])) for count in (len(record) // 2, len(record)))
+    growth = float(np.clip(np.log2(ids / half), 0.0, 1.0))
+    return replace(whole, growth=growth, limit=whole.vocabulary * vocab_size / ids)
 
 
 def relation_footprint(stored: Sequence[StoredRelation]) -> Footprint:
@@ -77,7 +79,7 @@ def table_footprint(samples: Sequence[CapturedSample], spec: TargetSpec, *, shar
     return _line(len(bare), sizes)
 
 
-def _line(items: int, sizes: Callable[[int], tuple[int, int, int]], growth: float = 0.0) -> Footprint:
+def _line(items: int, sizes: Callable[[int], tuple[int, int, int]]) -> Footprint:
     """sizes: count -> bytes of the first `count` items: their values, metadata, and dictionary of ids."""
     data, fixed, vocabulary = sizes(items)
     half = items // 2
@@ -88,7 +90,6 @@ def _line(items: int, sizes: Callable[[int], tuple[int, int, int]], growth: floa
         each=each,
         fixed=fixed + data - each * items,
         vocabulary=vocabulary,
-        growth=growth,
     )
 
 

@@ -55,9 +55,11 @@ class Draw:
 
 
 def draw_rows(job: Job, samples: int, seed: int) -> Draw:
-    """At most `samples` rows of the plan, each as likely as any other."""
+    """At most `samples` rows of the plan, each as likely as any other, in the order of the plan: rows about
+    one image are written side by side, which compresses better."""
     generator = np.random.Generator(np.random.Philox(seed))
-    rows = generator.choice(job.plan.rows, min(samples, job.plan.rows), replace=False)
+    places = generator.choice(job.plan.rows, min(samples, job.plan.rows), replace=False)
+    rows = job.plan.order[np.sort(places)]
     return Draw(rows=rows, keys=job.dataset.first_images[rows])
 
 
@@ -122,20 +124,32 @@ class GivenModel:
 class Surveyor:
     """Captures drawn rows, window by window.
 
-    spec: with the widest records that are wanted. positions: of each kind, whose hidden states are kept.
+    spec: with the widest records that are wanted. sharing: images with equal prefixes are measured once, as
+    they are stored once. positions: of each kind, whose hidden states are kept.
     """
 
     def __init__(
-        self, job: Job, engine: Engine, head: Head, spec: TargetSpec, *, positions: int, seed: int
+        self,
+        job: Job,
+        engine: Engine,
+        head: Head,
+        spec: TargetSpec,
+        *,
+        sharing: bool,
+        positions: int,
+        seed: int,
     ) -> None:
         self._job = job
         self._head = head
         self._spec = spec
+        self._sharing = sharing
+        self._seen: set[str] = set()
         self._positions = positions
         self._seed = seed
         self._kinds = [kind for kind in ("response", "visual", "prompt") if kind in spec.targets]
         self._wanted: dict[int, list[NDArray[np.integer]]] = {}
         self._picks: dict[int, dict[str, NDArray[np.integer]]] = {}
+        self._fresh: dict[int, list[int]] = {}  # row -> its images that no earlier row has
         self._witness = Witness(engine, self._wanted)
         self._extractor = Extractor(
             self._witness,
@@ -218,7 +232,13 @@ class Surveyor:
 
     def _pick(self, sample: PreparedSample) -> None:
         """Decides which positions and images of a sample are kept."""
+        keys = prefix_keys(sample, "") if self._sharing else [None] * len(sample.images)
+        fresh = [number for number, key in enumerate(keys) if key is None or key not in self._seen]
+        self._seen.update(filter(None, keys))
+        self._fresh[sample.row] = fresh
         places = _positions_of(sample)
+        images = [sample.images[number].positions for number in fresh]
+        places["visual"] = np.concatenate([np.empty(0, np.int32), *images])
         generator = np.random.default_rng((self._seed, sample.row))
         picks: dict[str, NDArray[np.integer]] = {}
         parts: list[NDArray[np.integer]] = []
@@ -227,17 +247,18 @@ class Surveyor:
             picks[kind] = np.sort(generator.choice(count, min(self._quota, count), replace=False))
             parts.append(places[kind][picks[kind]])
         if "relation" in self._spec.targets:
-            chosen = sample.images[: max(_IMAGES - self._images, 0)]
-            parts += [image.positions for image in chosen]
+            chosen = images[: max(_IMAGES - self._images, 0)]
+            parts += chosen
             self._images += len(chosen)
         self._picks[sample.row], self._wanted[sample.row] = picks, parts
 
     def _keep(self, sample: CapturedSample, theirs: list[Tensor] | None, found: Survey) -> None:
         """Takes over what is wanted of a captured sample; theirs: the student's hidden states."""
+        fresh = [sample.images[number] for number in self._fresh.pop(sample.row)]
         of_kind = {
             "response": [sample.response],
             "prompt": [sample.prompt],
-            "visual": [image.visual for image in sample.images],
+            "visual": [image.visual for image in fresh],
         }
         kept = self._witness.kept[sample.row]
         for number, kind in enumerate(self._kinds):
@@ -246,8 +267,7 @@ class Surveyor:
                 continue
             whole = join_topk(records)
             self._blocks[kind].append(whole)
-            picks = self._picks[sample.row][kind]
-            self._picked[kind].append(topk_rows(whole, picks))
+            self._picked[kind].append(topk_rows(whole, self._picks[sample.row][kind]))
             self._states[kind].append(kept[number])
             if theirs is not None:
                 self._student_states[kind].append(theirs[number])
@@ -255,9 +275,7 @@ class Surveyor:
         found.teacher.images += images
         if theirs is not None:
             found.student.images += theirs[len(self._kinds) :]
-        found.relations += [
-            image.relation for image in sample.images[: len(images)] if image.relation is not None
-        ]
+        found.relations += [image.relation for image in fresh[: len(images)] if image.relation is not None]
         response, prompt = sample.response, sample.prompt
         found.samples.append(
             MeasuredSample(
