@@ -20,7 +20,7 @@ from cache_schema.records import Relation, TopK
 from cache_schema.spec import TARGETS, Precision, TargetSpec
 from pipeline.choice import build_arguments, choose, chosen_spec
 from pipeline.engine import Head, understood_head
-from pipeline.fidelity import as_stored, narrowed, relation_angle
+from pipeline.fidelity import as_stored, covered, narrowed, relation_angle
 from pipeline.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
 from pipeline.forecast import Workload, break_even, bytes_by_part, workload_of
 from pipeline.job import open_job
@@ -129,7 +129,7 @@ def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
         student = GivenModel(config.student, job)
     progress.end()
     draw = draw_rows(job, config.samples, config.seed)
-    alike = sharing_of(job, draw, config.seed) if sharing else None
+    alike = sharing_of(job, draw, config.seed, progress) if sharing else None
     surveyor = Surveyor(
         job,
         engine,
@@ -211,8 +211,7 @@ def _measure_positions(
     rows = []
     for k in config.top_ks:
         narrow = narrowed(picked, k)
-        covered = narrowed(whole, k).tail_logprob[:, _at_one(whole)]
-        mass = float(-np.expm1(covered.astype(np.float64)).mean())
+        mass = covered(whole, k)
         for precision in config.precisions:
             stored[k, precision] = as_stored(narrow, precision)
             footprint = topk_footprint(narrowed(part, k), precision, head.vocab_size)
@@ -384,7 +383,3 @@ def _teacher(model: torch.nn.Module, head: Head, folder: str, engine: dict[str, 
         "hidden_size": head.weight.shape[1],
         "engine": engine,
     }
-
-
-def _at_one(record: TopK) -> int:
-    return int(np.flatnonzero(record.temperatures == 1.0)[0])

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.codecs.topk import decode_topk, encode_topk
+from cache_schema.codecs.topk import decode_topk, encode_topk, topk_rows
 from cache_schema.divergence import relation_cosine
 from cache_schema.records import Relation, TopK
 from cache_schema.spec import Precision
 
 Float64 = NDArray[np.float64]
 
+_ROWS = 32768  # positions worked on at a time
 _NOTHING = 1e-300  # keeps the log of a mass that a float cannot hold finite
 
 
@@ -44,6 +45,15 @@ def narrowed(record: TopK, top_k: int) -> TopK:
         sampled_ids=None,
         sampled_counts=None,
     )
+
+
+def covered(record: TopK, top_k: int) -> float:
+    """The mean mass within the first top_k entries at temperature 1."""
+    total = 0.0
+    for start in range(0, len(record), _ROWS):
+        part = narrowed(topk_rows(record, slice(start, start + _ROWS)), top_k)
+        total += float(-np.expm1(_tail(part)).sum())
+    return total / max(len(record), 1)
 
 
 def as_stored(record: TopK, precision: Precision) -> TopK:

@@ -135,7 +135,8 @@ class NoisyTeacher:
     def image(self, number: int) -> Tensor:
         """See StandIn."""
         hidden = self._picked.images[number]
-        return hidden.float() + self._sizes["visual"] * _noise(hidden, (self._seed, 0, number))
+        noise = torch.from_numpy(_numbers(hidden.shape, (self._seed, 0, number))).to(hidden.device)
+        return hidden.float() + self._sizes["visual"] * noise
 
     def describe(self) -> dict[str, Any]:
         """See StandIn."""
@@ -143,8 +144,8 @@ class NoisyTeacher:
 
     def _noisy(self, kind: str, hidden: Tensor, rows: slice, size: float) -> Tensor:
         numbers = range(*rows.indices(len(hidden)))
-        noise = torch.stack([_noise(hidden[n], (self._seed, _code(kind), n)) for n in numbers])
-        return hidden[rows].float() + size * noise
+        noise = np.stack([_numbers(hidden.shape[1:], (self._seed, _code(kind), n)) for n in numbers])
+        return hidden[rows].float() + size * torch.from_numpy(noise).to(hidden.device)
 
     def _find_size(self, kind: str, hidden: Tensor) -> None:
         """Finds the size of a kind's noise on some of its hidden states (N, D), and mends it on them all."""
@@ -219,7 +220,6 @@ def _code(kind: str) -> int:
     return int.from_bytes(kind.encode()[:4], "little")
 
 
-def _noise(like: Tensor, key: Sequence[int]) -> Tensor:
-    """Standard normal float32 numbers of a shape, decided by the key alone, on its device."""
-    generator = np.random.default_rng(key)
-    return torch.from_numpy(generator.standard_normal(tuple(like.shape), dtype=np.float32)).to(like.device)
+def _numbers(shape: Sequence[int], key: Sequence[int]) -> NDArray[np.float32]:
+    """Standard normal numbers of a shape, decided by the key alone."""
+    return np.random.default_rng(key).standard_normal(tuple(shape), dtype=np.float32)

@@ -37,6 +37,7 @@ from pipeline.stand_in import Picked, Witness, require_same_tokens
 from pipeline.transformers_engine import image_token_id_of, load_engine, load_processor
 
 _WINDOW_BYTES = 256 << 20  # pixels in memory at once
+_PAIRS = 64  # rows held against another about the same image
 _IMAGES = 32  # images whose relations are measured
 
 
@@ -302,23 +303,28 @@ class Surveyor:
         return witness.kept
 
 
-def sharing_of(job: Job, draw: Draw, seed: int) -> float | None:
+def sharing_of(job: Job, draw: Draw, seed: int, progress: Progress) -> float | None:
     """The share of drawn rows whose first image has the same targets in another row about it, picked at
     random, as the text before it decides. None where no image comes twice."""
     generator = np.random.default_rng((seed, 1))
     keys = job.dataset.first_images[: job.plan.rows]
+    rows = draw.rows[draw.keys != 0]
+    rows = generator.choice(rows, min(_PAIRS, len(rows)), replace=False)
     tried = alike = 0
-    for row, key in zip(draw.rows.tolist(), draw.keys.tolist(), strict=True):
-        others = np.flatnonzero(keys == key) if key else np.empty(0, np.int64)
+    progress.begin("comparing rows about the same image", len(rows))
+    for number, row in enumerate(rows.tolist()):
+        progress.update(number)
+        others = np.flatnonzero(keys == keys[row])
         others = others[others != row]
         if not len(others):
             continue
+        pair = (row, int(generator.choice(others)))
         try:
-            pair = [job.preparer.prepare(job.dataset[one]) for one in (row, int(generator.choice(others)))]
+            first, second = (prefix_keys(job.preparer.prepare(job.dataset[one]), "")[0] for one in pair)
         except RowRejected:
             continue
-        first, second = (prefix_keys(sample, "")[0] for sample in pair)
         tried, alike = tried + 1, alike + (first == second)
+    progress.end()
     return alike / tried if tried else None
 
 

@@ -152,7 +152,7 @@ def _relations(document: Mapping[str, Any]) -> Table | None:
             f"{row['rank']:.0f}" if row["rank"] else "all",
             f"{row['residual']:.1e}",
             f"{row['residual_max']:.1e}",
-            f"{row['bytes'] / 1000:.1f}",
+            f"{row['bytes'] / 1000:.3g}",
             _bounded(row["angle"], chosen["max_angle"]["relation"], "{:.2f}"),
             size(row["dataset_bytes"]),
             style="bold" if best else "",
