@@ -26,6 +26,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 ImageRoot = Annotated[Path, typer.Option(help="Folder that the image paths of the dataset start from.")]
 CachePath = Annotated[str, typer.Argument(help="A cache: a folder or an fsspec URL.")]
 
+# What `plan` and `build` both take.
+Teacher = Annotated[
+    Path, typer.Option(help="Folder of the teacher: a transformers image-text-to-text model.")
+]
+Data = Annotated[
+    Path, typer.Option(help="Dataset: LLaVA JSON or JSONL, or `messages` rows in JSONL or Parquet.")
+]
+Targets = Annotated[str, typer.Option(help="Comma-separated: response, visual, relation, prompt.")]
+Temperatures = Annotated[str, typer.Option(help="Comma-separated temperatures whose tail mass is kept.")]
+Template = Annotated[
+    str | None, typer.Option(help="plain, llava_v1 or a Jinja file; default: the processor's own.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
+Quantization = Annotated[str | None, typer.Option(help="8bit or 4bit, through bitsandbytes.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Spread one teacher over devices, as in accelerate.")]
+BatchTokens = Annotated[int, typer.Option(help="Padded tokens in a batch; shrinks by itself out of memory.")]
+ShardSize = Annotated[int, typer.Option(help="Rows in a shard: the unit that is written and resumed.")]
+MaxLength = Annotated[int, typer.Option(help="Longest sample in tokens, images included.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first rows of the dataset.")]
+
 
 class Engine(StrEnum):
     """What runs the teacher."""
@@ -38,6 +59,9 @@ class OverLong(StrEnum):
 
     quarantine = "quarantine"
     cut = "cut"
+
+
+OverLongRows = Annotated[OverLong, typer.Option(help="What becomes of longer ones.")]
 
 
 class TrainPrecision(StrEnum):
@@ -92,22 +116,109 @@ def demo(
 
 
 @app.command()
+def plan(
+    teacher: Teacher,
+    data: Data,
+    image_root: ImageRoot,
+    out: Annotated[str, typer.Option(help="The cache that the recommended command will make.")] = "cache",
+    samples: Annotated[int, typer.Option(help="Rows that are drawn and measured.")] = 64,
+    targets: Targets = "response,visual,relation",
+    top_k: Annotated[str, typer.Option(help="Comma-separated numbers of entries to try.")] = "8,16,32,64,128",
+    precision: Annotated[str, typer.Option(help="Comma-separated: compact, full or both.")] = "compact,full",
+    relation: Annotated[
+        str, typer.Option(help="Comma-separated bounds of 1 - cos to try, and the word exact.")
+    ] = "1e-3,1e-4,1e-5,1e-6",
+    student: Annotated[
+        Path | None, typer.Option(help="A student to try; default: the teacher with noise.")
+    ] = None,
+    noise_kl: Annotated[float, typer.Option(help="Mean KL in nats between teacher and noisy teacher.")] = 0.7,
+    max_angle: Annotated[
+        str,
+        typer.Option(help="Degrees that a stored target's gradient may be off; 5,visual=15 for one target."),
+    ] = "5",
+    max_kl: Annotated[float, typer.Option(help="Mean nats that storing may change a record by.")] = 1e-4,
+    positions: Annotated[
+        int, typer.Option(help="Positions of each kind whose gradients are compared.")
+    ] = 2048,
+    write: Annotated[
+        Path | None, typer.Option(help="Save the command: FILE.sh, or else one argument a line.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw bytes against angles: a .png, .svg or .pdf file.")
+    ] = None,
+    temperatures: Temperatures = "1",
+    template: Template = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantization: Quantization = None,
+    device_map: DeviceMap = None,
+    batch_tokens: BatchTokens = 16384,
+    shard_size: ShardSize = 512,
+    max_length: MaxLength = 2048,
+    over_long: OverLongRows = OverLong.quarantine,
+    limit: Limit = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw and of the noise.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Measure on a few samples what a cache costs and loses, and recommend how to build it."""
+    from cache_schema.spec import TARGETS, TargetSpec
+    from pipeline.advice import PlanConfig
+    from pipeline.advice import plan as plan_cache
+    from pipeline.choice import write_command
+    from pipeline.settings import BuildConfig
+    from views.plan_page import draw_plan, print_plan
+    from views.terminal import Bar, print_json
+
+    forms = [word if word == "exact" else _numbers("--relation", word)[0] for word in _words(relation)]
+    config = PlanConfig(
+        build=BuildConfig(
+            teacher=teacher,
+            data=data,
+            image_root=image_root,
+            out=out,
+            spec=TargetSpec(
+                targets=tuple(_words(targets)),  # type: ignore[arg-type]
+                temperatures=tuple(_numbers("--temperatures", temperatures)),
+            ),
+            template=template,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            device_map=device_map,
+            batch_tokens=batch_tokens,
+            shard_size=shard_size,
+            max_length=max_length,
+            over_long=over_long.value,
+            limit=limit,
+        ),
+        samples=samples,
+        top_ks=tuple(_whole_numbers("--top-k", top_k)),
+        precisions=tuple(_words(precision)),  # type: ignore[arg-type]
+        relations=tuple(forms),  # type: ignore[arg-type]
+        student=student,
+        noise_kl=noise_kl,
+        positions=positions,
+        max_angle=_by_target("--max-angle", max_angle, TARGETS),
+        max_kl=max_kl,
+        seed=seed,
+    )
+    document = plan_cache(config, Bar())
+    if write is not None:
+        write_command(write, document["arguments"])
+    if plot is not None:
+        draw_plan(document, plot)
+    print_json(document) if json_ else print_plan(document)
+
+
+@app.command()
 def build(
-    teacher: Annotated[
-        Path, typer.Option(help="Folder of the teacher: a transformers image-text-to-text model.")
-    ],
-    data: Annotated[
-        Path, typer.Option(help="Dataset: LLaVA JSON or JSONL, or `messages` rows in JSONL or Parquet.")
-    ],
+    teacher: Teacher,
+    data: Data,
     image_root: ImageRoot,
     out: Annotated[str, typer.Option(help="The cache to make or to continue: a folder or an fsspec URL.")],
-    targets: Annotated[str, typer.Option(help="Comma-separated: response, visual, relation, prompt.")] = (
-        "response,visual,relation"
-    ),
+    targets: Targets = "response,visual,relation",
     top_k: Annotated[int, typer.Option(help="Entries kept at a position.")] = 32,
-    temperatures: Annotated[
-        str, typer.Option(help="Comma-separated temperatures whose tail mass is kept.")
-    ] = "1",
+    temperatures: Temperatures = "1",
     tail_samples: Annotated[
         int, typer.Option(help="Ids drawn from the tail at a position, for --tail sampled.")
     ] = 0,
@@ -120,25 +231,17 @@ def build(
     relation_bound: Annotated[
         float, typer.Option(help="Largest 1 - cos of a stored relation factor.")
     ] = 1e-5,
-    template: Annotated[
-        str | None, typer.Option(help="plain, llava_v1 or a Jinja file; default: the processor's own.")
-    ] = None,
+    template: Template = None,
     engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.transformers,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="8bit or 4bit, through bitsandbytes.")] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Spread one teacher over devices, as in accelerate.")
-    ] = None,
-    batch_tokens: Annotated[
-        int, typer.Option(help="Padded tokens in a batch; shrinks by itself out of memory.")
-    ] = 16384,
-    shard_size: Annotated[
-        int, typer.Option(help="Rows in a shard: the unit that is written and resumed.")
-    ] = 512,
-    max_length: Annotated[int, typer.Option(help="Longest sample in tokens, images included.")] = 2048,
-    over_long: Annotated[OverLong, typer.Option(help="What becomes of longer ones.")] = OverLong.quarantine,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows of the dataset.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantization: Quantization = None,
+    device_map: DeviceMap = None,
+    batch_tokens: BatchTokens = 16384,
+    shard_size: ShardSize = 512,
+    max_length: MaxLength = 2048,
+    over_long: OverLongRows = OverLong.quarantine,
+    limit: Limit = None,
     max_bad: Annotated[
         float | None, typer.Option(help="Stop when more than this share of rows is bad.")
     ] = None,
@@ -584,6 +687,28 @@ def _numbers(option: str, text: str) -> list[float]:
         raise typer.BadParameter(
             f"{text!r} is not a comma-separated list of numbers", param_hint=option
         ) from None
+
+
+def _by_target(option: str, text: str, targets: tuple[str, ...]) -> dict[str, float]:
+    """A number for every target, NAME=NUMBER for one of them."""
+    found: dict[str, float] = {}
+    for word in sorted(_words(text), key=lambda word: "=" in word):
+        name, _, number = word.rpartition("=")
+        numbers = _numbers(option, number)
+        if len(numbers) != 1 or (name not in targets if found else name):
+            told = f"a number for all targets, then NAME=NUMBER for some of {', '.join(targets)}"
+            raise typer.BadParameter(f"{text!r} is not {told}", param_hint=option)
+        found |= {name: numbers[0]} if name else dict.fromkeys(targets, numbers[0])
+    return found
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    numbers = _numbers(option, text)
+    if any(number != int(number) for number in numbers):
+        raise typer.BadParameter(
+            f"{text!r} is not a comma-separated list of whole numbers", param_hint=option
+        )
+    return [int(number) for number in numbers]
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:

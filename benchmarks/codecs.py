@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numcodecs import Blosc, blosc
 from numpy.typing import NDArray
 
@@ -27,10 +28,11 @@ from benchmarks.teachers import Teacher, language_teacher, relation_of_spectrum,
 from cache_schema.codecs.ids import decode_ids, encode_ids
 from cache_schema.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
 from cache_schema.codecs.relation import RelationBlock, encode_relation, pack_relations
-from cache_schema.codecs.topk import decode_topk, encode_topk
+from cache_schema.codecs.topk import decode_topk, encode_topk, topk_rows
 from cache_schema.records import TopK
 from cache_schema.shard import write_groups
 from cache_schema.spec import TargetSpec
+from pipeline.fidelity import Agreement, compare, noise_of_kl
 
 Array = NDArray[Any]
 SHUFFLES = {"plain": Blosc.NOSHUFFLE, "bytes": Blosc.SHUFFLE, "bits": Blosc.BITSHUFFLE}
@@ -164,44 +166,24 @@ def gradient_angles(
         noisy: Array = given + np.float32(sigma) * noise
         return noisy if where == "after the norm" else teacher.norm(noisy)
 
-    sigma, few = float(given.std()) / 4, teacher.blocks()[::3]
-    for _ in range(6):  # the KL grows about with the square of the noise
-        states = student(sigma)
-        reached = np.concatenate([_compare(teacher, rows, states, {})[0] for rows in few]).mean()
-        sigma *= float(np.sqrt(kl / reached))
-    states = student(sigma)
-    found = [_compare(teacher, rows, states, records) for rows in teacher.blocks()]
-    reached = np.concatenate([part[0] for part in found]).mean()
-    angles: dict[str, Any] = {"noise": where, "seed": seed, "kl": float(reached)}
-    for name in records:
-        dot, dense, sparse = np.sum([part[1][name] for part in found], axis=0)
-        angles[name] = float(np.degrees(np.arccos(dot / np.sqrt(dense * sparse))))
-    return angles
+    def agreements(sigma: float, blocks: list[slice], tried: dict[str, TopK]) -> dict[str, Agreement]:
+        states, sums = student(sigma), {name: Agreement() for name in tried}
+        for rows in blocks:
+            logits = (torch.from_numpy(teacher.logits(rows, of)) for of in (None, states))
+            parts = compare(*logits, {name: topk_rows(record, rows) for name, record in tried.items()})
+            for name, part in parts.items():
+                sums[name].add(part)
+        return sums
 
-
-def _compare(
-    teacher: Teacher, rows: slice, states: Array, records: dict[str, TopK]
-) -> tuple[Array, dict[str, Array]]:
-    """KL(teacher || student) of some positions, and per record <dense, sparse>, |dense|^2, |sparse|^2."""
-    p = _log_softmax(teacher.logits(rows))
-    q = _log_softmax(teacher.logits(rows, states))
-    kl = (np.exp(p) * (p - q)).sum(axis=1)
-    student, dense = np.exp(q), np.exp(q) - np.exp(p)
-    products = {}
-    for name, record in records.items():
-        ids = record.token_ids[rows].astype(np.int64)
-        kept = np.take_along_axis(student, ids, 1)
-        outside = np.maximum(1.0 - kept.sum(axis=1, dtype=np.float64), 1e-12)
-        sparse = student * (1.0 - np.exp(record.tail_logprob[rows, 0]) / outside)[:, None]
-        np.put_along_axis(sparse, ids, kept - np.exp(record.logprobs[rows]), 1)
-        products[name] = np.array([(dense * sparse).sum(), (dense**2).sum(), (sparse**2).sum()], np.float64)
-    return kl, products
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    normal: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return normal
+    one = dict([next(iter(records.items()))])
+    few = teacher.blocks()[::3]
+    sigma = noise_of_kl(
+        lambda size: agreements(size, few, one)[next(iter(one))].mean_kl, kl, float(given.std()) / 4, rounds=8
+    )
+    found = agreements(sigma, teacher.blocks(), records)
+    reached = next(iter(found.values())).mean_kl
+    angles = {name: agreement.angle for name, agreement in found.items()}
+    return {"noise": where, "seed": seed, "kl": reached, **angles}
 
 
 def relations(images: int = 4) -> list[dict[str, Any]]:

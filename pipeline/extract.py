@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_schema.codecs.topk import topk_rows
 from cache_schema.records import (
     IGNORE_INDEX,
     CapturedImage,
@@ -274,21 +275,5 @@ def _release_memory() -> None:
 
 def _split(whole: TopK, lengths: Sequence[int]) -> list[TopK]:
     """Consecutive pieces of a record."""
-    pieces, start = [], 0
-    for length in lengths:
-        piece = slice(start, start + length)
-        start += length
-        pieces.append(
-            replace(
-                whole,
-                token_ids=whole.token_ids[piece],
-                logprobs=whole.logprobs[piece],
-                tail_logprob=whole.tail_logprob[piece],
-                logsumexp=whole.logsumexp[piece],
-                entropy=whole.entropy[piece],
-                label_logprob=None if whole.label_logprob is None else whole.label_logprob[piece],
-                sampled_ids=None if whole.sampled_ids is None else whole.sampled_ids[piece],
-                sampled_counts=None if whole.sampled_counts is None else whole.sampled_counts[piece],
-            )
-        )
-    return pieces
+    ends = np.cumsum(lengths)
+    return [topk_rows(whole, slice(end - n, end)) for n, end in zip(lengths, ends, strict=True)]

@@ -33,6 +33,16 @@ def join_topk(records: Sequence[TopK]) -> TopK:
     return TopK(**fields)
 
 
+def topk_rows(record: TopK, rows: Rows | NDArray[np.integer[Any]]) -> TopK:
+    """The record of some positions."""
+    fields: dict[str, Any] = {"temperatures": record.temperatures}
+    for name in TopK.__dataclass_fields__:
+        if name != "temperatures":
+            values = getattr(record, name)
+            fields[name] = None if values is None else values[rows]
+    return TopK(**fields)
+
+
 def encode_topk(record: TopK, precision: Precision) -> Arrays:
     """The arrays of a block of N positions; see docs/cache-format.md for each.
 

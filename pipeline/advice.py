@@ -1,0 +1,385 @@
+"""`plan`: what a cache of a dataset would cost and lose at several settings, measured on a few samples."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from cache_schema.codecs.relation import RelationBlock, encode_relation, pack_relations
+from cache_schema.codecs.topk import topk_rows
+from cache_schema.divergence import kl
+from cache_schema.errors import KdcacheError
+from cache_schema.progress import Progress
+from cache_schema.records import Relation, TopK
+from cache_schema.spec import TARGETS, Precision, TargetSpec
+from pipeline.choice import build_arguments, choose, chosen_spec
+from pipeline.engine import Head, understood_head
+from pipeline.fidelity import as_stored, covered, narrowed, relation_angle
+from pipeline.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
+from pipeline.forecast import Workload, break_even, bytes_by_part, workload_of
+from pipeline.job import open_job
+from pipeline.prefix import packing_is_exact, prefix_is_independent
+from pipeline.settings import BuildConfig
+from pipeline.stand_in import GivenStudent, NoisyTeacher, StandIn, agreement_at, exact_relations
+from pipeline.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
+from pipeline.transformers_engine import load_engine
+
+RelationChoice = float | Literal["exact"]
+
+_ENCODED = 32768  # positions of a kind whose bytes are measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """What `plan` needs to know.
+
+    build: the build that is planned; its top_k, precision and relation are what is looked for. samples:
+    rows drawn by `seed`. top_ks, precisions, relations (bounds of 1 - cos, or `exact`): the grid. student:
+    a folder; None: the teacher with noise at a mean KL of noise_kl nats. positions: of each kind, whose
+    gradients are compared. max_angle (degrees, by target), max_kl (nats, stored against exact record): what
+    the recommended setting has to meet.
+    """
+
+    build: BuildConfig
+    samples: int = 64
+    top_ks: tuple[int, ...] = (8, 16, 32, 64, 128)
+    precisions: tuple[Precision, ...] = ("compact", "full")
+    relations: tuple[RelationChoice, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
+    student: Path | None = None
+    noise_kl: float = 0.7
+    positions: int = 2048
+    max_angle: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TARGETS, 5.0))
+    max_kl: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, not {getattr(self, name)}"
+            for name in ("samples", "positions")
+            if getattr(self, name) < 1
+        ]
+        problems += [
+            f"{name} must be above 0, not {getattr(self, name):g}"
+            for name in ("noise_kl", "max_kl")
+            if not 0.0 < getattr(self, name) < float("inf")
+        ]
+        problems += [
+            f"max_angle of {name} must lie in (0, 180], not {angle:g}"
+            for name, angle in self.max_angle.items()
+            if not 0.0 < angle <= 180.0
+        ]
+        for name in ("top_ks", "precisions", "relations"):
+            if not getattr(self, name):
+                problems.append(f"{name} is empty: name at least one")
+        if any(k < 1 for k in self.top_ks):
+            problems.append(f"top_ks must be at least 1, not {list(self.top_ks)}")
+        if any(one not in get_args(Precision) for one in self.precisions):
+            problems.append(f"precisions must be compact or full, not {list(self.precisions)}")
+        if any(one != "exact" and not 0.0 < one < 1.0 for one in self.relations):
+            problems.append(f"relations must be bounds in (0, 1) or `exact`, not {list(self.relations)}")
+        if self.seed < 0:
+            problems.append(f"seed must not be negative, not {self.seed}")
+        if problems:
+            raise ValueError("plan: " + "; ".join(problems))
+
+    @property
+    def widest(self) -> TargetSpec:
+        """The spec that every record of the grid can be cut from."""
+        bounds = [one for one in self.relations if one != "exact"]
+        return replace(
+            self.build.spec,
+            top_k=max(self.top_ks),
+            tail_samples=0,
+            relation="factor",
+            relation_bound=min(bounds, default=1e-6),
+        )
+
+
+def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
+    """The whole answer as a JSON object.
+
+    KdcacheError in one line when the teacher, the data or the student cannot be used, or when no row that
+    was drawn can be captured; rows that cannot are counted by reason.
+    """
+    job = open_job(config.build, progress)
+    config = _within_vocabulary(config, job.vocab_size, progress)
+    progress.begin("loading the teacher", None)
+    engine = load_engine(
+        config.build.teacher,
+        vocab_size=job.vocab_size,
+        pad_token_id=job.pad_token_id,
+        dtype=config.build.dtype,
+        device=config.build.device,
+        device_map=config.build.device_map,
+        quantization=config.build.quantization,
+    )
+    sample = job.probe()
+    head = understood_head(engine, [sample])
+    sharing = bool(sample.images) and prefix_is_independent(engine, sample)
+    packing = sharing and packing_is_exact(engine, sample)
+    student = None
+    if config.student is not None:
+        progress.begin("loading the student", None)
+        student = GivenModel(config.student, job)
+    progress.end()
+    draw = draw_rows(job, config.samples, config.seed)
+    alike = sharing_of(job, draw, config.seed, progress) if sharing else None
+    surveyor = Surveyor(
+        job,
+        engine,
+        head,
+        config.widest,
+        sharing=sharing,
+        positions=config.positions,
+        seed=config.seed,
+    )
+    survey = surveyor.run(draw, student, progress)
+    kinds = [kind for kind in ("response", "visual", "prompt") if kind in survey.records]
+    for missing in sorted(
+        set(config.build.spec.targets) - {*kinds, *(["relation"] if survey.relations else [])}
+    ):
+        progress.message(f"no sample has {missing} targets: nothing is said about them")
+    workload = workload_of(
+        job.plan,
+        job.dataset.first_images,
+        draw.by_side,
+        survey.samples,
+        kinds,
+        sharing=(1.0 if alike is None else alike) if sharing else 0.0,
+        packing=packing,
+    )
+    stand_in: StandIn
+    if student is not None:
+        stand_in = GivenStudent(student.head, survey.student, student.name)
+    else:
+        progress.begin("finding the noise of the stand-in student", None)
+        stand_in = NoisyTeacher(head, survey.teacher, kl=config.noise_kl, seed=config.seed)
+        progress.end()
+    footprints: dict[Any, Footprint] = {}
+    positions: list[dict[str, Any]] = []
+    reached: dict[str, float] = {}
+    for kind in kinds:
+        rows, reached[kind] = _measure_positions(
+            config, survey, head, stand_in, kind, workload, footprints, progress
+        )
+        positions += rows
+    relations = _measure_relations(config, survey, head, stand_in, workload, footprints, progress)
+    return _document(
+        config,
+        survey,
+        workload,
+        positions,
+        relations,
+        footprints,
+        student={**stand_in.describe(), "kl": reached},
+        sharing={"allowed": sharing, "packed": packing, "share_of_equal_prefixes": alike},
+        teacher=_teacher(engine.model, head, str(config.build.teacher), engine.description),
+        drawn=len(draw.rows),
+    )
+
+
+def _within_vocabulary(config: PlanConfig, vocab: int, progress: Progress) -> PlanConfig:
+    """Without the numbers of entries that exceed the vocabulary."""
+    kept = tuple(sorted({k for k in config.top_ks if k <= vocab}))
+    if not kept:
+        raise KdcacheError(f"every top-k of {list(config.top_ks)} exceeds the teacher's {vocab} tokens")
+    if len(kept) < len(set(config.top_ks)):
+        progress.message(f"numbers of entries above the teacher's {vocab} tokens are left out")
+    return replace(config, top_ks=kept)
+
+
+def _measure_positions(
+    config: PlanConfig,
+    survey: Survey,
+    head: Head,
+    student: StandIn,
+    kind: str,
+    workload: Workload,
+    footprints: dict[Any, Footprint],
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], float]:
+    """A row for each top-k and precision, and the student's mean KL at these positions."""
+    whole, picked = survey.records[kind], survey.picked_records[kind]
+    part = topk_rows(whole, slice(_ENCODED))
+    stored: dict[tuple[int, Precision], TopK] = {}
+    rows = []
+    for k in config.top_ks:
+        narrow = narrowed(picked, k)
+        mass = covered(whole, k)
+        for precision in config.precisions:
+            stored[k, precision] = as_stored(narrow, precision)
+            footprint = topk_footprint(narrowed(part, k), precision, head.vocab_size)
+            footprints[kind, k, precision] = footprint
+            error = kl(narrow, stored[k, precision])
+            total = footprint.total(workload.positions[kind], workload.shards)
+            rows.append(
+                {
+                    "target": kind,
+                    "top_k": k,
+                    "precision": precision,
+                    "mass": mass,
+                    "bytes": total / workload.positions[kind],
+                    "kl": max(float(error.mean()), 0.0),
+                    "kl_max": max(float(error.max()), 0.0),
+                    "dataset_bytes": total,
+                }
+            )
+    hidden = survey.teacher.positions[kind]
+    progress.begin(f"comparing gradients at {kind} positions", len(hidden))
+    sums = agreement_at(head, hidden, student, kind, stored, progress.update)
+    progress.end()
+    for row in rows:
+        agreement = sums[row["top_k"], row["precision"]]
+        row |= {"unseen_kl": agreement.unseen_kl, "angle": agreement.angle}
+    return rows, next(iter(sums.values())).mean_kl
+
+
+def _measure_relations(
+    config: PlanConfig,
+    survey: Survey,
+    head: Head,
+    student: StandIn,
+    workload: Workload,
+    footprints: dict[Any, Footprint],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A row for each relation form and precision; none without images."""
+    if not survey.relations:
+        return []
+    ours, theirs = exact_relations(head), exact_relations(student.head)
+    grid = [(form, precision) for form in config.relations for precision in config.precisions]
+    stored: dict[Any, list[Any]] = {cell: [] for cell in grid}
+    angles: dict[Any, list[float]] = {cell: [] for cell in grid}
+    progress.begin("comparing relations of images", len(survey.relations))
+    for number, relation in enumerate(survey.relations):
+        exact = ours(survey.teacher.images[number])
+        of_student = theirs(student.image(number))
+        for cell in grid:
+            spec = _relation_spec(config.build.spec, *cell)
+            record = encode_relation(exact if cell[0] == "exact" else relation, spec)
+            stored[cell].append(record)
+            read: Relation = RelationBlock(pack_relations([record]))[0]
+            angles[cell].append(relation_angle(exact, read, of_student))
+        progress.update(number + 1)
+    progress.end()
+    rows = []
+    for form, precision in grid:
+        records = stored[form, precision]
+        footprint = relation_footprint(records)
+        footprints["relation", form, precision] = footprint
+        total = footprint.total(workload.stored_images, workload.shards)
+        rows.append(
+            {
+                "relation": form,
+                "precision": precision,
+                "rank": float(np.mean([record.rank for record in records])),
+                "residual": float(np.mean([record.residual for record in records])),
+                "residual_max": max(record.residual for record in records),
+                "bytes": total / workload.stored_images,
+                "angle": float(np.mean(angles[form, precision])),
+                "dataset_bytes": total,
+            }
+        )
+    return rows
+
+
+def _relation_spec(spec: TargetSpec, form: RelationChoice, precision: Precision) -> TargetSpec:
+    if form == "exact":
+        return replace(spec, relation="exact", precision=precision)
+    return replace(spec, relation="factor", relation_bound=form, precision=precision)
+
+
+def _document(
+    config: PlanConfig,
+    survey: Survey,
+    workload: Workload,
+    positions: list[dict[str, Any]],
+    relations: list[dict[str, Any]],
+    footprints: Mapping[Any, Footprint],
+    *,
+    student: dict[str, Any],
+    sharing: dict[str, Any],
+    teacher: dict[str, Any],
+    drawn: int,
+) -> dict[str, Any]:
+    choice = choose(positions, relations, max_angle=config.max_angle, max_kl=config.max_kl)
+    chosen: dict[str, Footprint] = {
+        kind: footprints[kind, choice["top_k"], choice["precision"]] for kind in workload.positions
+    }
+    if relations:
+        chosen["relation"] = footprints["relation", choice["relation"], choice["precision"]]
+    spec = chosen_spec(config.build.spec, choice)
+    tables = table_footprint(survey.bare, spec, sharing=sharing["allowed"])
+    by_part = bytes_by_part(workload, chosen, tables)
+    arguments = build_arguments(replace(config.build, spec=spec))
+    even = break_even(survey.speed, workload)
+    return {
+        "samples": {
+            "drawn": drawn,
+            "measured": len(survey.samples),
+            "bad": dict(sorted(survey.bad.items())),
+            "example_of_bad": survey.example or None,
+            "seed": config.seed,
+            "positions": {kind: len(record) for kind, record in survey.records.items()},
+            "compared_positions": {kind: len(record) for kind, record in survey.picked_records.items()},
+            "compared_images": len(survey.relations),
+        },
+        "teacher": teacher,
+        "student": student,
+        "positions": positions,
+        "relations": relations,
+        "dataset": {**workload.to_json(), "sharing": sharing},
+        "speed": {
+            "seconds": survey.speed.seconds,
+            "tokens_per_second": survey.speed.tokens / survey.speed.seconds,
+            "samples_per_second": len(survey.samples) / survey.speed.seconds,
+            "preparing_seconds_a_sample": survey.speed.preparing,
+            "preparing_threads": survey.speed.threads,
+        },
+        "recommended": {
+            **choice,
+            "max_angle": {name: config.max_angle[name] for name in config.build.spec.targets},
+            "max_kl": config.max_kl,
+            "bytes": by_part,
+            "total_bytes": sum(by_part.values()),
+            "standard_error_bytes": _standard_error(workload, by_part),
+            "capture_seconds": even["capture_seconds"],
+        },
+        "break_even": {
+            **even,
+            "teacher_bytes": teacher["bytes"],
+            "dense_logits_bytes_a_sample": 4
+            * teacher["vocabulary"]
+            * workload.tokens
+            / max(workload.captured, 1),
+        },
+        "arguments": arguments,
+        "command": shlex.join(["kdcache", *arguments]),
+    }
+
+
+def _standard_error(workload: Workload, by_part: Mapping[str, float]) -> float:
+    """Of the total bytes, from having drawn only some rows. Parts that grow with the images err together."""
+    of_images = sum(by_part.get(part, 0.0) for part in ("visual", "relation")) * workload.errors["images"]
+    rest = [of_images, by_part.get("visual", 0.0) * workload.errors.get("visual", 0.0)]
+    rest += [by_part.get(kind, 0.0) * workload.errors.get(kind, 0.0) for kind in ("response", "prompt")]
+    rest.append(by_part["samples"] * workload.errors["tokens"])
+    return float(np.sqrt(np.square(rest).sum()))
+
+
+def _teacher(model: torch.nn.Module, head: Head, folder: str, engine: dict[str, str]) -> dict[str, Any]:
+    parameters = list(model.parameters())
+    return {
+        "teacher": folder,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "bytes": sum(parameter.nbytes for parameter in parameters),
+        "vocabulary": head.vocab_size,
+        "hidden_size": head.weight.shape[1],
+        "engine": engine,
+    }

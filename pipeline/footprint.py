@@ -1,0 +1,108 @@
+"""Bytes of targets as the codecs really write them, and what larger shards of the same take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cache_schema.codecs.relation import StoredRelation, pack_relations
+from cache_schema.codecs.topk import Arrays, encode_topk, topk_rows
+from cache_schema.records import CapturedSample, TopK
+from cache_schema.shard import encode_shard, write_groups
+from cache_schema.spec import Precision, TargetSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes of a group of targets in a shard, as a line through those of half and of all that was encoded.
+
+    items: positions, images or samples that were encoded. each: bytes that one more of them takes, which is
+    less than the mean: a compressor learns, and array metadata is written once. fixed: bytes that a shard has
+    whatever it holds. vocabulary: bytes of the dictionary of ids, which grows with the items to the power
+    `growth` (measured: how many more ids the second half brought) until it holds every id, at `limit` bytes.
+    """
+
+    items: int
+    each: float
+    fixed: float
+    vocabulary: int = 0
+    growth: float = 0.0
+    limit: float = 0.0
+
+    def total(self, items: float, shards: int) -> float:
+        """Bytes of `items` in `shards` equal shards; 0 where there is nothing."""
+        if not self.items or items <= 0.0:
+            return 0.0
+        dictionary = min(self.vocabulary * float(items / shards / self.items) ** self.growth, self.limit)
+        return float(self.each * items + shards * (self.fixed + dictionary))
+
+
+def topk_footprint(record: TopK, precision: Precision, vocab_size: int) -> Footprint:
+    """The footprint of records as one group of a shard, every field counted."""
+
+    def sizes(count: int) -> tuple[int, int, int]:
+        return _sizes(encode_topk(topk_rows(record, slice(count)), precision))
+
+    whole = _line(len(record), sizes)
+    if not whole.vocabulary or len(record) < 2:
+        return replace(whole, limit=float(whole.vocabulary))
+    half, ids = (len(np.unique(record.token_ids[:count])) for count in (len(record) // 2, len(record)))
+    growth = float(np.clip(np.log2(ids / half), 0.0, 1.0))
+    return replace(whole, growth=growth, limit=whole.vocabulary * vocab_size / ids)
+
+
+def relation_footprint(stored: Sequence[StoredRelation]) -> Footprint:
+    """The footprint of the relation records of some images."""
+    return _line(len(stored), lambda count: _sizes(pack_relations(stored[:count])))
+
+
+def table_footprint(samples: Sequence[CapturedSample], spec: TargetSpec, *, sharing: bool) -> Footprint:
+    """The footprint of a shard's tables (ids, spans, images) and of what else a shard without targets has.
+
+    sharing: whether images carry the key of their prefix.
+    """
+    bare = []
+    for sample in samples:
+        images = [
+            replace(image, visual=None, relation=None, prefix_key=image.record.sha256 if sharing else None)
+            for image in sample.images  # a key is as long as a digest, and as hard to compress
+        ]
+        bare.append(replace(sample, response=None, prompt=None, images=tuple(images)))
+    empty = sum(map(len, encode_shard("", [], [], spec).files.values()))
+
+    def sizes(count: int) -> tuple[int, int, int]:
+        files = encode_shard("", bare[:count], [], spec).files
+        return sum(map(len, files.values())) - empty, empty, 0
+
+    return _line(len(bare), sizes)
+
+
+def _line(items: int, sizes: Callable[[int], tuple[int, int, int]]) -> Footprint:
+    """sizes: count -> bytes of the first `count` items: their values, metadata, and dictionary of ids."""
+    data, fixed, vocabulary = sizes(items)
+    half = items // 2
+    each = (data - sizes(half)[0]) / (items - half) if half else data / max(items, 1)
+    each = min(max(each, 0.0), data / max(items, 1))
+    return Footprint(
+        items=items,
+        each=each,
+        fixed=fixed + data - each * items,
+        vocabulary=vocabulary,
+    )
+
+
+def _sizes(arrays: Arrays) -> tuple[int, int, int]:
+    """Bytes of the values, of the metadata, and of the dictionary of ids."""
+    data = fixed = vocabulary = 0
+    for path, content in write_groups({"targets": arrays}, {}).items():
+        if path == "zarr.json":
+            continue  # the root of a shard: counted with its tables
+        if path.endswith("zarr.json"):
+            fixed += len(content)
+        elif path.startswith("targets/vocabulary/"):
+            vocabulary += len(content)
+        else:
+            data += len(content)
+    return data, fixed, vocabulary
