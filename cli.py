@@ -31,6 +31,14 @@ class Engine(StrEnum):
     """What runs the teacher."""
 
     transformers = "transformers"
+    vllm = "vllm"
+
+
+class EngineMode(StrEnum):
+    """What vLLM is asked for."""
+
+    hidden = "hidden"
+    logprobs = "logprobs"
 
 
 class OverLong(StrEnum):
@@ -123,7 +131,14 @@ def build(
     template: Annotated[
         str | None, typer.Option(help="plain, llava_v1 or a Jinja file; default: the processor's own.")
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.transformers,
+    engine: Annotated[Engine, typer.Option(help="What runs the teacher; vllm is an extra.")] = (
+        Engine.transformers
+    ),
+    engine_mode: Annotated[
+        EngineMode, typer.Option(help="vllm: logprobs serve response and prompt targets alone.")
+    ] = EngineMode.hidden,
+    memory_share: Annotated[float, typer.Option(help="vllm: its share of the accelerator's memory.")] = 0.8,
+    spot_check: Annotated[int, typer.Option(help="vllm: samples compared with transformers first.")] = 4,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="8bit or 4bit, through bitsandbytes.")] = None,
@@ -176,6 +191,9 @@ def build(
         spec=spec,
         template=template,
         engine=engine.value,
+        engine_mode=engine_mode.value,
+        memory_share=memory_share,
+        spot_check=spot_check,
         dtype=dtype,
         device=device,
         device_map=device_map,

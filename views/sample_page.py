@@ -144,7 +144,7 @@ def _response(rows: Sequence[dict[str, Any]]) -> Table:
             Text("-" if probability is None else f"{probability:.4f}", style),
             *tops,
             *[""] * (3 - len(tops)),
-            f"{row['entropy']:.2f}",
+            "-" if row["entropy"] is None else f"{row['entropy']:.2f}",
             f"{row['outside']:.4f}",
         )
     return table
