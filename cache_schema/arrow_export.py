@@ -108,7 +108,7 @@ def _kind(samples: Sequence[Sample], kind: str, spec: TargetSpec) -> dict[str, p
     columns = {
         f"{kind}_positions": _lists([getattr(sample, f"{kind}_positions") for sample in samples], np.int32)
     }
-    names = [*_MATRICES, *_NUMBERS]
+    names = [*_MATRICES, *(name for name in _NUMBERS if name not in spec.without)]
     names += ["label_logprob"] if kind != "visual" else []
     names += ["sampled_ids", "sampled_counts"] if spec.tail_samples else []
     for name in names:

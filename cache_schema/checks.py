@@ -14,7 +14,7 @@ def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> lis
     vocab_size: ids must lie below it; None: only above -1.
     """
     positions = len(record)
-    problems = []
+    problems: list[str] = []
     if record.token_ids.shape != (positions, spec.top_k) or record.logprobs.shape != (positions, spec.top_k):
         return [
             f"shapes {record.token_ids.shape}, {record.logprobs.shape} are not ({positions}, {spec.top_k})"
@@ -23,6 +23,11 @@ def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> lis
         return [f"tail of shape {record.tail_logprob.shape}, temperatures are {list(spec.temperatures)}"]
     if not np.array_equal(record.temperatures, np.array(spec.temperatures, np.float32)):
         problems.append(f"temperatures {record.temperatures.tolist()} are not {list(spec.temperatures)}")
+    problems += [
+        f"{name} is {'there, against the spec' if name in spec.without else 'missing'}"
+        for name in ("logsumexp", "entropy")
+        if (getattr(record, name) is None) != (name in spec.without)
+    ]
     for name in ("logsumexp", "entropy", "label_logprob", "logprobs"):
         values = getattr(record, name)
         if values is not None and not np.isfinite(values).all():

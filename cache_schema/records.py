@@ -27,7 +27,8 @@ class TopK:
     token_ids (N, K) int32, most likely first; logprobs (N, K) float32, natural log of the full softmax
     at temperature 1, non-increasing along K. tail_logprob (N, n_T) float32: the log of the mass outside
     the K entries of the distribution at each of `temperatures` (n_T,) float32, -inf where there is none.
-    logsumexp (N,) float32 of the raw logits. entropy (N,) float32 in nats, temperature 1.
+    logsumexp (N,) float32 of the raw logits. entropy (N,) float32 in nats, temperature 1; both None in a
+    cache whose spec is `without` them.
     label_logprob (N,) float32: the log-probability of the token that follows; None where that token is
     not text (visual positions). sampled_ids, sampled_counts (N, M) int32: draws from the tail at
     `sample_temperature`, unused places have count 0; None when not captured.
@@ -37,8 +38,8 @@ class TopK:
     logprobs: Float32
     tail_logprob: Float32
     temperatures: Float32
-    logsumexp: Float32
-    entropy: Float32
+    logsumexp: Float32 | None
+    entropy: Float32 | None
     label_logprob: Float32 | None = None
     sampled_ids: Int32 | None = None
     sampled_counts: Int32 | None = None

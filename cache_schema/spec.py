@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 Target = Literal["response", "visual", "relation", "prompt"]
 Precision = Literal["compact", "full"]
 RelationForm = Literal["factor", "exact"]
+Field = Literal["logsumexp", "entropy"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
@@ -21,7 +22,9 @@ class TargetSpec:
     sample_temperature (one of `temperatures`). precision: `compact` (8-bit log-probabilities, ids as
     small as they fit) or `full` (int32, float32). relation: `factor` of a rank chosen an image so that
     1 - cos(R, U U^T) <= relation_bound, or the `exact` triangle. relation_max_rank bounds the rank (the
-    residual then tells). seed: of the tail draws.
+    residual then tells). seed: of the tail draws. without: fields of a position's record that the teacher's
+    engine could not give; they are not stored, and the tail is then 1 minus the entries, known to about
+    1e-6 of the whole mass.
     """
 
     targets: tuple[Target, ...] = ("response", "visual", "relation")
@@ -34,6 +37,7 @@ class TargetSpec:
     relation_bound: float = 1e-5
     relation_max_rank: int = 1024
     seed: int = 0
+    without: tuple[Field, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -58,6 +62,12 @@ class TargetSpec:
             problems.append(f"relation_bound must lie in (0, 1), not {self.relation_bound}")
         if self.relation_max_rank < 1:
             problems.append(f"relation_max_rank must be at least 1, not {self.relation_max_rank}")
+        if set(self.without) - set(get_args(Field)) or len(set(self.without)) != len(self.without):
+            problems.append(f"without must be some of {', '.join(get_args(Field))}, not {list(self.without)}")
+        if self.without and (
+            {"visual", "relation"} & set(self.targets) or self.temperatures != (1.0,) or self.tail_samples
+        ):
+            problems.append("visual, relation, other temperatures and tail_samples need all fields")
         if problems:
             raise ValueError("target spec: " + "; ".join(problems))
 
@@ -66,6 +76,10 @@ class TargetSpec:
         document = asdict(self)
         document["targets"] = list(self.targets)
         document["temperatures"] = list(self.temperatures)
+        if self.without:
+            document["without"] = list(self.without)
+        else:  # as every cache before this key existed
+            del document["without"]
         return document
 
     @classmethod
@@ -75,7 +89,7 @@ class TargetSpec:
         if unknown:
             raise ValueError(f"target spec: unknown keys {sorted(unknown)}")
         values = dict(document)
-        for name in ("targets", "temperatures"):
+        for name in ("targets", "temperatures", "without"):
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**values)

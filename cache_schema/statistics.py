@@ -18,8 +18,8 @@ RANK_EDGES: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1
 
 
 def topk_statistics(record: TopK | None) -> dict[str, Any]:
-    """positions; histogram of the covered mass over MASS_EDGES; sums of entropy, of the tail's
-    mass and of the label's log-probability (nats); labels, and how many of them are the first entry.
+    """positions; histogram of the covered mass over MASS_EDGES; sums of entropy (where there is one), of
+    the tail's mass and of the label's log-probability (nats); labels, how many of them are the first entry.
 
     A label counts as first when its log-probability is that of the first entry, to float32 rounding.
     """
@@ -31,8 +31,9 @@ def topk_statistics(record: TopK | None) -> dict[str, Any]:
         "positions": len(record),
         "covered_mass": np.histogram(np.clip(1.0 - tail, 0.0, 1.0), MASS_EDGES)[0].tolist(),
         "sum_tail_mass": float(tail.sum()),
-        "sum_entropy": float(record.entropy.sum(dtype=np.float64)),
     }
+    if record.entropy is not None:
+        found["sum_entropy"] = float(record.entropy.sum(dtype=np.float64))
     if record.label_logprob is not None:
         first = record.label_logprob >= record.logprobs[:, 0] - 1e-5
         found |= {

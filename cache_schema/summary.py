@@ -113,7 +113,7 @@ def _kind(commits: Sequence[CommitRecord], kind: str) -> dict[str, Any]:
         "positions": positions,
         "mean_covered_mass": None if tail is None else 1.0 - tail,
         "covered_mass": {"edges": list(MASS_EDGES), "counts": histogram.tolist()},
-        "mean_entropy": _ratio(sums["sum_entropy"], positions),
+        "mean_entropy": _ratio(sums["sum_entropy"], positions) if "sum_entropy" in sums else None,
         "labels": labels,
         "label_accuracy": _ratio(sums["label_is_first"], labels),
         "perplexity": None if likelihood is None else math.exp(min(-likelihood, 700.0)),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 from cache_schema.cache import open_cache
 from cache_schema.manifest import Manifest
 from cache_schema.progress import Progress
 from cache_schema.store import open_store
 from cache_schema.writer import MANIFEST, CacheWriter
-from pipeline.engine import Engine, Head, understood_head
 from pipeline.extract import Extractor
-from pipeline.job import Job, open_job
+from pipeline.job import open_job
 from pipeline.loop import CaptureLoop
-from pipeline.prefix import packing_is_exact, prefix_is_independent
+from pipeline.pairing import possible_spec, require_vllm
 from pipeline.settings import BuildConfig, BuildSummary
-from pipeline.transformers_engine import load_engine
+from pipeline.teachers import load_teacher
+from pipeline.vllm_engine import claim_device
 from pipeline.workers import place_among_workers
 
 __all__ = ["BuildConfig", "BuildSummary", "build"]
@@ -29,6 +30,10 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     one line when it cannot go on; StoppedEarly after Ctrl-C or SIGTERM. Finished shards are kept always.
     """
     started = time.monotonic()
+    config = replace(config, spec=possible_spec(config))
+    if config.engine == "vllm":
+        require_vllm()
+        claim_device(config.device)
     rank, world_size = place_among_workers(config.rank, config.world_size)
     job = open_job(config, progress)
     present = _present_manifest(config.out)
@@ -39,41 +44,21 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         if len(writer.committed()) == job.plan.shards:
             progress.message(f"{config.out} is finished: nothing left to capture")
             return _summary(config.out, started, already_done=True)
-    progress.begin("loading the teacher", None)
-    engine = load_engine(
-        config.teacher,
-        vocab_size=job.vocab_size,
-        pad_token_id=job.pad_token_id,
-        dtype=config.dtype,
-        device=config.device,
-        device_map=config.device_map,
-        quantization=config.quantization,
-    )
-    head, sharing, packing = _check_teacher(engine, job)
-    progress.end()
-    manifest = job.manifest(sharing)
+    teacher = load_teacher(job, progress)
+    manifest = job.manifest(teacher.sharing)
     writer = CacheWriter.open(config.out, manifest)
     extractor = Extractor(
-        engine,
-        head,
+        teacher.engine,
+        teacher.head,
         config.spec,
         fingerprint=manifest.fingerprint.digest,
-        share=sharing,
-        pack=packing,
+        share=teacher.sharing,
+        pack=teacher.packing,
         batch_tokens=config.batch_tokens,
     )
     commits = list(open_cache(config.out).commits.values())
-    CaptureLoop(job, writer, extractor, engine, progress).run(rank, world_size, commits)
+    CaptureLoop(job, writer, extractor, teacher.engine, progress).run(rank, world_size, commits)
     return _summary(config.out, started, already_done=False)
-
-
-def _check_teacher(engine: Engine, job: Job) -> tuple[Head, bool, bool]:
-    """The teacher's head, refused where it is not understood; whether conversations about one image may
-    share its targets; and whether they may be computed as one sequence."""
-    sample = job.probe()
-    head = understood_head(engine, [sample])
-    sharing = bool(sample.images) and prefix_is_independent(engine, sample)
-    return head, sharing, sharing and packing_is_exact(engine, sample)
 
 
 def _present_manifest(out: str) -> Manifest | None:

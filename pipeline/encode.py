@@ -37,13 +37,15 @@ Mask = NDArray[np.bool_]
 class Encoded:
     """What a processor made of a conversation.
 
-    ids (T,) int32. images: for each image a mask (T,) of the tokens that took its mark's place. answers:
+    ids (T,) int32. images: for each image a mask (T,) of the tokens that took its mark's place; marks: what
+    the template had written there. answers:
     for each span of the text its token range, empty where no token touches it. rest: every other model
     input but the attention mask, with a batch dimension of 1.
     """
 
     ids: NDArray[np.int32]
     images: list[Mask]
+    marks: list[str]
     answers: list[Span]
     rest: dict[str, Tensor]
 
@@ -67,7 +69,8 @@ def encode(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) ->
         )
         answers.append(_touching(offsets, (start + gained, end + gained)))
     placed = [_inside(offsets, replacement["new_span"]) for replacement in replacements]
-    return Encoded(ids=found.ids, images=placed, answers=answers, rest=found.rest)
+    marks = [_cut(rendered.text, replacement["span"]) for replacement in replacements]
+    return Encoded(ids=found.ids, images=placed, marks=marks, answers=answers, rest=found.rest)
 
 
 def _takes_suffix(processor: Any) -> bool:
@@ -95,7 +98,8 @@ def _encode_prefix_model(processor: Any, rendered: Rendered, images: Sequence[Im
         _inside(np.where(suffix[:, None], -1, found.offsets), replacement["new_span"])
         for replacement in found.replacements
     ]
-    return Encoded(ids=found.ids, images=placed, answers=answers, rest=found.rest)
+    marks = [_cut(rendered.text, replacement["span"]) for replacement in found.replacements]
+    return Encoded(ids=found.ids, images=placed, marks=marks, answers=answers, rest=found.rest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +134,10 @@ def _call(processor: Any, images: Sequence[Image.Image], **texts: list[str]) -> 
     for name in ("attention_mask", "labels"):
         output.pop(name, None)
     return _Output(ids=ids, offsets=offsets, replacements=replacements[0] if images else [], rest=output)
+
+
+def _cut(text: str, span: Span) -> str:
+    return text[span[0] : span[1]]
 
 
 def _inside(offsets: NDArray[np.int64], span: Span) -> Mask:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
+from cache_schema.records import TopK
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 
@@ -51,8 +54,27 @@ def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
 
 
+def head_from(config: Any, weight: Tensor, bias: Tensor | None, vocab_size: int) -> Head:
+    """The head of a text config of transformers, which names soft-cap and logit scale. weight (rows, D)."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    if weight.shape[0] < vocab_size:
+        raise KdcacheError(
+            f"the teacher's head has {weight.shape[0]} rows but its tokenizer {vocab_size} tokens; "
+            "the folder mixes two models"
+        )
+    return Head(
+        weight=weight,
+        vocab_size=vocab_size,
+        bias=bias,
+        softcap=None if softcap is None else float(softcap),
+        scale=scale,
+    )
+
+
 class Engine(Protocol):
-    """A loaded teacher.
+    """A loaded teacher that gives hidden states.
 
     Nothing is promised about batch composition beyond rounding: float32 hidden states of a sample agree
     between batches to about 1e-6 relative, not bit by bit.
@@ -76,11 +98,29 @@ class Engine(Protocol):
     def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
         """For every pack one (T, D) tensor a sample, as hidden_states gives them."""
 
+
+@runtime_checkable
+class RecordEngine(Protocol):
+    """A loaded teacher that gives log-probabilities alone: no hidden states, no logits, no relations."""
+
+    @property
+    def description(self) -> dict[str, str]:
+        """See Engine."""
+
+    def records(
+        self, samples: Sequence[PreparedSample], positions: Sequence[Sequence[NDArray[np.int32]]]
+    ) -> list[list[TopK]]:
+        """For every sample its records, one for each of its arrays of positions; spec.without is None."""
+
+
+class LogitsEngine(Engine, Protocol):
+    """An engine whose model's own logits can be asked for, to hold its head against them."""
+
     def logits(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """The model's own logits (T, rows), one tensor a sample, for checks only."""
 
 
-def understood_head(engine: Engine, samples: Sequence[PreparedSample]) -> Head:
+def understood_head(engine: LogitsEngine, samples: Sequence[PreparedSample]) -> Head:
     """The head that turns the engine's hidden states into the model's own logits, tried on `samples`.
 
     A soft-cap that the config names counts only if the model really applies it (Gemma 3 with images does

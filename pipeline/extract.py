@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.codecs.topk import topk_rows
+from cache_schema.conversations import writable
+from cache_schema.errors import RowRejected
 from cache_schema.records import (
     IGNORE_INDEX,
     CapturedImage,
@@ -23,7 +25,7 @@ from cache_schema.records import (
     response_positions_of,
 )
 from cache_schema.spec import TargetSpec
-from pipeline.engine import Engine, Head
+from pipeline.engine import Engine, Head, RecordEngine
 from pipeline.packing import Pack, make_pack, pack_samples
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample
@@ -54,6 +56,7 @@ class _Wanted:
 class Extractor:
     """Captures windows of samples with one engine.
 
+    head: turns the engine's hidden states into logits; None for an engine that gives records itself.
     share: images with equal prefix keys (under `fingerprint`) get their visual and relation records once.
     pack: conversations about the same images are also computed as one sequence (needs share).
     batch_tokens: padded tokens of a batch; it halves by itself when memory runs out, and stays so.
@@ -61,8 +64,8 @@ class Extractor:
 
     def __init__(
         self,
-        engine: Engine,
-        head: Head,
+        engine: Engine | RecordEngine,
+        head: Head | None,
         spec: TargetSpec,
         *,
         fingerprint: str,
@@ -72,7 +75,7 @@ class Extractor:
     ) -> None:
         self._engine = engine
         self._spec = spec
-        self._maker = TargetMaker(head, spec)
+        self._maker = None if head is None else TargetMaker(head, spec)
         self._fingerprint = fingerprint
         self._share = share
         self._pack = pack
@@ -144,9 +147,12 @@ class Extractor:
         )
 
     def _run(self, groups: Sequence[Sequence[_Wanted]]) -> list[Captured]:
-        """One batch of packs; on exhausted memory its halves, and the budget shrinks."""
+        """One batch of packs. On exhausted memory its halves, and the budget shrinks; its halves, too, when
+        the engine refuses one of the samples, until that one is alone."""
         try:
             return self._forward(groups)
+        except RowRejected as error:
+            return self._refused(groups, error)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -165,8 +171,23 @@ class Extractor:
             QuarantinedRow(row=sample.row, sample_id=sample.sample_id, reason="out_of_memory", detail=detail)
         ]
 
+    def _refused(self, groups: Sequence[Sequence[_Wanted]], error: RowRejected) -> list[Captured]:
+        if len(groups) > 1:
+            half = len(groups) // 2
+            return self._run(groups[:half]) + self._run(groups[half:])
+        (group,) = groups
+        if len(group) > 1:
+            return [captured for want in group for captured in self._run([[want]])]
+        sample = group[0].sample
+        return [
+            QuarantinedRow(
+                row=sample.row, sample_id=sample.sample_id, reason=error.reason, detail=writable(error.detail)
+            )
+        ]
+
     def _hidden_states(self, groups: Sequence[Sequence[_Wanted]]) -> list[Tensor]:
         """One (T, D) a sample, in order."""
+        assert not isinstance(self._engine, RecordEngine)
         if all(len(group) == 1 for group in groups):
             return self._engine.hidden_states([want.sample for (want,) in groups])
         packs = [make_pack([want.sample for want in group]) for group in groups]
@@ -174,8 +195,12 @@ class Extractor:
 
     def _forward(self, groups: Sequence[Sequence[_Wanted]]) -> list[Captured]:
         wanted = [want for group in groups for want in group]
-        hidden = self._hidden_states(groups)
         parts = [want.positions(self._spec) for want in wanted]
+        if isinstance(self._engine, RecordEngine):
+            given = self._engine.records([want.sample for want in wanted], parts)
+            return [self._assemble(want, None, own) for want, own in zip(wanted, given, strict=True)]
+        assert self._maker is not None
+        hidden = self._hidden_states(groups)
         picked, labels, rows, positions = [], [], [], []
         for want, states, own in zip(wanted, hidden, parts, strict=True):
             ids = np.append(want.sample.input_ids[1:], IGNORE_INDEX)
@@ -198,7 +223,7 @@ class Extractor:
             for want, states, own in zip(wanted, hidden, parts, strict=True)
         ]
 
-    def _assemble(self, want: _Wanted, hidden: Tensor, records: list[TopK]) -> Captured:
+    def _assemble(self, want: _Wanted, hidden: Tensor | None, records: list[TopK]) -> Captured:
         sample = want.sample
         left = iter(records)
         response = next(left) if want.response is not None else None
@@ -210,12 +235,14 @@ class Extractor:
             if owned and "visual" in self._spec.targets:
                 visual = replace(next(left), label_logprob=None)  # no text follows there
             if owned and "relation" in self._spec.targets:
+                assert self._maker is not None
+                assert hidden is not None
                 relation = self._maker.relation(
                     hidden[torch.from_numpy(image.positions).long().to(hidden.device)]
                 )
                 relations.append(relation)
             images.append(CapturedImage(record=image, prefix_key=key, visual=visual, relation=relation))
-        finite = all(np.isfinite(record.logsumexp).all() for record in records)
+        finite = all(np.isfinite(record.logprobs).all() for record in records)
         if not finite or not all(np.isfinite(relation.norm) for relation in relations):
             return QuarantinedRow(
                 row=sample.row,

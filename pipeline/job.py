@@ -69,7 +69,7 @@ class Job:
             spec=self.config.spec,
             sharing=sharing,
             rules=self.rules,
-            recorded={"engine": self.config.engine, "transformers": transformers.__version__},
+            recorded={"transformers": transformers.__version__, **self._engine()},
         )
         return Manifest(
             fingerprint=fingerprint,
@@ -85,6 +85,28 @@ class Job:
                 "teacher": str(self.config.teacher),
             },
         )
+
+    def _engine(self) -> dict[str, str]:
+        if self.config.engine == "transformers":
+            return {"engine": "transformers"}
+        return {"engine": self.config.engine, "engine_mode": self.config.engine_mode}
+
+    def probes(self, count: int) -> list[PreparedSample]:
+        """Up to `count` capturable samples, the first with an image where there is any; of two or more one
+        without an image, where the dataset has both. KdcacheError as in `probe`."""
+        first = self.probe()
+        found = {first.row: first}
+        order, images = self.plan.order, self.dataset.first_images
+        texts, pictures = order[images[order] == 0], order[images[order] != 0]
+        for row in (int(row) for row in [*texts[:1], *pictures[:_PROBES], *texts[1:_PROBES]]):
+            if len(found) >= count:
+                break
+            if row not in found:
+                try:
+                    found[row] = self.preparer.prepare(self.dataset[row])
+                except RowRejected:
+                    continue
+        return list(found.values())
 
     def probe(self) -> PreparedSample:
         """A capturable sample, the first in plan order that has an image, or else any.

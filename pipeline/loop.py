@@ -17,7 +17,7 @@ from cache_schema.manifest import CommitRecord
 from cache_schema.progress import Progress
 from cache_schema.records import CapturedSample, QuarantinedRow
 from cache_schema.writer import CacheWriter
-from pipeline.engine import Engine
+from pipeline.engine import Engine, RecordEngine
 from pipeline.extract import Captured, Extractor
 from pipeline.job import Job
 from pipeline.prefetch import Prefetch
@@ -50,7 +50,12 @@ class CaptureLoop:
     """Captures the pending shards of one worker."""
 
     def __init__(
-        self, job: Job, writer: CacheWriter, extractor: Extractor, engine: Engine, progress: Progress
+        self,
+        job: Job,
+        writer: CacheWriter,
+        extractor: Extractor,
+        engine: Engine | RecordEngine,
+        progress: Progress,
     ) -> None:
         self._job = job
         self._writer = writer

@@ -22,13 +22,23 @@ OverLong = Literal["quarantine", "cut"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Expansion:
+    """The tokens start..end (half-open) that took the place of an image's `mark` in the template's text."""
+
+    start: int
+    end: int
+    mark: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedSample:
     """A row as the processor made it.
 
     input_ids (T,) int32 with every image expanded; label_spans (S, 2) int32, half-open and ascending.
     token_inputs: further inputs of shape (T,) (token types). pixel_inputs: everything else the processor
     made (pixels, grids, sizes), with the leading dimensions that the model expects. answers_kept: how
-    many of the conversation's answers are in it; answers_cut: how many were cut off at its end.
+    many of the conversation's answers are in it; answers_cut: how many were cut off at its end. expansions:
+    one an image.
     """
 
     row: int
@@ -40,6 +50,7 @@ class PreparedSample:
     pixel_inputs: Mapping[str, Tensor]
     answers_kept: int
     answers_cut: int = 0
+    expansions: tuple[Expansion, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -124,6 +135,7 @@ class SamplePreparer:
             token_inputs={name: value[0].numpy() for name, value in by_token.items()},
             pixel_inputs={name: value for name, value in encoded.rest.items() if name not in by_token},
             answers_kept=len(conversation.answers),
+            expansions=_expansions(encoded),
         )
 
     def _image_positions(self, encoded: Encoded, images: int) -> list[NDArray[np.int32]]:
@@ -179,6 +191,14 @@ class SamplePreparer:
     def _bare(self, text: str) -> str:
         """Without blanks, which tokenizers add and drop, and the end token, which some processors add."""
         return "".join(text.split()).removesuffix(self._tokenizer.eos_token or "\0")
+
+
+def _expansions(encoded: Encoded) -> tuple[Expansion, ...]:
+    found = []
+    for mask, mark in zip(encoded.images, encoded.marks, strict=True):
+        places = np.flatnonzero(mask)
+        found.append(Expansion(start=int(places[0]), end=int(places[-1]) + 1, mark=mark))
+    return tuple(found)
 
 
 def first_answers(conversation: Conversation, answers: int) -> Conversation:

@@ -10,7 +10,8 @@ from typing import Any
 from cache_schema.spec import TargetSpec
 from pipeline.samples import OverLong
 
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "vllm")
+ENGINE_MODES = ("hidden", "logprobs")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,7 +25,9 @@ class BuildConfig:
     tokens a batch. max_length: tokens a sample, images included; over_long: what becomes of longer ones.
     limit: only the first rows. max_bad: the share of rows in quarantine above which the build stops, asked
     after every shard; None: never. rank, world_size: None to take them from the launcher.
-    prepare_threads: for decoding and processing images.
+    prepare_threads: for decoding and processing images. Of the engine vllm only: engine_mode, `hidden`
+    states or `logprobs` alone (see pipeline.pairing); memory_share of the accelerator that vLLM may take;
+    spot_check: samples that are compared with transformers before anything is captured.
     """
 
     teacher: Path
@@ -47,12 +50,16 @@ class BuildConfig:
     retry_quarantine: bool = False
     rank: int | None = None
     world_size: int | None = None
+    engine_mode: str = "hidden"
+    memory_share: float = 0.8
+    spot_check: int = 4
     prepare_threads: int = field(default_factory=lambda: max(1, min(8, (os.cpu_count() or 2) // 2)))
 
     def __post_init__(self) -> None:
         problems = []
         choices = {
             "engine": ENGINES,
+            "engine_mode": ENGINE_MODES,
             "dtype": DTYPE_NAMES,
             "quantization": (None, "8bit", "4bit"),
             "over_long": ("quarantine", "cut"),
@@ -60,12 +67,14 @@ class BuildConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        for name in ("batch_tokens", "shard_size", "max_length", "limit", "prepare_threads"):
+        for name in ("batch_tokens", "shard_size", "max_length", "limit", "prepare_threads", "spot_check"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} must be at least 1, not {value}")
         if self.max_bad is not None and not 0.0 <= self.max_bad <= 1.0:
             problems.append(f"max_bad must lie in [0, 1], not {self.max_bad}")
+        if not 0.0 < self.memory_share <= 1.0:
+            problems.append(f"memory_share must lie in (0, 1], not {self.memory_share}")
         if problems:
             raise ValueError("build: " + "; ".join(problems))
 

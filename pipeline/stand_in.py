@@ -72,10 +72,6 @@ class Witness:
         """See Engine."""
         return self._engine.packed_hidden_states(packs)
 
-    def logits(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
-        """See Engine."""
-        return self._engine.logits(samples)
-
 
 class StandIn(Protocol):
     """A student at the picked positions."""

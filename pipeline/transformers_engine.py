@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cache_schema.errors import KdcacheError
-from pipeline.engine import Head
+from pipeline.engine import Head, head_from
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 
@@ -167,24 +167,9 @@ def head_of(model: Any, vocab_size: int) -> Head:
     layer = model.get_output_embeddings()
     if layer is None:
         raise KdcacheError(f"{type(model).__name__} has no language-model head; it cannot be a teacher")
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    weight = layer.weight.detach()
-    if weight.shape[0] < vocab_size:
-        raise KdcacheError(
-            f"the teacher's head has {weight.shape[0]} rows but its tokenizer {vocab_size} tokens; "
-            "the folder mixes two models"
-        )
     bias = getattr(layer, "bias", None)
-    return Head(
-        weight=weight,
-        vocab_size=vocab_size,
-        bias=None if bias is None else bias.detach(),
-        softcap=None if softcap is None else float(softcap),
-        scale=scale,
-    )
+    bias = None if bias is None else bias.detach()
+    return head_from(model.config.get_text_config(), layer.weight.detach(), bias, vocab_size)
 
 
 def load_processor(folder: Path) -> Any:

@@ -30,7 +30,7 @@ from cache_schema import (
 from cache_schema.identity import tokenizer_digest
 from cache_schema.progress import Silent
 from cache_schema.summary import summarise
-from pipeline import capture
+from pipeline import capture, teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.workers import place_among_workers
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
@@ -312,14 +312,14 @@ def test_memory_that_runs_out_shrinks_the_batches(
 
     monkeypatch.setattr(TransformersEngine, "hidden_states", meagre)
     monkeypatch.setattr(TransformersEngine, "packed_hidden_states", meagre_packs)
-    monkeypatch.setattr(capture, "packing_is_exact", lambda engine, sample: True)
+    monkeypatch.setattr(teachers, "packing_is_exact", lambda engine, sample: True)
     shown = Notes()
     assert build(config_of(setting, tmp_path / "c", shard_size=14), shown).captured == 14
     assert int(shown.fields["batch"].split()[0]) < 300
     assert max(sizes) > 1
     assert sizes.count(1) >= 10
 
-    monkeypatch.setattr(capture, "packing_is_exact", lambda engine, sample: False)
+    monkeypatch.setattr(teachers, "packing_is_exact", lambda engine, sample: False)
 
     def hopeless(self: TransformersEngine, samples: Any) -> Any:
         if len(samples[0]) > 90:

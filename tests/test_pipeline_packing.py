@@ -11,7 +11,6 @@ import torch
 from cache_schema import TargetSpec, open_cache
 from cache_schema.conversations import conversation_of
 from cache_schema.progress import Silent
-from pipeline import capture
 from pipeline.capture import BuildConfig, build
 from pipeline.extract import batches
 from pipeline.packing import Pack, make_pack, pack_samples
@@ -154,7 +153,7 @@ def test_a_build_with_packs_equals_one_without(tmp_path: Path, monkeypatch: pyte
     )
     build(config, Silent())
     assert max(max(sizes) for sizes in calls[1:]) > 1
-    monkeypatch.setattr(capture, "packing_is_exact", lambda engine, sample: False)
+    monkeypatch.setattr("pipeline.teachers.packing_is_exact", lambda engine, sample: False)
     calls.clear()
     build(replace(config, out=str(tmp_path / "single")), Silent())
     assert not calls

@@ -12,7 +12,7 @@ from torch import Tensor
 from cache_schema import TargetSpec, open_cache
 from cache_schema.progress import Silent
 from cache_schema.records import ImageRecord
-from pipeline import capture
+from pipeline import teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.engine import Head
 from pipeline.prefix import prefix_is_independent, prefix_keys
@@ -118,7 +118,7 @@ def test_sharing_changes_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     build(config, Silent())
     assert len(made) == 3, "computed once an image, not only stored once"
-    monkeypatch.setattr(capture, "prefix_is_independent", lambda engine, sample: False)
+    monkeypatch.setattr(teachers, "prefix_is_independent", lambda engine, sample: False)
     build(replace(config, out=str(tmp_path / "single")), Silent())
     shared, single = open_cache(tmp_path / "shared"), open_cache(tmp_path / "single")
     assert shared.manifest.fingerprint.capture["sharing"] is True

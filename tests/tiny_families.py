@@ -254,7 +254,7 @@ def paligemma(folder: Path) -> Path:
     return save(folder, transformers.PaliGemmaForConditionalGeneration(config), processor)
 
 
-def qwen(folder: Path, kind: str) -> Path:
+def qwen(folder: Path, kind: str, *, hidden: int = HIDDEN) -> Path:
     """Qwen2VL, Qwen2_5_VL or Qwen3VL."""
     tokenizer = tokenizer_with(
         image_token="<|image_pad|>",
@@ -268,25 +268,33 @@ def qwen(folder: Path, kind: str) -> Path:
     }
     shared = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
     vision = {
-        "Qwen2VL": {"embed_dim": 16, "hidden_size": HIDDEN, "mlp_ratio": 2},
+        "Qwen2VL": {"embed_dim": 16, "hidden_size": hidden, "mlp_ratio": 2},
         "Qwen2_5_VL": {
             "hidden_size": 16,
             "intermediate_size": 32,
-            "out_hidden_size": HIDDEN,
+            "out_hidden_size": hidden,
             "fullatt_block_indexes": [1],
             "window_size": 16,
         },
         "Qwen3VL": {
             "hidden_size": 16,
             "intermediate_size": 32,
-            "out_hidden_size": HIDDEN,
+            "out_hidden_size": hidden,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
     }[kind]
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [part * hidden // HIDDEN for part in (2, 3, 3)],
+        "rope_theta": 10000.0,
+    }
     text = text_config(
-        "", tokenizer, rope_parameters=rope | ({"mrope_interleaved": True} if kind == "Qwen3VL" else {})
+        "",
+        tokenizer,
+        hidden_size=hidden,
+        head_dim=hidden // 2,
+        rope_parameters=rope | ({"mrope_interleaved": True} if kind == "Qwen3VL" else {}),
     )
     del text["model_type"]
     config = getattr(transformers, f"{kind}Config")(vision_config=shared | vision, text_config=text, **ids)

@@ -2,7 +2,8 @@
 
 PyPI's wheel does not import there, because its compiled operators ask for CUDA; its Python parts work once
 the schemas of `nms` and `qnms` are declared. `sitecustomize.py` in the folder declares them, so putting the
-folder on PYTHONPATH is all that a process needs. Run as a module to prepare the folder.
+folder on PYTHONPATH is all that a process needs. Run as a module to prepare the folder, or with --hook to
+make the hook part of this Python's own environment, which has torchvision already.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / ".venv-torchvision"
@@ -55,5 +57,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
+def install_hook() -> None:
+    """Runs HOOK at the start of every process of this environment."""
+    packages = Path(sysconfig.get_path("purelib"))
+    (packages / "torchvision_schemas.py").write_text(HOOK)
+    (packages / "torchvision_schemas.pth").write_text("import torchvision_schemas\n")
+
+
 if __name__ == "__main__":
-    prepared_folder()
+    install_hook() if "--hook" in sys.argv else prepared_folder()

@@ -75,10 +75,9 @@ def _bytes(summary: Mapping[str, Any]) -> str:
 
 
 def _positions(kind: str, found: Mapping[str, Any]) -> str:
-    rows = [
-        ["mass the kept entries hold", mass(found["mean_covered_mass"])],
-        ["entropy", f"{found['mean_entropy']:.3f} nats"],
-    ]
+    rows = [["mass the kept entries hold", mass(found["mean_covered_mass"])]]
+    if found["mean_entropy"] is not None:
+        rows.append(["entropy", f"{found['mean_entropy']:.3f} nats"])
     if found["labels"]:
         rows.append(["accuracy on the labels", f"{found['label_accuracy']:.1%}"])
         rows.append(["perplexity on the labels", f"{found['perplexity']:.4g}"])

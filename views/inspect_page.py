@@ -89,10 +89,9 @@ def _positions(summary: Mapping[str, Any]) -> list[Panel]:
     for kind, found in summary["positions"].items():
         if not found["positions"]:
             continue
-        facts = [
-            f"mass covered {mass(found['mean_covered_mass'])}",
-            f"entropy {found['mean_entropy']:.3f} nats",
-        ]
+        facts = [f"mass covered {mass(found['mean_covered_mass'])}"]
+        if found["mean_entropy"] is not None:
+            facts.append(f"entropy {found['mean_entropy']:.3f} nats")
         if found["labels"]:
             facts.append(f"teacher's accuracy on the labels {found['label_accuracy']:.1%}")
             facts.append(f"perplexity {found['perplexity']:.4g}")

@@ -129,7 +129,7 @@ def _response(sample: Sample, text: TokenText, top: int) -> list[dict[str, Any]]
                 "label_probability": _probability(record.label_logprob, n),
                 "label_rank": int(place[0]) if len(place) else None,
                 "agrees": bool(len(place) and place[0] == 0),
-                "entropy": round(float(record.entropy[n]), 4),
+                "entropy": _entropy(record, n),
                 "outside": tail_probability(record, n),
                 "top": tops[n],
             }
@@ -156,7 +156,7 @@ def _image(
         document["visual"] = [
             {
                 "position": int(position),
-                "entropy": round(float(sample.visual.entropy[start + n]), 4),
+                "entropy": _entropy(sample.visual, start + n),
                 "outside": tail_probability(sample.visual, start + n),
                 "top": tops[n],
             }
@@ -230,6 +230,10 @@ def tail_probability(record: TopK, n: int) -> float:
     """The mass outside the kept entries at position n, temperature 1."""
     column = [float(t) for t in record.temperatures].index(1.0)
     return round(float(np.exp(np.float64(record.tail_logprob[n, column]))), 6)
+
+
+def _entropy(record: TopK, n: int) -> float | None:
+    return None if record.entropy is None else round(float(record.entropy[n]), 4)
 
 
 def _probability(logprobs: Sequence[float] | NDArray[np.float32] | None, n: int) -> float | None:

@@ -163,7 +163,9 @@ def _response(rows: Sequence[dict[str, Any]], width: int) -> Table:
             Text("-" if probability is None else f"{probability:.4f}", style),
             *cells,
             *[""] * (tops - len(cells)),
-            *[f"{row['entropy']:.2f}", f"{row['outside']:.4f}"][: len(extra)],
+            *["-" if row["entropy"] is None else f"{row['entropy']:.2f}", f"{row['outside']:.4f}"][
+                : len(extra)
+            ],
         )
     return table
 

@@ -49,14 +49,15 @@ def encode_topk(record: TopK, precision: Precision) -> Arrays:
     full: token_ids (N, K) int32 and all else float32, exact. compact: ids through a dictionary,
     log-probabilities in 8 bits, tail, entropy and label in float16; logsumexp stays exact.
     """
-    arrays: Arrays = {"logsumexp": record.logsumexp}
+    arrays: Arrays = {} if record.logsumexp is None else {"logsumexp": record.logsumexp}
     if precision == "full":
         arrays |= {
             "token_ids": record.token_ids,
             "logprobs": record.logprobs,
             "tail_logprob": record.tail_logprob.T,
-            "entropy": record.entropy,
         }
+        if record.entropy is not None:
+            arrays["entropy"] = record.entropy
         if record.label_logprob is not None:
             arrays["label_logprob"] = record.label_logprob
         if record.sampled_ids is not None:
@@ -68,7 +69,8 @@ def encode_topk(record: TopK, precision: Precision) -> Arrays:
         arrays["ids"] = index[:, : record.token_ids.shape[1]]
         arrays["steps"], arrays["drop"] = encode_logprobs(record.logprobs)
         arrays["tail_logprob"] = encode_tail(record.tail_logprob).T
-        arrays["entropy"] = record.entropy.astype(np.float16)
+        if record.entropy is not None:
+            arrays["entropy"] = record.entropy.astype(np.float16)
         if record.label_logprob is not None:
             arrays["label_logprob"] = np.maximum(record.label_logprob, -LARGEST).astype(np.float16)
         if sampled is not None:
@@ -111,8 +113,8 @@ def decode_topk(arrays: Mapping[str, NDArray[Any]], rows: Rows, temperatures: ND
         logprobs=logprobs,
         tail_logprob=np.ascontiguousarray(tail.T, dtype=np.float32),
         temperatures=temperatures,
-        logsumexp=arrays["logsumexp"][rows],
-        entropy=arrays["entropy"][rows].astype(np.float32),
+        logsumexp=floats("logsumexp"),
+        entropy=floats("entropy"),
         label_logprob=floats("label_logprob"),
         sampled_ids=sampled,
         sampled_counts=counts,

@@ -108,7 +108,8 @@ function conversation(sample) {
       el("h3", {}, "label ", el("span", { class: "mono response" }, signs(word(entry.label_id))),
         entry.label_probability === null ? "" : ` has ${percent(entry.label_probability)}`),
       bars(entry.top, entry.label_id, entry.outside),
-      el("p", { class: "faint" }, `position ${entry.position}, entropy ${entry.entropy.toFixed(2)} nats, ` +
+      el("p", { class: "faint" }, `position ${entry.position}, ` +
+        (entry.entropy === null ? "" : `entropy ${entry.entropy.toFixed(2)} nats, `) +
         (entry.label_rank === null ? "the label is not among the kept entries" : `the label is entry ${entry.label_rank + 1}`)));
   }
   function choose(n) {

@@ -1,0 +1,113 @@
+"""The teacher of a build, loaded and checked: which engine, which head, what may be shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cache_schema.progress import Progress
+from pipeline.engine import Engine, Head, RecordEngine, understood_head
+from pipeline.folder_head import read_head
+from pipeline.job import Job
+from pipeline.prefix import packing_is_exact, prefix_is_independent
+from pipeline.samples import PreparedSample
+from pipeline.spot_check import Finding, finding_of, release_memory, require_agreement
+from pipeline.transformers_engine import DTYPES, TransformersEngine, choose_device, load_engine
+from pipeline.vllm_engine import hidden_engine, logprob_engine, start_vllm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """A loaded teacher that has passed its checks.
+
+    head: None for an engine that gives records itself. sharing: whether conversations about one image may
+    share its targets; packing: whether they may be computed as one sequence.
+    """
+
+    engine: Engine | RecordEngine
+    head: Head | None
+    sharing: bool
+    packing: bool
+
+
+def load_teacher(job: Job, progress: Progress) -> Teacher:
+    """Loads the teacher of `job` and checks it. KdcacheError where either fails."""
+    if job.config.engine == "vllm":
+        return _load_vllm(job, progress)
+    progress.begin("loading the teacher", None)
+    engine = _load_transformers(job)
+    sample = job.probe()
+    head = understood_head(engine, [sample])
+    sharing = bool(sample.images) and prefix_is_independent(engine, sample)
+    packing = sharing and packing_is_exact(engine, sample)
+    progress.end()
+    return Teacher(engine=engine, head=head, sharing=sharing, packing=packing)
+
+
+def _load_transformers(job: Job) -> TransformersEngine:
+    config = job.config
+    return load_engine(
+        config.teacher,
+        vocab_size=job.vocab_size,
+        pad_token_id=job.pad_token_id,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        quantization=config.quantization,
+    )
+
+
+def _load_vllm(job: Job, progress: Progress) -> Teacher:
+    """vLLM, after a few samples have gone through transformers and before they go through it."""
+    config = job.config
+    samples = job.probes(config.spot_check)
+    progress.begin("asking transformers about a few samples", None)
+    ours, softcap = _ask_transformers(job, samples)
+    release_memory()
+    progress.end()
+    progress.begin("loading the teacher into vLLM", None)
+    llm = start_vllm(
+        Path(config.teacher),
+        mode=config.engine_mode,
+        dtype=job.dtype,
+        max_length=job.rules["max_length"],
+        batch_tokens=config.batch_tokens,
+        memory_share=config.memory_share,
+        top_k=config.spec.top_k,
+        processor=job.processor,
+        vision_type=getattr(getattr(job.teacher_config, "vision_config", None), "model_type", ""),
+    )
+    places: dict[str, Any] = {"tokenizer": job.processor.tokenizer, "image_root": Path(config.image_root)}
+    engine: Engine | RecordEngine
+    head: Head | None = None
+    if config.engine_mode == "hidden":
+        head = read_head(
+            Path(config.teacher),
+            job.teacher_config,
+            vocab_size=job.vocab_size,
+            dtype=DTYPES[job.dtype],
+            device=choose_device(config.device),
+        )
+        head = replace(head, softcap=softcap)
+        engine = hidden_engine(llm, head, **places)
+    else:
+        engine = logprob_engine(llm, top_k=config.spec.top_k, **places)
+    theirs = finding_of(engine, head, config.spec, samples)
+    require_agreement(ours, theirs, samples, dtype=job.dtype, engine="vllm")
+    # Log-probabilities make no targets of images, so there is nothing to share.
+    sharing = (
+        not isinstance(engine, RecordEngine)
+        and bool(samples[0].images)
+        and prefix_is_independent(engine, samples[0])
+    )
+    progress.end()
+    return Teacher(engine=engine, head=head, sharing=sharing, packing=False)
+
+
+def _ask_transformers(job: Job, samples: list[PreparedSample]) -> tuple[Finding, float | None]:
+    """What transformers says of the samples, and the soft-cap that its model really applies; the model is
+    gone when this returns."""
+    engine = _load_transformers(job)
+    head = understood_head(engine, samples[:1])
+    return finding_of(engine, head, job.config.spec, samples), head.softcap
