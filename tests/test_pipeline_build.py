@@ -30,7 +30,7 @@ from cache_schema import (
 from cache_schema.identity import tokenizer_digest
 from cache_schema.progress import Silent
 from cache_schema.summary import summarise
-from pipeline import capture, teachers
+from pipeline import teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.workers import place_among_workers
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
@@ -349,7 +349,7 @@ def test_a_budget_that_shrank_holds_for_the_batches_to_come(
         return whole(self, samples)
 
     monkeypatch.setattr(TransformersEngine, "hidden_states", limited)
-    monkeypatch.setattr(capture, "packing_is_exact", lambda engine, sample: False)
+    monkeypatch.setattr(teachers, "packing_is_exact", lambda engine, sample: False)
     config = config_of(setting, tmp_path / "c", shard_size=14, batch_tokens=400)
     assert build(config, Silent()).captured == 14
     assert 1 <= len(refused) <= 2
