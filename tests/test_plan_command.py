@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from cache_schema.rows import JsonSource
 from cache_schema.spec import TargetSpec
 from cache_schema.summary import summarise
 from pipeline.advice import PlanConfig, plan
+from pipeline.capture import build
 from pipeline.choice import build_arguments, write_command
 from pipeline.job import open_job
 from pipeline.settings import BuildConfig
@@ -341,6 +341,50 @@ def test_relations_alone(world: SimpleNamespace) -> None:
     assert "--relation-bound" in found["arguments"]
 
 
+def test_rows_with_several_images(world: SimpleNamespace, tmp_path: Path) -> None:
+    rows = []
+    for number in range(6):
+        for name in (f"first-{number // 2}.png", f"second-{number}.png"):
+            write_png(tmp_path / name, seed=len(name) * 100 + number // 2 if "first" in name else number)
+        turns = [
+            {"from": "human", "value": "<image>\nand <image>\nWhat is it?"},
+            {"from": "gpt", "value": "The shape is red."},
+        ]
+        images = [f"first-{number // 2}.png", f"second-{number}.png"]
+        rows.append({"id": number, "image": images, "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    config = config_of(
+        world, data=tmp_path / "data.json", image_root=tmp_path, out=str(tmp_path / "cache"), top_ks=(4,)
+    )
+    found = plan(config, Silent())
+    build(config.build, Silent())
+    real = summarise(open_cache(str(tmp_path / "cache")))["counts"]
+    assert found["dataset"]["images"] == real["images"] == 12
+    assert found["dataset"]["stored_images"] == real["relations"] == 9
+    assert found["dataset"]["positions"]["visual"] == real["visual_positions"]
+
+
+def test_a_teacher_whose_images_see_what_follows_shares_nothing(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.advice.prefix_is_independent", lambda engine, sample: False)
+    code, out, err = run(*plan_words(world), capsys=capsys)
+    assert code == 0, err
+    assert "not shared" in out
+    code, out, err = run(*plan_words(world, "--json"), capsys=capsys)
+    found = json.loads(out)["dataset"]
+    assert found["stored_images"] == found["images"]
+    assert found["computed_tokens"] == found["tokens"]
+    assert found["sharing"] == {"allowed": False, "packed": False, "share_of_equal_prefixes": None}
+
+
+def test_half_precision(world: SimpleNamespace) -> None:
+    found = plan(config_of(world, dtype="bfloat16", samples=8), Silent())
+    assert found["teacher"]["engine"]["dtype"] == "bfloat16"
+    assert found["student"]["kl"]["response"] == pytest.approx(0.7, rel=0.05)
+    assert "--dtype" in found["arguments"]
+
+
 def test_a_question_before_the_image_is_not_shared(world: SimpleNamespace, tmp_path: Path) -> None:
     write_png(tmp_path / "one.png", seed=1)
     rows = []
@@ -437,4 +481,3 @@ def test_an_interrupted_plan_leaves_cleanly(world: SimpleNamespace, tmp_path: Pa
     assert process.returncode == 3, "".join(said) + err
     assert "Traceback" not in err
     assert out == ""
-    assert not shutil.which("kdcache", path=str(world.folder))

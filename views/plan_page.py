@@ -237,8 +237,8 @@ def _recommendation(document: Mapping[str, Any]) -> Text:
         text.append(f" (the smallest within {bounds})", "not bold")
     else:
         text.append(
-            f" (the nearest; no setting tried is within {bounds}: {'; '.join(chosen['misses'])}. Try larger "
-            "--top-k or --relation, or accept more with --max-angle or --max-kl)",
+            f" (the nearest; no setting tried is within {bounds}: {'; '.join(chosen['misses'])}. Try a "
+            "larger --top-k or a smaller --relation, or accept more with --max-angle or --max-kl)",
             "not bold",
         )
     return text
