@@ -19,16 +19,15 @@ from cache_schema.progress import Progress
 from cache_schema.records import Relation, TopK
 from cache_schema.spec import TARGETS, Precision, TargetSpec
 from pipeline.choice import build_arguments, choose, chosen_spec
-from pipeline.engine import Head, understood_head
+from pipeline.engine import Head
 from pipeline.fidelity import as_stored, covered, narrowed, relation_angle
 from pipeline.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
 from pipeline.forecast import Workload, break_even, bytes_by_part, workload_of
 from pipeline.job import open_job
-from pipeline.prefix import packing_is_exact, prefix_is_independent
 from pipeline.settings import BuildConfig
 from pipeline.stand_in import GivenStudent, NoisyTeacher, StandIn, agreement_at, exact_relations
 from pipeline.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
-from pipeline.transformers_engine import load_engine
+from pipeline.teachers import load_with_transformers
 
 RelationChoice = float | Literal["exact"]
 
@@ -109,25 +108,12 @@ def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
     """
     job = open_job(config.build, progress)
     config = _within_vocabulary(config, job.vocab_size, progress)
-    progress.begin("loading the teacher", None)
-    engine = load_engine(
-        config.build.teacher,
-        vocab_size=job.vocab_size,
-        pad_token_id=job.pad_token_id,
-        dtype=config.build.dtype,
-        device=config.build.device,
-        device_map=config.build.device_map,
-        quantization=config.build.quantization,
-    )
-    sample = job.probe()
-    head = understood_head(engine, [sample])
-    sharing = bool(sample.images) and prefix_is_independent(engine, sample)
-    packing = sharing and packing_is_exact(engine, sample)
+    engine, head, sharing, packing = load_with_transformers(job, progress)
     student = None
     if config.student is not None:
         progress.begin("loading the student", None)
         student = GivenModel(config.student, job)
-    progress.end()
+        progress.end()
     draw = draw_rows(job, config.samples, config.seed)
     alike = sharing_of(job, draw, config.seed, progress) if sharing else None
     surveyor = Surveyor(

@@ -35,6 +35,12 @@ def load_teacher(job: Job, progress: Progress) -> Teacher:
     """Loads the teacher of `job` and checks it. KdcacheError where either fails."""
     if job.config.engine == "vllm":
         return _load_vllm(job, progress)
+    engine, head, sharing, packing = load_with_transformers(job, progress)
+    return Teacher(engine=engine, head=head, sharing=sharing, packing=packing)
+
+
+def load_with_transformers(job: Job, progress: Progress) -> tuple[TransformersEngine, Head, bool, bool]:
+    """(engine, head, sharing, packing) as `Teacher` has them, whatever engine the build asks for."""
     progress.begin("loading the teacher", None)
     engine = _load_transformers(job)
     sample = job.probe()
@@ -42,7 +48,7 @@ def load_teacher(job: Job, progress: Progress) -> Teacher:
     sharing = bool(sample.images) and prefix_is_independent(engine, sample)
     packing = sharing and packing_is_exact(engine, sample)
     progress.end()
-    return Teacher(engine=engine, head=head, sharing=sharing, packing=packing)
+    return engine, head, sharing, packing
 
 
 def _load_transformers(job: Job) -> TransformersEngine:

@@ -278,6 +278,7 @@ def test_every_setting_of_a_build_has_its_flag(tmp_path: Path, capsys: pytest.Ca
         "seed",
         "template",
         "device-map",
+        "quantization",
         "over-long",
         "limit",
         "max-bad",
@@ -285,6 +286,7 @@ def test_every_setting_of_a_build_has_its_flag(tmp_path: Path, capsys: pytest.Ca
     ):
         assert f"--{flag}" in words
     assert "--relation" not in words  # it is not among the targets
+    words = build_arguments(replace(config, quantization=None))  # which needs a package of its own
     code, _, err = run(*words, capsys=capsys)
     assert code == 1, err  # every flag was understood, and only then was the teacher looked for
     assert "no teacher does not exist" in err
@@ -367,7 +369,7 @@ def test_rows_with_several_images(world: SimpleNamespace, tmp_path: Path) -> Non
 def test_a_teacher_whose_images_see_what_follows_shares_nothing(
     world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.advice.prefix_is_independent", lambda engine, sample: False)
+    monkeypatch.setattr("pipeline.teachers.prefix_is_independent", lambda engine, sample: False)
     code, out, err = run(*plan_words(world), capsys=capsys)
     assert code == 0, err
     assert "not shared" in out
