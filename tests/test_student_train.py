@@ -5,8 +5,10 @@ import shutil
 import signal
 from dataclasses import replace
 
+import fsspec
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from cache_schema import KdcacheError, StoppedEarly, open_cache
@@ -146,6 +148,28 @@ def test_two_processes_with_whole_or_sharded_weights_give_the_loss_curve_of_one_
         assert two == pytest.approx(one, rel=1e-3)
         for parameter, tensor in weights_of(tmp_path / name / "model").items():
             torch.testing.assert_close(tensor, expected[parameter], rtol=1e-3, atol=2e-4)
+
+
+def test_a_remote_cache_trains_to_the_same_bits(world, tmp_path, monkeypatch):
+    """Of an object store that is told of as its users do: by a URL and the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    values = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    try:
+        store = fsspec.filesystem("s3")
+        store.mkdir("caches")
+        store.put(str(world.cache), "caches/tiny", recursive=True)
+        far = settings(world, tmp_path / "far", cache="s3://caches/tiny", eval_cache="s3://caches/tiny")
+        train(far, Silent())
+    finally:
+        server.stop()
+    train(settings(world, tmp_path / "near", eval_cache=str(world.cache)), Silent())
+    expected, found = (load_file(tmp_path / name / "model/model.safetensors") for name in ("near", "far"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses_of(tmp_path / "far") == losses_of(tmp_path / "near")
 
 
 def test_the_loss_falls(world, tmp_path):
