@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cache_schema import KdcacheError, StoppedEarly, open_cache
 from cache_schema.progress import Silent
 from student.collate import Collator
+from student.export import export
 from student.folder import load_model, load_processor, part_of
 from student.heldout import measure_cache
 from student.losses import LossWeights
@@ -317,6 +318,11 @@ def test_early_stop_gives_the_best_weights(world, tmp_path):
         )
         result = train(config, Silent())
     assert (result["steps"], result["model_step"]) == (4, 2)
+    assert result["evaluation"]["loss"] == 3.0
+    assert export(tmp_path / "model", tmp_path / "out", Silent())
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- the weights are those of step 2, the best on the held-out cache" in card
+    assert "| held out: loss | 3 |" in card
     best = load_file(tmp_path / "checkpoints/step-00000002/weights.safetensors")
     model = weights_of(tmp_path / "model")
     assert all(torch.equal(model[name], tensor) for name, tensor in best.items())
@@ -344,6 +350,8 @@ def test_sharding_on_a_cpu_is_refused_instead_of_quietly_left_out(world, tmp_pat
 def test_an_unknown_tracker_is_refused(world, tmp_path):
     with pytest.raises(KdcacheError, match=r"accelerate refuses precision fp32 with trackers paper.*choose"):
         train(settings(world, tmp_path, trackers=("paper",)), Silent())
+    with pytest.raises(KdcacheError, match="tracker wandb is not installed: install it"):
+        train(settings(world, tmp_path, trackers=("tensorboard", "wandb")), Silent())
 
 
 def test_half_precision_goes_on_with_its_scale(world, tmp_path):
@@ -374,9 +382,12 @@ def test_plain_training_reads_no_target(world, tmp_path, monkeypatch):
 
 def test_adapters_train_the_language_model_alone_and_are_merged(world, tmp_path):
     """Resumed in the middle, too: the checkpoint holds the adapters, the model folder plain weights."""
-    config = settings(
-        world, tmp_path / "run", max_steps=4, lora_rank=4, lora_dropout=0.3, eval_cache=str(world.cache)
+    config = replace(
+        settings(world, tmp_path / "run", max_steps=4, lora_dropout=0.3, eval_cache=str(world.cache)),
+        lora_rank=4,
     )
+    assert config.resolved_stage.lora_rank == 4
+    assert replace(config, stage=DPT).resolved_stage.lora_rank == 0
     with pytest.raises(StoppedEarly):
         train(config, InterruptedAt(2))
     held = load_file(tmp_path / "run/checkpoints/step-00000002/weights.safetensors")
