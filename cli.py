@@ -562,6 +562,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Recompute activations; default: on an accelerator.")
     ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train the language model through adapters of this rank (needs peft).")
+    ] = None,
     tracker: Annotated[
         list[str] | None, typer.Option(help="Trackers of accelerate; default: tensorboard.")
     ] = None,
@@ -603,6 +606,7 @@ def train(
         max_steps=max_steps,
         learning_rate=learning_rate,
         global_batch=global_batch,
+        lora_rank=lora_rank,
         micro_batch=micro_batch,
         precision=precision.value,
         eval_cache=eval_cache,

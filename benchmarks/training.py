@@ -2,15 +2,16 @@
 
     python -m benchmarks.training [--part reader stream teacher] [--json FILE]
 
-reader   a shuffled epoch over samples of 859 positions (729 visual, 130 response), K = 64, relations on:
-         samples/s of one thread, decoded (`sample`) and as tensors of a batch (`tensors`), and the
-         process's memory in the first and in the last quarter of the epoch.
-stream   seconds a step of DFT fed by the cache over seconds of the same step fed from memory, rounds of
-         both in turn; JPEGs of 480 x 480 are read, decoded and resized on the way.
+reader   shuffled epochs over samples of 859 positions (729 visual, 130 response), K = 64, relations on:
+         samples a second of processor time, every thread counted, decoded (`sample`) and as tensors of a
+         batch (`tensors`), and the process's memory in the second and in the last quarter of the epochs.
+         Ids are uniformly random: the worst case for dictionary and processor cache.
+stream   a step of DFT fed by the cache against the same step fed from memory, in short turns one after the
+         other: the median of the pairs' ratios. JPEGs of 480 x 480 are read, decoded and resized on the way.
 teacher  DFT from the cache, DFT with a live teacher of 2, 4 and 8 times the student's language-model
-         parameters (dense losses, as LLaVA-KD's trainer computes them), and plain SFT: seconds a step (of
-         the clock and of the processor, which a busy machine disturbs less) and peak memory of the
-         process, each variant in a process of its own. Capturing is not counted.
+         parameters (dense losses, as LLaVA-KD's trainer computes them), and plain SFT: each in a process
+         of its own, whose peak memory is taken; all take a step in turn, and the median of the ratios to
+         plain SFT within a turn is told, by the clock and in processor time. Capturing is not counted.
 
 Targets are random: nothing here depends on their values. Models have random weights.
 """
@@ -18,7 +19,6 @@ Targets are random: nothing here depends on their values. Models have random wei
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import resource
 import statistics
@@ -27,15 +27,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -48,27 +45,14 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from cache_schema import (
-    Cache,
-    CacheWriter,
-    CapturedImage,
-    CapturedSample,
-    ImageRecord,
-    Relation,
-    TargetSpec,
-    TopK,
-    open_cache,
-)
-from cache_schema.identity import Fingerprint
-from cache_schema.manifest import Manifest, Plan
+from benchmarks._random_cache import IMAGE_ID, write_cache
+from cache_schema import Cache, ImageRecord, open_cache
 from student.collate import Batch, Collator, load_ahead
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.stages import CE_ONLY
 from student.stream import Stream, StreamConfig
-
-IMAGE_ID, END = 2, 0
 
 
 def main() -> None:
@@ -79,118 +63,34 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
-        print(json.dumps(step_cost(arguments.one, arguments.folder)))
+        steps_on_request(arguments.one, arguments.folder)
         return
-    parts = {"reader": reader, "stream": stream, "teacher": teacher}
+    parts = {
+        "reader": (reader, print_reader),
+        "stream": (stream, print_stream),
+        "teacher": (teacher, print_teacher),
+    }
     results = {}
     for name in arguments.part or parts:
+        measure, show = parts[name]
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = parts[name](Path(folder))
-        print(f"\n{name}\n{json.dumps(results[name], indent=1)}", flush=True)
+            results[name] = measure(Path(folder))
+        show(results[name])
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1))
 
 
-# ---- a cache of random targets ----
-
-
-def write_cache(
-    folder: Path,
-    *,
-    rows: int,
-    shard: int,
-    visual: int,
-    text: int,
-    answer: int,
-    vocab: int,
-    top_k: int,
-    size: int,
-) -> Path:
-    """Samples of `visual` image tokens, `text` tokens of a question and `answer` supervised ones."""
-    spec = TargetSpec(top_k=top_k)
-    random = np.random.default_rng(0)
-    plan = Plan(rows=rows, shard_size=shard, order=np.arange(rows))
-    training = {
-        "vocab_size": vocab,
-        "image_token_id": IMAGE_ID,
-        "template_name": "plain",
-        "tokenizer": "none",
-    }
-    manifest = Manifest(
-        fingerprint=Fingerprint(capture={"spec": spec.to_json()}, training=training),
-        spec=spec,
-        plan=plan,
-        created="2026-01-01T00:00:00+00:00",
-        assets={},
-        dataset={"rows": rows},
-    )
-    writer = CacheWriter.open(folder / "cache", manifest)
-    pool = _pool(random, 4 * (visual + answer), vocab, top_k)
-    factor = (random.normal(size=(visual, 24)) * 0.7 ** np.arange(24) * 100).astype(np.float32)
-    gram = factor @ factor.T
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for number in range(min(rows, 32)):
-        pixels = random.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((size, size)).save(folder / f"images/{number}.jpg")
-    digests = [
-        hashlib.sha256((folder / f"images/{number}.jpg").read_bytes()).hexdigest()
-        for number in range(min(rows, 32))
-    ]
-    for index in writer.pending():
-        samples = []
-        for row in plan.rows_of(index).tolist():
-            ids = random.integers(3, vocab, visual + text + answer).astype(np.int32)
-            ids[:visual] = IMAGE_ID
-            ids[-1] = END
-            order = random.permutation(len(pool.token_ids))
-            record = ImageRecord(
-                path=f"{row % 32}.jpg",
-                sha256=digests[row % 32],
-                width=size,
-                height=size,
-                positions=np.arange(visual, dtype=np.int32),
-            )
-            samples.append(
-                CapturedSample(
-                    row=row,
-                    sample_id=str(row),
-                    input_ids=ids,
-                    label_spans=np.array([[visual + text, len(ids)]], np.int32),
-                    response=_rows(pool, order[:answer], ids[visual + text :]),
-                    images=(
-                        CapturedImage(
-                            record=record,
-                            visual=_rows(pool, order[answer : answer + visual], None),
-                            relation=Relation(residual=0.0, norm=float(np.linalg.norm(gram)), factor=factor),
-                        ),
-                    ),
-                )
-            )
-        writer.write_shard(index, samples, [], engine={"name": "random"}, seconds=0.0)
-    return folder / "cache"
-
-
-def _pool(random: np.random.Generator, count: int, vocab: int, top_k: int) -> TopK:
-    """Records whose log-probabilities fall off as a language model's do."""
-    ids = np.stack([random.choice(vocab, top_k, replace=False) for _ in range(count)]).astype(np.int32)
-    logits = -1.2 * np.log1p(np.arange(top_k)) + 0.3 * random.normal(size=(count, top_k))
-    logits = -np.sort(-logits, axis=1)
-    tail = np.full((count, 1), np.log(0.05))
-    kept = logits - np.log(np.exp(logits).sum(1, keepdims=True)) + np.log(0.95)
-    return TopK(
-        token_ids=ids,
-        logprobs=kept.astype(np.float32),
-        tail_logprob=tail.astype(np.float32),
-        temperatures=np.ones(1, np.float32),
-        logsumexp=np.full(count, 20.0, np.float32),
-        entropy=np.full(count, 2.0, np.float32),
-    )
-
-
-def _rows(pool: TopK, order: np.ndarray, labels: np.ndarray | None) -> TopK:
-    names = ("token_ids", "logprobs", "tail_logprob", "logsumexp", "entropy")
-    label_logprob = None if labels is None else np.full(len(labels), -1.5, np.float32)
-    return replace(pool, **{name: getattr(pool, name)[order] for name in names}, label_logprob=label_logprob)
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints rows under their columns, the first to the left, all others to the right."""
+    text = [[*columns], *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[place]) for row in text) for place in range(len(columns))]
+    print(f"\n{title}")
+    for row in text:
+        first, *rest = (
+            cell.ljust(w) if not i else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *rest]), flush=True)
 
 
 # ---- the reader ----
@@ -203,7 +103,7 @@ class WithoutPixels(Collator):
         return {}
 
 
-def reader(folder: Path) -> dict[str, Any]:
+def reader(folder: Path, *, epochs: int = 3) -> dict[str, Any]:
     torch.set_num_threads(1)
     url = write_cache(
         folder, rows=1024, shard=128, visual=729, text=40, answer=130, vocab=151_936, top_k=64, size=384
@@ -213,25 +113,36 @@ def reader(folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"samples": len(cache), "positions": 859, "bytes_a_sample": stored // len(cache)}
     collator = collator_for(folder, cache, kind=WithoutPixels)
     for name in ("sample", "tensors"):
-        source = Stream(
-            cache, StreamConfig(global_batch=16, window=4), micro_batch=8, targets=cache.spec.targets
-        )
-        memory = []
-        started, spent = time.perf_counter(), time.process_time()
-        for step in source.read(0, source.steps_per_epoch):
-            for part in step.micro_batches:
-                samples = [located.sample() for located in part]
-                if name == "tensors":
-                    collator(samples)
-            memory.append(psutil.Process().memory_info().rss / 1e6)
+        memory, rates = [], []
+        for epoch in range(epochs):
+            source = Stream(
+                cache, StreamConfig(global_batch=16, window=4), micro_batch=8, targets=cache.spec.targets
+            )
+            spent = time.process_time()
+            first = epoch * source.steps_per_epoch
+            for step in source.read(first, first + source.steps_per_epoch):
+                for part in step.micro_batches:
+                    samples = [located.sample() for located in part]
+                    if name == "tensors":
+                        collator(samples)
+                memory.append(psutil.Process().memory_info().rss / 1e6)
+            rates.append(len(cache) / (time.process_time() - spent))
         quarter = len(memory) // 4
         result[name] = {
-            "samples_per_second": round(len(cache) / (time.perf_counter() - started)),
-            "samples_per_cpu_second": round(len(cache) / (time.process_time() - spent)),
+            "samples_per_cpu_second": round(statistics.median(rates)),
+            "best_epoch": round(max(rates)),
             "megabytes_second_quarter": round(max(memory[quarter : 2 * quarter])),
             "megabytes_last_quarter": round(max(memory[-quarter:])),
         }
     return result
+
+
+def print_reader(result: dict[str, Any]) -> None:
+    table(
+        f"reader: {result['positions']} positions, {result['bytes_a_sample']:,} bytes a sample",
+        ("", "samples/s a core", "best epoch", "MB, 2nd quarter", "MB, last quarter"),
+        [(name, *result[name].values()) for name in ("sample", "tensors")],
+    )
 
 
 def collator_for(folder: Path, cache: Cache, kind: type[Collator] = Collator) -> Collator:
@@ -323,37 +234,55 @@ def fed(folder: Path, cache: Cache, start: int, steps: int) -> Iterator[tuple[in
     return load_ahead(source.read(start, start + steps), collator_for(folder, cache), workers=1)
 
 
-def stream(folder: Path, *, rounds: int = 6, steps: int = 4) -> dict[str, Any]:
+def stream(folder: Path, *, turns: int = 20, steps: int = 1) -> dict[str, Any]:
     cache = open_cache(step_cache(folder, 64))
     student, optimizer = prepared(384, 8, LossWeights())  # 25M parameters, small beside any real student
-    held = [batches for _, batches in fed(folder, cache, 0, steps)]
-    cached_step(student, optimizer, held[0])
-    seconds: dict[str, list[float]] = {"memory": [], "cache": []}
-    busy: dict[str, list[float]] = {"memory": [], "cache": []}
-    for number in range(rounds):
-        for name in ("memory", "cache") if number % 2 else ("cache", "memory"):
-            # One step to begin with, and two after the last that is timed: the stream is in full flow.
-            source = fed(folder, cache, number * steps, steps + 3) if name == "cache" else None
-            if source is not None:
-                cached_step(student, optimizer, next(source)[1])
+    source = fed(folder, cache, 0, (turns + 2) * steps + 3)  # the loader is in full flow to the end
+    held = [next(source)[1] for _ in range(steps)]
+    cost: dict[str, list[tuple[float, float]]] = {"memory": [], "cache": []}
+    for turn in range(turns + 1):
+        for name in ("memory", "cache") if turn % 2 else ("cache", "memory"):
             started, spent = time.perf_counter(), time.process_time()
             for place in range(steps):
-                cached_step(student, optimizer, held[place] if source is None else next(source)[1])
-            seconds[name].append((time.perf_counter() - started) / steps)
-            busy[name].append((time.process_time() - spent) / steps)
-            if source is not None:
-                source.close()
-    memory, from_cache = (statistics.median(seconds[name]) for name in ("memory", "cache"))
+                cached_step(student, optimizer, held[place] if name == "memory" else next(source)[1])
+            if turn:  # the first warms up
+                now = time.perf_counter() - started, time.process_time() - spent
+                cost[name].append((now[0] / steps, now[1] / steps))
+    source.close()
+    pairs = list(zip(cost["memory"], cost["cache"], strict=True))
+    ratios = [memory[0] / cached[0] for memory, cached in pairs]
     return {
-        "seconds_a_step_from_memory": round(memory, 4),
-        "seconds_a_step_from_cache": round(from_cache, 4),
-        "speed_from_cache_over_memory": round(memory / from_cache, 4),
-        # The loader's work included, as if there were no second core for it; robust on a busy machine.
-        "processor_time_memory_over_cache": round(
-            statistics.median(busy["memory"]) / statistics.median(busy["cache"]), 4
-        ),
-        "rounds": [round(a / b, 3) for a, b in zip(seconds["memory"], seconds["cache"], strict=True)],
+        "seconds_a_step_from_memory": round(statistics.median(m[0] for m, _ in pairs), 4),
+        "seconds_a_step_from_cache": round(statistics.median(c[0] for _, c in pairs), 4),
+        "speed_from_cache_over_memory": round(statistics.median(ratios), 4),
+        "quartiles": [round(value, 3) for value in statistics.quantiles(ratios, n=4)],
+        "processor_milliseconds_of_the_loader_a_sample": round(loader_cost(folder, cache) * 1e3, 2),
     }
+
+
+def loader_cost(folder: Path, cache: Cache, steps: int = 24) -> float:
+    """Processor seconds that the whole loader spends on a sample: shard, targets, image, tensors."""
+    list(fed(folder, cache, 0, 2))
+    spent = time.process_time()
+    count = sum(len(batch.rows) for _, batches in fed(folder, cache, 0, steps) for batch in batches)
+    return (time.process_time() - spent) / count
+
+
+def print_stream(result: dict[str, Any]) -> None:
+    low, _, high = result["quartiles"]
+    table(
+        "step of a student of 25M, 2 samples of 326 tokens",
+        ("from memory", "from the cache", "speed ratio", "quartiles", "loader, CPU ms a sample"),
+        [
+            (
+                f"{result['seconds_a_step_from_memory']:.3f} s",
+                f"{result['seconds_a_step_from_cache']:.3f} s",
+                f"{result['speed_from_cache_over_memory']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                result["processor_milliseconds_of_the_loader_a_sample"],
+            )
+        ],
+    )
 
 
 # ---- the teacher ----
@@ -362,21 +291,51 @@ def stream(folder: Path, *, rounds: int = 6, steps: int = 4) -> dict[str, Any]:
 TEACHERS = {2: (288, 6), 4: (416, 7), 8: (576, 8)}
 
 
-def teacher(folder: Path) -> dict[str, Any]:
+VARIANTS = ("sft", "cache", *(f"live{ratio}" for ratio in TEACHERS))
+
+
+def teacher(folder: Path, *, turns: int = 16) -> dict[str, Any]:
     step_cache(folder, 32)
-    results = {}
-    for name in ("sft", "cache", *(f"live{ratio}" for ratio in TEACHERS)):
-        command = [sys.executable, "-m", "benchmarks.training", "--one", name, "--folder", str(folder)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        results[name] = json.loads(output.splitlines()[-1])
-    for name in ("cache", *(f"live{ratio}" for ratio in TEACHERS)):
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.training", "--one", name, "--folder", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in VARIANTS
+    }
+    turns_taken: list[dict[str, dict[str, float]]] = []
+    try:
+        for turn in range(-2, turns):  # two to warm up
+            order = VARIANTS[turn % len(VARIANTS) :] + VARIANTS[: turn % len(VARIANTS)]
+            costs = {name: asked(processes[name], "step") for name in order}
+            if turn >= 0:
+                turns_taken.append(costs)
+        results = {name: asked(process, "end") for name, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    for name, result in results.items():
         for measure in ("seconds", "processor_seconds"):
-            results[name][f"{measure}_over_sft"] = round(results[name][measure] / results["sft"][measure], 3)
+            of_turns = [costs[name][measure] / costs["sft"][measure] for costs in turns_taken]
+            result[measure] = round(statistics.median(costs[name][measure] for costs in turns_taken), 3)
+            result[f"{measure}_over_sft"] = round(statistics.median(of_turns), 2)
     return results
 
 
-def step_cost(name: str, folder: Path, *, steps: int = 5) -> dict[str, float]:
-    """Median seconds a step and the peak memory of this process."""
+def asked(process: subprocess.Popen[str], request: str) -> dict[str, float]:
+    """What a variant answers: a step's cost, or at the end its peak memory."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{request}\n")
+    process.stdin.flush()
+    return dict(json.loads(process.stdout.readline()))
+
+
+def steps_on_request(name: str, folder: Path) -> None:
+    """A step of the variant a line of stdin, its cost on stdout; its peak memory at the end."""
     cache = open_cache(folder / "cache")
     student, optimizer = prepared(*STUDENT, CE_ONLY if name == "sft" else LossWeights())
     own = sum(parameter.numel() for parameter in student.model.model.language_model.parameters())
@@ -384,25 +343,46 @@ def step_cost(name: str, folder: Path, *, steps: int = 5) -> dict[str, float]:
     if name.startswith("live"):
         live = llava(*TEACHERS[int(name.removeprefix("live"))], seed=1).eval().requires_grad_(False)
         ratio = sum(parameter.numel() for parameter in live.model.language_model.parameters()) / own
-    seconds, busy = [], []
-    for _, batches in fed(folder, cache, 0, steps + 1):
+    batches = fed(folder, cache, 0, 1000)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        _, step = next(batches)
+        time.sleep(0.05)  # the loader catches up: its work is measured by the other part
         started, spent = time.perf_counter(), time.process_time()
         if live is None:
-            cached_step(student, optimizer, batches)
+            cached_step(student, optimizer, step)
         else:
-            for batch in batches:
-                (dense_loss(student.model, live, batch) / len(batches)).backward()
+            for batch in step:
+                (dense_loss(student.model, live, batch) / len(step)).backward()
             optimizer.step()
             optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-        busy.append(time.process_time() - spent)
+        cost = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - spent}
+        print(json.dumps(cost), flush=True)
+    batches.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {
-        "seconds": round(statistics.median(seconds[1:]), 3),
-        "processor_seconds": round(statistics.median(busy[1:]), 3),
-        "peak_megabytes": round(peak),
-        "teacher_over_student": round(ratio, 2),
-    }
+    print(json.dumps({"teacher_over_student": round(ratio, 2), "peak_megabytes": round(peak)}), flush=True)
+
+
+def print_teacher(results: dict[str, Any]) -> None:
+    names = {"sft": "plain SFT", "cache": "DFT from the cache"}
+    names |= {f"live{ratio}": f"DFT, live teacher of {ratio}x" for ratio in TEACHERS}
+    columns = ("", "s a step", "over SFT", "CPU s a step", "over SFT", "peak MB", "over SFT")
+    rows = []
+    for name, one in results.items():
+        peak = one["peak_megabytes"]
+        rows.append(
+            (
+                names[name],
+                f"{one['seconds']:.3f}",
+                f"{one['seconds_over_sft']:.2f}",
+                f"{one['processor_seconds']:.3f}",
+                f"{one['processor_seconds_over_sft']:.2f}",
+                peak,
+                f"{peak / results['sft']['peak_megabytes']:.2f}",
+            )
+        )
+    table("a step with and without a live teacher", columns, rows)
 
 
 def dense_loss(model: Any, live: Any, batch: Batch) -> torch.Tensor:

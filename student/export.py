@@ -105,6 +105,11 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
         f"- trained parts: {', '.join(settings['trainable'])}; {result.get('steps', 0)} steps of "
         f"{settings['global_batch']} samples, {settings['schedule']} from {settings['learning_rate']}, seed "
         f"{stage['seed']}, {stage['precision']}",
+        *(
+            [f"- the weights are those of step {result['model_step']}, the best on the held-out cache"]
+            if result.get("model_step") != result.get("steps")
+            else []
+        ),
         f"- losses: {losses}",
         f"- cache: fingerprint `{identity['cache']['identity']}`, {identity['cache']['samples']} samples",
         f"- started from weights `{identity['student']}`",

@@ -87,10 +87,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"accelerate refuses precision {config.precision} with trackers {', '.join(config.trackers)}: "
             f"{' '.join(str(error).split())}; choose others"
         ) from error
+    absent = (
+        set(config.trackers) - {"all"} - {str(getattr(each, "value", each)) for each in accelerator.log_with}
+    )
+    if absent:
+        raise KdcacheError(
+            f"tracker {', '.join(sorted(absent))} is not installed: install it, or choose another --tracker"
+        )
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if cpu and not sharded and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise KdcacheError(
-            "accelerate shards on accelerators only, and here is a CPU: launch without FSDP (`accelerate "
-            "launch --cpu --num_processes N`) for DDP"
+            "accelerate shards on accelerators only, and here is a CPU: launch without FSDP, with `torchrun "
+            "--nproc-per-node N -m cli train ...` for DDP"
         )
     return accelerator

@@ -25,8 +25,8 @@ def train_recipe(
     """Trains the stages of a recipe in `out/1-NAME`, `out/2-NAME`, ... and returns their results.
 
     config: settings of every stage; its `stage` is not used, and its `max_steps`, `epochs`,
-    `learning_rate` and `global_batch` override every stage's where given. caches, image_roots: by stage
-    name, before what the recipe says, which stands before `config.cache` and `config.image_root`.
+    `learning_rate`, `global_batch` and `lora_rank` override every stage's where given. caches, image_roots:
+    by stage name, before what the recipe says, which stands before `config.cache` and `config.image_root`.
     """
     caches, image_roots = caches or {}, image_roots or {}
     names = [entry.stage.name for entry in recipe.stages]

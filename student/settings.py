@@ -13,6 +13,9 @@ from student.stages import Stage
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+_OVERRIDES = ("epochs", "max_steps", "learning_rate", "global_batch", "lora_rank")
+"""Settings of a run that stand before those of its stage."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -21,7 +24,8 @@ class TrainConfig:
     stage: what trains and how. student: the folder to start from. cache: a folder or an fsspec URL (None:
     the recipe says it).
     image_root: where the cache's image paths start. out: the run's folder. resume: go on from the newest
-    checkpoint in `out`. epochs, max_steps, learning_rate, global_batch: override the stage's. micro_batch:
+    checkpoint in `out`. epochs, max_steps, learning_rate, global_batch, lora_rank: override the stage's
+    (the last one only where the language model trains). micro_batch:
     samples a forward pass on one device, which changes nothing but rounding. precision: of the forward and
     backward products; trained weights and optimizer are always float32. gradient_checkpointing: None: on
     where there is an accelerator. eval_cache: a held-out cache, measured every `eval_every` steps (0: at
@@ -43,6 +47,7 @@ class TrainConfig:
     max_steps: int | None = None
     learning_rate: float | None = None
     global_batch: int | None = None
+    lora_rank: int | None = None
     micro_batch: int = 8
     precision: Precision = "fp32"
     gradient_checkpointing: bool | None = None
@@ -71,17 +76,17 @@ class TrainConfig:
     @property
     def resolved_stage(self) -> Stage:
         """The stage with the overrides of this run."""
-        names = ("epochs", "max_steps", "learning_rate", "global_batch")
-        return replace(
-            self.stage, **{name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        )
+        given = {name: getattr(self, name) for name in _OVERRIDES if getattr(self, name) is not None}
+        if "language_model" not in self.stage.trainable:
+            given.pop("lora_rank", None)
+        return replace(self.stage, **given)
 
     def to_json(self) -> dict[str, Any]:
         """All of it, resolved, as JSON values."""
         values = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(replace(self, stage=self.resolved_stage)).items()
-            if name not in ("stage", "resume", "epochs", "max_steps", "learning_rate", "global_batch")
+            if name not in ("stage", "resume", *_OVERRIDES)
         }
         return {"stage": self.resolved_stage.to_json(), **values, "trackers": list(self.trackers)}
 

@@ -129,16 +129,18 @@ class Stream:
         left: dict[tuple[int, int], int] = {}
         scout = self._first_uses(start, stop)
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
-        entered = requested = 0
+        entered: set[tuple[int, int]] = set()  # of the shards that are loaded, those in use
+        begun = requested = 0
         try:
             for number in range(start, stop):
                 epoch, batch = divmod(number, self.steps_per_epoch)
                 located = []
                 for sample in self._mine(self.batches(epoch)[batch]):
                     key = (epoch, int(self._shard[sample]))
-                    if key not in left:
-                        entered += 1
-                        while requested < entered + AHEAD and (found := next(scout, None)) is not None:
+                    if key not in entered:
+                        entered.add(key)
+                        begun += 1
+                        while requested < begun + AHEAD and (found := next(scout, None)) is not None:
                             shard, uses = found
                             loading[shard] = pool.submit(self._load, shard[1])
                             left[shard] = uses
@@ -147,7 +149,8 @@ class Stream:
                     located.append(Located(block=block, place=int(sample - self._starts[key[1]])))
                     left[key] -= 1
                     if left[key] == 0:
-                        del loading[key]
+                        del loading[key], left[key]
+                        entered.remove(key)
                 yield Step(number=number, micro_batches=self._cut(located, batch, epoch))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

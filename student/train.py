@@ -111,9 +111,10 @@ class _Run:
         register_fsdp_forward_method(self.student, "measure")
         self.step = 0
         self.memory: dict[str, Any] = {"best": None, "best_step": None, "waited": 0, "evaluation": None}
-        self.memory |= {"samples": 0, "seconds": {}}
+        self.memory |= {"best_evaluation": None, "samples": 0, "seconds": {}}
         if saved is not None:
-            self.step, self.memory = saved.step, dict(saved.progress)
+            self.step = saved.step
+            self.memory |= saved.progress
             self.stopwatch.seconds = dict(self.memory["seconds"])
             set_optimizer_state_dict(
                 self.student, self.optimizer.optimizer, dict(saved.optimizer), options=_WHOLE_ON_CPU
@@ -286,7 +287,7 @@ class _Run:
         best = self.memory["best"]
         better = best is None or measured["loss"] < best
         if better:
-            self.memory |= {"best": measured["loss"], "best_step": self.step}
+            self.memory |= {"best": measured["loss"], "best_step": self.step, "best_evaluation": measured}
         self.memory |= {"waited": 0 if better else self.memory["waited"] + 1, "evaluation": measured}
 
     def _stalled(self) -> bool:
@@ -330,7 +331,7 @@ class _Run:
             "seconds": {name: round(value, 3) for name, value in self.stopwatch.seconds.items()},
             "time": time_line(self.stopwatch.seconds),
             "train": self.meter.latest,
-            "evaluation": self.memory["evaluation"],
+            "evaluation": self.memory["evaluation" if step == self.step else "best_evaluation"],
             "identity": self.identity,
         }
         if self.accelerator.is_main_process:

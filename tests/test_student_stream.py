@@ -1,5 +1,6 @@
 """The stream: its order, its whole-block reads, and that a step number is all of its state."""
 
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import psutil
 import pytest
 
 from student.collate import load_ahead
-from student.stream import Stream, StreamConfig
+from student.stream import AHEAD, Stream, StreamConfig
 
 
 class FakeBlock:
@@ -157,6 +158,20 @@ def test_each_shard_is_read_once_an_epoch_and_few_are_held():
     assert sorted(cache.reads) == sorted(cache.shards)
     assert cache.parts == {("response",)}
     assert 4 <= max(alive) <= 8  # the window, what is read ahead, the batch in hand
+
+
+def test_the_next_shards_are_on_their_way_while_a_step_is_taken():
+    cache = FakeCache([20] * 8)
+    steps = stream_of(cache, batch=5, micro=5, shuffle=False).read(0, 32)
+    for number in (0, 1, 4, 12, 31):
+        while next(steps).number < number:
+            pass
+        due = min(number // 4 + 1 + AHEAD, 8)  # the shard in use, and those that nobody has asked for yet
+        for _ in range(1000):
+            if len(cache.reads) == due:
+                break
+            time.sleep(0.01)
+        assert cache.reads == cache.shards[:due]
 
 
 def test_the_window_mixes_shards():

@@ -5,13 +5,16 @@ import shutil
 import signal
 from dataclasses import replace
 
+import fsspec
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from cache_schema import KdcacheError, StoppedEarly, open_cache
 from cache_schema.progress import Silent
 from student.collate import Collator
+from student.export import export
 from student.folder import load_model, load_processor, part_of
 from student.heldout import measure_cache
 from student.losses import LossWeights
@@ -155,6 +158,28 @@ def test_two_processes_with_whole_or_sharded_weights_give_the_loss_curve_of_one_
         assert two == pytest.approx(one, rel=1e-3)
         for parameter, tensor in weights_of(tmp_path / name / "model").items():
             torch.testing.assert_close(tensor, expected[parameter], rtol=1e-3, atol=2e-4)
+
+
+def test_a_remote_cache_trains_to_the_same_bits(world, tmp_path, monkeypatch):
+    """Of an object store that is told of as its users do: by a URL and the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    values = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    try:
+        store = fsspec.filesystem("s3")
+        store.mkdir("caches")
+        store.put(str(world.cache), "caches/tiny", recursive=True)
+        far = settings(world, tmp_path / "far", cache="s3://caches/tiny", eval_cache="s3://caches/tiny")
+        train(far, Silent())
+    finally:
+        server.stop()
+    train(settings(world, tmp_path / "near", eval_cache=str(world.cache)), Silent())
+    expected, found = (load_file(tmp_path / name / "model/model.safetensors") for name in ("near", "far"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses_of(tmp_path / "far") == losses_of(tmp_path / "near")
 
 
 def test_the_loss_falls(world, tmp_path):
@@ -302,6 +327,11 @@ def test_early_stop_gives_the_best_weights(world, tmp_path):
         )
         result = train(config, Silent())
     assert (result["steps"], result["model_step"]) == (4, 2)
+    assert result["evaluation"]["loss"] == 3.0
+    assert export(tmp_path / "model", tmp_path / "out", Silent())
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- the weights are those of step 2, the best on the held-out cache" in card
+    assert "| held out: loss | 3 |" in card
     best = load_file(tmp_path / "checkpoints/step-00000002/weights.safetensors")
     model = weights_of(tmp_path / "model")
     assert all(torch.equal(model[name], tensor) for name, tensor in best.items())
@@ -329,6 +359,8 @@ def test_sharding_on_a_cpu_is_refused_instead_of_quietly_left_out(world, tmp_pat
 def test_an_unknown_tracker_is_refused(world, tmp_path):
     with pytest.raises(KdcacheError, match=r"accelerate refuses precision fp32 with trackers paper.*choose"):
         train(settings(world, tmp_path, trackers=("paper",)), Silent())
+    with pytest.raises(KdcacheError, match="tracker wandb is not installed: install it"):
+        train(settings(world, tmp_path, trackers=("tensorboard", "wandb")), Silent())
 
 
 def test_half_precision_goes_on_with_its_scale(world, tmp_path):
@@ -359,9 +391,12 @@ def test_plain_training_reads_no_target(world, tmp_path, monkeypatch):
 
 def test_adapters_train_the_language_model_alone_and_are_merged(world, tmp_path):
     """Resumed in the middle, too: the checkpoint holds the adapters, the model folder plain weights."""
-    config = settings(
-        world, tmp_path / "run", max_steps=4, lora_rank=4, lora_dropout=0.3, eval_cache=str(world.cache)
+    config = replace(
+        settings(world, tmp_path / "run", max_steps=4, lora_dropout=0.3, eval_cache=str(world.cache)),
+        lora_rank=4,
     )
+    assert config.resolved_stage.lora_rank == 4
+    assert replace(config, stage=DPT).resolved_stage.lora_rank == 0
     with pytest.raises(StoppedEarly):
         train(config, InterruptedAt(2))
     held = load_file(tmp_path / "run/checkpoints/step-00000002/weights.safetensors")
