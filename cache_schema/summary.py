@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from cache_schema.statistics import MASS_EDGES, RANK_EDGES
 
 KINDS = ("response", "visual", "prompt")
 SHOWN = 5
+RECENT = 32
+"""Shards from whose commits the pace of a build is taken."""
 
 
 def summarise(cache: Cache) -> dict[str, Any]:
@@ -48,6 +51,7 @@ def summarise(cache: Cache) -> dict[str, Any]:
             "rows": done,
             "of_rows": cache.plan.rows,
             "seconds": round(sum(record.seconds for record in commits), 3),
+            **_pace(commits, cache.plan.rows - done),
             "engines": _engines(commits),
         },
         "counts": {name: counts[name] for name in sorted(counts)},
@@ -72,6 +76,23 @@ def summarise(cache: Cache) -> dict[str, Any]:
                 reverse=True,
             )[:SHOWN]
         ],
+    }
+
+
+def _pace(commits: Sequence[CommitRecord], left: int) -> dict[str, Any]:
+    """When the last shard was committed, the rows a second of the last ones by all workers together, and
+    how many seconds the rows that are left take at that pace; of a build that stands still it tells nothing.
+    """
+    last = sorted(commits, key=lambda record: record.created)[-RECENT:]
+    pace = None
+    if len(last) > 1:
+        first, end = (datetime.fromisoformat(record.created) for record in (last[0], last[-1]))
+        rows = sum(record.counts["samples"] + record.counts["quarantined"] for record in last[1:])
+        pace = _ratio(rows, (end - first).total_seconds())
+    return {
+        "last_commit": last[-1].created if last else None,
+        "recent_rows_a_second": pace,
+        "seconds_left": round(left / pace) if pace else None,
     }
 
 

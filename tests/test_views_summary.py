@@ -84,6 +84,17 @@ def test_how_far_the_build_is(cache: Cache) -> None:
     assert "3 of 4 shards" in printed(cache)
 
 
+def test_how_fast_a_running_build_is(cache: Cache) -> None:
+    """Ten rows in three shards; the six after the first took two minutes by all workers together."""
+    for shard, created in ((0, "10:00:00"), (3, "10:00:50"), (1, "10:02:00")):
+        cache.commits[shard] = replace(cache.commits[shard], created=f"2026-01-01T{created}+00:00")
+    built = summarise(cache)["built"]
+    assert built["last_commit"] == "2026-01-01T10:02:00+00:00"
+    assert built["recent_rows_a_second"] == pytest.approx(6 / 120)
+    assert built["seconds_left"] == 80
+    assert "lately 0.1 rows/s: about 1 min 20 s left" in printed(cache, 120)
+
+
 def test_a_cache_without_a_shard_has_a_page(tmp_path: Path) -> None:
     empty = make_cache(tmp_path / "a", tmp_path / "images", shards=())
     json.dumps(summarise(empty), allow_nan=False)

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from views.figures import bin_label, count, size, units_of, what_it_is
+from views.figures import bin_label, count, duration, size, units_of, what_it_is
 from views.terminal import results
 from views.token_text import printable
 
@@ -52,6 +52,12 @@ def _heading(summary: Mapping[str, Any]) -> Text:
         )
         if summary["bytes"]["when_complete"]:
             text.append(f"; about {size(summary['bytes']['when_complete'])} when complete", "not bold")
+        if built["seconds_left"] is not None:
+            text.append(
+                f"\nlately {built['recent_rows_a_second']:,.1f} rows/s: about "
+                f"{duration(built['seconds_left'])} left; last shard {built['last_commit']}",
+                "not bold",
+            )
     return text
 
 
