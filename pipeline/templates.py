@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cache_schema.errors import KdcacheError, RowRejected
 SHIPPED = ("plain", "llava_v1")
 """The templates of this package: LLaVA's pre-training prompt and its chat."""
 
+_PYTHON_LIST = re.compile(r"""\[\{['"]type['"]""")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -103,7 +104,9 @@ class ChatTemplate:
 def load_template(processor: Any, name: str | None) -> ChatTemplate:
     """The processor's own template (None), a shipped one by name, or a Jinja file.
 
-    KdcacheError when the processor has none, or `name` is neither shipped nor a file.
+    One that takes the content of a message as text, as those of language models do, gets a beginning
+    that makes text of parts; the whole of it is then the template, for the student too. KdcacheError when
+    the processor has none, or `name` is neither shipped nor a file.
     """
     tokenizer = processor.tokenizer
     variables = {**tokenizer.special_tokens_map, "image_token": processor.image_token}
@@ -119,10 +122,32 @@ def load_template(processor: Any, name: str | None) -> ChatTemplate:
             )
         name = "processor"
     elif name in SHIPPED:
-        text = files("pipeline").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+        text = _shipped(name)
     elif Path(name).is_file():
         text = Path(name).read_text(encoding="utf-8")
     else:
         raise KdcacheError(f"template {name} is neither a file nor one of {', '.join(SHIPPED)}")
     specials = frozenset(token for token in tokenizer.all_special_tokens if token.strip())
-    return ChatTemplate(name=name, text=text, variables=variables, specials=specials)
+    template = ChatTemplate(name=name, text=text, variables=variables, specials=specials)
+    if not _takes_parts(template):
+        flattened = replace(template, text=_shipped("parts_to_text") + text)
+        if _takes_parts(flattened):
+            return flattened
+    return template
+
+
+def _shipped(name: str) -> str:
+    return files("pipeline").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _takes_parts(template: ChatTemplate) -> bool:
+    """Whether the text of a part comes out as it is: not refused, and not as the list's Python form."""
+    chat = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "Asked?"), ("assistant", "Answered."))
+    ]
+    try:
+        text = template.render(chat).text
+    except RowRejected:
+        return False
+    return "Answered." in text and not _PYTHON_LIST.search(text)

@@ -10,13 +10,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessorPil
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipImageProcessorPil,
+)
 
 from cache_schema.errors import KdcacheError
 from cache_schema.progress import Silent
+from pipeline.capture import BuildConfig, build
 from pipeline.convert import convert
 from pipeline.transformers_engine import load_engine, load_processor
-from tests.tiny_models import tiny_llava, write_png
+from tests.tiny_models import tiny_dataset, tiny_llava, write_png
 
 
 def tinyllava_state(model: Any) -> dict[str, torch.Tensor]:
@@ -82,7 +89,7 @@ def logits(folder: Path, image: Path, template_of: Path) -> np.ndarray:
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     inputs = processor(text=["USER: <image>\nHm?"], images=[Image.open(image)], return_tensors="pt")
     with torch.inference_mode():
-        return model(**inputs).logits.numpy()
+        return model(**inputs).logits.float().numpy()
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,39 @@ def test_the_converted_model_is_the_same_model(tmp_path: Path, form: str, tied: 
     names = load_file(tmp_path / "out" / "model.safetensors")
     assert all("vision_tower.vision_model." in name for name in names if "vision_tower" in name)
     load_engine(tmp_path / "out", vocab_size=340, pad_token_id=0, device="cpu")
+
+
+@pytest.mark.parametrize("language", ["qwen2", "phi", "stablelm", "llama"])
+def test_language_models_of_tinyllava_in_shards_and_bf16(tmp_path: Path, language: str) -> None:
+    """TinyLLaVA's Phi has a head with a bias, its StableLM norms with one: every tensor finds its place."""
+    plain = tiny_llava(tmp_path / "llava")
+    settings = json.loads((plain / "config.json").read_text())
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text = {name: settings["text_config"][name] for name in kept}
+    text |= {"model_type": language, "num_key_value_heads": 2}
+    text |= {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
+    settings |= {"text_config": text | {"tie_word_embeddings": False}, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(**settings)).to(torch.bfloat16)
+    with torch.no_grad():  # biases begin as zeros
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(plain)
+    source = checkpoint(tmp_path / "tinyllava", plain, form="whole")
+    state = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    for number in range(3):
+        part = {name: state[name].bfloat16() for name in sorted(state)[number::3]}
+        save_file(part, source / f"model-{number + 1:05d}-of-00003.safetensors")
+    assert convert(source, tmp_path / "out", Silent())["dtype"] == "bfloat16"
+    image = write_png(tmp_path / "x.png", seed=3, size=(50, 30))
+    np.testing.assert_array_equal(logits(plain, image, plain), logits(tmp_path / "out", image, plain))
+
+    data = tiny_dataset(tmp_path / "data", rows=4)
+    config = BuildConfig(
+        teacher=tmp_path / "out", data=data.data, image_root=data.image_root, out=str(tmp_path / "cache")
+    )
+    assert build(config, Silent()).captured == 4
 
 
 @pytest.mark.parametrize(("rows", "image_id"), [(352, 339), (339, 339)])

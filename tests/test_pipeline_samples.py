@@ -90,6 +90,33 @@ def test_prefix_differences_find_the_same_spans(world: tuple[Any, Path], tmp_pat
     np.testing.assert_array_equal(marked.label_spans, found.label_spans)
 
 
+@pytest.mark.parametrize("form", ["refuses lists", "prints lists", "marked"])
+def test_templates_of_language_models_take_parts_too(
+    world: tuple[Any, Path], tmp_path: Path, form: str
+) -> None:
+    """Text where ours have parts: as most tokenizers' own templates want it."""
+    said = {
+        "refuses lists": "{{ 'ASSISTANT: ' + message['content'] + '<|endoftext|>' }}",
+        "prints lists": "ASSISTANT: {{ message.content }}<|endoftext|>",
+        "marked": "ASSISTANT: {% generation %}{{ message.content }}<|endoftext|>{% endgeneration %}",
+    }[form]
+    template = tmp_path / "text.jinja"
+    template.write_text(
+        "{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
+        f"{{% else %}}{said}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    sample = prepare(world, ASKED, str(template))
+    assert world[0].tokenizer.decode(sample.input_ids) == (
+        f"USER: {'<image>' * PATCHES}\nWhat is the colour? ASSISTANT: The shape is red.{END}"
+        f"USER: Café, naïve? ASSISTANT: Oui — 漢字 😀!{END}"
+    )
+    assert texts(world, sample) == [f"The shape is red.{END}", f"Oui — 漢字 😀!{END}"]
+    text = load_template(world[0], str(template)).text  # what the cache keeps and a student adopts
+    chat = conversation_of(ASKED, 0).messages
+    assert world[0].apply_chat_template(chat, chat_template=text).count("<image>\nWhat is the colour?") == 1
+
+
 def test_breaks_after_an_end_of_turn_are_not_supervised(world: tuple[Any, Path], tmp_path: Path) -> None:
     template = tmp_path / "broken_lines.jinja"
     template.write_text(chat_template(generation_marks=False).replace("<|endoftext|>'", "<|endoftext|>\n'"))

@@ -1,4 +1,4 @@
-"""The families whose processors need torchvision, in a process that has it; and what is said without it."""
+"""Families whose processors need torchvision, and quantised teachers, in a process that has both."""
 
 import re
 import subprocess
@@ -15,10 +15,10 @@ from tests.torchvision_folder import environment
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_families_with_torchvision() -> None:
-    """Runs families_with_torchvision.py, where every family of TORCHVISION must pass."""
+def passed(file: str) -> int:
+    """How many tests of `file` passed in a process that has torchvision and bitsandbytes; all must."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/families_with_torchvision.py"],
+        [sys.executable, "-m", "pytest", "-q", f"tests/{file}"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -27,9 +27,17 @@ def test_families_with_torchvision() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed is not None
-    assert int(passed[1]) == len(names(torchvision=True))
+    found = re.search(r"(\d+) passed", run.stdout)
+    assert found is not None
+    return int(found[1])
+
+
+def test_families_with_torchvision() -> None:
+    assert passed("families_with_torchvision.py") == len(names(torchvision=True))
+
+
+def test_quantised_teachers() -> None:
+    assert passed("quantised_teachers.py") == 2
 
 
 def test_a_processor_without_its_torchvision_says_so(tmp_path: Path) -> None:

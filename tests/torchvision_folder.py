@@ -15,8 +15,8 @@ import sysconfig
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / ".venv-torchvision"
-PACKAGES = ("torchvision==0.28.0", "num2words==0.5.14", "docopt==0.6.2")
-"""torchvision for torch 2.13; the others are what SmolVLM's processor imports."""
+PACKAGES = ("torchvision==0.28.0", "num2words==0.5.14", "docopt==0.6.2", "bitsandbytes==0.50.2")
+"""torchvision for torch 2.13; what SmolVLM's processor imports; and what quantised teachers need."""
 
 HOOK = '''"""Declares what torchvision's compiled part would declare, just before torchvision is imported."""
 import importlib.abc

@@ -1,0 +1,47 @@
+"""What long work tells on stderr, on a terminal and in the log of a cluster."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from views import terminal
+from views.terminal import Bar
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool, seconds: float) -> str:
+    """What a task of 100 tells that began at 40, now stands at 60, `seconds` after its beginning."""
+    console = Console(file=io.StringIO(), width=160, force_terminal=is_terminal, highlight=False)
+    asked: list[None] = []
+
+    def clock() -> float:
+        asked.append(None)
+        return 0.0 if len(asked) == 1 else seconds
+
+    monkeypatch.setattr(terminal, "notes", console)
+    monkeypatch.setattr(terminal.time, "monotonic", clock)
+    bar = Bar()
+    bar.begin("capturing", 100)
+    bar.update(40)
+    bar.update(60, tokens="9/s")
+    bar.end()
+    return console.file.getvalue()
+
+
+def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told(monkeypatch, is_terminal=False, seconds=61.0).splitlines()
+    assert lines[:2] == ["capturing ...", "capturing: 40 of 100"]
+    assert lines[-1].startswith("capturing: ")
+    assert len(lines) == 3, "the second update came in the same minute"
+
+
+def test_no_line_before_a_minute_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(told(monkeypatch, is_terminal=False, seconds=59.0).splitlines()) == 2
+
+
+def test_a_terminal_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 in 30 seconds, what was done before not counted: 40 more take a minute."""
+    shown = told(monkeypatch, is_terminal=True, seconds=30.0)
+    assert "60/100" in shown
+    assert "0:01:00 left" in shown
+    assert "tokens 9/s" in shown
