@@ -258,7 +258,7 @@ def diff(
     b: Annotated[str, typer.Argument(help="The cache to hold against it.")],
     kl_bound: Annotated[float, typer.Option(help="Largest mean KL, in nats a position, of the same.")] = 1e-2,
     relation_bound: Annotated[float, typer.Option(help="Largest mean 1 - cos of relations.")] = 1e-3,
-    may_differ: Annotated[str, typer.Option(help="Parts of the identity with commas, as `dtype`.")] = "",
+    may_differ: Annotated[str, typer.Option(help="Comma-separated keys that may differ, as dtype.")] = "",
     json_: Json = False,
 ) -> None:
     """Are two caches of the same thing the same, by whatever engine? Exit code 1 when they differ."""
