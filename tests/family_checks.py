@@ -19,6 +19,7 @@ from pipeline.capture import BuildConfig, build
 from pipeline.transformers_engine import TransformersEngine
 from tests.tiny_families import make
 from tests.tiny_models import write_png
+from views.sample_document import sample_document
 
 SIZES = {"wide.png": (60, 36), "tall.png": (34, 62), "even.png": (40, 40)}
 SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), precision="full", top_k=8)
@@ -102,6 +103,8 @@ def check_family(name: str, folder: Path) -> None:
         with torch.inference_mode():
             logits = model(**inputs).logits[0, :, : len(processor.tokenizer)].double()
         check_targets(sample, logits)
+        for image in sample_document(cache, sample.row, top=1)["images"]:
+            assert image["layout"]["note"] is None, "a page lays its tokens over the picture"
 
 
 def check_inputs(sample: Sample, inputs: dict[str, torch.Tensor], config: Any) -> None:
