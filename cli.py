@@ -377,35 +377,19 @@ def verify(
 def diff(
     a: Annotated[str, typer.Argument(help="A cache.")],
     b: Annotated[str, typer.Argument(help="The cache to hold against it.")],
-    kl_bound: Annotated[
-        float, typer.Option(help="Largest mean KL in nats a position, of each kind, that counts as the same.")
-    ] = 1e-2,
-    relation_bound: Annotated[
-        float, typer.Option(help="Largest mean 1 - cos of the relations that counts as the same.")
-    ] = 1e-3,
-    may_differ: Annotated[
-        str, typer.Option(help="Comma-separated keys of the identity that may differ, such as dtype.")
-    ] = "",
+    kl_bound: Annotated[float, typer.Option(help="Largest mean KL, in nats a position, of the same.")] = 1e-2,
+    relation_bound: Annotated[float, typer.Option(help="Largest mean 1 - cos of relations.")] = 1e-3,
+    may_differ: Annotated[str, typer.Option(help="Comma-separated keys that may differ, as dtype.")] = "",
     json_: Json = False,
 ) -> None:
-    """Are two caches of the same thing the same? Exit code 1 when they differ.
-
-    Compares identity, rows, inputs, KL of the targets by kind and cosine of the relations. Engines, library
-    versions and how rows stand in shards are no difference.
-    """
+    """Are two caches of the same thing the same, by whatever engine? Exit code 1 when they differ."""
     from cache_schema.cache import open_cache
     from cache_schema.diff import diff as diff_caches
     from views.diff_page import print_difference
     from views.terminal import Bar, print_json
 
-    report = diff_caches(
-        open_cache(a),
-        open_cache(b),
-        progress=Bar(),
-        kl_bound=kl_bound,
-        relation_bound=relation_bound,
-        may_differ=_words(may_differ),
-    )
+    bounds = {"kl_bound": kl_bound, "relation_bound": relation_bound}
+    report = diff_caches(open_cache(a), open_cache(b), Bar(), may_differ=_words(may_differ), **bounds)
     print_json(report.to_json()) if json_ else print_difference(report.to_json(), a, b)
     if not report.same:
         raise typer.Exit(1)
@@ -417,12 +401,10 @@ def merge(
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
-    """One cache of several, without running the teacher.
+    """One cache of several of one teacher; a row that several hold is taken from the first.
 
-    All must have the teacher, template and targets of the first. Shards are taken over whole: on one file
-    system their files are hard links to those of the old caches, which take no room and stay when an old
-    cache is removed (no file of a cache is ever changed in place); elsewhere they are copied. A row that
-    several of them hold is taken from the first.
+    Whole shards become hard links on one file system (they take no room, and stay when an old cache is
+    removed: no file is ever changed in place), copies elsewhere.
     """
     from cache_schema.merge import merge as merge_caches
     from views.terminal import Bar, print_json, print_summary
@@ -437,23 +419,21 @@ def select(
     where: Annotated[
         str,
         typer.Option(
-            help="Which samples: a condition such as 'tokens < 512 and confidence > 0.5' or "
-            "'\"cat\" in image', or rows:FILE, ids:FILE with one a line."
+            help="Such as 'tokens < 512 and not (\"cat\" in image or confidence > 0.5)'; "
+            "or rows:FILE, ids:FILE with one a line."
         ),
     ],
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
-    """A smaller cache: the samples that meet a condition, without running the teacher.
+    """A smaller cache: the samples that meet a condition.
 
-    Fields: row (number in the dataset), id (its label), tokens (length, images included), images (how many),
-    image (path of any of them), response_tokens; and of the teacher over the response positions: confidence
-    (mean probability of its likeliest token), disagreement (share where that is not the label), perplexity
-    (of the labels). They are compared with ==, !=, <, <=, >, >=, in, and joined by and, or, not.
+    Fields: row (in the dataset), id (its label), tokens (length), images (how many), image (path of any),
+    response_tokens; over the response positions confidence (mean probability of the teacher's likeliest
+    token), disagreement (share where that is not the label), perplexity (of the labels).
 
-    Shards that are kept whole become hard links on one file system, which take no room and stay when the old
-    cache is removed (no file of a cache is ever changed in place), and copies elsewhere. Parts of shards are
-    written anew as they were stored, bit by bit.
+    Whole shards become hard links on one file system (they take no room, and stay when the old cache is
+    removed: no file is ever changed in place), copies elsewhere; parts are written anew as stored.
     """
     from cache_schema.select import select as select_samples
     from views.terminal import Bar, print_json, print_summary

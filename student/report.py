@@ -18,7 +18,16 @@ from student.run_curves import StageCurves, draw_curves
 from student.run_folder import TERMS, read_metrics, read_result, write_text
 from student.timing import LAPS
 
-_HELD_OUT = ("ce", "response_kl", "visual_kl", "prompt_kl", "relation", "response_top1", "visual_top1")
+_HELD_OUT = (
+    "loss",
+    "ce",
+    "response_kl",
+    "visual_kl",
+    "prompt_kl",
+    "relation",
+    "response_top1",
+    "visual_top1",
+)
 _NAMES = {
     "loss": "loss",
     "ce": "cross entropy",
@@ -32,12 +41,16 @@ _NAMES = {
     "response_top1": "likeliest token is the teacher's, response",
     "visual_top1": "likeliest token is the teacher's, visual",
 }
+OF_THE_RUN = 3
+"""Lines at the head of the final table that stand under no heading."""
+
 _STYLE = """
 :root{color-scheme:light dark;--paper:light-dark(#fbfaf7,#16181b);--ink:light-dark(#1d2126,#e6e4df);
 --faint:light-dark(#5d656e,#a2a8ae);--line:light-dark(#dcd9d2,#363b41);--card:light-dark(#fff,#1e2125)}
 body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:0 auto;
 padding:1.5rem clamp(.8rem,3vw,2.5rem) 4rem;background:var(--paper);color:var(--ink)}
-h1{font-size:1.6rem;margin:0;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:2rem 0 .5rem}
+h1{font-size:1.6rem;margin:0;overflow-wrap:anywhere}h1 span{font-size:1rem;font-weight:400}
+h2{font-size:1.2rem;margin:2rem 0 .5rem}
 .faint{color:var(--faint)}.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;
 padding:.6rem 1rem;overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
@@ -148,6 +161,9 @@ def _add_table(figure: Figure, stages: Sequence[StageRun]) -> None:
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.set(rect=(0, top, 1, 1 - top))  # type: ignore[call-arg]
+    lines = [
+        (name if not texts or n < OF_THE_RUN else f"  {name}", texts) for n, (name, texts) in enumerate(lines)
+    ]
     names = max(len(name) for name, _ in lines) + 2
     columns = [max(len(texts[n]) for _, texts in lines if texts) for n in range(len(stages))]
     columns = [max(width, len(stage.name)) + 2 for width, stage in zip(columns, stages, strict=True)]

@@ -15,6 +15,9 @@ SECOND = "#3a7d44"
 WIDTH, HEIGHT = 4.6, 2.1
 """Inches of a panel."""
 
+BESIDE = 3
+"""Panels of one stage that stand beside each other."""
+
 Lines = Sequence[Mapping[str, Any]]
 
 
@@ -37,7 +40,7 @@ class Quantity:
 
 
 QUANTITIES = (
-    Quantity("loss", "loss"),
+    Quantity("loss", "loss", ("loss",)),
     Quantity("cross entropy, nats a token", "ce", ("ce",)),
     Quantity("KL at response positions, nats", "response", ("response_kl",)),
     Quantity("KL at visual positions, nats", "visual", ("visual_kl",)),
@@ -50,34 +53,37 @@ QUANTITIES = (
 
 
 def draw_curves(stages: Sequence[StageCurves]) -> Figure:
-    """The figure, transparent outside its panels. A quantity that no stage has is left out."""
-    rows = [quantity for quantity in QUANTITIES if any(_has(quantity, stage) for stage in stages)]
-    size = (WIDTH * len(stages) + 0.6, HEIGHT * max(len(rows), 1) + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(max(len(rows), 1), len(stages), squeeze=False)
-    for column, stage in enumerate(stages):
-        for row, quantity in enumerate(rows):
-            axes = panels[row][column]
-            _panel(axes, quantity, stage)
-            if column == 0:
-                axes.set_title(quantity.title, loc="left", fontsize=10)
-        panels[0][column].annotate(
-            stage.name, (0.5, 1.18), xycoords="axes fraction", ha="center", fontsize=12, fontweight="bold"
-        )
-        panels[-1][column].set_xlabel("step")
-    if not rows:
+    """The figure: of several stages a row a quantity, of one stage three panels a row. A quantity that no
+    stage has is left out."""
+    shown = [quantity for quantity in QUANTITIES if any(_has(quantity, stage) for stage in stages)]
+    columns = len(stages) if len(stages) > 1 else min(BESIDE, max(len(shown), 1))
+    cells = [(quantity, stage) for quantity in shown for stage in stages]
+    rows = max(-(-len(cells) // columns), 1)
+    figure = Figure(figsize=(WIDTH * columns + 0.6, HEIGHT * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex="col" if len(stages) > 1 else "all")
+    for place, axes in enumerate(panels.flat):
+        if place >= len(cells):
+            axes.set_axis_off()
+            continue
+        quantity, stage = cells[place]
+        _panel(axes, quantity, stage)
+        if len(stages) == 1 or place % columns == 0:
+            axes.set_title(quantity.title, loc="left", fontsize=10)
+        if place < columns and len(stages) > 1:
+            head = {"ha": "center", "fontsize": 12, "fontweight": "bold"}
+            axes.annotate(stage.name, (0.5, 1.18), xycoords="axes fraction", **head)
+        if place + columns >= len(cells):
+            axes.set_xlabel("step")
+            axes.tick_params(labelbottom=True)
+    if not cells:
         panels[0][0].text(0.5, 0.5, "nothing measured yet", ha="center", transform=panels[0][0].transAxes)
     return figure
 
 
-def points(lines: Lines, name: str | None) -> list[tuple[float, float]]:
-    """(step, value) of the lines that carry a value of this name."""
-    return [(line["step"], line[name]) for line in lines if name and line.get(name) is not None]
-
-
 def _curve(lines: Lines, name: str | None) -> list[tuple[float, float]]:
-    """Without a term that is never anything but 0: it is not in the stage's loss."""
-    found = points(lines, name)
+    """(step, value) of the lines that carry this name; none of a term that is never anything but 0, which
+    is not in the stage's loss."""
+    found = [(line["step"], line[name]) for line in lines if name and line.get(name) is not None]
     return found if any(value for _, value in found) else []
 
 

@@ -21,6 +21,7 @@ from student.collate import Collator
 from student.pixels import PixelInputs
 from tests.tiny_families import make
 from tests.tiny_models import write_png
+from views.sample_document import sample_document
 
 SIZES = {"wide.png": (60, 36), "tall.png": (34, 62), "even.png": (40, 40)}
 SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), precision="full", top_k=8)
@@ -118,6 +119,8 @@ def check_family(name: str, folder: Path) -> None:
         if sample.images:  # what a student makes of a whole batch from the cache
             batched = together[pictured.index(sample), : len(logits), : logits.shape[1]].double()
             np.testing.assert_allclose(batched, logits, rtol=1e-4, atol=1e-4)
+        for image in sample_document(cache, sample.row, top=1)["images"]:
+            assert image["layout"]["note"] is None, "a page lays its tokens over the picture"
 
 
 def check_inputs(sample: Sample, inputs: dict[str, torch.Tensor], config: Any) -> None:

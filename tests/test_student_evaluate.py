@@ -29,6 +29,7 @@ from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.recipe import train_recipe
 from student.report import report
+from student.run_curves import StageCurves, draw_curves
 from student.stages import DFT, DPT, SFT, Recipe, RecipeStage
 from student.train import train
 from tests.student_caches import fake_capture, make_world
@@ -451,12 +452,45 @@ def test_a_report_is_one_file_with_every_stage(trained, tmp_path):
         "<h2>dpt</h2>",
         "<h2>sft</h2>",
         "<h2>dft</h2>",
-        "held-out response kl",
+        "held out",
+        "KL, response",
         "data wait",
         "finished",
+        "data:image/svg+xml;base64,",
     ):
         assert word in page
+    held_out = json.loads((out / "3-dft/result.json").read_text())["evaluation"]
+    assert f"<td class=number>{held_out['response_kl']:.4f}</td>" in page, "the final table"
     picture = report(out / "3-dft", tmp_path / "curves.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(KdcacheError, match="name a file that can be written"):
+        report(out, tmp_path)
     with pytest.raises(KdcacheError, match="holds no training run"):
         report(tmp_path)
+
+
+def curves_of(figure):
+    """Of every panel with a title: title -> {label: points}."""
+    return {
+        axes.get_title(loc="left"): {
+            line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+            for line in axes.lines
+        }
+        for axes in figure.axes
+        if axes.get_title(loc="left")
+    }
+
+
+def test_training_and_held_out_share_a_panel():
+    train = [{"step": s, "loss": 9 / s, "ce": 4 / s, "relation": 0.0, "lr": 0.1} for s in (1, 2, 3)]
+    held_out = [{"step": 3, "ce": 1.5, "response_top1": 0.25, "loss": None}]
+    one = draw_curves([StageCurves(name="dpt", train=train, held_out=held_out)])
+    assert curves_of(one) == {
+        "loss": {"training": [(1, 9.0), (2, 4.5), (3, 3.0)]},
+        "cross entropy, nats a token": {"training": [(1, 4.0), (2, 2.0), (3, 4 / 3)], "held out": [(3, 1.5)]},
+        "likeliest token is the teacher's": {"held out, response": [(3, 0.25)]},
+        "learning rate": {"training": [(1, 0.1), (2, 0.1), (3, 0.1)]},
+    }
+    two = draw_curves([StageCurves(name=name, train=train, held_out=[]) for name in ("dpt", "sft")])
+    assert len(two.axes) == 6, "a row a quantity, a column a stage"
+    assert draw_curves([StageCurves(name="new", train=[], held_out=[])]).axes[0].texts[0].get_text()

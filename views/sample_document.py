@@ -170,11 +170,11 @@ def _image(
 def _shape(sample: Sample, image: ImageRecord, text: TokenText) -> Shape:
     """What the layout of an image depends on."""
     cuts = np.flatnonzero(np.diff(image.positions) > 1) + 1
-    runs, last = [], 0
+    runs = []
     for run in np.split(image.positions, cuts):
-        before = sample.input_ids[max(last, int(run[0]) - BEFORE) : int(run[0])].tolist()
-        runs.append((len(run), "".join(text.flow(before))))
-        last = int(run[-1]) + 1
+        earlier = sample.visual_positions[sample.visual_positions < run[0]]  # of this image or another
+        start = max(int(earlier[-1]) + 1 if len(earlier) else 0, int(run[0]) - BEFORE)
+        runs.append((len(run), "".join(text.flow(sample.input_ids[start : int(run[0])].tolist()))))
     return Shape(
         width=image.width,
         height=image.height,
