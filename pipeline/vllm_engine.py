@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,9 @@ class VllmHidden:
     def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """See Engine. RowRejected when vLLM refuses one of the samples or reads other ids than ours."""
         prompts = self._prompts.of(samples)
-        outputs = _asked(lambda: self._llm.encode(prompts, pooling_task="token_embed", use_tqdm=False))
+        outputs = _asked(
+            self._llm, lambda: self._llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+        )
         _require_same_ids(samples, outputs)
         weight = self._head.weight
         return [output.outputs.data.to(weight.device, weight.dtype) for output in outputs]
@@ -144,7 +146,7 @@ class VllmLogprobs:
             detokenize=False,
         )
         prompts = self._prompts.of(samples)
-        outputs = _asked(lambda: self._llm.generate(prompts, asked, use_tqdm=False))
+        outputs = _asked(self._llm, lambda: self._llm.generate(prompts, asked, use_tqdm=False))
         _require_same_ids(samples, outputs)
         found = []
         for output, wanted in zip(outputs, positions, strict=True):
@@ -167,10 +169,17 @@ class VllmLogprobs:
         return ids, np.array(values, dtype=np.float32).reshape(-1, width)
 
 
-def _asked(ask: Any) -> list[Any]:
+def _asked(llm: Any, ask: Callable[[], Iterable[Any]]) -> list[Any]:
+    """What vLLM answers. RowRejected when it takes one of the prompts not; KdcacheError when it fails later,
+    after which it is not to be asked again."""
     try:
         return list(ask())
-    except ValueError as error:  # one prompt that cannot be processed refuses them all
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) or llm.llm_engine.has_unfinished_requests():
+            raise KdcacheError(
+                f"vLLM failed while it ran: {_one_line(error)}; run the same command again, and where memory "
+                "ran out with a lower --batch-tokens or --memory-share"
+            ) from error
         raise RowRejected("engine", f"vLLM refuses the row: {_one_line(error)}") from error
 
 

@@ -230,6 +230,14 @@ def test_a_row_that_vllm_reads_otherwise_is_kept_in_quarantine(
     assert bad not in open_cache(config.out).index().row
 
 
+def test_an_engine_that_broke_is_not_asked_again(
+    setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, refused=tuple(range(200)), broken=True)
+    with pytest.raises(KdcacheError, match="vLLM failed while it ran: this prompt is refused; run the same"):
+        build(config_of(setting, tmp_path / "c", engine="vllm"), Silent())
+
+
 # ---- the parts ----
 
 
