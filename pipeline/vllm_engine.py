@@ -37,6 +37,18 @@ _ENVIRONMENT = {
 }
 _IMAGES = 128  # a row; more are refused
 _LOGIT_BYTES = 1 << 30  # [tokens, V] in float32 and its softmax, which vLLM makes outside its memory share
+_START_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # whatever a model class raises over a config or tokenizer that it does not expect
 _FLAT_TOWERS = ("siglip_vision_model", "clip_vision_model")
 
 
@@ -188,9 +200,13 @@ def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any])
     for sample, output in zip(samples, outputs, strict=True):
         theirs = np.array(output.prompt_token_ids, dtype=np.int64)
         if not np.array_equal(theirs, sample.input_ids):
+            shared = min(len(theirs), len(sample))
+            other = np.flatnonzero(theirs[:shared] != sample.input_ids[:shared])
+            at = int(other[0]) if len(other) else shared
             raise RowRejected(
                 "engine_ids",
-                f"vLLM reads {len(theirs)} tokens where the processor makes {len(sample)}, or other ones",
+                f"vLLM reads {len(theirs)} tokens where the processor makes {len(sample)}; from position {at} "
+                f"on {theirs[at : at + 3].tolist()} in place of {sample.input_ids[at : at + 3].tolist()}",
             )
 
 
@@ -251,8 +267,11 @@ def start_vllm(
         options["max_num_batched_tokens"] = max(128, min(batch_tokens, _LOGIT_BYTES // (8 * vocab_size)))
     try:
         llm = vllm.LLM(**options)
-    except (OSError, ValueError, RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise KdcacheError(f"vLLM cannot start the teacher in {folder}: {_one_line(error)}") from error
+    except _START_ERRORS as error:
+        raise KdcacheError(
+            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {_one_line(error)}; take "
+            "--engine transformers, or --debug to see more"
+        ) from error
     if mode == "logprobs":
         _keep_vocabulary(llm, vocab_size)
     return llm

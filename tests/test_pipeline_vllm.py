@@ -27,6 +27,7 @@ from pipeline.capture import BuildConfig, build
 from pipeline.folder_head import read_head
 from pipeline.job import open_job
 from pipeline.logprob_records import record_of
+from pipeline.prefix import _changed_after_images
 from pipeline.transformers_engine import head_of
 from pipeline.vllm_engine import _Prompts, claim_device, vision_name
 from tests.fake_vllm import install
@@ -257,6 +258,11 @@ def test_prompts_are_what_the_template_wrote(name: str, tmp_path: Path) -> None:
         rendered = job.template.render(conversation.messages)
         ids = tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
         assert prompt["prompt_token_ids"] == ids
+        if sample.images:  # what the probe changes must leave whole what stands around an image
+            changed = _changed_after_images(sample)
+            end = max(expansion.end for expansion in sample.expansions)
+            np.testing.assert_array_equal(changed.input_ids[:end], sample.input_ids[:end])
+            assert (changed.input_ids[end:] != sample.input_ids[end:]).all()
         images = prompt.get("multi_modal_data", {"image": []})["image"]
         assert [image.size for image in images] == [SIZES[path] for path in conversation.images]
 
