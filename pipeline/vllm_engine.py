@@ -205,7 +205,7 @@ def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any])
             at = int(other[0]) if len(other) else shared
             raise RowRejected(
                 "engine_ids",
-                f"vLLM reads {len(theirs)} tokens where the processor makes {len(sample)}; from position {at} "
+                f"vLLM reads {len(theirs)} tokens where the processor makes {len(sample)}; from {at} "
                 f"on {theirs[at : at + 3].tolist()} in place of {sample.input_ids[at : at + 3].tolist()}",
             )
 
