@@ -25,7 +25,8 @@ test-slow: install
 
 # vLLM and its like share no environment with the rest: they pin what they need.
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm --timeout 600 tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest --timeout 600 tests/test_vllm.py \
+		tests/test_house.py::test_optional_engines_stay_unimported
 
 check: install lint types test
 
@@ -64,7 +65,7 @@ $(VENV)/.installed: pyproject.toml
 
 # torchaudio and torchcodec ask for another torch, triton for a GPU; torchvision needs the hook beside a torch
 # without CUDA.
-$(VLLM_VENV)/.installed: pyproject.toml Makefile tests/torchvision_folder.py
+$(VLLM_VENV)/.installed: pyproject.toml tests/torchvision_folder.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM_TORCH)

@@ -23,7 +23,7 @@ def prefix_is_independent(engine: Engine, sample: PreparedSample) -> bool:
 
     Probed on one sample with an image: once with every later id changed, once with all of it cut off.
     """
-    end = int(sample.images[-1].positions[-1]) + 1
+    end = _end_of_images(sample)
     cut = replace(
         sample,
         input_ids=sample.input_ids[:end],
@@ -59,10 +59,16 @@ def _same_states(hidden: Tensor, reference: Tensor) -> bool:
 
 def _changed_after_images(sample: PreparedSample) -> PreparedSample:
     """The sample with every id after its last image replaced."""
-    end = int(sample.images[-1].positions[-1]) + 1
+    end = _end_of_images(sample)
     ids = sample.input_ids.copy()
     ids[end:] = _other_ids(sample, end)
     return replace(sample, input_ids=ids)
+
+
+def _end_of_images(sample: PreparedSample) -> int:
+    """Where the last image ends, with what its processor writes around it: no text can differ before."""
+    end = int(sample.images[-1].positions[-1]) + 1
+    return max([end, *(expansion.end for expansion in sample.expansions)])
 
 
 def _other_ids(sample: PreparedSample, end: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:

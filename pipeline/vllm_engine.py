@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,18 @@ _ENVIRONMENT = {
 }
 _IMAGES = 128  # a row; more are refused
 _LOGIT_BYTES = 1 << 30  # [tokens, V] in float32 and its softmax, which vLLM makes outside its memory share
+_START_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # whatever a model class raises over a config or tokenizer that it does not expect
 _FLAT_TOWERS = ("siglip_vision_model", "clip_vision_model")
 
 
@@ -102,7 +114,9 @@ class VllmHidden:
     def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """See Engine. RowRejected when vLLM refuses one of the samples or reads other ids than ours."""
         prompts = self._prompts.of(samples)
-        outputs = _asked(lambda: self._llm.encode(prompts, pooling_task="token_embed", use_tqdm=False))
+        outputs = _asked(
+            self._llm, lambda: self._llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+        )
         _require_same_ids(samples, outputs)
         weight = self._head.weight
         return [output.outputs.data.to(weight.device, weight.dtype) for output in outputs]
@@ -144,7 +158,7 @@ class VllmLogprobs:
             detokenize=False,
         )
         prompts = self._prompts.of(samples)
-        outputs = _asked(lambda: self._llm.generate(prompts, asked, use_tqdm=False))
+        outputs = _asked(self._llm, lambda: self._llm.generate(prompts, asked, use_tqdm=False))
         _require_same_ids(samples, outputs)
         found = []
         for output, wanted in zip(outputs, positions, strict=True):
@@ -167,10 +181,17 @@ class VllmLogprobs:
         return ids, np.array(values, dtype=np.float32).reshape(-1, width)
 
 
-def _asked(ask: Any) -> list[Any]:
+def _asked(llm: Any, ask: Callable[[], Iterable[Any]]) -> list[Any]:
+    """What vLLM answers. RowRejected when it takes one of the prompts not; KdcacheError when it fails later,
+    after which it is not to be asked again."""
     try:
         return list(ask())
-    except ValueError as error:  # one prompt that cannot be processed refuses them all
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) or llm.llm_engine.has_unfinished_requests():
+            raise KdcacheError(
+                f"vLLM failed while it ran: {_one_line(error)}; run the same command again, and where memory "
+                "ran out with a lower --batch-tokens or --memory-share"
+            ) from error
         raise RowRejected("engine", f"vLLM refuses the row: {_one_line(error)}") from error
 
 
@@ -179,9 +200,13 @@ def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any])
     for sample, output in zip(samples, outputs, strict=True):
         theirs = np.array(output.prompt_token_ids, dtype=np.int64)
         if not np.array_equal(theirs, sample.input_ids):
+            shared = min(len(theirs), len(sample))
+            other = np.flatnonzero(theirs[:shared] != sample.input_ids[:shared])
+            at = int(other[0]) if len(other) else shared
             raise RowRejected(
                 "engine_ids",
-                f"vLLM reads {len(theirs)} tokens where the processor makes {len(sample)}, or other ones",
+                f"vLLM reads {len(theirs)} tokens where the processor makes {len(sample)}; from {at} "
+                f"on {theirs[at : at + 3].tolist()} in place of {sample.input_ids[at : at + 3].tolist()}",
             )
 
 
@@ -242,8 +267,11 @@ def start_vllm(
         options["max_num_batched_tokens"] = max(128, min(batch_tokens, _LOGIT_BYTES // (8 * vocab_size)))
     try:
         llm = vllm.LLM(**options)
-    except (OSError, ValueError, RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise KdcacheError(f"vLLM cannot start the teacher in {folder}: {_one_line(error)}") from error
+    except _START_ERRORS as error:
+        raise KdcacheError(
+            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {_one_line(error)}; take "
+            "--engine transformers, or --debug to see more"
+        ) from error
     if mode == "logprobs":
         _keep_vocabulary(llm, vocab_size)
     return llm

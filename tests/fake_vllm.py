@@ -40,14 +40,16 @@ class FakeLLM:
     shift: float = 0.0
     refused: tuple[int, ...] = ()
     other_ids: tuple[int, ...] = ()
+    broken: bool = False
 
     def __post_init__(self) -> None:
         folder = Path(self.options["model"])
         self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
         self.cut = LogitsProcessor()
-        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
-        self.asked = 0
+        self.llm_engine = SimpleNamespace(
+            model_config=SimpleNamespace(dtype=torch.float32), has_unfinished_requests=lambda: self.broken
+        )
 
     def apply_model(self, work: Any) -> list[Any]:
         return [work(torch.nn.Sequential(self.cut))]

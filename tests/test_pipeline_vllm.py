@@ -27,6 +27,7 @@ from pipeline.capture import BuildConfig, build
 from pipeline.folder_head import read_head
 from pipeline.job import open_job
 from pipeline.logprob_records import record_of
+from pipeline.prefix import _changed_after_images
 from pipeline.transformers_engine import head_of
 from pipeline.vllm_engine import _Prompts, claim_device, vision_name
 from tests.fake_vllm import install
@@ -230,6 +231,14 @@ def test_a_row_that_vllm_reads_otherwise_is_kept_in_quarantine(
     assert bad not in open_cache(config.out).index().row
 
 
+def test_an_engine_that_broke_is_not_asked_again(
+    setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, refused=tuple(range(200)), broken=True)
+    with pytest.raises(KdcacheError, match="vLLM failed while it ran: this prompt is refused; run the same"):
+        build(config_of(setting, tmp_path / "c", engine="vllm"), Silent())
+
+
 # ---- the parts ----
 
 
@@ -249,6 +258,11 @@ def test_prompts_are_what_the_template_wrote(name: str, tmp_path: Path) -> None:
         rendered = job.template.render(conversation.messages)
         ids = tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
         assert prompt["prompt_token_ids"] == ids
+        if sample.images:  # what the probe changes must leave whole what stands around an image
+            changed = _changed_after_images(sample)
+            end = max(expansion.end for expansion in sample.expansions)
+            np.testing.assert_array_equal(changed.input_ids[:end], sample.input_ids[:end])
+            assert (changed.input_ids[end:] != sample.input_ids[end:]).all()
         images = prompt.get("multi_modal_data", {"image": []})["image"]
         assert [image.size for image in images] == [SIZES[path] for path in conversation.images]
 

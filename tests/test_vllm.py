@@ -48,7 +48,7 @@ class Setting:
         rows.append({"id": "long", "conversations": [turn, {"from": "gpt", "value": "Yes."}]})
         made.data.write_text(json.dumps(rows))
 
-    def started(self, out: str, *options: str) -> "subprocess.Popen[str]":
+    def started(self, out: str, *options: str, **environment: str) -> "subprocess.Popen[str]":
         command = ["build", "--teacher", self.teacher, "--data", self.folder / "data.json", "--out"]
         command += [self.folder / out, "--image-root", self.folder / "images", "--json", "--top-k", "8"]
         command += [
@@ -64,6 +64,7 @@ class Setting:
         return subprocess.Popen(
             [sys.executable, "-m", "cli", *map(str, command), *options],
             cwd=ROOT,
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -131,12 +132,15 @@ def check_same(one: Cache, other: Cache, kinds: tuple[str, ...], fields: tuple[s
 
 
 def test_hidden_states_make_the_cache_of_transformers(setting: Setting) -> None:
-    """Two workers at once, then a second run."""
-    options = ("--targets", EVERYTHING, "--engine", "vllm", "--world-size", "2", "--rank")
-    workers = [setting.started("hidden", *options, rank) for rank in "01"]
+    """Two workers at once, as torchrun and accelerate start them, then a second run."""
+    options = ("--targets", EVERYTHING, "--engine", "vllm")
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    workers = [
+        setting.started("hidden", *options, RANK=rank, LOCAL_RANK=rank, **launcher) for rank in ("0", "1")
+    ]
     for worker in workers:
         finished(worker)
-    summary = setting.build("hidden", "--targets", EVERYTHING, "--engine", "vllm")
+    summary = setting.build("hidden", *options)
     assert summary["already_done"]
     assert summary["captured"] == 14
     assert summary["quarantined"] == {"missing_image": 1, "over_long": 1}
