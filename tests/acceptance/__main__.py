@@ -5,7 +5,8 @@
 The teacher sees through ImageNet's EfficientNet-Lite0. Its projector starts at random, so that it is blind
 at first: our own `train --stage pt` gives it sight. Then every step is a command that a user gives: build,
 verify, inspect, evaluate, the teacher's removal, new-student, DPT and DFT from the caches, evaluate again.
-What must hold is checked; the exit code is 1 when any of it does not.
+What must hold is checked; the exit code is 1 when any of it does not. Finished steps are not redone: after
+Ctrl-C the same command goes on.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from tests.acceptance.commands import Commands
+from cache_schema.errors import KdcacheError, StoppedEarly
+from demo.story import Story
+from tests.acceptance.commands import kdcache
 from tests.acceptance.data import Data, write_data
 from tests.acceptance.models import save_models
 from tests.acceptance.tower import TOKENS
 from views.terminal import notes, results
 
 TERMS = ("ce", "response_kl", "visual_kl", "relation", "response_top1", "visual_top1")
+KINDS = ("shape", "color", "yesno")
 
 
 class Checks:
@@ -48,7 +51,7 @@ class Acceptance:
     def __init__(self, out: Path, options: argparse.Namespace) -> None:
         self.out = out
         self.options = options
-        self.kdcache = Commands()
+        self.story = Story(out, {name: value for name, value in vars(options).items() if name != "out"})
         self.check = Checks()
         self.data: Data = write_data(
             out / "data",
@@ -60,28 +63,39 @@ class Acceptance:
         )
         self.root = ("--image-root", self.data.image_root)
 
+    def kdcache(self, name: str, *arguments: str | Path) -> Any:
+        """A command as a step of the run: its JSON, kept in state.json and not made again."""
+        return self.story.step(name, lambda: kdcache(*arguments))
+
     def run(self) -> dict[str, Any]:
         """The whole story; what was measured."""
-        sizes = save_models(self.out)
+        sizes = self.story.step("models", lambda: save_models(self.out))
         teacher = self.out / "teacher"
         sight = self.give_sight(self.out / "blind-teacher", teacher)
         caches = {name: self.capture(teacher, name) for name in ("captions", "conversations", "held-out")}
-        for folder in ("teacher", "blind-teacher", "sight"):
-            shutil.rmtree(self.out / folder)
+        self.story.step("remove the teacher", lambda: self.remove("teacher", "blind-teacher", "sight"))
         return {"sizes": sizes, "sight": sight, "caches": caches, "student": self.distil()}
+
+    def remove(self, *folders: str) -> None:
+        """From here on nobody can read the teacher."""
+        for folder in folders:
+            shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def give_sight(self, blind: Path, teacher: Path) -> dict[str, Any]:
         """Trains the teacher's projector; what it answered before and after."""
         for name in ("captions", "held-out"):
-            self.build(blind, name, self.out / f"labels-{name}", "--targets", "response", "--top-k", "1")
-        before = self.evaluate(blind, self.out / "labels-held-out")
+            labels = self.out / f"labels-{name}"
+            self.build(f"labels of {name}", blind, name, labels, "--targets", "response", "--top-k", "1")
+        before = self.evaluate("evaluate the blind teacher", blind, self.out / "labels-held-out")
         trained = self.kdcache(
+            "give the teacher sight",
             *("train", "--stage", "pt", "--student", blind, "--cache", self.out / "labels-captions"),
             *(*self.root, "--out", self.out / "sight", "--epochs", self.options.sight_epochs),
             *("--global-batch", "8", "--learning-rate", self.options.sight_rate, "--save-every", "0"),
+            "--resume",
         )
-        shutil.move(trained["model"], teacher)
-        after = self.evaluate(teacher, self.out / "labels-held-out")
+        self.story.step("the teacher", lambda: str(shutil.copytree(trained["model"], teacher)))
+        after = self.evaluate("evaluate the teacher", teacher, self.out / "labels-held-out")
         self.check(
             "the teacher's projector learns to see: cross entropy on held-out answers falls "
             f"({before['teacher']['ce']:.3f} to {after['teacher']['ce']:.3f})",
@@ -89,7 +103,7 @@ class Acceptance:
         )
         return {"before": before, "after": after, "steps": trained["steps"]}
 
-    def build(self, teacher: Path, name: str, out: Path, *more: str) -> Any:
+    def build(self, step: str, teacher: Path, name: str, out: Path, *more: str) -> Any:
         """`build` of one of the data files."""
         file = {
             "captions": self.data.captions,
@@ -97,13 +111,15 @@ class Acceptance:
             "held-out": self.data.held_out,
         }[name]
         return self.kdcache(
+            step,
             *("build", "--teacher", teacher, "--data", file, *self.root, "--out", out),
             *("--shard-size", "64", "--batch-tokens", "2048", *more),
         )
 
-    def evaluate(self, model: Path, cache: Path) -> Any:
+    def evaluate(self, step: str, model: Path, cache: Path) -> Any:
         """`evaluate` on the held-out questions and a held-out cache."""
         return self.kdcache(
+            step,
             *("evaluate", "--model", model, "--data", self.data.questions, *self.root),
             *("--cache", cache, "--max-new-tokens", "8"),
         )
@@ -112,10 +128,10 @@ class Acceptance:
         """Builds a cache with all targets and holds it against the data."""
         cache, check = self.out / f"cache-{name}", self.check
         template = ("--template", "plain") if name == "captions" else ()
-        built = self.build(teacher, name, cache, *template)
-        again = self.build(teacher, name, cache, *template)
-        verified = self.kdcache("verify", cache)
-        seen = self.kdcache("inspect", cache)
+        built = self.build(f"build {name}", teacher, name, cache, *template)
+        again = self.build(f"build {name} again", teacher, name, cache, *template)
+        verified = self.kdcache(f"verify {name}", "verify", cache)
+        seen = self.kdcache(f"inspect {name}", "inspect", cache)
         rows, counts = self.data.rows[name], seen["counts"]
         refused = sum(built["quarantined"].values())
         missing = {"missing_image": 1} if name == "conversations" else {}
@@ -123,9 +139,7 @@ class Acceptance:
             f"{name}: verify finds all of {verified['shards']} shards whole",
             verified["ok"] and not verified["problems"],
         )
-        check(
-            f"{name}: a second build finds nothing to do", again["already_done"] and not built["already_done"]
-        )
+        check(f"{name}: a second build finds nothing to do", again["already_done"])
         check(
             f"{name}: {built['captured']} samples and {refused} in quarantine are all {rows} rows",
             built["captured"] + refused == rows
@@ -150,24 +164,30 @@ class Acceptance:
         held_out, options = self.out / "cache-held-out", self.options
         student = self.out / "student"
         made = self.kdcache(
+            "new student",
             *("new-student", "--vision-tower", self.out / "tower"),
             *("--language-model", self.out / "small-language-model"),
             *("--like", self.out / "cache-conversations", "--out", student),
         )
         self.check(f"the student sees images in {TOKENS} tokens", made["visual_tokens"] == TOKENS)
-        stages = {"start": self.evaluate(student, held_out)}
+        stages = {"start": self.evaluate("evaluate the new student", student, held_out)}
         for stage, cache, rate, batch in (
             ("dpt", "captions", options.dpt_rate, 8),
             ("dft", "conversations", options.dft_rate, 4),
         ):
             run = self.out / stage
             trained = self.kdcache(
+                f"train by {stage}",
                 *("train", "--stage", stage, "--student", student, "--cache", self.out / f"cache-{cache}"),
                 *(*self.root, "--out", run, "--epochs", "1", "--learning-rate", rate, "--log-every", "1"),
                 *("--global-batch", str(batch), "--micro-batch", str(batch), "--save-every", "0"),
+                "--resume",
             )
             student = run / "model"
-            stages[stage] = {**self.evaluate(student, held_out), "training": trained}
+            stages[stage] = {
+                **self.evaluate(f"evaluate after {stage}", student, held_out),
+                "training": trained,
+            }
             first, last = loss_ends(run)
             self.check(f"{stage}: the training loss falls ({first:.3f} to {last:.3f})", last < first)
         start, end = stages["start"]["teacher"], stages["dft"]["teacher"]
@@ -179,7 +199,7 @@ class Acceptance:
             self.check(
                 f"held out, {term} rises ({start[term]:.3f} to {end[term]:.3f})", end[term] > start[term]
             )
-        exported = self.kdcache("export", "--model", student, "--out", self.out / "exported")
+        exported = self.kdcache("export", "export", "--model", student, "--out", self.out / "exported")
         return {"made": made, "stages": stages, "exported": exported}
 
 
@@ -193,35 +213,36 @@ def loss_ends(run: Path) -> tuple[float, float]:
 
 def print_tables(found: dict[str, Any]) -> None:
     """What was measured, as a person reads it."""
-    caches = Table(
-        "cache", "samples", "tokens", "response", "visual", "MB", "bytes/position", "bytes/image", "s"
-    )
+    wide = Console(width=110, highlight=False)
+    caches = Table("cache", "samples", "tokens", "positions", "MB", "bytes a position", "an image", "rank")
     for name, cache in found["caches"].items():
         seen = cache["inspect"]
-        size = seen["bytes"]
+        positions, size = seen["positions"], seen["bytes"]
         caches.add_row(
             name,
             str(cache["built"]["captured"]),
             str(cache["built"]["tokens"]),
-            str(seen["positions"]["response"]["positions"]),
-            str(seen["positions"]["visual"]["positions"]),
+            " + ".join(str(positions[kind]["positions"]) for kind in ("response", "visual")),
             f"{size['total'] / 1e6:.2f}",
-            f"{size['a_position']['response']:.0f} / {size['a_position']['visual']:.0f}",
-            f"{size['a_relation']:.0f}",
-            f"{cache['built']['seconds']:.0f}",
+            " / ".join(f"{size['a_position'][kind]:.0f}" for kind in ("response", "visual")),
+            f"{size['a_relation']:.0f} bytes",
+            f"{seen['relation']['mean_rank']:.1f}",
         )
-    results.print(caches)
-    models = Table("model, held out", *TERMS, *(f"{kind} %" for kind in ("shape", "color", "yesno")))
+    wide.print(caches)
+    models = Table("held out", *(term.replace("_", " ") for term in TERMS), *KINDS)
     rows = {
         "teacher, blind": found["sight"]["before"],
         "teacher": found["sight"]["after"],
         **{f"student, {name}": stage for name, stage in found["student"]["stages"].items()},
     }
     for name, row in rows.items():
-        against = row["teacher"] if name.startswith("student") else {"ce": row["teacher"]["ce"]}
-        answers = [f"{100 * row['by_kind'][kind]['exact_match']:.0f}" for kind in ("shape", "color", "yesno")]
-        models.add_row(name, *(f"{against[term]:.3f}" if term in against else "" for term in TERMS), *answers)
-    results.print(models)
+        # A teacher is held against labels alone: the blind one made that cache.
+        terms = TERMS if name.startswith("student") else ("ce",)
+        measured = [f"{row['teacher'][term]:.3f}" if term in terms else "" for term in TERMS]
+        models.add_row(
+            name, *measured, *(f"{100 * row['by_kind'][kind]['exact_match']:.0f}%" for kind in KINDS)
+        )
+    wide.print(models)
 
 
 def main() -> int:
@@ -230,7 +251,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, help="Keep everything in this folder; default: a temporary one.")
+    parser.add_argument("--out", type=Path, default=Path("acceptance-run"), help="Folder of the run, 2.5 GB.")
     parser.add_argument("--images", type=int, default=240, help="Training images, each with a caption.")
     parser.add_argument("--conversations", type=int, default=64, help="Of them with questions and answers.")
     parser.add_argument("--texts", type=int, default=32, help="Training rows of text alone.")
@@ -240,21 +261,17 @@ def main() -> int:
     parser.add_argument("--dpt-rate", default="1e-3", help="Learning rate of DPT.")
     parser.add_argument("--dft-rate", default="2e-4", help="Learning rate of DFT.")
     options = parser.parse_args()
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        out = options.out or Path(temporary)
-        run = Acceptance(out, options)
+    try:
+        run = Acceptance(options.out, options)
         found = run.run()
-    if options.out:
-        (out / "results.json").write_text(json.dumps({**found, "seconds": run.kdcache.seconds}, indent=1))
+    except (KdcacheError, StoppedEarly) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3 if isinstance(error, StoppedEarly) else 1
+    seconds = run.story.seconds
+    (options.out / "results.json").write_text(json.dumps({**found, "seconds": seconds}, indent=1))
     print_tables(found)
-    seconds: dict[str, float] = {}
-    for name, value in run.kdcache.seconds:
-        seconds[name] = seconds.get(name, 0.0) + value
     parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    results.print(
-        f"{time.perf_counter() - began:.0f} s in all; commands: {parts}", markup=False, soft_wrap=True
-    )
+    results.print(f"{sum(seconds.values()):.0f} s: {parts}", markup=False, soft_wrap=True)
     for sentence in run.check.failed:
         results.print(f"FAILED: {sentence}", markup=False, soft_wrap=True)
     return int(bool(run.check.failed))
