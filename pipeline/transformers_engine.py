@@ -282,8 +282,12 @@ def require_model_folder(folder: Path) -> None:
 
 
 def choose_device(device: str) -> str:
-    """`auto` as a device name; any other name as it is."""
+    """`auto` as a device name; any other name as it is. KdcacheError when there is no such device."""
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise KdcacheError(f"device {device} cannot be used here: {_one_line(error)}") from error
         return device
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:

@@ -556,6 +556,7 @@ def test_what_is_missing_is_said_in_one_line(setting: Setting, tmp_path: Path) -
         ({"data": tmp_path / "nowhere.json"}, "data file .* does not exist"),
         ({"image_root": tmp_path / "nowhere"}, "image root .* is not a folder"),
         ({"template": "nonsense"}, "template nonsense"),
+        ({"device": "nonsense"}, "device nonsense cannot be used here"),
         ({"out": str(tmp_path / "full")}, "not empty"),
     ]:
         with pytest.raises(KdcacheError, match=message) as caught:
