@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from cache_schema.errors import KdcacheError
 from pipeline.engine import Head, head_from
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
+from pipeline.workers import rank_on_machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -206,7 +206,7 @@ def load_engine(
     """Loads a teacher for inference.
 
     dtype: `auto` (as saved), float32, bfloat16 or float16. device: `auto` takes the accelerator if there
-    is one, by LOCAL_RANK when several workers share a machine. device_map: given to transformers instead.
+    is one, each of several workers on a machine its own. device_map: given to transformers instead.
     quantization: `8bit` or `4bit` through bitsandbytes. KdcacheError where the folder cannot be loaded.
     """
     require_model_folder(folder)
@@ -267,15 +267,19 @@ def require_model_folder(folder: Path) -> None:
 
 
 def choose_device(device: str) -> str:
-    """`auto` as a device name; any other name as it is."""
+    """`auto` as a device name; any other name as it is. KdcacheError when there is no such device."""
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise KdcacheError(f"device {device} cannot be used here: {_one_line(error)}") from error
         return device
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return "cpu"
     if accelerator.type == "mps":
         return "mps"
-    return f"{accelerator.type}:{int(os.environ.get('LOCAL_RANK', '0')) % torch.accelerator.device_count()}"
+    return f"{accelerator.type}:{rank_on_machine() % torch.accelerator.device_count()}"
 
 
 def device_name(device: torch.device) -> str:

@@ -13,6 +13,13 @@ _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 
+_LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+
+def rank_on_machine() -> int:
+    """Which of the workers on this machine this process is, as its launcher says, or 0."""
+    return next((_number(name) for name in _LOCAL if name in os.environ), 0)
+
 
 def place_among_workers(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """(rank, world size) as given, or as a launcher's environment says, or (0, 1).

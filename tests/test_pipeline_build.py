@@ -32,6 +32,7 @@ from cache_schema.progress import Silent
 from cache_schema.summary import summarise
 from pipeline import teachers
 from pipeline.capture import BuildConfig, build
+from pipeline.transformers_engine import choose_device
 from pipeline.workers import place_among_workers
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
 
@@ -556,6 +557,7 @@ def test_what_is_missing_is_said_in_one_line(setting: Setting, tmp_path: Path) -
         ({"data": tmp_path / "nowhere.json"}, "data file .* does not exist"),
         ({"image_root": tmp_path / "nowhere"}, "image root .* is not a folder"),
         ({"template": "nonsense"}, "template nonsense"),
+        ({"device": "nonsense"}, "device nonsense cannot be used here"),
         ({"out": str(tmp_path / "full")}, "not empty"),
     ]:
         with pytest.raises(KdcacheError, match=message) as caught:
@@ -634,6 +636,20 @@ def test_place_among_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert place_among_workers(None, None) == (1, 2)
     assert place_among_workers(0, 5) == (0, 5)
+
+
+def test_workers_of_a_machine_take_different_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    assert choose_device("auto") == "cuda:0"
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert choose_device("auto") == "cuda:3"
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert choose_device("auto") == "cuda:1"
 
 
 def test_settings_out_of_range_are_refused(setting: Setting, tmp_path: Path) -> None:
