@@ -97,7 +97,7 @@ class Acceptance:
         self.story.step("the teacher", lambda: str(shutil.copytree(trained["model"], teacher)))
         after = self.evaluate("evaluate the teacher", teacher, self.out / "labels-held-out")
         self.check(
-            "the teacher's projector learns to see: cross entropy on held-out answers falls "
+            "the teacher's projector learns: cross entropy on held-out answers falls "
             f"({before['teacher']['ce']:.3f} to {after['teacher']['ce']:.3f})",
             after["teacher"]["ce"] < before["teacher"]["ce"],
         )
@@ -127,12 +127,16 @@ class Acceptance:
     def capture(self, teacher: Path, name: str) -> dict[str, Any]:
         """Builds a cache with all targets and holds it against the data."""
         cache, check = self.out / f"cache-{name}", self.check
-        template = ("--template", "plain") if name == "captions" else ()
+        template: tuple[str, ...] = ()
+        rows = self.data.rows[name]
+        if name == "captions":
+            rows = min(rows, self.options.captions)
+            template = ("--template", "plain", "--limit", str(rows))
         built = self.build(f"build {name}", teacher, name, cache, *template)
         again = self.build(f"build {name} again", teacher, name, cache, *template)
         verified = self.kdcache(f"verify {name}", "verify", cache)
         seen = self.kdcache(f"inspect {name}", "inspect", cache)
-        rows, counts = self.data.rows[name], seen["counts"]
+        counts = seen["counts"]
         refused = sum(built["quarantined"].values())
         missing = {"missing_image": 1} if name == "conversations" else {}
         check(
@@ -155,8 +159,6 @@ class Acceptance:
             and seen["relation"]["relations"] == images
             and seen["relation"]["max_residual"] <= 1e-5,
         )
-        mass = seen["positions"]["response"]["mean_covered_mass"]
-        check(f"{name}: the kept entries hold {mass:.3f} of the responses' mass", 0.5 < mass < 1.0)
         return {"built": built, "inspect": seen}
 
     def distil(self) -> dict[str, Any]:
@@ -214,7 +216,9 @@ def loss_ends(run: Path) -> tuple[float, float]:
 def print_tables(found: dict[str, Any]) -> None:
     """What was measured, as a person reads it."""
     wide = Console(width=110, highlight=False)
-    caches = Table("cache", "samples", "tokens", "positions", "MB", "bytes a position", "an image", "rank")
+    caches = Table(
+        "cache", "samples", "tokens", "positions", "mass", "MB", "bytes a position", "an image", "rank"
+    )
     for name, cache in found["caches"].items():
         seen = cache["inspect"]
         positions, size = seen["positions"], seen["bytes"]
@@ -223,6 +227,7 @@ def print_tables(found: dict[str, Any]) -> None:
             str(cache["built"]["captured"]),
             str(cache["built"]["tokens"]),
             " + ".join(str(positions[kind]["positions"]) for kind in ("response", "visual")),
+            f"{positions['response']['mean_covered_mass']:.2f}",
             f"{size['total'] / 1e6:.2f}",
             " / ".join(f"{size['a_position'][kind]:.0f}" for kind in ("response", "visual")),
             f"{size['a_relation']:.0f} bytes",
@@ -252,7 +257,13 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("acceptance-run"), help="Folder of the run, 2.5 GB.")
-    parser.add_argument("--images", type=int, default=240, help="Training images, each with a caption.")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=240,
+        help="Training images with a caption, which give the teacher sight.",
+    )
+    parser.add_argument("--captions", type=int, default=160, help="Of them in the cache that DPT reads.")
     parser.add_argument("--conversations", type=int, default=64, help="Of them with questions and answers.")
     parser.add_argument("--texts", type=int, default=32, help="Training rows of text alone.")
     parser.add_argument("--held-out", type=int, default=24, help="Held-out images.")
