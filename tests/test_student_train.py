@@ -170,9 +170,9 @@ def test_a_remote_cache_trains_to_the_same_bits(world, tmp_path, monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
     try:
         store = fsspec.filesystem("s3")
-        store.mkdir("caches")
-        store.put(str(world.cache), "caches/tiny", recursive=True)
-        far = settings(world, tmp_path / "far", cache="s3://caches/tiny", eval_cache="s3://caches/tiny")
+        store.mkdir("training")  # its own bucket: the servers of one process share their state
+        store.put(str(world.cache), "training/tiny", recursive=True)
+        far = settings(world, tmp_path / "far", cache="s3://training/tiny", eval_cache="s3://training/tiny")
         train(far, Silent())
     finally:
         server.stop()
