@@ -170,9 +170,9 @@ def plan(
 ) -> None:
     """Measure on a few samples what a cache costs and loses, and recommend how to build it."""
     from cache_schema.spec import TARGETS, TargetSpec
-    from pipeline.advice import PlanConfig
-    from pipeline.advice import plan as plan_cache
-    from pipeline.choice import write_command
+    from pipeline.planning.advice import PlanConfig
+    from pipeline.planning.advice import plan as plan_cache
+    from pipeline.planning.choice import write_command
     from pipeline.settings import BuildConfig
     from views.plan_page import draw_plan, print_plan
     from views.terminal import Bar, print_json

@@ -32,7 +32,7 @@ from cache_schema.codecs.topk import decode_topk, encode_topk, topk_rows
 from cache_schema.records import TopK
 from cache_schema.shard import write_groups
 from cache_schema.spec import TargetSpec
-from pipeline.fidelity import Agreement, compare, noise_of_kl
+from pipeline.planning.fidelity import Agreement, compare, noise_of_kl
 
 Array = NDArray[Any]
 SHUFFLES = {"plain": Blosc.NOSHUFFLE, "bytes": Blosc.SHUFFLE, "bits": Blosc.BITSHUFFLE}

@@ -22,10 +22,10 @@ from cache_schema.progress import Silent
 from cache_schema.rows import JsonSource
 from cache_schema.spec import TargetSpec
 from cache_schema.summary import summarise
-from pipeline.advice import PlanConfig, plan
 from pipeline.capture import build
-from pipeline.choice import build_arguments, write_command
 from pipeline.job import open_job
+from pipeline.planning.advice import PlanConfig, plan
+from pipeline.planning.choice import build_arguments, write_command
 from pipeline.settings import BuildConfig
 from tests.test_cli import run
 from tests.test_plan_measures import dense_agreement

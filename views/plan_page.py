@@ -21,7 +21,7 @@ _GOOD, _BAD = "green", "red"
 
 
 def print_plan(document: Mapping[str, Any], console: Console = results) -> None:
-    """Prints what `pipeline.advice.plan` made."""
+    """Prints what `pipeline.planning.advice.plan` made."""
     for part in (
         _samples(document),
         *_positions(document),

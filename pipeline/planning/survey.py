@@ -28,12 +28,12 @@ from cache_schema.records import (
 from cache_schema.spec import TargetSpec
 from pipeline.engine import Engine, Head, understood_head
 from pipeline.extract import Extractor, batches
-from pipeline.forecast import MeasuredSample, Speed
 from pipeline.job import Job
 from pipeline.packing import Pack
+from pipeline.planning.forecast import MeasuredSample, Speed
+from pipeline.planning.stand_in import Picked, Witness, require_same_tokens
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample, SamplePreparer
-from pipeline.stand_in import Picked, Witness, require_same_tokens
 from pipeline.transformers_engine import image_token_id_of, load_engine, load_processor
 
 _WINDOW_BYTES = 256 << 20  # pixels in memory at once

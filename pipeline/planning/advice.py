@@ -18,15 +18,15 @@ from cache_schema.errors import KdcacheError
 from cache_schema.progress import Progress
 from cache_schema.records import Relation, TopK
 from cache_schema.spec import TARGETS, Precision, TargetSpec
-from pipeline.choice import build_arguments, choose, chosen_spec
 from pipeline.engine import Head
-from pipeline.fidelity import as_stored, covered, narrowed, relation_angle
-from pipeline.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
-from pipeline.forecast import Workload, break_even, bytes_by_part, workload_of
 from pipeline.job import open_job
+from pipeline.planning.choice import build_arguments, choose, chosen_spec
+from pipeline.planning.fidelity import as_stored, covered, narrowed, relation_angle
+from pipeline.planning.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
+from pipeline.planning.forecast import Workload, break_even, bytes_by_part, workload_of
+from pipeline.planning.stand_in import GivenStudent, NoisyTeacher, StandIn, agreement_at, exact_relations
+from pipeline.planning.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
 from pipeline.settings import BuildConfig
-from pipeline.stand_in import GivenStudent, NoisyTeacher, StandIn, agreement_at, exact_relations
-from pipeline.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
 from pipeline.teachers import load_with_transformers
 
 RelationChoice = float | Literal["exact"]

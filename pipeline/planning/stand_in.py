@@ -17,8 +17,8 @@ from cache_schema.errors import KdcacheError
 from cache_schema.records import TopK
 from cache_schema.spec import TargetSpec
 from pipeline.engine import Engine, Head
-from pipeline.fidelity import Agreement, compare, noise_of_kl
 from pipeline.packing import Pack
+from pipeline.planning.fidelity import Agreement, compare, noise_of_kl
 from pipeline.relation import RelationMaker
 from pipeline.samples import PreparedSample
 

@@ -1,0 +1,1 @@
+"""What a cache of a dataset would cost and lose, measured before it is built."""
