@@ -30,8 +30,9 @@ from cache_schema import (
 from cache_schema.identity import tokenizer_digest
 from cache_schema.progress import Silent
 from cache_schema.summary import summarise
-from pipeline import teachers
+from pipeline import loop, teachers
 from pipeline.capture import BuildConfig, build
+from pipeline.extract import Extractor
 from pipeline.transformers_engine import choose_device
 from pipeline.workers import place_among_workers
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
@@ -276,6 +277,29 @@ def test_batches_change_nothing_but_rounding(setting: Setting, captured: Path, t
                 np.testing.assert_allclose(one.tail_logprob, other.tail_logprob, atol=1e-5)
         for one, other in zip(left.relations, right.relations, strict=True):
             np.testing.assert_allclose(one.norm, other.norm, rtol=1e-5)
+
+
+def test_windows_do_not_depend_on_the_machine(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are formed inside a window: with other windows another machine's cache would differ."""
+    found: list[list[int]] = []
+    whole = Extractor.capture
+
+    def noted(self: Extractor, samples: Any, seen: set[str]) -> Any:
+        found.append([sample.row for sample in samples])
+        return whole(self, samples, seen)
+
+    monkeypatch.setattr(Extractor, "capture", noted)
+    monkeypatch.setattr(loop, "_WINDOW_BYTES", 40_000)
+    windows = []
+    for threads in (1, 2, 5):
+        found.clear()
+        build(config_of(setting, tmp_path / str(threads), shard_size=14, prepare_threads=threads), Silent())
+        windows.append(list(found))
+    assert len(windows[0]) > 2
+    assert sorted(row for window in windows[0] for row in window) == list(range(14))
+    assert windows[1:] == [windows[0]] * 2
 
 
 @pytest.mark.parametrize("stopped", [False, True])
