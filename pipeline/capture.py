@@ -33,7 +33,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     config = replace(config, spec=possible_spec(config))
     if config.engine == "vllm":
         require_vllm()
-        claim_device(config.device)
+        config = replace(config, device=claim_device(config.device))
     rank, world_size = place_among_workers(config.rank, config.world_size)
     job = open_job(config, progress)
     present = _present_manifest(config.out)

@@ -23,6 +23,7 @@ from pipeline.engine import Head
 from pipeline.logprob_records import record_of
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
+from pipeline.workers import is_one_of_several, rank_on_machine
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the model can be reached, Ctrl-C is ours
@@ -210,16 +211,25 @@ def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any])
             )
 
 
-def claim_device(device: str) -> None:
-    """Leaves one accelerator in sight, which vLLM then takes: that of `device`, or of LOCAL_RANK.
+def claim_device(device: str) -> str:
+    """Leaves one accelerator in sight, which vLLM then takes: that of `device`, or each of several workers
+    on a machine its own. Returns what `device` is called from then on.
 
-    To be called before anything has looked for accelerators.
+    To be called before anything has looked for accelerators. KdcacheError where there is no such device.
     """
-    number = device.partition(":")[2] or (os.environ.get("LOCAL_RANK", "") if device != "cpu" else "")
-    if not number.isdigit():
-        return
+    kind, _, asked = device.partition(":")
+    if kind == "cpu" or not (asked.isdigit() or is_one_of_several()):
+        return device
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # the user hides them all
+        return device
+    number = int(asked) if asked.isdigit() else rank_on_machine()
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(number) % len(visible)] if visible else number
+    if asked and visible and number >= len(visible):
+        raise KdcacheError(
+            f"device {device} cannot be used here: CUDA_VISIBLE_DEVICES names {len(visible)}, counted from 0"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)] if visible else str(number)
+    return kind
 
 
 def start_vllm(

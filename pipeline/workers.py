@@ -16,6 +16,11 @@ _LAUNCHERS = (
 _LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher says which of the workers on this machine this process is."""
+    return any(name in os.environ for name in _LOCAL)
+
+
 def rank_on_machine() -> int:
     """Which of the workers on this machine this process is, as its launcher says, or 0."""
     return next((_number(name) for name in _LOCAL if name in os.environ), 0)
