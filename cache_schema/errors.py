@@ -7,6 +7,10 @@ class KdcacheError(Exception):
     """An error meant for the user: its text is one line that names what, where and the remedy."""
 
 
+class WrongUsage(KdcacheError, ValueError):
+    """Settings that are out of range, or do not go together (exit code 2)."""
+
+
 class CacheDamaged(KdcacheError):
     """A file of a cache is missing, truncated or altered."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from cache_schema.errors import WrongUsage
+
 Target = Literal["response", "visual", "relation", "prompt"]
 Precision = Literal["compact", "full"]
 RelationForm = Literal["factor", "exact"]
@@ -69,7 +71,7 @@ class TargetSpec:
         ):
             problems.append("visual, relation, other temperatures and tail_samples need all fields")
         if problems:
-            raise ValueError("target spec: " + "; ".join(problems))
+            raise WrongUsage("target spec: " + "; ".join(problems))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""

@@ -14,7 +14,7 @@ import torch
 from cache_schema.codecs.relation import RelationBlock, encode_relation, pack_relations
 from cache_schema.codecs.topk import topk_rows
 from cache_schema.divergence import kl
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.progress import Progress
 from cache_schema.records import Relation, TopK
 from cache_schema.spec import TARGETS, Precision, TargetSpec
@@ -85,7 +85,7 @@ class PlanConfig:
         if self.seed < 0:
             problems.append(f"seed must not be negative, not {self.seed}")
         if problems:
-            raise ValueError("plan: " + "; ".join(problems))
+            raise WrongUsage("plan: " + "; ".join(problems))
 
     @property
     def widest(self) -> TargetSpec:
