@@ -337,6 +337,14 @@ def test_text_alone_needs_no_image(world: SimpleNamespace, tmp_path: Path) -> No
     assert found["dataset"]["rows_text_only"] == len(rows)
 
 
+def test_targets_that_no_sample_has_are_an_error(world: SimpleNamespace, tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([row for row in tiny_rows(30) if "image" not in row]))
+    spec = TargetSpec(targets=("visual", "relation"))
+    with pytest.raises(KdcacheError, match=r"none of the 4 samples .* has visual or relation targets"):
+        plan(config_of(world, data=data, image_root=tmp_path, spec=spec, samples=4), Silent())
+
+
 def test_relations_alone(world: SimpleNamespace) -> None:
     found = plan(config_of(world, spec=TargetSpec(targets=("relation",)), samples=6), Silent())
     assert found["positions"] == []
