@@ -34,3 +34,9 @@ class RowRejected(KdcacheError):
 
 class StoppedEarly(KdcacheError):
     """Stopped on request with everything saved; the text says how to go on (exit code 3)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as one line of at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, first_line
 from pipeline.engine import Head, head_from
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
@@ -180,10 +180,10 @@ def load_processor(folder: Path) -> Any:
     except ImportError as error:
         needs = "torchvision" if "torchvision" in str(error).lower() else "a package that is not installed"
         raise KdcacheError(
-            f"the processor in {folder} needs {needs}; install it: {_one_line(error)}"
+            f"the processor in {folder} needs {needs}; install it: {first_line(error)}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KdcacheError(f"no usable processor in {folder}: {_one_line(error)}") from error
+        raise KdcacheError(f"no usable processor in {folder}: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer") or getattr(processor, "image_token", None) is None:
         raise KdcacheError(
             f"{folder} holds a {type(processor).__name__}, not a processor for images and text; "
@@ -224,7 +224,7 @@ def load_engine(
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         hint = "; `kdcache convert` turns it into a transformers folder" if "tinyllava" in str(error) else ""
-        raise KdcacheError(f"cannot load the teacher in {folder}: {_one_line(error)}{hint}") from error
+        raise KdcacheError(f"cannot load the teacher in {folder}: {first_line(error)}{hint}") from error
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise KdcacheError(
@@ -272,7 +272,7 @@ def choose_device(device: str) -> str:
         try:
             torch.empty(0, device=device)
         except (AssertionError, RuntimeError) as error:
-            raise KdcacheError(f"device {device} cannot be used here: {_one_line(error)}") from error
+            raise KdcacheError(f"device {device} cannot be used here: {first_line(error)}") from error
         return device
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
@@ -296,8 +296,3 @@ def image_token_id_of(config: Any) -> int:
         if isinstance(value, int):
             return value
     raise KdcacheError(f"the config of {config.model_type} names no image token; it cannot be a teacher")
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

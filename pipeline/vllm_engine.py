@@ -16,7 +16,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.errors import KdcacheError, RowRejected, first_line
 from cache_schema.images import open_image
 from cache_schema.records import TopK
 from pipeline.engine import Head
@@ -190,10 +190,10 @@ def _asked(llm: Any, ask: Callable[[], Iterable[Any]]) -> list[Any]:
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) or llm.llm_engine.has_unfinished_requests():
             raise KdcacheError(
-                f"vLLM failed while it ran: {_one_line(error)}; run the same command again, and where memory "
-                "ran out with a lower --batch-tokens or --memory-share"
+                f"vLLM failed while it ran: {first_line(error)}; run the same command again, and where "
+                "memory ran out with a lower --batch-tokens or --memory-share"
             ) from error
-        raise RowRejected("engine", f"vLLM refuses the row: {_one_line(error)}") from error
+        raise RowRejected("engine", f"vLLM refuses the row: {first_line(error)}") from error
 
 
 def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any]) -> None:
@@ -279,7 +279,7 @@ def start_vllm(
         llm = vllm.LLM(**options)
     except _START_ERRORS as error:
         raise KdcacheError(
-            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {_one_line(error)}; take "
+            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {first_line(error)}; take "
             "--engine transformers, or --debug to see more"
         ) from error
     if mode == "logprobs":
@@ -352,8 +352,3 @@ def _keep_vocabulary(llm: Any, vocab_size: int) -> None:
             "vLLM's model has not exactly one place where logits are made, so the head cannot be cut at the "
             "tokenizer's length; take --engine-mode hidden"
         )
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
