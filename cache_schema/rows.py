@@ -7,6 +7,7 @@ read; only a file that cannot be read as a whole raises KdcacheError.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -269,6 +270,11 @@ def _index_parquet(path: Path, progress: Progress) -> tuple[ParquetSource, list[
                     progress.update(path.stat().st_size * done // total)
             batches = pa.ipc.open_file(pa.memory_map(copy.name))
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise KdcacheError(
+                f"{tempfile.gettempdir()} has no room for a copy of {path}, from which its rows are "
+                "read in any order; set TMPDIR to a folder on a larger disk"
+            ) from error
         raise KdcacheError(
             f"data file {path} is not a readable Parquet file: {error}; get it anew"
         ) from error

@@ -1,6 +1,7 @@
 """Rows: every form in which LLaVA and `messages` data come, and every way in which they are broken."""
 
 import base64
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_parquet_rows_in_any_order(tmp_path: Path) -> None:
     for row in np.random.default_rng(0).permutation(1200).tolist():
         assert dataset[row].images == (f"{row}.png",)
         assert dataset[row].answers == [str(row)]
+
+
+def test_no_room_for_the_copy_of_a_parquet_file_is_not_its_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pq.write_table(pa.Table.from_pylist([llava("q", "a")]), tmp_path / "a.parquet")
+    monkeypatch.setattr(pa.ipc, "new_file", full)
+    with pytest.raises(KdcacheError, match=r"has no room for a copy of .*a\.parquet.*; set TMPDIR"):
+        open_dataset(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("damage", ["bom", "crlf", "nan", "bytes", "twice"])
