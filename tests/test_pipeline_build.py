@@ -491,6 +491,9 @@ def test_bad_rows_go_to_quarantine_and_can_be_tried_again(setting: Setting, tmp_
     assert found[7].sample_id == "7"
 
     assert build(config, Silent()).already_done
+    with pytest.raises(KdcacheError, match="device nonsense"):
+        build(replace(config, retry_quarantine=True, device="nonsense"), Silent())
+    assert build(config, Silent()).already_done, "a teacher that cannot be loaded costs no shard"
     shutil.copy(folder / "images" / "pictures" / "0.png", target / "images" / "pictures" / "0.png")
     again = build(replace(config, retry_quarantine=True), Silent())
     assert again.captured == 8
