@@ -261,9 +261,10 @@ def _index_parquet(path: Path, progress: Progress) -> tuple[ParquetSource, list[
     try:
         with pq.ParquetFile(path) as file, tempfile.NamedTemporaryFile(suffix=".arrow") as copy:
             total = max(file.metadata.num_rows, 1)
-            with pa.ipc.new_file(copy.name, file.schema_arrow) as writer:
+            schema = _without_dictionaries(file.schema_arrow)
+            with pa.ipc.new_file(copy.name, schema) as writer:
                 for batch in file.iter_batches(batch_size=_BATCH):
-                    writer.write_batch(batch)
+                    writer.write_batch(batch.cast(schema))
                     rows = batch.to_pylist()
                     keys.append(np.array([_first_image_key(raw) for raw in rows], dtype=np.int64))
                     done = sum(map(len, keys))
@@ -280,3 +281,11 @@ def _index_parquet(path: Path, progress: Progress) -> tuple[ParquetSource, list[
         ) from error
     starts = np.cumsum([0, *map(len, keys)], dtype=np.int64)
     return ParquetSource(batches, starts), keys
+
+
+def _without_dictionaries(schema: pa.Schema) -> pa.Schema:
+    """Values in place of codes, whose dictionary an Arrow file cannot change between its batches."""
+    for number, field in enumerate(schema):
+        if pa.types.is_dictionary(field.type):
+            schema = schema.set(number, field.with_type(field.type.value_type))
+    return schema

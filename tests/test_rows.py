@@ -162,6 +162,27 @@ def test_parquet_rows_in_any_order(tmp_path: Path) -> None:
         assert dataset[row].answers == [str(row)]
 
 
+def test_parquet_columns_of_categories(tmp_path: Path) -> None:
+    """As pandas writes them: another dictionary in every row group."""
+    tables = [
+        pa.table(
+            {
+                "conversations": [llava("q", "a")["conversations"]] * 2,
+                "image": pa.array(names).dictionary_encode(),
+                "source": pa.array(kinds).dictionary_encode(),
+            }
+        )
+        for names, kinds in ((["a.png", "b.png"], ["vqa", "ocr"]), (["c.png", "a.png"], ["ocr", None]))
+    ]
+    with pq.ParquetWriter(tmp_path / "a.parquet", tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    dataset = open_dataset(tmp_path / "a.parquet")
+    assert [row.images for row in dataset] == [("a.png",), ("b.png",), ("c.png",), ("a.png",)]
+    assert [row.extra["source"] for row in dataset] == ["vqa", "ocr", "ocr", None]
+    assert dataset.first_images[0] == dataset.first_images[3]
+
+
 def test_no_room_for_the_copy_of_a_parquet_file_is_not_its_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
