@@ -205,9 +205,9 @@ def load_engine(
 ) -> TransformersEngine:
     """Loads a teacher for inference.
 
-    dtype: `auto` (as saved), float32, bfloat16 or float16. device: `auto` takes the accelerator if there
-    is one, each of several workers on a machine its own. device_map: given to transformers instead.
-    quantization: `8bit` or `4bit` through bitsandbytes. KdcacheError where the folder cannot be loaded.
+    dtype: `auto` (as saved), float32, bfloat16 or float16. device: see choose_device. device_map: given to
+    transformers instead. quantization: `8bit` or `4bit` through bitsandbytes. KdcacheError where the folder
+    cannot be loaded.
     """
     require_model_folder(folder)
     transformers.utils.logging.disable_progress_bar()  # a second bar inside ours
@@ -267,14 +267,15 @@ def require_model_folder(folder: Path) -> None:
 
 
 def choose_device(device: str) -> str:
-    """`auto` as a device name; any other name as it is. KdcacheError when there is no such device."""
-    if device != "auto":
+    """The device of this worker: of `auto`, or an accelerator without a number, each of several workers on a
+    machine has its own; any other name as it is. KdcacheError when there is no such device."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device != "auto" and (accelerator is None or device != accelerator.type):
         try:
             torch.empty(0, device=device)
         except (AssertionError, RuntimeError) as error:
             raise KdcacheError(f"device {device} cannot be used here: {first_line(error)}") from error
         return device
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return "cpu"
     if accelerator.type == "mps":

@@ -676,7 +676,8 @@ def test_workers_of_a_machine_take_different_devices(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_LOCALID", "3")
     assert choose_device("auto") == "cuda:3"
     monkeypatch.setenv("LOCAL_RANK", "5")
-    assert choose_device("auto") == "cuda:1"
+    assert choose_device("auto") == choose_device("cuda") == "cuda:1"
+    assert choose_device("cpu") == "cpu"
 
 
 def test_settings_out_of_range_are_refused(setting: Setting, tmp_path: Path) -> None:
