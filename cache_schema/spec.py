@@ -62,6 +62,8 @@ class TargetSpec:
             problems.append(f"relation must be factor or exact, not {self.relation}")
         if not 0.0 < self.relation_bound < 1.0:
             problems.append(f"relation_bound must lie in (0, 1), not {self.relation_bound}")
+        if self.seed < 0:
+            problems.append(f"seed must not be negative, not {self.seed}")
         if self.relation_max_rank < 1:
             problems.append(f"relation_max_rank must be at least 1, not {self.relation_max_rank}")
         if set(self.without) - set(get_args(Field)) or len(set(self.without)) != len(self.without):

@@ -229,6 +229,7 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
         (("--template", "nofile"), "template nofile is neither a file nor one of plain, llava_v1"),
         (("--rank", "2"), "give both"),
         (("--engine-mode", "logprobs"), "add --engine vllm"),
+        (("--seed", "-1"), "seed must not be negative"),
         (("--shard-size", "0"), "shard_size must be at least 1"),
     ],
 )

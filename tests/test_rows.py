@@ -240,6 +240,7 @@ def test_text_files_as_they_come(tmp_path: Path, form: str, damage: str) -> None
         (llava("q", "a", image=7), "broken_row"),
         (llava("q", "a", image={"bytes": "xx", "path": None}), "broken_row"),
         (llava("q", "a", image="data:image/png;base64,%%"), "broken_row"),
+        (llava("q", "a", image="data:application/octet-stream;base64,%%"), "broken_row"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "broken_row"),
     ],
 )
