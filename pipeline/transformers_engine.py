@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cache_schema.errors import KdcacheError, first_line
 from pipeline.engine import Head, head_from
+from pipeline.pack_attention import attention_by_parts
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 from pipeline.workers import rank_on_machine
@@ -85,7 +87,10 @@ class TransformersEngine:
         padded = [np.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, length - row.shape[-1])]) for row in positions]
         inputs["attention_mask"] = visible.to(self._base.device)
         inputs["position_ids"] = torch.from_numpy(np.stack(padded, axis=-2)).to(self._base.device)
-        hidden = self._run(inputs)
+        by_parts = self._model.config._attn_implementation == "sdpa"
+        config = self._model.config.get_text_config()
+        with attention_by_parts(config, packs) if by_parts else nullcontext():
+            hidden = self._run(inputs)
         return [pack.split(hidden[index]) for index, pack in enumerate(packs)]
 
     def _positions(self, sample: PreparedSample) -> NDArray[np.int64]:
