@@ -149,7 +149,6 @@ def test_a_page_and_a_sample_are_shown(world, cache, capsys):
         ({"teacher": "nowhere"}, "nowhere"),
         ({"data": "no.json"}, "no.json"),
         ({"image-root": "no-images"}, "no-images"),
-        ({"top-k": 0}, "top_k must be at least 1"),
     ],
 )
 def test_what_cannot_go_on_says_so_in_one_line_and_leaves_nothing(world, tmp_path, capsys, change, says):
@@ -230,11 +229,13 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
         (("--rank", "2"), "give both"),
         (("--engine-mode", "logprobs"), "add --engine vllm"),
         (("--seed", "-1"), "seed must not be negative"),
+        (("--top-k", "0"), "top_k must be at least 1"),
         (("--shard-size", "0"), "shard_size must be at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_wrong_usage(world, tmp_path, words, said, capsys):
     code, out, err = run(*build_arguments(world, out=tmp_path / "c"), *words, capsys=capsys)
     assert (code, out) == (2, "")
+    assert err == f"error: {err[7:].strip()}\n"
     assert said in err
     assert not (tmp_path / "c").exists()
