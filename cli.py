@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cache_schema.errors import KdcacheError, StoppedEarly
+from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
 
 app = typer.Typer(
     name="kdcache",
@@ -177,6 +177,11 @@ def plan(
     from views.plan_page import draw_plan, print_plan
     from views.terminal import Bar, print_json
 
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"{plot} is no .png, .svg or .pdf file", param_hint="--plot")
+    for option, file in (("--write", write), ("--plot", plot)):  # said before minutes have gone by
+        if file is not None and not file.parent.is_dir():
+            raise typer.BadParameter(f"the folder {file.parent} does not exist", param_hint=option)
     forms = [word if word == "exact" else _numbers("--relation", word)[0] for word in _words(relation)]
     config = PlanConfig(
         build=BuildConfig(
@@ -705,12 +710,12 @@ def _by_target(option: str, text: str, targets: tuple[str, ...]) -> dict[str, fl
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:
-    numbers = _numbers(option, text)
-    if any(number != int(number) for number in numbers):
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
         raise typer.BadParameter(
             f"{text!r} is not a comma-separated list of whole numbers", param_hint=option
-        )
-    return [int(number) for number in numbers]
+        ) from None
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
@@ -735,11 +740,11 @@ def main() -> None:
     except StoppedEarly as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(3)
-    except (KdcacheError, ValueError) as error:  # a setting out of range is a ValueError
+    except (KdcacheError, ValueError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, WrongUsage) else 1)
 
 
 if __name__ == "__main__":

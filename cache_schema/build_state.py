@@ -10,7 +10,8 @@ from typing import Any
 from cache_schema.manifest import CommitRecord, Plan
 
 RECENT = 16
-"""Newest commit records that tell the pace: workers may have come or gone since the build began."""
+"""Newest commit records that tell the pace, or more where many workers wrote them in less than two shards'
+time: workers may have come or gone since the build began."""
 
 
 def build_state(commits: Sequence[CommitRecord], plan: Plan) -> dict[str, Any]:
@@ -21,8 +22,10 @@ def build_state(commits: Sequence[CommitRecord], plan: Plan) -> dict[str, Any]:
     that pace. last_commit: ISO 8601, UTC, of the newest record. Both None where there is nothing to tell.
     """
     rows = sum(_rows(record) for record in commits)
-    recent = sorted(commits, key=lambda record: record.created)[-RECENT:]
-    busy = _covered([_interval(record) for record in recent])
+    newest = sorted(commits, key=lambda record: record.created)
+    since = _since(newest)
+    recent = [record for record in newest if _interval(record)[1] > since]
+    busy = _covered([(max(start, since), end) for start, end in map(_interval, recent)])
     pace = sum(_rows(record) for record in recent) / busy if busy > 0 else None
     return {
         "complete": len(commits) == plan.shards,
@@ -33,7 +36,7 @@ def build_state(commits: Sequence[CommitRecord], plan: Plan) -> dict[str, Any]:
         "missing": _gaps(sorted(record.shard for record in commits), plan.shards),
         "rows_a_second": pace,
         "seconds_left": (plan.rows - rows) / pace if pace else None,
-        "last_commit": recent[-1].created if recent else None,
+        "last_commit": newest[-1].created if newest else None,
         "seconds": round(sum(record.seconds for record in commits), 3),
     }
 
@@ -45,6 +48,15 @@ def seconds_since(moment: str, now: datetime) -> float:
 
 def _rows(record: CommitRecord) -> int:
     return record.counts["samples"] + record.counts["quarantined"]
+
+
+def _since(newest: Sequence[CommitRecord]) -> float:
+    """The moment from which on commits tell the pace. What was captured before it, for one of them, does not
+    count: or else the more workers there are, the slower they would look."""
+    if len(newest) <= RECENT:
+        return float("-inf")
+    longest = max(record.seconds for record in newest[-RECENT:])
+    return min(_interval(newest[-RECENT - 1])[1], _interval(newest[-1])[1] - 2 * longest)
 
 
 def _interval(record: CommitRecord) -> tuple[float, float]:

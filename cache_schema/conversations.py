@@ -117,7 +117,7 @@ def _image_path(item: Any, row: int, embedded: dict[str, bytes]) -> str:
         if isinstance(item.get("bytes"), bytes):
             return _embed(item["bytes"], embedded)
         item = item.get("path") or item.get("url")
-    if isinstance(item, str) and item.startswith("data:image/"):
+    if isinstance(item, str) and item.startswith("data:"):
         try:
             return _embed(base64.b64decode(item.partition(";base64,")[2], validate=True), embedded)
         except (binascii.Error, ValueError) as error:

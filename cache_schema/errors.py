@@ -7,6 +7,10 @@ class KdcacheError(Exception):
     """An error meant for the user: its text is one line that names what, where and the remedy."""
 
 
+class WrongUsage(KdcacheError, ValueError):
+    """Settings that are out of range, or do not go together (exit code 2)."""
+
+
 class CacheDamaged(KdcacheError):
     """A file of a cache is missing, truncated or altered."""
 
@@ -30,3 +34,9 @@ class RowRejected(KdcacheError):
 
 class StoppedEarly(KdcacheError):
     """Stopped on request with everything saved; the text says how to go on (exit code 3)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as one line of at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -72,13 +72,16 @@ def unpack_embedded(root: Path | str, embedded: Mapping[str, bytes]) -> None:
     """
     for relative_path, content in embedded.items():
         path = Path(root) / relative_path
-        if path.exists():
-            continue
+        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
         try:
+            if path.exists():
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise KdcacheError(
                 f"the images that rows carry are unpacked to {root}/embedded, which cannot be written "

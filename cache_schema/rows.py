@@ -7,6 +7,7 @@ read; only a file that cannot be read as a whole raises KdcacheError.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -260,17 +261,31 @@ def _index_parquet(path: Path, progress: Progress) -> tuple[ParquetSource, list[
     try:
         with pq.ParquetFile(path) as file, tempfile.NamedTemporaryFile(suffix=".arrow") as copy:
             total = max(file.metadata.num_rows, 1)
-            with pa.ipc.new_file(copy.name, file.schema_arrow) as writer:
+            schema = _without_dictionaries(file.schema_arrow)
+            with pa.ipc.new_file(copy.name, schema) as writer:
                 for batch in file.iter_batches(batch_size=_BATCH):
-                    writer.write_batch(batch)
+                    writer.write_batch(batch.cast(schema))
                     rows = batch.to_pylist()
                     keys.append(np.array([_first_image_key(raw) for raw in rows], dtype=np.int64))
                     done = sum(map(len, keys))
                     progress.update(path.stat().st_size * done // total)
             batches = pa.ipc.open_file(pa.memory_map(copy.name))
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise KdcacheError(
+                f"{tempfile.gettempdir()} has no room for a copy of {path}, from which its rows are "
+                "read in any order; set TMPDIR to a folder on a larger disk"
+            ) from error
         raise KdcacheError(
             f"data file {path} is not a readable Parquet file: {error}; get it anew"
         ) from error
     starts = np.cumsum([0, *map(len, keys)], dtype=np.int64)
     return ParquetSource(batches, starts), keys
+
+
+def _without_dictionaries(schema: pa.Schema) -> pa.Schema:
+    """Values in place of codes, whose dictionary an Arrow file cannot change between its batches."""
+    for number, field in enumerate(schema):
+        if pa.types.is_dictionary(field.type):
+            schema = schema.set(number, field.with_type(field.type.value_type))
+    return schema

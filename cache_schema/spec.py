@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from cache_schema.errors import WrongUsage
+
 Target = Literal["response", "visual", "relation", "prompt"]
 Precision = Literal["compact", "full"]
 RelationForm = Literal["factor", "exact"]
@@ -60,6 +62,8 @@ class TargetSpec:
             problems.append(f"relation must be factor or exact, not {self.relation}")
         if not 0.0 < self.relation_bound < 1.0:
             problems.append(f"relation_bound must lie in (0, 1), not {self.relation_bound}")
+        if self.seed < 0:
+            problems.append(f"seed must not be negative, not {self.seed}")
         if self.relation_max_rank < 1:
             problems.append(f"relation_max_rank must be at least 1, not {self.relation_max_rank}")
         if set(self.without) - set(get_args(Field)) or len(set(self.without)) != len(self.without):
@@ -69,7 +73,7 @@ class TargetSpec:
         ):
             problems.append("visual, relation, other temperatures and tail_samples need all fields")
         if problems:
-            raise ValueError("target spec: " + "; ".join(problems))
+            raise WrongUsage("target spec: " + "; ".join(problems))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""

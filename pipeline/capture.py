@@ -33,20 +33,23 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     config = replace(config, spec=possible_spec(config))
     if config.engine == "vllm":
         require_vllm()
-        claim_device(config.device)
+        config = replace(config, device=claim_device(config.device))
     rank, world_size = place_among_workers(config.rank, config.world_size)
     job = open_job(config, progress)
     present = _present_manifest(config.out)
+    again: list[int] = []
     if present is not None:
         writer = CacheWriter.open(config.out, job.manifest(present.fingerprint.capture["sharing"]))
         if config.retry_quarantine:
-            _reopen_quarantine(writer, config.out, rank, world_size)
-        if len(writer.committed()) == job.plan.shards:
+            again = _with_quarantine(config.out, rank, world_size)
+        if not again and len(writer.committed()) == job.plan.shards:
             progress.message(f"{config.out} is finished: nothing left to capture")
             return _summary(config.out, started, already_done=True)
     teacher = load_teacher(job, progress)
     manifest = job.manifest(teacher.sharing)
     writer = CacheWriter.open(config.out, manifest)
+    for shard in again:  # only now: a teacher that cannot be loaded costs no shard
+        writer.reopen(shard)
     extractor = Extractor(
         teacher.engine,
         teacher.head,
@@ -69,11 +72,13 @@ def _present_manifest(out: str) -> Manifest | None:
     return Manifest.from_bytes(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
 
 
-def _reopen_quarantine(writer: CacheWriter, out: str, rank: int, world_size: int) -> None:
-    """Sets aside this worker's shards that hold quarantined rows, so that they are captured anew."""
-    for shard, commit in open_cache(out).commits.items():
-        if shard % world_size == rank and commit.counts["quarantined"]:
-            writer.reopen(shard)
+def _with_quarantine(out: str, rank: int, world_size: int) -> list[int]:
+    """This worker's shards that hold quarantined rows."""
+    return [
+        shard
+        for shard, commit in open_cache(out).commits.items()
+        if shard % world_size == rank and commit.counts["quarantined"]
+    ]
 
 
 def _summary(out: str, started: float, *, already_done: bool) -> BuildSummary:

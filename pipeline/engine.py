@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -144,3 +145,10 @@ def understood_head(engine: LogitsEngine, samples: Sequence[PreparedSample]) -> 
         f"the teacher's hidden states and head do not give its own logits (off by {min(errors):.2g} of their "
         "spread): this architecture's head is not understood, and nothing was captured"
     )
+
+
+def release_memory() -> None:
+    """Gives back what a deleted engine or a failed batch held."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

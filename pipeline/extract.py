@@ -25,7 +25,7 @@ from cache_schema.records import (
     response_positions_of,
 )
 from cache_schema.spec import TargetSpec
-from pipeline.engine import Engine, Head, RecordEngine
+from pipeline.engine import Engine, Head, RecordEngine, release_memory
 from pipeline.packing import Pack, make_pack, pack_samples
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample
@@ -152,26 +152,19 @@ class Extractor:
         try:
             return self._forward(groups)
         except RowRejected as error:
-            return self._refused(groups, error)
+            return self._apart(groups, error)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        _release_memory()
+        release_memory()
+        longest = max(len(make_pack([want.sample for want in group])) for group in groups)
         if len(groups) > 1:
-            longest = max(len(make_pack([want.sample for want in group])) for group in groups)
             self.batch_tokens = max(longest, min(self.batch_tokens, longest * len(groups)) // 2)
-            half = len(groups) // 2
-            return self._run(groups[:half]) + self._run(groups[half:])
-        (group,) = groups
-        if len(group) > 1:
-            return [captured for want in group for captured in self._run([[want]])]
-        sample = group[0].sample
-        detail = f"{len(sample)} tokens do not fit into memory on their own"
-        return [
-            QuarantinedRow(row=sample.row, sample_id=sample.sample_id, reason="out_of_memory", detail=detail)
-        ]
+        detail = f"{longest} tokens do not fit into memory on their own"
+        return self._apart(groups, RowRejected("out_of_memory", detail))
 
-    def _refused(self, groups: Sequence[Sequence[_Wanted]], error: RowRejected) -> list[Captured]:
+    def _apart(self, groups: Sequence[Sequence[_Wanted]], error: RowRejected) -> list[Captured]:
+        """A batch in halves, a pack sample by sample; one sample alone goes to quarantine for `error`."""
         if len(groups) > 1:
             half = len(groups) // 2
             return self._run(groups[:half]) + self._run(groups[half:])
@@ -293,11 +286,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
         or "can't allocate memory" in text
         or "out of memory" in text
     )
-
-
-def _release_memory() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def _split(whole: TopK, lengths: Sequence[int]) -> list[TopK]:

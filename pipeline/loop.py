@@ -111,7 +111,10 @@ class CaptureLoop:
     # ---- preparing, in the prefetch thread ----
 
     def _windows(self, shards: Iterator[int]) -> Iterator[Window]:
-        """The rows of every shard, in windows of limited size, prepared by several threads."""
+        """The rows of every shard, in windows of limited size, prepared by several threads.
+
+        Where a window ends is decided by its rows alone, so that every machine forms the same batches.
+        """
         with ThreadPoolExecutor(self._job.config.prepare_threads) as pool:
             for shard in shards:
                 samples: list[PreparedSample] = []
@@ -126,10 +129,10 @@ class CaptureLoop:
                         else:
                             samples.append(result)
                             pixels += result.pixel_bytes
-                    last = start + step >= len(rows)
-                    if last or pixels >= _WINDOW_BYTES:
-                        yield Window(shard=shard, samples=samples, rejected=rejected, last=last)
-                        samples, rejected, pixels = [], [], 0
+                        last = result.row == rows[-1]
+                        if last or pixels >= _WINDOW_BYTES:
+                            yield Window(shard=shard, samples=samples, rejected=rejected, last=last)
+                            samples, rejected, pixels = [], [], 0
 
     def _prepare(self, row: int) -> PreparedSample | QuarantinedRow:
         """One row; every thread has a processor of its own, because tokenizers are not to be shared."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cache_schema.errors import WrongUsage
 from cache_schema.spec import TargetSpec
 from pipeline.samples import OverLong
 
@@ -66,7 +67,8 @@ class BuildConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                problems.append(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+                told = ", ".join(str(one) for one in allowed if one is not None)
+                problems.append(f"{name} must be one of {told}, not {getattr(self, name)!r}")
         for name in ("batch_tokens", "shard_size", "max_length", "limit", "prepare_threads", "spot_check"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,7 +78,7 @@ class BuildConfig:
         if not 0.0 < self.memory_share <= 1.0:
             problems.append(f"memory_share must lie in (0, 1], not {self.memory_share}")
         if problems:
-            raise ValueError("build: " + "; ".join(problems))
+            raise WrongUsage("build: " + "; ".join(problems))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -60,13 +59,6 @@ def finding_of(
 
 def _at(hidden: Tensor, positions: NDArray[np.int32]) -> Tensor:
     return hidden[torch.from_numpy(positions).long().to(hidden.device)]
-
-
-def release_memory() -> None:
-    """Gives back what a deleted engine held."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def require_agreement(

@@ -26,7 +26,7 @@ class TargetMaker:
     """Makes the records of one teacher. Everything is computed and returned in float32 (sums of the
     relation in float64); hidden states may be of any floating dtype.
 
-    chunk_bytes: memory for a chunk of logits (its temporary needs are as much again).
+    chunk_bytes: memory for a chunk of logits; off the CPU its temporary needs are twice as much again.
     """
 
     def __init__(self, head: Head, spec: TargetSpec, *, chunk_bytes: int = 256 << 20) -> None:
@@ -35,7 +35,7 @@ class TargetMaker:
         self._head = head
         self._spec = spec
         self._rows = max(1, chunk_bytes // (4 * head.vocab_size))
-        self._rooms: dict[str, Tensor] = {}  # kept, because fresh memory costs more than what is done in it
+        self._rooms: dict[str, Tensor] = {}
         self._relations = RelationMaker(head, spec) if "relation" in spec.targets else None
 
     def topk(
@@ -85,11 +85,16 @@ class TargetMaker:
                 fields["label_logprob"] = chosen.masked_fill(index == IGNORE_INDEX, 0.0)
         return fields
 
-    def _room(self, name: str, rows: int) -> Tensor:
-        """(rows, V) of a buffer, made at the size of its largest use, on the head's device."""
+    def _room(self, name: str, rows: int) -> Tensor | None:
+        """(rows, V) of a buffer that is kept, made at the size of its largest use; None off the CPU.
+
+        On a CPU fresh memory costs more than what is done in it. An accelerator's allocator keeps it anyway,
+        and lends it to the teacher's forward meanwhile.
+        """
+        if self._head.weight.device.type != "cpu":
+            return None
         if name not in self._rooms or len(self._rooms[name]) < rows:
-            device = self._head.weight.device
-            self._rooms[name] = torch.empty(rows, self._head.vocab_size, device=device)
+            self._rooms[name] = torch.empty(rows, self._head.vocab_size)
         return self._rooms[name][:rows]
 
     def _group(self, logits: Tensor) -> dict[str, Tensor]:
@@ -98,15 +103,15 @@ class TargetMaker:
         values, ids = _top(logits, k)
         peak = values[:, :1]
         shifted = torch.sub(logits, peak, out=self._room("shifted", len(logits)))  # (n, V), at most 0
-        weights = self._room("weights", len(logits))
+        room = self._room("weights", len(logits))
         fields: dict[str, Tensor] = {}
         tails = []
         for temperature in self._spec.temperatures:
             if temperature == 1.0:
-                torch.exp(shifted, out=weights)
+                weights = torch.exp(shifted, out=room)
                 moment = torch.linalg.vecdot(weights, shifted)
             else:
-                torch.div(shifted, temperature, out=weights).exp_()
+                weights = torch.div(shifted, temperature, out=room).exp_()
             inside = weights.gather(1, ids).sum(dim=1)
             weights.scatter_(1, ids, 0.0)
             outside = weights.sum(dim=1)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.progress import Progress
-from pipeline.engine import Engine, Head, RecordEngine, understood_head
+from pipeline.engine import Engine, Head, RecordEngine, release_memory, understood_head
 from pipeline.folder_head import read_head
 from pipeline.job import Job
 from pipeline.prefix import packing_is_exact, prefix_is_independent
 from pipeline.samples import PreparedSample
-from pipeline.spot_check import Finding, finding_of, release_memory, require_agreement
+from pipeline.spot_check import Finding, finding_of, require_agreement
 from pipeline.transformers_engine import DTYPES, TransformersEngine, choose_device, load_engine
 from pipeline.vllm_engine import hidden_engine, logprob_engine, start_vllm
 

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.errors import KdcacheError, RowRejected, WrongUsage
 
 SHIPPED = ("plain", "llava_v1")
 """The templates of this package: LLaVA's pre-training prompt and its chat."""
@@ -106,7 +106,7 @@ def load_template(processor: Any, name: str | None) -> ChatTemplate:
 
     One that takes the content of a message as text, as those of language models do, gets a beginning
     that makes text of parts; the whole of it is then the template, for the student too. KdcacheError when
-    the processor has none, or `name` is neither shipped nor a file.
+    the processor has none; WrongUsage when `name` is neither shipped nor a file.
     """
     tokenizer = processor.tokenizer
     variables = {**tokenizer.special_tokens_map, "image_token": processor.image_token}
@@ -126,7 +126,7 @@ def load_template(processor: Any, name: str | None) -> ChatTemplate:
     elif Path(name).is_file():
         text = Path(name).read_text(encoding="utf-8")
     else:
-        raise KdcacheError(f"template {name} is neither a file nor one of {', '.join(SHIPPED)}")
+        raise WrongUsage(f"template {name} is neither a file nor one of {', '.join(SHIPPED)}")
     specials = frozenset(token for token in tokenizer.all_special_tokens if token.strip())
     template = ChatTemplate(name=name, text=text, variables=variables, specials=specials)
     if not _takes_parts(template):

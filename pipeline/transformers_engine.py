@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, first_line
 from pipeline.engine import Head, head_from
 from pipeline.pack_attention import attention_by_parts
 from pipeline.packing import Pack
@@ -185,10 +185,10 @@ def load_processor(folder: Path) -> Any:
     except ImportError as error:
         needs = "torchvision" if "torchvision" in str(error).lower() else "a package that is not installed"
         raise KdcacheError(
-            f"the processor in {folder} needs {needs}; install it: {_one_line(error)}"
+            f"the processor in {folder} needs {needs}; install it: {first_line(error)}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KdcacheError(f"no usable processor in {folder}: {_one_line(error)}") from error
+        raise KdcacheError(f"no usable processor in {folder}: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer") or getattr(processor, "image_token", None) is None:
         raise KdcacheError(
             f"{folder} holds a {type(processor).__name__}, not a processor for images and text; "
@@ -210,9 +210,9 @@ def load_engine(
 ) -> TransformersEngine:
     """Loads a teacher for inference.
 
-    dtype: `auto` (as saved), float32, bfloat16 or float16. device: `auto` takes the accelerator if there
-    is one, each of several workers on a machine its own. device_map: given to transformers instead.
-    quantization: `8bit` or `4bit` through bitsandbytes. KdcacheError where the folder cannot be loaded.
+    dtype: `auto` (as saved), float32, bfloat16 or float16. device: see choose_device. device_map: given to
+    transformers instead. quantization: `8bit` or `4bit` through bitsandbytes. KdcacheError where the folder
+    cannot be loaded.
     """
     require_model_folder(folder)
     transformers.utils.logging.disable_progress_bar()  # a second bar inside ours
@@ -229,7 +229,7 @@ def load_engine(
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         hint = "; `kdcache convert` turns it into a transformers folder" if "tinyllava" in str(error) else ""
-        raise KdcacheError(f"cannot load the teacher in {folder}: {_one_line(error)}{hint}") from error
+        raise KdcacheError(f"cannot load the teacher in {folder}: {first_line(error)}{hint}") from error
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise KdcacheError(
@@ -272,14 +272,15 @@ def require_model_folder(folder: Path) -> None:
 
 
 def choose_device(device: str) -> str:
-    """`auto` as a device name; any other name as it is. KdcacheError when there is no such device."""
-    if device != "auto":
+    """The device of this worker: of `auto`, or an accelerator without a number, each of several workers on a
+    machine has its own; any other name as it is. KdcacheError when there is no such device."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device != "auto" and (accelerator is None or device != accelerator.type):
         try:
             torch.empty(0, device=device)
         except (AssertionError, RuntimeError) as error:
-            raise KdcacheError(f"device {device} cannot be used here: {_one_line(error)}") from error
+            raise KdcacheError(f"device {device} cannot be used here: {first_line(error)}") from error
         return device
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return "cpu"
     if accelerator.type == "mps":
@@ -301,8 +302,3 @@ def image_token_id_of(config: Any) -> int:
         if isinstance(value, int):
             return value
     raise KdcacheError(f"the config of {config.model_type} names no image token; it cannot be a teacher")
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

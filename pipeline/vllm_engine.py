@@ -16,13 +16,14 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.errors import KdcacheError, RowRejected, first_line
 from cache_schema.images import open_image
 from cache_schema.records import TopK
 from pipeline.engine import Head
 from pipeline.logprob_records import record_of
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
+from pipeline.workers import is_one_of_several, rank_on_machine
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the model can be reached, Ctrl-C is ours
@@ -189,10 +190,10 @@ def _asked(llm: Any, ask: Callable[[], Iterable[Any]]) -> list[Any]:
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) or llm.llm_engine.has_unfinished_requests():
             raise KdcacheError(
-                f"vLLM failed while it ran: {_one_line(error)}; run the same command again, and where memory "
-                "ran out with a lower --batch-tokens or --memory-share"
+                f"vLLM failed while it ran: {first_line(error)}; run the same command again, and where "
+                "memory ran out with a lower --batch-tokens or --memory-share"
             ) from error
-        raise RowRejected("engine", f"vLLM refuses the row: {_one_line(error)}") from error
+        raise RowRejected("engine", f"vLLM refuses the row: {first_line(error)}") from error
 
 
 def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any]) -> None:
@@ -210,16 +211,25 @@ def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any])
             )
 
 
-def claim_device(device: str) -> None:
-    """Leaves one accelerator in sight, which vLLM then takes: that of `device`, or of LOCAL_RANK.
+def claim_device(device: str) -> str:
+    """Leaves one accelerator in sight, which vLLM then takes: that of `device`, or each of several workers
+    on a machine its own. Returns what `device` is called from then on.
 
-    To be called before anything has looked for accelerators.
+    To be called before anything has looked for accelerators. KdcacheError where there is no such device.
     """
-    number = device.partition(":")[2] or (os.environ.get("LOCAL_RANK", "") if device != "cpu" else "")
-    if not number.isdigit():
-        return
+    kind, _, asked = device.partition(":")
+    if kind == "cpu" or not (asked.isdigit() or is_one_of_several()):
+        return device
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # the user hides them all
+        return device
+    number = int(asked) if asked.isdigit() else rank_on_machine()
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(number) % len(visible)] if visible else number
+    if asked and visible and number >= len(visible):
+        raise KdcacheError(
+            f"device {device} cannot be used here: CUDA_VISIBLE_DEVICES names {len(visible)}, counted from 0"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)] if visible else str(number)
+    return kind
 
 
 def start_vllm(
@@ -269,7 +279,7 @@ def start_vllm(
         llm = vllm.LLM(**options)
     except _START_ERRORS as error:
         raise KdcacheError(
-            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {_one_line(error)}; take "
+            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {first_line(error)}; take "
             "--engine transformers, or --debug to see more"
         ) from error
     if mode == "logprobs":
@@ -342,8 +352,3 @@ def _keep_vocabulary(llm: Any, vocab_size: int) -> None:
             "vLLM's model has not exactly one place where logits are made, so the head cannot be cut at the "
             "tokenizer's length; take --engine-mode hidden"
         )
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, WrongUsage
 
 # torchrun and accelerate set the first pair, SLURM's srun the second, Open MPI's mpirun the third.
 _LAUNCHERS = (
@@ -16,6 +16,11 @@ _LAUNCHERS = (
 _LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher says which of the workers on this machine this process is."""
+    return any(name in os.environ for name in _LOCAL)
+
+
 def rank_on_machine() -> int:
     """Which of the workers on this machine this process is, as its launcher says, or 0."""
     return next((_number(name) for name in _LOCAL if name in os.environ), 0)
@@ -24,7 +29,7 @@ def rank_on_machine() -> int:
 def place_among_workers(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """(rank, world size) as given, or as a launcher's environment says, or (0, 1).
 
-    KdcacheError when they do not fit together.
+    WrongUsage when they do not fit together.
     """
     if rank is None and world_size is None:
         for rank_name, size_name in _LAUNCHERS:
@@ -34,7 +39,7 @@ def place_among_workers(rank: int | None, world_size: int | None) -> tuple[int, 
         else:
             return 0, 1
     if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise KdcacheError(
+        raise WrongUsage(
             f"rank {rank} of world size {world_size}: give both, the rank counted from 0 below the world size"
         )
     return rank, world_size

@@ -17,7 +17,7 @@ from transformers import LlavaProcessor
 
 from cache_schema.cache import open_cache
 from cache_schema.conversations import Conversation
-from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.errors import KdcacheError, RowRejected, WrongUsage
 from cache_schema.images import open_image, unpack_embedded
 from cache_schema.progress import Progress
 from cache_schema.rows import open_dataset
@@ -53,7 +53,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.max_new_tokens < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError("batch_size, max_new_tokens and limit must be at least 1")
+            raise WrongUsage("batch_size, max_new_tokens and limit must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

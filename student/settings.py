@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cache_schema.cache import Cache
+from cache_schema.errors import WrongUsage
 from cache_schema.identity import digest_of
 from student.folder import folder_digest
 from student.stages import Stage
@@ -67,11 +68,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if min(self.micro_batch, self.keep, self.log_every, self.window) < 1 or self.workers < 0:
-            raise ValueError(
+            raise WrongUsage(
                 "micro_batch, keep, log_every and window must be at least 1, workers not negative"
             )
         if self.early_stop is not None and not (self.eval_cache and self.eval_every):
-            raise ValueError("early_stop needs eval_cache and eval_every")
+            raise WrongUsage("early_stop needs eval_cache and eval_every")
 
     @property
     def resolved_stage(self) -> Stage:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.spec import TARGETS
 from student.losses import LossWeights
 
@@ -91,7 +91,7 @@ class Stage:
         """The stage with the losses of all other targets switched off; CE stays."""
         unknown = [name for name in targets if name not in TARGETS]
         if unknown:
-            raise ValueError(f"targets must be some of {', '.join(TARGETS)}, not {unknown}")
+            raise WrongUsage(f"targets must be some of {', '.join(TARGETS)}, not {unknown}")
         off: dict[str, Any] = {name: 0.0 for name in TARGETS if name not in targets}
         return replace(self, losses=replace(self.losses, **off))
 

@@ -218,3 +218,23 @@ def test_a_student_with_another_tokenizer_is_refused(world, cache, tmp_path, cap
 @pytest.mark.parametrize("arguments", [["build"], ["train", "--stage", "none"], ["no-such-command"]])
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert run(*arguments, capsys=capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--dtype", "int3"), "dtype must be one of auto, float32, bfloat16, float16, not 'int3'"),
+        (("--quantization", "3bit"), "quantization must be one of 8bit, 4bit, not '3bit'"),
+        (("--targets", "foo"), "targets must be some of"),
+        (("--template", "nofile"), "template nofile is neither a file nor one of plain, llava_v1"),
+        (("--rank", "2"), "give both"),
+        (("--engine-mode", "logprobs"), "add --engine vllm"),
+        (("--seed", "-1"), "seed must not be negative"),
+        (("--shard-size", "0"), "shard_size must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_wrong_usage(world, tmp_path, words, said, capsys):
+    code, out, err = run(*build_arguments(world, out=tmp_path / "c"), *words, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert not (tmp_path / "c").exists()

@@ -1,5 +1,6 @@
 """Images as they are in the wild: every mode decodes to RGB, every fault has its reason."""
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -122,3 +123,15 @@ def test_embedded_images_are_unpacked_once(tmp_path: Path) -> None:
     assert open_image(tmp_path, path).width == 24
     with pytest.raises(KdcacheError, match="cannot be written"):
         unpack_embedded(tmp_path / "x.png", {path: content})
+
+
+def test_an_embedded_image_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(KdcacheError, match="No space left on device"):
+        unpack_embedded(tmp_path, {"embedded/ab/abc": b"content"})
+    assert list((tmp_path / "embedded" / "ab").iterdir()) == []

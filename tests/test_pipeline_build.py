@@ -30,8 +30,9 @@ from cache_schema import (
 from cache_schema.identity import tokenizer_digest
 from cache_schema.progress import Silent
 from cache_schema.summary import summarise
-from pipeline import teachers
+from pipeline import loop, teachers
 from pipeline.capture import BuildConfig, build
+from pipeline.extract import Extractor
 from pipeline.transformers_engine import choose_device
 from pipeline.workers import place_among_workers
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
@@ -278,6 +279,29 @@ def test_batches_change_nothing_but_rounding(setting: Setting, captured: Path, t
             np.testing.assert_allclose(one.norm, other.norm, rtol=1e-5)
 
 
+def test_windows_do_not_depend_on_the_machine(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are formed inside a window: with other windows another machine's cache would differ."""
+    found: list[list[int]] = []
+    whole = Extractor.capture
+
+    def noted(self: Extractor, samples: Any, seen: set[str]) -> Any:
+        found.append([sample.row for sample in samples])
+        return whole(self, samples, seen)
+
+    monkeypatch.setattr(Extractor, "capture", noted)
+    monkeypatch.setattr(loop, "_WINDOW_BYTES", 40_000)
+    windows = []
+    for threads in (1, 2, 5):
+        found.clear()
+        build(config_of(setting, tmp_path / str(threads), shard_size=14, prepare_threads=threads), Silent())
+        windows.append(list(found))
+    assert len(windows[0]) > 2
+    assert sorted(row for window in windows[0] for row in window) == list(range(14))
+    assert windows[1:] == [windows[0]] * 2
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_disk_that_refuses_is_never_hidden(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
@@ -467,6 +491,9 @@ def test_bad_rows_go_to_quarantine_and_can_be_tried_again(setting: Setting, tmp_
     assert found[7].sample_id == "7"
 
     assert build(config, Silent()).already_done
+    with pytest.raises(KdcacheError, match="device nonsense"):
+        build(replace(config, retry_quarantine=True, device="nonsense"), Silent())
+    assert build(config, Silent()).already_done, "a teacher that cannot be loaded costs no shard"
     shutil.copy(folder / "images" / "pictures" / "0.png", target / "images" / "pictures" / "0.png")
     again = build(replace(config, retry_quarantine=True), Silent())
     assert again.captured == 8
@@ -649,7 +676,8 @@ def test_workers_of_a_machine_take_different_devices(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_LOCALID", "3")
     assert choose_device("auto") == "cuda:3"
     monkeypatch.setenv("LOCAL_RANK", "5")
-    assert choose_device("auto") == "cuda:1"
+    assert choose_device("auto") == choose_device("cuda") == "cuda:1"
+    assert choose_device("cpu") == "cpu"
 
 
 def test_settings_out_of_range_are_refused(setting: Setting, tmp_path: Path) -> None:

@@ -110,6 +110,20 @@ def test_nothing_lies_outside_the_whole_vocabulary() -> None:
         TargetMaker(head, TargetSpec(top_k=13, targets=("response",)))
 
 
+def test_buffers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that only a CPU's targets are made in: in several chunks, and a second time."""
+    head = a_head(**HEADS["capped"])
+    maker = TargetMaker(
+        head, TargetSpec(top_k=4, temperatures=TEMPERATURES, targets=("response",)), chunk_bytes=352 * 4 * 7
+    )
+    hidden = some_hidden(50, 16)
+    kept = [maker.topk(hidden[:9]), maker.topk(hidden)][1]
+    monkeypatch.setattr(TargetMaker, "_room", lambda self, name, rows: None)
+    fresh = maker.topk(hidden)
+    for name in ("token_ids", "logprobs", "tail_logprob", "logsumexp", "entropy"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(fresh, name))
+
+
 def test_chunks_change_nothing() -> None:
     head = a_head(vocab=1000, width=16)
     spec = TargetSpec(top_k=4, targets=("response",), tail_samples=6)

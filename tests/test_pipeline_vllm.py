@@ -319,25 +319,38 @@ def test_tails_of_log_probabilities_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "local_rank", "visible", "left"),
+    ("device", "launcher", "visible", "left", "called"),
     [
-        ("auto", None, None, None),
-        ("auto", "3", None, "3"),
-        ("auto", "1", "4,6", "6"),
-        ("auto", "2", "4,6", "4"),
-        ("cuda:1", "0", "4,6", "6"),
-        ("cpu", "1", None, None),
+        ("auto", {}, None, None, "auto"),
+        ("auto", {"LOCAL_RANK": "3"}, None, "3", "auto"),
+        ("auto", {"LOCAL_RANK": "1"}, "4,6", "6", "auto"),
+        ("auto", {"LOCAL_RANK": "2"}, "4,6", "4", "auto"),
+        ("auto", {"SLURM_LOCALID": "1"}, "4,6", "6", "auto"),
+        ("cuda", {"OMPI_COMM_WORLD_LOCAL_RANK": "2"}, None, "2", "cuda"),
+        ("cuda:1", {"LOCAL_RANK": "0"}, "4,6", "6", "cuda"),
+        ("cuda:1", {}, None, "1", "cuda"),
+        ("auto", {"LOCAL_RANK": "1"}, "", "", "auto"),
+        ("cpu", {"LOCAL_RANK": "1"}, None, None, "cpu"),
     ],
 )
 def test_a_worker_sees_its_own_device(
-    device: str, local_rank: str | None, visible: str | None, left: str | None
+    device: str, launcher: dict[str, str], visible: str | None, left: str | None, called: str
 ) -> None:
-    for name, value in (("LOCAL_RANK", local_rank), ("CUDA_VISIBLE_DEVICES", visible)):
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    claim_device(device)
+    see(launcher, visible)
+    assert claim_device(device) == called, "of one device that is left, the number would be another's"
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+
+
+def see(launcher: dict[str, str], visible: str | None) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+        os.environ.pop(name, None)
+    os.environ.update(launcher | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+
+
+def test_a_device_that_is_not_in_sight_is_refused() -> None:
+    see({}, "4,6")
+    with pytest.raises(KdcacheError, match="device cuda:2 cannot be used here"):
+        claim_device("cuda:2")
 
 
 def test_names_of_a_vision_tower() -> None:

@@ -337,6 +337,14 @@ def test_text_alone_needs_no_image(world: SimpleNamespace, tmp_path: Path) -> No
     assert found["dataset"]["rows_text_only"] == len(rows)
 
 
+def test_targets_that_no_sample_has_are_an_error(world: SimpleNamespace, tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([row for row in tiny_rows(30) if "image" not in row]))
+    spec = TargetSpec(targets=("visual", "relation"))
+    with pytest.raises(KdcacheError, match=r"none of the 4 samples .* has visual or relation targets"):
+        plan(config_of(world, data=data, image_root=tmp_path, spec=spec, samples=4), Silent())
+
+
 def test_relations_alone(world: SimpleNamespace) -> None:
     found = plan(config_of(world, spec=TargetSpec(targets=("relation",)), samples=6), Silent())
     assert found["positions"] == []
@@ -427,21 +435,23 @@ def test_rows_are_read_only_where_they_are_drawn(
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--top-k", "0"), 1, "top_ks must be at least 1"),
+        (("--top-k", "0"), 2, "top_ks must be at least 1"),
         (("--top-k", "3.5"), 2, "not a comma-separated list of whole numbers"),
+        (("--top-k", "inf"), 2, "not a comma-separated list of whole numbers"),
         (("--top-k", "9000"), 1, "exceeds the teacher's"),
-        (("--relation", "2"), 1, "relations must be bounds in"),
+        (("--relation", "2"), 2, "relations must be bounds in"),
         (("--relation", "tight"), 2, "is not a comma-separated list of numbers"),
-        (("--precision", "half"), 1, "precisions must be compact or full"),
-        (("--samples", "0"), 1, "samples must be at least 1"),
-        (("--noise-kl", "0"), 1, "noise_kl must be above 0"),
-        (("--max-angle", "0"), 1, "must lie in (0, 180]"),
+        (("--precision", "half"), 2, "precisions must be compact or full"),
+        (("--samples", "0"), 2, "samples must be at least 1"),
+        (("--noise-kl", "0"), 2, "noise_kl must be above 0"),
+        (("--max-angle", "0"), 2, "must lie in (0, 180]"),
         (("--max-angle", "5,voice=3"), 2, "is not a number for all targets"),
-        (("--targets", "sound"), 1, "targets must be some of"),
+        (("--targets", "sound"), 2, "targets must be some of"),
         (("--student", "nowhere"), 1, "nowhere does not exist"),
         (("--data", "nowhere.json"), 1, "nowhere.json does not exist"),
-        (("--plot", "curves.tiff9"), 1, "cannot draw curves.tiff9"),
-        (("--write", "no/such/folder/build.sh"), 1, "cannot write no/such/folder/build.sh"),
+        (("--plot", "curves.tiff9"), 2, "curves.tiff9 is no .png"),
+        (("--write", "no/such/folder/build.sh"), 2, "folder no/such/folder does not exist"),
+        (("--write", "."), 1, "cannot write ."),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

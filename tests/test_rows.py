@@ -1,6 +1,7 @@
 """Rows: every form in which LLaVA and `messages` data come, and every way in which they are broken."""
 
 import base64
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -161,6 +162,39 @@ def test_parquet_rows_in_any_order(tmp_path: Path) -> None:
         assert dataset[row].answers == [str(row)]
 
 
+def test_parquet_columns_of_categories(tmp_path: Path) -> None:
+    """As pandas writes them: another dictionary in every row group."""
+    tables = [
+        pa.table(
+            {
+                "conversations": [llava("q", "a")["conversations"]] * 2,
+                "image": pa.array(names).dictionary_encode(),
+                "source": pa.array(kinds).dictionary_encode(),
+            }
+        )
+        for names, kinds in ((["a.png", "b.png"], ["vqa", "ocr"]), (["c.png", "a.png"], ["ocr", None]))
+    ]
+    with pq.ParquetWriter(tmp_path / "a.parquet", tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    dataset = open_dataset(tmp_path / "a.parquet")
+    assert [row.images for row in dataset] == [("a.png",), ("b.png",), ("c.png",), ("a.png",)]
+    assert [row.extra["source"] for row in dataset] == ["vqa", "ocr", "ocr", None]
+    assert dataset.first_images[0] == dataset.first_images[3]
+
+
+def test_no_room_for_the_copy_of_a_parquet_file_is_not_its_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pq.write_table(pa.Table.from_pylist([llava("q", "a")]), tmp_path / "a.parquet")
+    monkeypatch.setattr(pa.ipc, "new_file", full)
+    with pytest.raises(KdcacheError, match=r"has no room for a copy of .*a\.parquet.*; set TMPDIR"):
+        open_dataset(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("damage", ["bom", "crlf", "nan", "bytes", "twice"])
 @pytest.mark.parametrize("form", ["array", "lines"])
 def test_text_files_as_they_come(tmp_path: Path, form: str, damage: str) -> None:
@@ -206,6 +240,7 @@ def test_text_files_as_they_come(tmp_path: Path, form: str, damage: str) -> None
         (llava("q", "a", image=7), "broken_row"),
         (llava("q", "a", image={"bytes": "xx", "path": None}), "broken_row"),
         (llava("q", "a", image="data:image/png;base64,%%"), "broken_row"),
+        (llava("q", "a", image="data:application/octet-stream;base64,%%"), "broken_row"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "broken_row"),
     ],
 )

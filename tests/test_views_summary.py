@@ -108,6 +108,9 @@ def test_the_pace_is_that_of_all_workers_without_pauses(cache: Cache) -> None:
     assert seconds_since(state["last_commit"], datetime.fromtimestamp(1_700_080_030, UTC)) == 30
     faster_now = [commit(record, 10 + n, 90_000 + n, 1) for n in range(16)]
     assert build_state([*one_by_one, *faster_now], plan)["rows_a_second"] == pytest.approx(4.0)
+    for workers in (4, 32):  # one after the other, each with a shard of 100 seconds
+        many = [commit(record, n, 100 + 100 * n / workers, 100) for n in range(max(24, 3 * workers))]
+        assert build_state(many, plan)["rows_a_second"] == pytest.approx(4 * workers / 100, rel=0.01)
     nothing = build_state([], plan)
     assert (nothing["rows_a_second"], nothing["seconds_left"], nothing["missing"]) == (None, None, [[0, 99]])
 

@@ -14,7 +14,7 @@ import torch
 from cache_schema.codecs.relation import RelationBlock, encode_relation, pack_relations
 from cache_schema.codecs.topk import topk_rows
 from cache_schema.divergence import kl
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.progress import Progress
 from cache_schema.records import Relation, TopK
 from cache_schema.spec import TARGETS, Precision, TargetSpec
@@ -85,7 +85,7 @@ class PlanConfig:
         if self.seed < 0:
             problems.append(f"seed must not be negative, not {self.seed}")
         if problems:
-            raise ValueError("plan: " + "; ".join(problems))
+            raise WrongUsage("plan: " + "; ".join(problems))
 
     @property
     def widest(self) -> TargetSpec:
@@ -127,10 +127,17 @@ def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
     )
     survey = surveyor.run(draw, student, progress)
     kinds = [kind for kind in ("response", "visual", "prompt") if kind in survey.records]
-    for missing in sorted(
-        set(config.build.spec.targets) - {*kinds, *(["relation"] if survey.relations else [])}
-    ):
-        progress.message(f"no sample has {missing} targets: nothing is said about them")
+    targets = config.build.spec.targets
+    missing = [
+        name for name in targets if name not in kinds and not (name == "relation" and survey.relations)
+    ]
+    if len(missing) == len(targets):
+        raise KdcacheError(
+            f"none of the {len(draw.rows)} samples that were drawn has {' or '.join(targets)} targets; draw "
+            "more (--samples) or ask for other --targets"
+        )
+    for name in missing:
+        progress.message(f"no sample has {name} targets: nothing is said about them")
     workload = workload_of(
         job.plan,
         job.dataset.first_images,
