@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +142,29 @@ def _visual_tokens(
         pad_token_id=0,
         image_token_id=cache.manifest.fingerprint.training["image_token_id"],
     )
-    found: dict[tuple[int, int], ImageRecord] = {}
+    found: dict[tuple[int, int], tuple[Sequence[ImageRecord], int]] = {}
     block = cache.read_shard(cache.shards[0], parts=())
     for place in range(len(block)):
-        for image in block.sample(place).images:
-            found.setdefault((image.width, image.height), image)
+        images = block.sample(place).images
+        for number, image in enumerate(images):
+            found.setdefault((image.width, image.height), (images, number))
         if len(found) >= _SIZES:
             break
+
+    def tokens(images: Sequence[ImageRecord]) -> list[int]:
+        pixels = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in collator.images([images]).items()
+        }
+        return [feature.shape[-2] for feature in model.get_image_features(**pixels).pooler_output]
+
     counts = []
     with torch.inference_mode():
-        for image in found.values():
-            pixels = {
-                name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
-                for name, tensor in collator.images([[image]]).items()
-            }
-            features = model.get_image_features(**pixels).pooler_output
-            counts.append((image, sum(feature.shape[-2] for feature in features)))
+        for images, number in found.values():
+            together = tokens(images)  # some families cut an image only when it is alone
+            of_image = len(together) == len(images)
+            seen = together[number] if of_image else sum(tokens([images[number]]))  # or each tile by itself
+            counts.append((images[number], seen))
     return counts
 
 
