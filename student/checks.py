@@ -160,11 +160,10 @@ def _visual_tokens(
 
     counts = []
     with torch.inference_mode():
-        for images, number in found.values():
-            together = tokens(images)  # some families cut an image only when it is alone
-            of_image = len(together) == len(images)
-            seen = together[number] if of_image else sum(tokens([images[number]]))  # or each tile by itself
-            counts.append((images[number], seen))
+        for beside, number in found.values():
+            together = tokens(beside)  # LLaVA-OneVision cuts an image only when it is alone
+            whole = len(together) == len(beside)  # others answer for each tile, cut alone or not
+            counts.append((beside[number], together[number] if whole else sum(tokens([beside[number]]))))
     return counts
 
 
