@@ -29,8 +29,8 @@ from PIL import Image
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from benchmarks.smollm2 import load_smollm2, save_llava
-from benchmarks.teachers import english
+from benchmarks._smollm2 import load_smollm2, save_llava
+from benchmarks._teachers import english
 from cache_schema import TargetSpec
 from cache_schema.progress import Silent
 from cache_schema.rows import open_dataset

@@ -24,7 +24,7 @@ import torch
 from numcodecs import Blosc, blosc
 from numpy.typing import NDArray
 
-from benchmarks.teachers import Teacher, language_teacher, relation_of_spectrum, topk_of, visual_teacher
+from benchmarks._teachers import Teacher, language_teacher, relation_of_spectrum, topk_of, visual_teacher
 from cache_schema.codecs.ids import decode_ids, encode_ids
 from cache_schema.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
 from cache_schema.codecs.relation import RelationBlock, encode_relation, pack_relations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.layouts [--samples 512] [--top-k 64] [--json FILE]
 
-Samples of 729 visual and 130 response positions of the visual model (benchmarks/teachers.py). One pass in
+Samples of 729 visual and 130 response positions of the visual model (benchmarks/_teachers.py). One pass in
 shuffled order, warm, CPU time of one core: every sample comes as ids int32 and log-probabilities float32.
     memmap     raw int32 and float32, one copy a sample: the most that any layout can do
     ours       shards in shuffled order, their samples in shuffled order, every file's digest checked
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-from benchmarks.teachers import topk_of, visual_teacher
+from benchmarks._teachers import topk_of, visual_teacher
 from cache_schema.cache import open_cache
 from cache_schema.identity import Fingerprint
 from cache_schema.manifest import Manifest, Plan

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import time
@@ -31,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks._memory import peak as peak_bytes
+from benchmarks._memory import reset_peak
 from student.losses import (
     Denominators,
     DistillationLoss,
@@ -219,9 +220,9 @@ def measure(variant: str, dtype: torch.dtype, *, trained: bool, repeats: int) ->
     """Seconds (the best of `repeats` after a first step) and peak bytes of a step."""
     step: Callable[[Case], float] = globals()[variant]
     case = make_case(dtype, trained=trained, dense=variant == "dense")
-    before = _reset_peak()
+    before = reset_peak()
     loss = step(case)
-    peak = _peak() - before
+    peak = peak_bytes() - before
     if trained:
         peak -= case.weight.numel() * case.weight.itemsize
     seconds = []
@@ -231,23 +232,6 @@ def measure(variant: str, dtype: torch.dtype, *, trained: bool, repeats: int) ->
         step(case)
         seconds.append(time.process_time() - began)
     return {"seconds": min(seconds), "peak_mb": peak / 2**20, "loss": loss}
-
-
-def _status(name: str) -> int:
-    """A field of the kernel's account of this process, in bytes."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, name
-    return int(found[1]) * 1024
-
-
-def _reset_peak() -> int:
-    """Set the high-water mark back to what is held now, which is returned."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
 
 
 def compare(dtype: str, head: str, *, repeats: int, variants: tuple[str, ...]) -> dict[str, dict[str, float]]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from benchmarks._memory import peak
 from benchmarks._random_cache import IMAGE_ID, write_cache
 from cache_schema import Cache, ImageRecord, open_cache
 from student.collate import Batch, Collator, load_ahead
@@ -363,8 +363,10 @@ def steps_on_request(name: str, folder: Path) -> None:
         cost = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - spent}
         print(json.dumps(cost), flush=True)
     batches.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(json.dumps({"teacher_over_student": round(ratio, 2), "peak_megabytes": round(peak)}), flush=True)
+    print(
+        json.dumps({"teacher_over_student": round(ratio, 2), "peak_megabytes": round(peak() / 1e6)}),
+        flush=True,
+    )
 
 
 def print_teacher(results: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +142,28 @@ def _visual_tokens(
         pad_token_id=0,
         image_token_id=cache.manifest.fingerprint.training["image_token_id"],
     )
-    found: dict[tuple[int, int], ImageRecord] = {}
+    found: dict[tuple[int, int], tuple[Sequence[ImageRecord], int]] = {}
     block = cache.read_shard(cache.shards[0], parts=())
     for place in range(len(block)):
-        for image in block.sample(place).images:
-            found.setdefault((image.width, image.height), image)
+        images = block.sample(place).images
+        for number, image in enumerate(images):
+            found.setdefault((image.width, image.height), (images, number))
         if len(found) >= _SIZES:
             break
+
+    def tokens(images: Sequence[ImageRecord]) -> list[int]:
+        pixels = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in collator.images([images]).items()
+        }
+        return [feature.shape[-2] for feature in model.get_image_features(**pixels).pooler_output]
+
     counts = []
     with torch.inference_mode():
-        for image in found.values():
-            pixels = {
-                name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
-                for name, tensor in collator.images([[image]]).items()
-            }
-            features = model.get_image_features(**pixels).pooler_output
-            counts.append((image, sum(feature.shape[-2] for feature in features)))
+        for beside, number in found.values():
+            together = tokens(beside)  # LLaVA-OneVision cuts an image only when it is alone
+            whole = len(together) == len(beside)  # others answer for each tile, cut alone or not
+            counts.append((beside[number], together[number] if whole else sum(tokens([beside[number]]))))
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Samples to tensors: padded ids and labels, pixels by the student's image processor, targets by position."""
+"""Samples to tensors: padded ids and labels, pixels by the student's processor, targets by position."""
 
 from __future__ import annotations
 

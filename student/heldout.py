@@ -54,11 +54,10 @@ def measure_cache(
     for step, batches in load_ahead(stream.read(0, steps), collator, workers=workers):
         for made in batches:
             counts = counts + made.denominators
-            if made.rows:
-                moved = made.to(device)
-                parts, same = student.measure(moved.inputs, moved.labels, moved.targets)
-                terms = (parts.ce, parts.response, parts.visual, parts.prompt, parts.relation)
-                sums += torch.stack([*terms, same.response, same.visual]).cpu().double()
+            moved = made.to(device)  # an idle batch too: with sharded weights the other ranks wait for it
+            parts, same = student.measure(moved.inputs, moved.labels, moved.targets)
+            terms = (parts.ce, parts.response, parts.visual, parts.prompt, parts.relation)
+            sums += torch.stack([*terms, same.response, same.visual]).cpu().double()
         progress.update(step + 1)
     progress.end()
     student.train(training)

@@ -95,7 +95,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"tracker {', '.join(sorted(absent))} is not installed: install it, or choose another --tracker"
         )
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    if cpu and not sharded and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu and not sharded and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise KdcacheError(
             "accelerate shards on accelerators only, and here is a CPU: launch without FSDP, with `torchrun "
             "--nproc-per-node N -m cli train ...` for DDP"

@@ -130,14 +130,11 @@ def final_table(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
             [_figure(_last(stage.train).get("samples_per_second"), ".1f") for stage in stages],
         ),
     ]
-    for heading, names, journals in (
-        ("training, mean since the line before", TERMS, [stage.train for stage in stages]),
-        ("held out", _HELD_OUT, [stage.held_out for stage in stages]),
+    for heading, names, ends in (
+        ("training, mean since the line before", TERMS, [_terms_in_use(stage.train) for stage in stages]),
+        ("held out", _HELD_OUT, [_last(stage.held_out) for stage in stages]),
     ):
-        found = [
-            (_NAMES[name], [_figure(_last(journal).get(name) or None, ".4f") for journal in journals])
-            for name in names
-        ]
+        found = [(_NAMES[name], [_figure(end.get(name), ".4f") for end in ends]) for name in names]
         present = [(name, texts) for name, texts in found if set(texts) != {"-"}]
         lines += [(heading, []), *present] if present else []
     return lines
@@ -145,6 +142,11 @@ def final_table(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
 
 def _last(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return lines[-1] if lines else {}
+
+
+def _terms_in_use(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last line without the terms that are 0 in it: they are not in the stage's loss."""
+    return {name: value for name, value in _last(lines).items() if value}
 
 
 def _figure(value: float | None, form: str) -> str:

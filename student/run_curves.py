@@ -81,22 +81,27 @@ def draw_curves(stages: Sequence[StageCurves]) -> Figure:
 
 
 def _curve(lines: Lines, name: str | None) -> list[tuple[float, float]]:
-    """(step, value) of the lines that carry this name; none of a term that is never anything but 0, which
-    is not in the stage's loss."""
-    found = [(line["step"], line[name]) for line in lines if name and line.get(name) is not None]
+    """(step, value) of the lines that carry this name."""
+    return [(line["step"], line[name]) for line in lines if name and line.get(name) is not None]
+
+
+def _trained(quantity: Quantity, stage: StageCurves) -> list[tuple[float, float]]:
+    """The curve of the training lines; none of a term that is never anything but 0, which is not in the
+    stage's loss."""
+    found = _curve(stage.train, quantity.train)
     return found if any(value for _, value in found) else []
 
 
 def _has(quantity: Quantity, stage: StageCurves) -> bool:
     held_out = any(_curve(stage.held_out, name) for name in quantity.held_out)
-    return held_out or bool(_curve(stage.train, quantity.train))
+    return held_out or bool(_trained(quantity, stage))
 
 
 def _panel(axes: Axes, quantity: Quantity, stage: StageCurves) -> None:
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
-    trained = _curve(stage.train, quantity.train)
+    trained = _trained(quantity, stage)
     if trained:
         axes.plot(*zip(*trained, strict=True), color=TRAINING, linewidth=1.6, label="training")
     for name, colour in zip(quantity.held_out, (HELD_OUT, SECOND), strict=False):

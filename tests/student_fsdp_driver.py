@@ -9,6 +9,7 @@ import copy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
@@ -22,11 +23,13 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from cache_schema import open_cache
 from student.collate import Collator
 from student.folder import load_model, load_processor
+from student.heldout import measure_cache
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent, whole
 from student.pixels import PixelInputs
 
 STEPS = 3
+MICRO_BATCH = 3
 
 
 def main() -> None:
@@ -93,8 +96,23 @@ def main() -> None:
     expected_parts, expected_same = alone.measure(batch.inputs, batch.labels, batch.targets)
     torch.testing.assert_close(parts.response, expected_parts.response, rtol=1e-3, atol=1e-3)
     assert float(same.visual) == float(expected_same.visual)
+    # One sample more than the ranks can share: the last micro-batch of rank 1 is idle.
+    assert len(cache) % (2 * MICRO_BATCH) == 1
+    both, whole_cache = (
+        measure_cache(student, cache, collator, device=torch.device("cpu"), micro_batch=MICRO_BATCH, **shared)
+        for student, shared in (
+            (sharded, {"rank": rank, "world_size": 2, "add_up": add_up}),
+            (alone, {}),
+        )
+    )
+    assert both == pytest.approx(whole_cache, rel=1e-3)
     (out / f"rank-{rank}").write_text("done")
     dist.destroy_process_group()
+
+
+def add_up(values: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(values)
+    return values
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.recipe import train_recipe
-from student.report import report
+from student.report import StageRun, final_table, report
 from student.run_curves import StageCurves, draw_curves
 from student.stages import DFT, DPT, SFT, Recipe, RecipeStage
 from student.train import train
@@ -491,6 +491,12 @@ def test_training_and_held_out_share_a_panel():
         "likeliest token is the teacher's": {"held out, response": [(3, 0.25)]},
         "learning rate": {"training": [(1, 0.1), (2, 0.1), (3, 0.1)]},
     }
+    never = [{"step": 3, "response_top1": 0.0}]
+    at_zero = draw_curves([StageCurves(name="dpt", train=[], held_out=never)])
+    assert curves_of(at_zero) == {"likeliest token is the teacher's": {"held out, response": [(3, 0.0)]}}
+    stage = StageRun(name="dpt", settings={}, result={}, train=train, held_out=never)
+    assert dict(final_table([stage]))["likeliest token is the teacher's, response"] == ["0.0000"]
+    assert "relation, 1 - cos" not in dict(final_table([stage])), "not in this stage's loss"
     two = draw_curves([StageCurves(name=name, train=train, held_out=[]) for name in ("dpt", "sft")])
     assert len(two.axes) == 6, "a row a quantity, a column a stage"
     assert draw_curves([StageCurves(name="new", train=[], held_out=[])]).axes[0].texts[0].get_text()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_a_sharded_student_takes_the_same_steps(tmp_path):
     """Accelerate refuses FSDP on CPUs, so the module is sharded as accelerate would shard it on GPUs:
     every decoder layer, then the whole. Rank 1 has a batch with images, one of text alone and none."""
-    world = make_world(tmp_path, rows=18)
+    world = make_world(tmp_path, rows=19)
     arguments = [str(path) for path in (world.student, world.cache, world.image_root, tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
     environment |= {

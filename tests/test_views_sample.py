@@ -146,6 +146,10 @@ def test_no_figure_of_a_sample_is_cut(cache: Cache, folder: Path, width: int) ->
     assert all(figure in page for figure in figures)
 
 
+def test_a_terminal_of_no_width_to_speak_of_gets_a_page(cache: Cache, folder: Path) -> None:
+    assert "thesurestof" in "".join(printed(cache, 0, folder / "images", width=4).split())
+
+
 def test_text_of_the_dataset_cannot_steer_the_terminal(cache: Cache) -> None:
     page = printed(cache, 4, None)
     assert "\x1b" not in page

@@ -50,9 +50,8 @@ def print_sample(
     console.print(_heading(document))
     for number, image in enumerate(document["images"]):
         pictures: list[RenderableType] = []
-        side = min(
-            PICTURE_SIDE, (console.width - GAP) // 2 if sample.relations and image_root else console.width
-        )
+        room = (console.width - GAP) // 2 if sample.relations and image_root else console.width
+        side = max(min(PICTURE_SIDE, room), NARROWEST_CELL)
         if image_root is not None:
             pictures.append(_picture(image, image_root, side, console))
         if sample.relations:
@@ -186,9 +185,9 @@ def _print_layer(
     tokens = np.array(layer["tokens"])
     rows, columns = tokens.shape
     pool = 1
-    while -(-columns // pool) * NARROWEST_CELL > console.width:
+    while pool < columns and -(-columns // pool) * NARROWEST_CELL > console.width:
         pool += 1
-    cell = min(console.width // -(-columns // pool) - 1, LONGEST_WORD)
+    cell = max(min(console.width // -(-columns // pool) - 1, LONGEST_WORD), 1)
     of = "" if pool == 1 else f", the surest of {pool} x {pool} patches"
     console.print(f"\n[bold]the teacher's likeliest token at each patch of {named}{of}[/]")
     lines: list[list[Text]] = []
@@ -200,8 +199,9 @@ def _print_layer(
             best = max(firsts, key=lambda entry: entry["probability"], default=NOTHING)
             lines[-1].append(Text(visible(best["text"])[:cell], _certainty(best["probability"])))
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    for _ in lines[0] if lines else ():  # all of one width, as the patches are
-        table.add_column(min_width=max(word.cell_len for line in lines for word in line), no_wrap=True)
+    widest = max(word.cell_len for line in lines for word in line)
+    for _ in lines[0]:  # all of one width, as the patches are
+        table.add_column(min_width=widest, no_wrap=True)
     for line in lines:
         table.add_row(*line)
     console.print(table)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from benchmarks.teachers import english
+from benchmarks._teachers import english
 from demo.easy_vqa import write_dataset
 
 LONGEST = 700  # characters of an answer out of the manual

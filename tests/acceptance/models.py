@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.utils import logging
 
-from benchmarks.smollm2 import load_smollm2, save_llava
+from benchmarks._smollm2 import load_smollm2, save_llava
 from tests.acceptance.tower import TOKENS, image_processor, save_tower
 
 logging.disable_progress_bar()

