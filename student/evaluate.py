@@ -234,16 +234,15 @@ class _Answerer:
             endings.append(ids[cut:])
         first = self._padded([list(ids) for ids, _ in beginnings])
         shown = [paths.index(path) for _, images in beginnings for path in images]
-        past = self.model(
-            **first, pixel_values=pixels[shown], use_cache=True, logits_to_keep=1
-        ).past_key_values
+        # the name of the key-value cache from transformers 5.24 on, and before
+        takes_cache = "cache" in inspect.signature(type(self.model).forward).parameters
+        name = "cache" if takes_cache else "past_key_values"
+        past = self.model(**first, pixel_values=pixels[shown], use_cache=True, logits_to_keep=1)[name]
         chosen = torch.tensor(groups, device=self.model.device)
         past.batch_select_indices(chosen)
         rest = self._padded(endings)
-        joined = {name: torch.cat([first[name][chosen], rest[name]], dim=1) for name in first}
-        # the argument's name from transformers 5.24 on, and before
-        takes_cache = "cache" in inspect.signature(type(self.model).forward).parameters
-        return {**joined, "cache" if takes_cache else "past_key_values": past}
+        joined = {key: torch.cat([first[key][chosen], rest[key]], dim=1) for key in first}
+        return {**joined, name: past}
 
     def _token_ids(self, questions: list[Question], pixels: torch.Tensor) -> list[list[int]]:
         """The token ids of each prompt with its images expanded."""
