@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from cache_schema.cache import open_cache
-from cache_schema.manifest import Manifest
+from cache_schema.manifest import CommitRecord, Manifest
 from cache_schema.progress import Progress
 from cache_schema.store import open_store
 from cache_schema.writer import MANIFEST, CacheWriter
@@ -60,8 +61,24 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         batch_tokens=config.batch_tokens,
     )
     commits = list(open_cache(config.out).commits.values())
+    _tell_other_versions(commits, teacher.engine.description, progress)
     CaptureLoop(job, writer, extractor, teacher.engine, progress).run(rank, world_size, commits)
     return _summary(config.out, started, already_done=False)
+
+
+def _tell_other_versions(commits: list[CommitRecord], engine: Mapping[str, str], progress: Progress) -> None:
+    """A warning where this run differs from the one that wrote the newest shard, in what is only recorded."""
+    if not commits:
+        return
+    before = max(commits, key=lambda commit: commit.created).engine
+    changed = [
+        f"{name} {before.get(name)}, now {now}" for name, now in engine.items() if before.get(name) != now
+    ]
+    if changed:
+        progress.message(
+            f"finished shards were captured with {'; '.join(changed)}: their targets agree with the new ones "
+            "up to rounding"
+        )
 
 
 def _present_manifest(out: str) -> Manifest | None:

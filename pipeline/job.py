@@ -64,7 +64,7 @@ class Job:
             processor=self.processor,
             template=self.template,
             image_token_id=image_token_id_of(self.teacher_config),
-            dtype=self.dtype if self.config.quantization is None else self.config.quantization,
+            dtype=" ".join(filter(None, (self.config.quantization, self.dtype))),
             dataset=self.dataset.digest,
             spec=self.config.spec,
             sharing=sharing,

@@ -40,13 +40,16 @@ def prefix_is_independent(engine: Engine, sample: PreparedSample) -> bool:
 def packing_is_exact(engine: Engine, sample: PreparedSample) -> bool:
     """Whether a pack of two samples about one image gives the hidden states of each on its own.
 
-    False too for an engine that cannot pack, and where token types steer the attention, of which a pack's
-    mask knows nothing.
+    False too for an engine that cannot pack, a model that cannot be run so, and where token types steer the
+    attention, of which a pack's mask knows nothing.
     """
     if not engine.can_pack or "token_type_ids" in sample.token_inputs:
         return False
     pair = [sample, _changed_after_images(sample)]
-    (packed,) = engine.packed_hidden_states([make_pack(pair)])
+    try:
+        (packed,) = engine.packed_hidden_states([make_pack(pair)])
+    except (RuntimeError, TypeError, ValueError):
+        return False
     alone = [engine.hidden_states([each])[0] for each in pair]
     return all(_same_states(hidden, single) for hidden, single in zip(packed, alone, strict=True))
 

@@ -32,7 +32,7 @@ def test_targets_are_those_of_the_quantised_model(tmp_path: Path, quantization: 
     )
     assert build(config, Silent()).captured == 6
     cache = open_cache(config.out)
-    assert cache.manifest.fingerprint.capture["dtype"] == quantization
+    assert cache.manifest.fingerprint.capture["dtype"] == f"{quantization} float32"
     bits = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}[quantization]
     model = AutoModelForImageTextToText.from_pretrained(
         teacher, quantization_config=BitsAndBytesConfig(**{bits: True}), device_map="cpu", dtype="auto"

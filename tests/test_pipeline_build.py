@@ -33,7 +33,7 @@ from cache_schema.summary import summarise
 from pipeline import loop, teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.extract import Extractor
-from pipeline.transformers_engine import choose_device
+from pipeline.transformers_engine import TransformersEngine, choose_device
 from pipeline.workers import place_among_workers
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
 
@@ -246,6 +246,24 @@ class Notes(Silent):
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_other_versions_of_what_is_only_recorded_are_told(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(setting, tmp_path / "c")
+    with pytest.raises(StoppedEarly):
+        build(config, Notes(stop_after=6))
+    same, other = Notes(stop_after=3), Notes()
+    with pytest.raises(StoppedEarly):
+        build(config, same)
+    assert not any("captured with" in line for line in same.lines)
+    description = TransformersEngine.description.fget
+    assert description is not None
+    told = property(lambda engine: description(engine) | {"torch": "9.9"})
+    monkeypatch.setattr(TransformersEngine, "description", told)
+    build(config, other)
+    assert any(f"captured with torch {torch.__version__}, now 9.9" in line for line in other.lines)
+
+
 @pytest.mark.parametrize("after", [1, 3, 6])
 def test_a_stopped_build_goes_on_where_it_was(
     setting: Setting, captured: Path, tmp_path: Path, after: int
@@ -317,7 +335,6 @@ def test_a_disk_that_refuses_is_never_hidden(
 def test_memory_that_runs_out_shrinks_the_batches(
     setting: Setting, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.transformers_engine import TransformersEngine
 
     whole = TransformersEngine.hidden_states
     sizes = []
@@ -361,7 +378,6 @@ def test_memory_that_runs_out_shrinks_the_batches(
 def test_a_budget_that_shrank_holds_for_the_batches_to_come(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.transformers_engine import TransformersEngine
 
     whole = TransformersEngine.hidden_states
     refused = []
