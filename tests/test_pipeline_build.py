@@ -335,7 +335,6 @@ def test_a_disk_that_refuses_is_never_hidden(
 def test_memory_that_runs_out_shrinks_the_batches(
     setting: Setting, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     whole = TransformersEngine.hidden_states
     sizes = []
 
@@ -378,7 +377,6 @@ def test_memory_that_runs_out_shrinks_the_batches(
 def test_a_budget_that_shrank_holds_for_the_batches_to_come(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     whole = TransformersEngine.hidden_states
     refused = []
 
