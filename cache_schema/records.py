@@ -101,7 +101,8 @@ class CapturedSample:
     input_ids (T,) int32; label_spans (S, 2) int32: half-open token ranges that are supervised.
     model_inputs: whatever else of the model's inputs comes from the ids (token types, ...), keyed as the
     model names it, arrays without a batch dimension. answers_cut: answers that were left out at the end
-    because the sample was too long with them; only counted.
+    because the sample was too long with them; only counted. seconds: what reading and preparing it took, 0
+    where that is not known; only told.
     """
 
     row: int
@@ -113,6 +114,7 @@ class CapturedSample:
     prompt: TopK | None = None
     model_inputs: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     answers_cut: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

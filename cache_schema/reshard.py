@@ -121,6 +121,7 @@ def _take_over(writer: CacheWriter, index: int, piece: Piece) -> str:
             files.append(StoredFile(path=path, bytes=len(new_data), sha256=digest))
     statistics = record.statistics | {
         "longest": [[row + piece.offset, tokens] for row, tokens in record.statistics["longest"]],
+        "slowest": [[row + piece.offset, spent] for row, spent in record.statistics.get("slowest", [])],
         "quarantined": dict(Counter(row.reason for row in piece.quarantined)),
         "bytes": record.statistics["bytes"] | _part_bytes(files),
     }

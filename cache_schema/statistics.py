@@ -58,10 +58,13 @@ def relation_statistics(ranks: Sequence[int], residuals: Sequence[float]) -> dic
 def sample_statistics(
     samples: Sequence[CapturedSample], quarantined: Sequence[QuarantinedRow]
 ) -> dict[str, Any]:
-    """The five longest samples as [row, tokens], supervised tokens, how many were cut, quarantine reasons."""
+    """The five longest samples as [row, tokens], the five that took longest to prepare as [row, seconds],
+    supervised tokens, how many were cut, quarantine reasons."""
     longest = sorted(((len(s.input_ids), s.row) for s in samples), reverse=True)[:5]
+    slowest = sorted(((s.seconds, s.row) for s in samples if s.seconds > 0), reverse=True)[:5]
     return {
         "longest": [[row, tokens] for tokens, row in longest],
+        "slowest": [[row, round(seconds, 4)] for seconds, row in slowest],
         "supervised_tokens": int(sum(np.diff(s.label_spans, axis=1).sum() for s in samples)),
         "cut": sum(s.answers_cut > 0 for s in samples),
         "quarantined": dict(Counter(row.reason for row in quarantined)),

@@ -58,13 +58,8 @@ def summarise(cache: Cache) -> dict[str, Any]:
         "cut": sum(record.statistics.get("cut", 0) for record in commits),
         "quarantine": dict(_added(commits, "quarantined").most_common()),
         "slowest_shards": _slowest(commits),
-        "longest_samples": [
-            {"row": row, "tokens": tokens}
-            for tokens, row in sorted(
-                ((tokens, row) for record in commits for row, tokens in record.statistics["longest"]),
-                reverse=True,
-            )[:SHOWN]
-        ],
+        "slowest_samples": [{"row": row, "seconds": spent} for spent, row in _largest(commits, "slowest")],
+        "longest_samples": [{"row": row, "tokens": tokens} for tokens, row in _largest(commits, "longest")],
     }
 
 
@@ -138,6 +133,12 @@ def _added(commits: Sequence[CommitRecord], name: str) -> Counter[str]:
     for record in commits:
         found.update(record.statistics[name])
     return found
+
+
+def _largest(commits: Sequence[CommitRecord], name: str) -> list[tuple[float, int]]:
+    """(value, row) of the samples with the largest values of a statistic of single samples."""
+    found = ((value, row) for record in commits for row, value in record.statistics.get(name, []))
+    return sorted(found, reverse=True)[:SHOWN]
 
 
 def _slowest(commits: Sequence[CommitRecord]) -> list[dict[str, Any]]:

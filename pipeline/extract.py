@@ -245,6 +245,7 @@ class Extractor:
             )
         return CapturedSample(
             row=sample.row,
+            seconds=sample.seconds,
             sample_id=sample.sample_id,
             input_ids=sample.input_ids,
             label_spans=sample.label_spans,

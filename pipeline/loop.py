@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cache_schema.conversations import writable
 from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly
@@ -140,8 +140,10 @@ class CaptureLoop:
         if preparer is None:
             preparer = self._threads.preparer = copy.deepcopy(self._job.preparer)
         dataset = self._job.dataset
+        began = time.monotonic()
         try:
-            return preparer.prepare(dataset[row])
+            sample = preparer.prepare(dataset[row])
+            return replace(sample, seconds=time.monotonic() - began)
         except RowRejected as error:
             return QuarantinedRow(
                 row=row,

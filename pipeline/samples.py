@@ -38,7 +38,7 @@ class PreparedSample:
     token_inputs: further inputs of shape (T,) (token types). pixel_inputs: everything else the processor
     made (pixels, grids, sizes), with the leading dimensions that the model expects. answers_kept: how
     many of the conversation's answers are in it; answers_cut: how many were cut off at its end. expansions:
-    one an image.
+    one an image. seconds: what reading and preparing it took.
     """
 
     row: int
@@ -51,6 +51,7 @@ class PreparedSample:
     answers_kept: int
     answers_cut: int = 0
     expansions: tuple[Expansion, ...] = ()
+    seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -221,6 +221,15 @@ def test_a_second_run_does_nothing_and_says_so(setting: Setting, captured: Path)
     assert {path: path.stat().st_mtime_ns for path in captured.rglob("*")} == before
 
 
+def test_the_samples_that_took_longest_to_prepare_are_told(captured: Path) -> None:
+    slowest = summarise(open_cache(captured))["slowest_samples"]
+    seconds = [entry["seconds"] for entry in slowest]
+    assert len(slowest) == 5
+    assert min(seconds) > 0
+    assert seconds == sorted(seconds, reverse=True)
+    assert {entry["row"] for entry in slowest} <= set(by_row(open_cache(captured)))
+
+
 class Notes(Silent):
     """Keeps messages, and stops the process politely after some updates."""
 

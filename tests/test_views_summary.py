@@ -121,6 +121,15 @@ def test_many_stretches_are_not_all_named(cache: Cache) -> None:
     assert "12, 14 and 12 more stretches" in progress_of(summary)[1]
 
 
+def test_the_slowest_samples_of_all_shards(cache: Cache) -> None:
+    for shard, slowest in ((0, [[3, 0.25], [1, 0.125]]), (1, [[5, 61.0]])):
+        record = cache.commits[shard]
+        cache.commits[shard] = replace(record, statistics=record.statistics | {"slowest": slowest})
+    rows = [entry["row"] for entry in summarise(cache)["slowest_samples"]]
+    assert rows == [5, 3, 1]
+    assert "row 5 (1 min 01 s), row 3 (0.25 s), row 1 (0.125 s)" in printed(cache, 120)
+
+
 def test_a_cache_without_a_shard_has_a_page(tmp_path: Path) -> None:
     empty = make_cache(tmp_path / "a", tmp_path / "images", shards=())
     json.dumps(summarise(empty), allow_nan=False)

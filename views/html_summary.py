@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from views.figures import bin_label, count, mass, progress_of, size, units_of, what_it_is
+from views.figures import bin_label, count, duration, mass, progress_of, size, units_of, what_it_is
 
 WIDTH, HEIGHT, MARGIN = 420, 150, 32
 WIDEST = 105
@@ -109,6 +109,9 @@ def _odds(summary: Mapping[str, Any]) -> str:
     ]
     if slow:
         parts.append(_table(("slowest shard", "samples/s"), slow, numbers=(1,)))
+    slowest = [[str(entry["row"]), duration(entry["seconds"])] for entry in summary["slowest_samples"]]
+    if slowest:
+        parts.append(_table(("slowest sample to prepare, row", "time"), slowest, numbers=(1,)))
     longest = [[str(entry["row"]), count(entry["tokens"])] for entry in summary["longest_samples"]]
     if longest:
         parts.append(_table(("longest sample, row", "tokens"), longest, numbers=(1,)))

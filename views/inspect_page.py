@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from views.figures import bin_label, count, mass, progress_of, size, units_of, what_it_is
+from views.figures import bin_label, count, duration, mass, progress_of, size, units_of, what_it_is
 from views.terminal import results
 from views.token_text import printable
 
@@ -129,6 +129,9 @@ def _odds(summary: Mapping[str, Any]) -> Panel | None:
             if entry["samples_a_second"] is not None
         )
         lines.append(f"slowest shards: {shards}")
+    if summary["slowest_samples"]:
+        rows = ", ".join(f"row {e['row']} ({duration(e['seconds'])})" for e in summary["slowest_samples"])
+        lines.append(f"slowest samples to read and prepare: {rows}")
     if summary["longest_samples"]:
         rows = ", ".join(f"row {e['row']} ({count(e['tokens'])})" for e in summary["longest_samples"])
         lines.append(f"longest samples in tokens: {rows}")
