@@ -45,7 +45,9 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """(B, L, heads, d) of query (B, heads, L, d), key and value (B, key heads, L, d). Padding gets zeros."""
-    grouped = query.shape[1] != key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # CUDA's fast kernels take shared key heads only without a mask
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     for number, pack in enumerate(_packs.get()):
         q, k, v = (states[number : number + 1] for states in (query, key, value))
@@ -57,7 +59,6 @@ def _attend(
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
-                enable_gqa=grouped,
             )[0]
     return out.transpose(1, 2).contiguous(), None
 
