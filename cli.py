@@ -324,7 +324,8 @@ def build(
 def inspect(
     cache: CachePath,
     sample: Annotated[
-        str | None, typer.Option(help="Look into one sample: its row number or its id.")
+        str | None,
+        typer.Option(help="Look into one sample, or put it alone on the page: its row number or id."),
     ] = None,
     image_root: Annotated[
         Path | None, typer.Option(help="Folder of the images to show; default: where the build had them.")
@@ -348,6 +349,7 @@ def inspect(
         from views.html_page import write_html
 
         chosen = order if order in ("worst", "random") else _words(order)
+        chosen = chosen if sample is None else [sample]
         page = write_html(opened, html, samples=samples, order=chosen, image_root=images, progress=Bar())
         print_json({"page": str(page)}) if json_ else print_summary("page", {"file": str(page)})
     elif sample is not None:

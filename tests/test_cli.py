@@ -138,6 +138,10 @@ def test_a_page_and_a_sample_are_shown(world, cache, capsys):
     page = world.folder / "page.html"
     assert run("inspect", cache, "--html", page, "--samples", 2, capsys=capsys)[0] == 0
     assert "<html" in page.read_text(encoding="utf-8")
+    assert run("inspect", cache, "--html", page, "--sample", 1, capsys=capsys)[0] == 0
+    text = page.read_text(encoding="utf-8")
+    data = text.partition('id="data">')[2].partition("</script>")[0]
+    assert [shown["row"] for shown in json.loads(data)["samples"]] == [1]
     code, out, _ = run("inspect", cache, "--sample", "row-1", "--image-root", world.images, capsys=capsys)
     assert code == 0
     assert "row-1" in out
