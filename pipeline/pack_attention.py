@@ -46,8 +46,9 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """(B, L, heads, d) of query (B, heads, L, d), key and value (B, key heads, L, d). Padding gets zeros."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # CUDA's fast kernels take shared key heads only without a mask
+    if groups > 1 and query.device.type == "cuda":  # its fast kernels share key heads only without a mask
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        groups = 1
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     for number, pack in enumerate(_packs.get()):
         q, k, v = (states[number : number + 1] for states in (query, key, value))
@@ -59,6 +60,7 @@ def _attend(
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
+                enable_gqa=groups > 1,
             )[0]
     return out.transpose(1, 2).contiguous(), None
 
