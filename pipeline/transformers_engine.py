@@ -79,15 +79,17 @@ class TransformersEngine:
         """See Engine."""
         length = max(len(pack) for pack in packs)
         inputs = self._inputs(packs)
-        visible = torch.from_numpy(np.stack([pack.visible(length) for pack in packs]))[:, None]
-        if self._model.config._attn_implementation != "sdpa":  # added to the scores there
+        by_parts = self._model.config._attn_implementation == "sdpa"
+        if by_parts:  # its attention knows the packs: a mask of four dimensions is taken as it is, unread
+            mask = torch.ones(len(packs), 1, 1, 1, dtype=torch.bool)
+        else:  # added to the scores
+            visible = torch.from_numpy(np.stack([pack.visible(length) for pack in packs]))[:, None]
             dtype = self._base.dtype
-            visible = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+            mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         positions = [pack.join([self._positions(sample) for sample in pack.samples]) for pack in packs]
         padded = [np.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, length - row.shape[-1])]) for row in positions]
-        inputs["attention_mask"] = visible.to(self._base.device)
+        inputs["attention_mask"] = mask.to(self._base.device)
         inputs["position_ids"] = torch.from_numpy(np.stack(padded, axis=-2)).to(self._base.device)
-        by_parts = self._model.config._attn_implementation == "sdpa"
         config = self._model.config.get_text_config()
         with attention_by_parts(config, packs) if by_parts else nullcontext():
             hidden = self._run(inputs)
