@@ -169,7 +169,7 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Measure on a few samples what a cache costs and loses, and recommend how to build it."""
-    from cache_schema.spec import TARGETS, TargetSpec
+    from cache_schema.format.spec import TARGETS, TargetSpec
     from pipeline.planning.advice import PlanConfig
     from pipeline.planning.advice import plan as plan_cache
     from pipeline.planning.choice import write_command
@@ -276,7 +276,7 @@ def build(
     json_: Json = False,
 ) -> None:
     """Run the teacher over a dataset once and write the cache; run again to continue."""
-    from cache_schema.spec import TargetSpec
+    from cache_schema.format.spec import TargetSpec
     from pipeline.capture import BuildConfig
     from pipeline.capture import build as build_cache
     from views.terminal import Bar, print_json, print_summary
@@ -336,8 +336,8 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """See what a cache is and holds, look into one sample, or write a page to browse."""
-    from cache_schema.cache import open_cache
-    from cache_schema.summary import summarise
+    from cache_schema.format.cache import open_cache
+    from cache_schema.operations.summary import summarise
     from views.inspect_page import print_summary_page
     from views.sample_document import recorded_images, sample_document
     from views.sample_page import print_sample
@@ -366,7 +366,7 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Check every file, count and number of a cache and report all problems at once."""
-    from cache_schema.verify import verify as verify_cache
+    from cache_schema.operations.verify import verify as verify_cache
     from views.terminal import Bar, print_json, print_problems, print_summary
 
     report = verify_cache(cache, repair=repair, progress=Bar())
@@ -390,8 +390,8 @@ def diff(
     json_: Json = False,
 ) -> None:
     """Are two caches of the same thing the same, by whatever engine? Exit code 1 when they differ."""
-    from cache_schema.cache import open_cache
-    from cache_schema.diff import diff as diff_caches
+    from cache_schema.format.cache import open_cache
+    from cache_schema.operations.diff import diff as diff_caches
     from views.diff_page import print_difference
     from views.terminal import Bar, print_json
 
@@ -413,7 +413,7 @@ def merge(
     Whole shards become hard links on one file system (they take no room, and stay when an old cache is
     removed: no file is ever changed in place), copies elsewhere.
     """
-    from cache_schema.merge import merge as merge_caches
+    from cache_schema.operations.merge import merge as merge_caches
     from views.terminal import Bar, print_json, print_summary
 
     summary = merge_caches(caches, out, progress=Bar())
@@ -442,7 +442,7 @@ def select(
     Whole shards become hard links on one file system (they take no room, and stay when the old cache is
     removed: no file is ever changed in place), copies elsewhere; parts are written anew as stored.
     """
-    from cache_schema.select import select as select_samples
+    from cache_schema.operations.select import select as select_samples
     from views.terminal import Bar, print_json, print_summary
 
     summary = select_samples(cache, where, out, progress=Bar())
@@ -456,7 +456,7 @@ def to_arrow(
     json_: Json = False,
 ) -> None:
     """A plain Parquet dataset of the cache, for notebooks, `datasets` and DuckDB."""
-    from cache_schema.arrow_export import to_arrow as export_arrow
+    from cache_schema.operations.arrow_export import to_arrow as export_arrow
     from views.terminal import Bar, print_json, print_summary
 
     summary = export_arrow(cache, out, progress=Bar())

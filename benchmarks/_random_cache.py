@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from cache_schema import CacheWriter, CapturedImage, CapturedSample, ImageRecord, Relation, TargetSpec, TopK
-from cache_schema.identity import Fingerprint
-from cache_schema.manifest import Manifest, Plan
+from cache_schema.format.identity import Fingerprint
+from cache_schema.format.manifest import Manifest, Plan
 
 IMAGE_ID, END = 2, 0
 

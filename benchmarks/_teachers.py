@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.records import Relation, TopK
+from cache_schema.format.records import Relation, TopK
 
 Float32 = NDArray[np.float32]
 

@@ -32,8 +32,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from benchmarks._smollm2 import load_smollm2, save_llava
 from benchmarks._teachers import english
 from cache_schema import TargetSpec
+from cache_schema.datasets.rows import open_dataset
 from cache_schema.progress import Silent
-from cache_schema.rows import open_dataset
 from pipeline.capture import BuildConfig, build
 from pipeline.engine import understood_head
 from pipeline.extract import Extractor, batches

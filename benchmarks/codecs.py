@@ -25,13 +25,13 @@ from numcodecs import Blosc, blosc
 from numpy.typing import NDArray
 
 from benchmarks._teachers import Teacher, language_teacher, relation_of_spectrum, topk_of, visual_teacher
-from cache_schema.codecs.ids import decode_ids, encode_ids
-from cache_schema.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
-from cache_schema.codecs.relation import RelationBlock, encode_relation, pack_relations
-from cache_schema.codecs.topk import decode_topk, encode_topk, topk_rows
-from cache_schema.records import TopK
-from cache_schema.shard import write_groups
-from cache_schema.spec import TargetSpec
+from cache_schema.format.codecs.ids import decode_ids, encode_ids
+from cache_schema.format.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
+from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
+from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_rows
+from cache_schema.format.records import TopK
+from cache_schema.format.shard import write_groups
+from cache_schema.format.spec import TargetSpec
 from pipeline.planning.fidelity import Agreement, compare, noise_of_kl
 
 Array = NDArray[Any]

@@ -30,12 +30,12 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from benchmarks._teachers import topk_of, visual_teacher
-from cache_schema.cache import open_cache
-from cache_schema.identity import Fingerprint
-from cache_schema.manifest import Manifest, Plan
-from cache_schema.records import CapturedImage, CapturedSample, ImageRecord, TopK
-from cache_schema.spec import TargetSpec
-from cache_schema.writer import CacheWriter
+from cache_schema.format.cache import open_cache
+from cache_schema.format.identity import Fingerprint
+from cache_schema.format.manifest import Manifest, Plan
+from cache_schema.format.records import CapturedImage, CapturedSample, ImageRecord, TopK
+from cache_schema.format.spec import TargetSpec
+from cache_schema.format.writer import CacheWriter
 
 VISUAL, RESPONSE, VOCAB = 729, 130, 49_152
 POSITIONS = VISUAL + RESPONSE

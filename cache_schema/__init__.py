@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cache_schema.cache import Cache, CacheIndex, open_cache
     from cache_schema.errors import CacheDamaged, IdentityMismatch, KdcacheError, RowRejected, StoppedEarly
-    from cache_schema.records import (
+    from cache_schema.format.cache import Cache, CacheIndex, open_cache
+    from cache_schema.format.records import (
         CapturedImage,
         CapturedSample,
         ImageRecord,
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
         Sample,
         TopK,
     )
-    from cache_schema.spec import TargetSpec
-    from cache_schema.writer import CacheWriter
+    from cache_schema.format.spec import TargetSpec
+    from cache_schema.format.writer import CacheWriter
 
 __all__ = [
     "Cache",
@@ -44,13 +44,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "cache": ("Cache", "CacheIndex", "open_cache"),
+    "format.cache": ("Cache", "CacheIndex", "open_cache"),
     "errors": ("CacheDamaged", "IdentityMismatch", "KdcacheError", "RowRejected", "StoppedEarly"),
-    "records": (
+    "format.records": (
         *("CapturedImage", "CapturedSample", "ImageRecord", "QuarantinedRow", "Relation", "Sample", "TopK"),
     ),
-    "spec": ("TargetSpec",),
-    "writer": ("CacheWriter",),
+    "format.spec": ("TargetSpec",),
+    "format.writer": ("CacheWriter",),
 }
 
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schema.cache import open_cache
 from cache_schema.errors import KdcacheError, StoppedEarly
+from cache_schema.format.cache import open_cache
 from cache_schema.progress import Progress
 from demo.curves import draw_curves
 from demo.easy_vqa import write_dataset

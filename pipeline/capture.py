@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cache_schema.cache import open_cache
-from cache_schema.manifest import CommitRecord, Manifest
+from cache_schema.format.cache import open_cache
+from cache_schema.format.manifest import CommitRecord, Manifest
+from cache_schema.format.store import open_store
+from cache_schema.format.writer import MANIFEST, CacheWriter
 from cache_schema.progress import Progress
-from cache_schema.store import open_store
-from cache_schema.writer import MANIFEST, CacheWriter
 from pipeline.extract import Extractor
 from pipeline.job import open_job
 from pipeline.loop import CaptureLoop

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
-from cache_schema.conversations import IMAGE_MARK
+from cache_schema.datasets.conversations import IMAGE_MARK
 from cache_schema.errors import KdcacheError
 from cache_schema.progress import Progress
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
-from cache_schema.records import TopK
+from cache_schema.format.records import TopK
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.codecs.topk import topk_rows
-from cache_schema.conversations import writable
+from cache_schema.datasets.conversations import writable
 from cache_schema.errors import RowRejected
-from cache_schema.records import (
+from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.records import (
     IGNORE_INDEX,
     CapturedImage,
     CapturedSample,
@@ -24,7 +24,7 @@ from cache_schema.records import (
     prompt_positions_of,
     response_positions_of,
 )
-from cache_schema.spec import TargetSpec
+from cache_schema.format.spec import TargetSpec
 from pipeline.engine import Engine, Head, RecordEngine, release_memory
 from pipeline.packing import Pack, make_pack, pack_samples
 from pipeline.prefix import prefix_keys

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import PretrainedConfig
 
 from cache_schema.errors import KdcacheError
-from cache_schema.identity import Fingerprint, digest_of, tokenizer_digest
-from cache_schema.spec import TargetSpec
+from cache_schema.format.identity import Fingerprint, digest_of, tokenizer_digest
+from cache_schema.format.spec import TargetSpec
 from pipeline.templates import ChatTemplate
 
 ASSETS = (

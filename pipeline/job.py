@@ -11,10 +11,10 @@ from typing import Any
 import transformers
 from transformers import AutoConfig
 
+from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.manifest import Manifest, Plan
+from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.progress import Progress
-from cache_schema.rows import Dataset, open_dataset
 from pipeline.fingerprint import fingerprint_of, pad_token_id_of, read_assets, weights_digest
 from pipeline.planner import plan_rows
 from pipeline.samples import PreparedSample, SamplePreparer

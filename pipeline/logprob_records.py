@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.records import TopK
+from cache_schema.format.records import TopK
 
 Float32 = NDArray[np.float32]
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from cache_schema.conversations import writable
+from cache_schema.datasets.conversations import writable
 from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly
+from cache_schema.format.manifest import CommitRecord
+from cache_schema.format.records import CapturedSample, QuarantinedRow
+from cache_schema.format.writer import CacheWriter
 from cache_schema.interrupt import Interrupt
-from cache_schema.manifest import CommitRecord
 from cache_schema.progress import Progress
-from cache_schema.records import CapturedSample, QuarantinedRow
-from cache_schema.writer import CacheWriter
 from pipeline.engine import Engine, RecordEngine
 from pipeline.extract import Captured, Extractor
 from pipeline.job import Job

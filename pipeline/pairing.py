@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from cache_schema.errors import KdcacheError, WrongUsage
-from cache_schema.spec import TargetSpec
+from cache_schema.format.spec import TargetSpec
 from pipeline.settings import BuildConfig
 
 

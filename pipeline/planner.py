@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.manifest import Plan
+from cache_schema.format.manifest import Plan
 
 
 def plan_rows(first_images: NDArray[np.int64], *, shard_size: int, seed: int) -> Plan:

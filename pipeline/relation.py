@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cache_schema.records import Relation
-from cache_schema.spec import TargetSpec
+from cache_schema.format.records import Relation
+from cache_schema.format.spec import TargetSpec
 from pipeline.engine import Head
 
 _COLUMNS = 8192  # vocabulary entries a chunk where the logits are needed

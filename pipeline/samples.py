@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.conversations import Conversation
+from cache_schema.datasets.conversations import Conversation
+from cache_schema.datasets.images import OpenedImage, open_image, unpack_embedded
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.images import OpenedImage, open_image, unpack_embedded
-from cache_schema.records import ImageRecord
+from cache_schema.format.records import ImageRecord
 from pipeline.encode import Encoded, encode
 from pipeline.templates import ChatTemplate, Rendered
 

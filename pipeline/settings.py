@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.errors import WrongUsage
-from cache_schema.spec import TargetSpec
+from cache_schema.format.spec import TargetSpec
 from pipeline.samples import OverLong
 
 ENGINES = ("transformers", "vllm")

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.divergence import kl, relation_cosine
 from cache_schema.errors import KdcacheError
-from cache_schema.records import Relation, TopK
-from cache_schema.spec import TargetSpec
+from cache_schema.format.records import Relation, TopK
+from cache_schema.format.spec import TargetSpec
+from cache_schema.operations.divergence import kl, relation_cosine
 from pipeline.engine import Engine, Head, RecordEngine
 from pipeline.samples import PreparedSample
 from pipeline.targets import TargetMaker

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
-from cache_schema.records import IGNORE_INDEX, Relation, TopK
-from cache_schema.spec import TargetSpec
+from cache_schema.format.records import IGNORE_INDEX, Relation, TopK
+from cache_schema.format.spec import TargetSpec
 from pipeline.draws import tail_draws
 from pipeline.engine import Head
 from pipeline.relation import RelationMaker

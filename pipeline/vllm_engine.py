@@ -16,9 +16,9 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_schema.datasets.images import open_image
 from cache_schema.errors import KdcacheError, RowRejected, first_line
-from cache_schema.images import open_image
-from cache_schema.records import TopK
+from cache_schema.format.records import TopK
 from pipeline.engine import Head
 from pipeline.logprob_records import record_of
 from pipeline.packing import Pack

@@ -23,8 +23,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-from cache_schema.cache import Cache, open_cache
 from cache_schema.errors import KdcacheError
+from cache_schema.format.cache import Cache, open_cache
 from student.folder import part_of, save_folder
 
 IMAGE_TOKEN = "<image>"

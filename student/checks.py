@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from cache_schema.cache import Cache
 from cache_schema.errors import IdentityMismatch
-from cache_schema.identity import tokenizer_digest
-from cache_schema.records import ImageRecord
+from cache_schema.format.cache import Cache
+from cache_schema.format.identity import tokenizer_digest
+from cache_schema.format.records import ImageRecord
 from student.collate import Collator
 from student.folder import special_tokens
 from student.pixels import PixelInputs

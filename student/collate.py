@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_schema.datasets.images import open_image
 from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
-from cache_schema.images import open_image
-from cache_schema.records import IGNORE_INDEX, ImageRecord, Sample, TopK
+from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK
 from student.losses import Denominators, DistillationTargets, PositionTargets, RelationTargets
 from student.pixels import PixelInputs
 from student.stream import Located, Step

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from transformers import LlavaProcessor
 
-from cache_schema.cache import open_cache
-from cache_schema.conversations import Conversation
+from cache_schema.datasets.conversations import Conversation
+from cache_schema.datasets.images import open_image, unpack_embedded
+from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected, WrongUsage
-from cache_schema.images import open_image, unpack_embedded
+from cache_schema.format.cache import open_cache
 from cache_schema.progress import Progress
-from cache_schema.rows import open_dataset
 from student.answers import Answered, score
 from student.checks import check_student
 from student.collate import Collator

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cache_schema.cache import Cache
+from cache_schema.format.cache import Cache
 from cache_schema.progress import Progress, Silent
 from student.collate import Collator, load_ahead
 from student.losses import Denominators, LossWeights

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cache_schema.cache import Cache
 from cache_schema.errors import WrongUsage
-from cache_schema.identity import digest_of
+from cache_schema.format.cache import Cache
+from cache_schema.format.identity import digest_of
 from student.folder import folder_digest
 from student.stages import Stage
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from cache_schema.errors import KdcacheError, WrongUsage
-from cache_schema.spec import TARGETS
+from cache_schema.format.spec import TARGETS
 from student.losses import LossWeights
 
 Part = Literal["projector", "language_model", "vision_tower"]

@@ -14,10 +14,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.block import ShardBlock
-from cache_schema.cache import Cache
 from cache_schema.errors import KdcacheError
-from cache_schema.records import Sample
+from cache_schema.format.block import ShardBlock
+from cache_schema.format.cache import Cache
+from cache_schema.format.records import Sample
 
 Int64 = NDArray[np.int64]
 

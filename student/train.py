@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from cache_schema.cache import Cache, open_cache
 from cache_schema.errors import KdcacheError, StoppedEarly
+from cache_schema.format.cache import Cache, open_cache
 from cache_schema.interrupt import Interrupt
 from cache_schema.progress import Progress
 from student.checkpoint import Checkpoint, Checkpoints, refuse_other

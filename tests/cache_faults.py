@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_schema import store
+from cache_schema.format import store
 
 
 class Moments:

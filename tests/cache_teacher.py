@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from cache_schema.cache import open_cache
-from cache_schema.identity import Fingerprint
-from cache_schema.manifest import Manifest, Plan
-from cache_schema.records import (
+from cache_schema.format.cache import open_cache
+from cache_schema.format.identity import Fingerprint
+from cache_schema.format.manifest import Manifest, Plan
+from cache_schema.format.records import (
     CapturedImage,
     CapturedSample,
     ImageRecord,
@@ -16,10 +16,10 @@ from cache_schema.records import (
     TopK,
     prompt_positions_of,
 )
-from cache_schema.shard import response_count
-from cache_schema.spec import TargetSpec
-from cache_schema.verify import verify
-from cache_schema.writer import CacheWriter
+from cache_schema.format.shard import response_count
+from cache_schema.format.spec import TargetSpec
+from cache_schema.format.writer import CacheWriter
+from cache_schema.operations.verify import verify
 
 VOCAB = 500
 

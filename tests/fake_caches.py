@@ -24,8 +24,8 @@ from cache_schema import (
     TopK,
     open_cache,
 )
-from cache_schema.identity import Fingerprint
-from cache_schema.manifest import Manifest, Plan
+from cache_schema.format.identity import Fingerprint
+from cache_schema.format.manifest import Manifest, Plan
 
 END, IMAGE = "<|end|>", "<image>"
 HIDDEN = 12

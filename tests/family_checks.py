@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cache_schema import Sample, TargetSpec, open_cache
+from cache_schema.datasets.rows import Conversation, open_dataset
 from cache_schema.progress import Silent
-from cache_schema.rows import Conversation, open_dataset
 from pipeline.capture import BuildConfig, build
 from pipeline.transformers_engine import TransformersEngine
 from student.checks import check_student

@@ -21,10 +21,10 @@ from cache_schema import (
     TargetSpec,
     TopK,
 )
-from cache_schema.identity import Fingerprint, tokenizer_digest
-from cache_schema.images import open_image
-from cache_schema.manifest import Manifest, Plan
-from cache_schema.records import labels_of, prompt_positions_of, response_positions_of
+from cache_schema.datasets.images import open_image
+from cache_schema.format.identity import Fingerprint, tokenizer_digest
+from cache_schema.format.manifest import Manifest, Plan
+from cache_schema.format.records import labels_of, prompt_positions_of, response_positions_of
 from tests.tiny_models import END, IMAGE, tiny_llava, write_png
 
 SPEC = TargetSpec(top_k=16, precision="full", temperatures=(1.0, 2.0))

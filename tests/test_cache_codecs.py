@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from zarr.core.buffer import default_buffer_prototype
 
-from cache_schema.codecs.ids import decode_ids, encode_ids
-from cache_schema.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
-from cache_schema.codecs.relation import RelationBlock, encode_relation, pack_relations
-from cache_schema.codecs.topk import decode_topk, encode_topk
 from cache_schema.errors import CacheDamaged
-from cache_schema.identity import Fingerprint, compare, digest_of, tokenizer_digest
-from cache_schema.manifest import CommitRecord, Manifest, Plan, StoredFile
-from cache_schema.records import Relation, TopK
-from cache_schema.sealed import seal, unseal
-from cache_schema.shard import positions_of, read_groups, response_count, spans_of, write_groups
-from cache_schema.spec import TargetSpec
+from cache_schema.format.codecs.ids import decode_ids, encode_ids
+from cache_schema.format.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
+from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
+from cache_schema.format.codecs.topk import decode_topk, encode_topk
+from cache_schema.format.identity import Fingerprint, compare, digest_of, tokenizer_digest
+from cache_schema.format.manifest import CommitRecord, Manifest, Plan, StoredFile
+from cache_schema.format.records import Relation, TopK
+from cache_schema.format.sealed import seal, unseal
+from cache_schema.format.shard import positions_of, read_groups, response_count, spans_of, write_groups
+from cache_schema.format.spec import TargetSpec
 from tests.cache_teacher import make_manifest, make_topk
 
 settings.register_profile("quick", max_examples=60, deadline=None)
@@ -267,7 +267,7 @@ def test_spans_are_the_runs_of_positions(positions: set[int]) -> None:
 
 @given(st.lists(st.integers(0, 20), min_size=0, max_size=6, unique=True).map(sorted))
 def test_responses_are_counted_as_labels_are(edges: list[int]) -> None:
-    from cache_schema.records import labels_of, response_positions_of
+    from cache_schema.format.records import labels_of, response_positions_of
 
     spans = np.array(edges[: len(edges) // 2 * 2], np.int32).reshape(-1, 2)
     ids = np.arange(21, dtype=np.int32)
@@ -305,7 +305,7 @@ def test_a_plan_is_a_permutation_in_shards() -> None:
 
 
 def test_the_joined_record_is_the_records_in_order() -> None:
-    from cache_schema.codecs.topk import join_topk
+    from cache_schema.format.codecs.topk import join_topk
 
     spec = TargetSpec(top_k=3)
     parts = [make_topk(np.random.default_rng(i), i, spec) for i in range(3)]
@@ -323,7 +323,7 @@ def test_arrays_read_here_are_those_that_zarr_reads(precision, monkeypatch) -> N
     arrays = encode_topk(make_topk(np.random.default_rng(0), 50, spec, vocab=40), precision)
     arrays["empty"] = np.zeros((0, 3), np.float16)
     for size in (1 << 20, 130):
-        monkeypatch.setattr("cache_schema.shard.CHUNK_BYTES", size)
+        monkeypatch.setattr("cache_schema.format.shard.CHUNK_BYTES", size)
         files = write_groups({"visual": arrays}, {})
         root = zarr.open_group(_store(files), mode="r")
         found = read_groups(files)["visual"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_schema.verify import verify
+from cache_schema.operations.verify import verify
 from tests.cache_teacher import KILL_SPEC, assert_same_cache, build_cache
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ import pytest
 import zarr
 
 from cache_schema import Sample, TargetSpec, TopK, open_cache
-from cache_schema.verify import verify
+from cache_schema.operations.verify import verify
 from tests.cache_teacher import build_cache
 
 GOLDEN = Path(__file__).parent / "golden" / "cache-v1"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache_schema import CacheWriter, IdentityMismatch, KdcacheError, TargetSpec, open_cache
-from cache_schema.verify import verify
+from cache_schema.operations.verify import verify
 from tests.cache_faults import moments
 from tests.cache_teacher import KILL_SPEC, assert_same_cache, build_cache, capture, make_manifest
 

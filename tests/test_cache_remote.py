@@ -20,8 +20,8 @@ from cache_schema import (
     open_cache,
     store,
 )
-from cache_schema.store import ObjectStore
-from cache_schema.verify import verify
+from cache_schema.format.store import ObjectStore
+from cache_schema.operations.verify import verify
 from tests.cache_teacher import assert_same_cache, build_cache, capture, make_manifest
 
 SPEC = TargetSpec(targets=("response", "visual"), top_k=4)
@@ -175,14 +175,14 @@ def test_blocks_are_kept_locally_within_a_bound(tmp_path: Path, monkeypatch) -> 
     build_cache("memory://blocks", SPEC, rows=ROWS)
     folder = tmp_path / "blocks"
     size = sum(file.bytes for file in open_cache("memory://blocks").commits[0].files)
-    cache = open_cache("memory://blocks", block_cache=folder, block_cache_bytes=2 * size)
+    cache = open_cache("memory://blocks", file_cache=folder, file_cache_bytes=2 * size)
     asked: list[int] = []
     read_many = ObjectStore.read_many
     monkeypatch.setattr(
         ObjectStore, "read_many", lambda s, sizes: asked.append(len(sizes)) or read_many(s, sizes)
     )
     first = cache.read_shard(0).sample(0)
-    again = open_cache("memory://blocks", block_cache=folder, block_cache_bytes=2 * size)
+    again = open_cache("memory://blocks", file_cache=folder, file_cache_bytes=2 * size)
     asked.clear()
     assert again.read_shard(0).sample(0).response.logprobs.tolist() == first.response.logprobs.tolist()
     assert asked == [0]

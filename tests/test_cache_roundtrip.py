@@ -12,7 +12,7 @@ from cache_schema import (
     TopK,
     open_cache,
 )
-from cache_schema.records import CapturedSample, labels_of, response_positions_of
+from cache_schema.format.records import CapturedSample, labels_of, response_positions_of
 from tests.cache_teacher import build_cache, capture, make_manifest
 
 SPECS = {

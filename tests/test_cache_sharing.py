@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cache_schema import CacheWriter, TargetSpec, open_cache
-from cache_schema.verify import verify
+from cache_schema.operations.verify import verify
 from tests.cache_teacher import make_manifest, make_sample
 
 SPEC = TargetSpec(top_k=6)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cache_schema import CacheDamaged, CacheWriter, KdcacheError, TargetSpec, open_cache
-from cache_schema.verify import GRACE_SECONDS, verify
+from cache_schema.operations.verify import GRACE_SECONDS, verify
 from tests.cache_teacher import assert_same_cache, build_cache, capture, make_manifest
 
 SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), top_k=6)

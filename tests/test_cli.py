@@ -12,7 +12,7 @@ import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import cli
-from cache_schema.cache import open_cache
+from cache_schema.format.cache import open_cache
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from cache_schema import TargetSpec, open_cache
-from cache_schema.diff import DiffReport, diff
-from cache_schema.divergence import kl, relation_cosine
-from cache_schema.records import Relation, TopK
-from cache_schema.select import select
+from cache_schema.format.records import Relation, TopK
+from cache_schema.operations.diff import DiffReport, diff
+from cache_schema.operations.divergence import kl, relation_cosine
+from cache_schema.operations.select import select
 from tests.fake_caches import by_row, make_cache
 from views.diff_page import print_difference
 

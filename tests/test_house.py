@@ -1,4 +1,4 @@
-"""The house: who may import whom, the order of files in the README's tree, and what must stay light."""
+"""The house: who may import whom, the order of files in docs/architecture.md, and what must stay light."""
 
 import ast
 import re
@@ -9,14 +9,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("cache_schema", "pipeline", "student", "views", "demo")
+FOLDERS = ("cache_schema", "models", "pipeline", "student", "views", "demo")
 MAY_IMPORT = {
     "cache_schema": {"cache_schema"},
-    "pipeline": {"pipeline", "cache_schema"},
-    "student": {"student", "cache_schema"},
+    "models": {"models", "cache_schema"},
+    "pipeline": {"pipeline", "models", "cache_schema"},
+    "student": {"student", "models", "cache_schema"},
     "views": {"views", "cache_schema"},
     "demo": {"demo", "views", "cache_schema"},
     "cli": {*FOLDERS},
+}
+# Rooms of the contract; a file that stands in none of them is below all of them.
+ROOMS_MAY_IMPORT = {
+    "format": {"format"},
+    "datasets": {"datasets"},
+    "operations": {"operations", "format"},
+    "": set(),
 }
 # Pillow decodes images in one file only, since teacher and student must decode them identically.
 CONTRACT_LIBRARIES = {"numpy", "numcodecs", "zarr", "pyarrow", "fsspec"}
@@ -43,11 +51,11 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-def readme_tree() -> list[str]:
-    """Paths of the annotated tree in the README, in order."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def drawn_tree() -> list[str]:
+    """Paths of the annotated tree of docs/architecture.md, in order."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     block = re.search(r"```tree\n(.*?)```", text, re.DOTALL)
-    assert block, "README.md has no ```tree block"
+    assert block, "docs/architecture.md has no ```tree block"
     paths: list[str] = []
     folders: list[str] = []
     for line in block[1].splitlines():
@@ -73,6 +81,21 @@ def test_every_package_imports_only_what_stands_below_it():
     assert not wrong
 
 
+def test_the_rooms_of_the_contract_import_one_way():
+    wrong = []
+    for path in sorted((ROOT / "cache_schema").rglob("*.py")):
+        inner = path.relative_to(ROOT / "cache_schema").parts
+        room = inner[0] if len(inner) > 1 else ""
+        if inner == ("__init__.py",):
+            continue  # offers names of every room, loaded when used
+        for name in imports_of(path):
+            parts = name.split(".")
+            target = parts[1] if parts[0] == "cache_schema" and len(parts) > 2 else ""
+            if target in ROOMS_MAY_IMPORT and target and target not in ROOMS_MAY_IMPORT[room]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
 def test_the_contract_is_free_of_engines():
     wrong = []
     for path in sorted((ROOT / "cache_schema").rglob("*.py")):
@@ -84,18 +107,18 @@ def test_the_contract_is_free_of_engines():
     assert not wrong
 
 
-def test_the_tree_of_the_readme_is_the_tree_on_disk():
-    listed = [path for path in readme_tree() if path.endswith(".py")]
+def test_the_drawn_tree_is_the_tree_on_disk():
+    listed = [path for path in drawn_tree() if path.endswith(".py")]
     real = {str(path.relative_to(ROOT)) for path in source_files() if path.name != "__init__.py"}
     in_house = [path for path in listed if path.split("/")[0].removesuffix(".py") in {*FOLDERS, "cli"}]
     assert set(in_house) == real
     assert len(in_house) == len(set(in_house))
-    for path in readme_tree():
-        assert (ROOT / path).exists(), f"README's tree names {path}, which does not exist"
+    for path in drawn_tree():
+        assert (ROOT / path).exists(), f"docs/architecture.md names {path}, which does not exist"
 
 
 def test_files_import_only_files_above_them_in_the_tree():
-    order = {path: place for place, path in enumerate(readme_tree())}
+    order = {path: place for place, path in enumerate(drawn_tree())}
     wrong = []
     for path in source_files():
         relative = str(path.relative_to(ROOT))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cache_schema.datasets.images import open_image, unpack_embedded
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.images import open_image, unpack_embedded
 
 RAMP = np.linspace(0, 1, 24 * 16).reshape(16, 24)
 

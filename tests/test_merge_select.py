@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cache_schema.reshard
+import cache_schema.operations.reshard
 from cache_schema import (
     Cache,
     CacheDamaged,
@@ -21,10 +21,10 @@ from cache_schema import (
     TargetSpec,
     open_cache,
 )
-from cache_schema.merge import merge
-from cache_schema.records import Sample, TopK
-from cache_schema.select import select
-from cache_schema.verify import verify
+from cache_schema.format.records import Sample, TopK
+from cache_schema.operations.merge import merge
+from cache_schema.operations.select import select
+from cache_schema.operations.verify import verify
 from tests.fake_caches import by_row, make_cache
 
 COMPACT = TargetSpec(top_k=8, temperatures=(1.0, 2.0))
@@ -211,7 +211,7 @@ def test_where_links_are_impossible_files_are_copied(
         def link(source: Path, target: Path) -> None:
             raise OSError(errno.EXDEV, "cross-device link")
 
-    monkeypatch.setattr(cache_schema.reshard, "os", NoLinks())
+    monkeypatch.setattr(cache_schema.operations.reshard, "os", NoLinks())
     assert select(str(tmp_path / "a"), "row >= 0", str(tmp_path / "b"))["copied_shards"] == 2
     after = by_row(sound(tmp_path / "b"))
     for row, sample in by_row(source).items():

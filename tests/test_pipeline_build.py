@@ -27,9 +27,9 @@ from cache_schema import (
     TargetSpec,
     open_cache,
 )
-from cache_schema.identity import tokenizer_digest
+from cache_schema.format.identity import tokenizer_digest
+from cache_schema.operations.summary import summarise
 from cache_schema.progress import Silent
-from cache_schema.summary import summarise
 from pipeline import loop, teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.extract import Extractor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_schema.verify import verify
+from cache_schema.operations.verify import verify
 from tests.cache_teacher import assert_same_cache
 from tests.tiny_models import tiny_dataset, tiny_llava
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cache_schema import TargetSpec, open_cache
-from cache_schema.conversations import conversation_of
+from cache_schema.datasets.conversations import conversation_of
 from cache_schema.progress import Silent
 from pipeline.capture import BuildConfig, build
 from pipeline.extract import batches

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cache_schema import TargetSpec, open_cache
+from cache_schema.format.records import ImageRecord
 from cache_schema.progress import Silent
-from cache_schema.records import ImageRecord
 from pipeline import teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.engine import Head

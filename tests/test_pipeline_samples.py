@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoProcessor
 
-from cache_schema.conversations import conversation_of
+from cache_schema.datasets.conversations import conversation_of
 from cache_schema.errors import KdcacheError, RowRejected
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.templates import load_template

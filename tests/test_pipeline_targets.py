@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
-from cache_schema.records import IGNORE_INDEX
-from cache_schema.spec import TargetSpec
+from cache_schema.format.records import IGNORE_INDEX
+from cache_schema.format.spec import TargetSpec
 from pipeline import draws
 from pipeline.draws import tail_draws, uniforms
 from pipeline.engine import Head

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cache_schema import KdcacheError, TargetSpec, open_cache
-from cache_schema.arrow_export import to_arrow
-from cache_schema.diff import diff
+from cache_schema.datasets.rows import open_dataset
+from cache_schema.operations.arrow_export import to_arrow
+from cache_schema.operations.diff import diff
+from cache_schema.operations.summary import summarise
+from cache_schema.operations.verify import verify
 from cache_schema.progress import Silent
-from cache_schema.rows import open_dataset
-from cache_schema.summary import summarise
-from cache_schema.verify import verify
 from pipeline import teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.folder_head import read_head

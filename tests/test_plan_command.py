@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from cache_schema import open_cache
+from cache_schema.datasets.rows import JsonSource
 from cache_schema.errors import KdcacheError
+from cache_schema.format.spec import TargetSpec
+from cache_schema.operations.summary import summarise
 from cache_schema.progress import Silent
-from cache_schema.rows import JsonSource
-from cache_schema.spec import TargetSpec
-from cache_schema.summary import summarise
 from pipeline.capture import build
 from pipeline.job import open_job
 from pipeline.planning.advice import PlanConfig, plan

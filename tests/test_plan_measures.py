@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache_schema.codecs.relation import encode_relation
-from cache_schema.codecs.topk import topk_rows
-from cache_schema.manifest import Plan
-from cache_schema.records import Relation, TopK
-from cache_schema.spec import TargetSpec
+from cache_schema.format.codecs.relation import encode_relation
+from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.manifest import Plan
+from cache_schema.format.records import Relation, TopK
+from cache_schema.format.spec import TargetSpec
 from pipeline.engine import Head
 from pipeline.planner import plan_rows
 from pipeline.planning.choice import choose

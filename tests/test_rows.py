@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import cache_schema.rows as rows_module
-from cache_schema.conversations import conversation_of
+import cache_schema.datasets.rows as rows_module
+from cache_schema.datasets.conversations import conversation_of
+from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.rows import open_dataset
 from tests.tiny_models import tiny_rows
 
 

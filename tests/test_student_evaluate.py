@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from cache_schema import KdcacheError, TargetSpec, open_cache
-from cache_schema.images import open_image
+from cache_schema.datasets.images import open_image
 from cache_schema.progress import Silent
 from student.answers import Answered, plain, score, vqa_soft, vqa_words
 from student.assemble import new_student

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from cache_schema import Cache, KdcacheError, TargetSpec
-from cache_schema.arrow_export import to_arrow
+from cache_schema.operations.arrow_export import to_arrow
 from tests.fake_caches import make_cache
 
 SPEC = TargetSpec(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cache_schema import Cache, KdcacheError, TargetSpec
-from cache_schema.scores import scores_of
+from cache_schema.operations.scores import scores_of
 from tests.browser import Browser
 from tests.fake_caches import make_cache
 from views.html_page import write_html

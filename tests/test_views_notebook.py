@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_schema.arrow_export import to_arrow
+from cache_schema.operations.arrow_export import to_arrow
 from tests.fake_caches import make_cache
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "notebook.md"

@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from cache_schema import Cache, KdcacheError, TargetSpec
-from cache_schema.records import Relation
+from cache_schema.format.records import Relation
 from tests.fake_caches import make_cache, tokenizer
 from views.blocks import fitted, half_blocks, heat
 from views.relation_picture import pooled, principal_factor, similarity

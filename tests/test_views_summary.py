@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from cache_schema import Cache, TargetSpec, open_cache
-from cache_schema.build_state import build_state, seconds_since
-from cache_schema.cache import CacheIndex
-from cache_schema.manifest import CommitRecord, Plan
-from cache_schema.summary import summarise
+from cache_schema.format.cache import CacheIndex
+from cache_schema.format.manifest import CommitRecord, Plan
+from cache_schema.operations.build_state import build_state, seconds_since
+from cache_schema.operations.summary import summarise
 from tests.fake_caches import make_cache
 from views.figures import bin_label, duration, progress_of, size
 from views.html_summary import summary_html

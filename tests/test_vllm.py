@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cache_schema import Cache, open_cache
-from cache_schema.divergence import relation_cosine
+from cache_schema.operations.divergence import relation_cosine
 from cache_schema.progress import Silent
 from student.export import export
 from tests.tiny_families import qwen

@@ -19,7 +19,7 @@ VALUE = 48
 
 
 def print_difference(document: Mapping[str, Any], a: str, b: str, console: Console = results) -> None:
-    """Prints what `cache_schema.diff.DiffReport.to_json` holds of the caches `a` and `b`."""
+    """Prints what `cache_schema.operations.diff.DiffReport.to_json` holds of the caches `a` and `b`."""
     same = document["same"]
     heading = Text("the same" if same else "not the same", "bold green" if same else "bold red")
     heading.append(f"   a = {printable(a)}   b = {printable(b)}", "not bold default")

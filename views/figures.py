@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from cache_schema.build_state import seconds_since
+from cache_schema.operations.build_state import seconds_since
 
 GAPS = 8
 """Stretches of missing shards that are named."""

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cache_schema.cache import Cache
+from cache_schema.datasets.images import open_image
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.images import open_image
+from cache_schema.format.cache import Cache
+from cache_schema.format.records import Relation, Sample
+from cache_schema.operations.scores import scores_of
+from cache_schema.operations.summary import summarise
 from cache_schema.progress import Progress, Silent
-from cache_schema.records import Relation, Sample
-from cache_schema.scores import scores_of
-from cache_schema.summary import summarise
 from views.grid import framed
 from views.html_summary import summary_html
 from views.relation_picture import principal_factor

@@ -17,7 +17,7 @@ PARTS = ("response", "visual", "prompt", "relation", "samples", "quarantine", "o
 
 
 def summary_html(summary: Mapping[str, Any]) -> str:
-    """The part of the page above the samples, from `cache_schema.summary.summarise`."""
+    """The part of the page above the samples, from `cache_schema.operations.summary.summarise`."""
     panels = [
         _panel(
             "What it is", _table((), [[escape(name), escape(value)] for name, value in what_it_is(summary)])

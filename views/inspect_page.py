@@ -20,7 +20,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def print_summary_page(summary: Mapping[str, Any], console: Console = results) -> None:
-    """Prints what `cache_schema.summary.summarise` made."""
+    """Prints what `cache_schema.operations.summary.summarise` made."""
     console.print(_heading(summary))
     for part in (
         _what(summary),

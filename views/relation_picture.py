@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.records import Relation
+from cache_schema.format.records import Relation
 
 Float64 = NDArray[np.float64]
 

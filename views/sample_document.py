@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.cache import Cache
 from cache_schema.errors import KdcacheError
-from cache_schema.records import IGNORE_INDEX, ImageRecord, Relation, Sample, TopK
-from cache_schema.scores import scores_of
+from cache_schema.format.cache import Cache
+from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Relation, Sample, TopK
+from cache_schema.operations.scores import scores_of
 from views.grid import ImageSettings, Layout, Shape, layout_of
 from views.token_text import TokenText
 

@@ -16,10 +16,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cache_schema.cache import Cache
+from cache_schema.datasets.images import open_image
 from cache_schema.errors import RowRejected
-from cache_schema.images import open_image
-from cache_schema.records import Relation
+from cache_schema.format.cache import Cache
+from cache_schema.format.records import Relation
 from views.blocks import fitted, half_blocks, heat
 from views.grid import framed
 from views.relation_picture import pooled, principal_factor, similarity

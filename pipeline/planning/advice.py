@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from cache_schema.codecs.relation import RelationBlock, encode_relation, pack_relations
-from cache_schema.codecs.topk import topk_rows
-from cache_schema.divergence import kl
 from cache_schema.errors import KdcacheError, WrongUsage
+from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
+from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.records import Relation, TopK
+from cache_schema.format.spec import TARGETS, Precision, TargetSpec
+from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress
-from cache_schema.records import Relation, TopK
-from cache_schema.spec import TARGETS, Precision, TargetSpec
 from pipeline.engine import Head
 from pipeline.job import open_job
 from pipeline.planning.choice import build_arguments, choose, chosen_spec

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.errors import KdcacheError
-from cache_schema.spec import TargetSpec
+from cache_schema.format.spec import TargetSpec
 from pipeline.settings import BuildConfig
 
 Row = Mapping[str, Any]

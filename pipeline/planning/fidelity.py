@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.codecs.topk import decode_topk, encode_topk, topk_rows
-from cache_schema.divergence import relation_cosine
-from cache_schema.records import Relation, TopK
-from cache_schema.spec import Precision
+from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_rows
+from cache_schema.format.records import Relation, TopK
+from cache_schema.format.spec import Precision
+from cache_schema.operations.divergence import relation_cosine
 
 Float64 = NDArray[np.float64]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cache_schema.codecs.relation import StoredRelation, pack_relations
-from cache_schema.codecs.topk import Arrays, encode_topk, topk_rows
-from cache_schema.records import CapturedSample, TopK
-from cache_schema.shard import encode_shard, write_groups
-from cache_schema.spec import Precision, TargetSpec
+from cache_schema.format.codecs.relation import StoredRelation, pack_relations
+from cache_schema.format.codecs.topk import Arrays, encode_topk, topk_rows
+from cache_schema.format.records import CapturedSample, TopK
+from cache_schema.format.shard import encode_shard, write_groups
+from cache_schema.format.spec import Precision, TargetSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.manifest import Plan
+from cache_schema.format.manifest import Plan
 from pipeline.planning.footprint import Footprint
 
 

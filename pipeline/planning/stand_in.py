@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.codecs.topk import topk_rows
 from cache_schema.errors import KdcacheError
-from cache_schema.records import TopK
-from cache_schema.spec import TargetSpec
+from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.records import TopK
+from cache_schema.format.spec import TargetSpec
 from pipeline.engine import Engine, Head
 from pipeline.packing import Pack
 from pipeline.planning.fidelity import Agreement, compare, noise_of_kl

@@ -13,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.codecs.topk import join_topk, topk_rows
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.progress import Progress
-from cache_schema.records import (
+from cache_schema.format.codecs.topk import join_topk, topk_rows
+from cache_schema.format.records import (
     CapturedSample,
     QuarantinedRow,
     Relation,
@@ -25,7 +24,8 @@ from cache_schema.records import (
     prompt_positions_of,
     response_positions_of,
 )
-from cache_schema.spec import TargetSpec
+from cache_schema.format.spec import TargetSpec
+from cache_schema.progress import Progress
 from pipeline.engine import Engine, Head, understood_head
 from pipeline.extract import Extractor, batches
 from pipeline.job import Job

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache_schema.records import IGNORE_INDEX
+from cache_schema.format.records import IGNORE_INDEX
 from student.losses.fused import MEMORY_BUDGET, fused_losses
 from student.losses.head import Head
 from student.losses.positions import plan

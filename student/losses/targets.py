@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cache_schema.records import IGNORE_INDEX
+from cache_schema.format.records import IGNORE_INDEX
 
 Tail = Literal["bucket", "renormalize", "drop", "sampled"]
 Reduction = Literal["sample_mean", "token_mean"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema.cache import Cache
-from cache_schema.divergence import kl, relation_cosine
-from cache_schema.identity import compare
+from cache_schema.format.cache import Cache
+from cache_schema.format.identity import compare
+from cache_schema.format.records import Sample, TopK
+from cache_schema.operations.divergence import kl, relation_cosine
 from cache_schema.progress import Progress, Silent
-from cache_schema.records import Sample, TopK
 
 KL_BOUND = 1e-2
 """Mean KL in nats a position, above which targets count as different: bfloat16 against float32 of one
@@ -101,7 +101,7 @@ def diff(
 ) -> DiffReport:
     """Compare two caches row by row; shards and order may differ. Targets that only one has are not compared.
 
-    KL is over the entries that both keep and one event for the rest (`cache_schema.divergence.kl`), so
+    KL is over the entries that both keep and one event for the rest (`divergence.kl`), so
     different top_k are no difference by themselves. kl_bound, relation_bound: of the means over all
     positions of a kind, and over all images. may_differ: keys of the identity that are no difference here,
     such as `dtype`; a key with dots under it stands for all of them. Engines and versions never are one.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema.records import CapturedSample, QuarantinedRow, TopK
+from cache_schema.format.records import CapturedSample, QuarantinedRow, TopK
 
 MASS_EDGES: tuple[float, ...] = (*(round(0.05 * i, 2) for i in range(20)), 0.99, 0.999, 1.0)
 """Bin edges of the mass that the K entries hold: 20 bins of 0.05, the last split at 0.99 and 0.999."""

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.codecs.topk import Arrays
-from cache_schema.records import Relation
-from cache_schema.spec import TargetSpec
+from cache_schema.format.codecs.topk import Arrays
+from cache_schema.format.records import Relation
+from cache_schema.format.spec import TargetSpec
 
 Float64 = NDArray[np.float64]
 

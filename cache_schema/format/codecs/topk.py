@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.codecs.ids import decode_ids, encode_ids
-from cache_schema.codecs.logprobs import LARGEST, decode_levels, encode_logprobs, encode_tail, levels_of
-from cache_schema.records import TopK
-from cache_schema.spec import Precision
+from cache_schema.format.codecs.ids import decode_ids, encode_ids
+from cache_schema.format.codecs.logprobs import (
+    LARGEST,
+    decode_levels,
+    encode_logprobs,
+    encode_tail,
+    levels_of,
+)
+from cache_schema.format.records import TopK
+from cache_schema.format.spec import Precision
 
 Arrays = dict[str, NDArray[Any]]
 Rows = slice | NDArray[np.int64]

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema.block import ShardBlock
-from cache_schema.checks import relation_problems, topk_problems
 from cache_schema.errors import CacheDamaged, KdcacheError
-from cache_schema.manifest import CommitRecord, Manifest, commit_path
+from cache_schema.format.block import ShardBlock
+from cache_schema.format.checks import relation_problems, topk_problems
+from cache_schema.format.manifest import CommitRecord, Manifest, commit_path
+from cache_schema.format.shard import read_groups, read_table
+from cache_schema.format.store import Store, open_store
+from cache_schema.format.writer import MANIFEST, set_aside
 from cache_schema.progress import Progress, Silent
-from cache_schema.shard import read_groups, read_table
-from cache_schema.store import Store, open_store
-from cache_schema.writer import MANIFEST, set_aside
 
 GRACE_SECONDS = 6 * 3600.0
 """Files of an attempt without a commit record are swept when older than this: no capture of one shard is

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
-from cache_schema.codecs.relation import encode_relation, pack_relations
-from cache_schema.codecs.topk import Arrays, encode_topk, join_topk
 from cache_schema.errors import CacheDamaged
-from cache_schema.records import CapturedImage, CapturedSample, QuarantinedRow, Relation, TopK
-from cache_schema.spec import TargetSpec
-from cache_schema.statistics import relation_statistics, sample_statistics, topk_statistics
+from cache_schema.format.codecs.relation import encode_relation, pack_relations
+from cache_schema.format.codecs.topk import Arrays, encode_topk, join_topk
+from cache_schema.format.records import CapturedImage, CapturedSample, QuarantinedRow, Relation, TopK
+from cache_schema.format.spec import TargetSpec
+from cache_schema.format.statistics import relation_statistics, sample_statistics, topk_statistics
 
 _SPANS = pa.list_(pa.list_(pa.int32(), 2))
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_schema.errors import CacheDamaged, KdcacheError
-from cache_schema.identity import Fingerprint, digest_of
-from cache_schema.sealed import seal, unseal
-from cache_schema.spec import TargetSpec
+from cache_schema.format.identity import Fingerprint, digest_of
+from cache_schema.format.sealed import seal, unseal
+from cache_schema.format.spec import TargetSpec
 
 FORMAT_VERSION = 1
 
@@ -171,7 +171,7 @@ class CommitRecord:
 
     cache: the manifest's identity. attempt: the id in the names of its files. counts: samples,
     quarantined, tokens, images, shared_images, response_positions, visual_positions, prompt_positions,
-    relations. statistics: see `cache_schema.statistics`. seconds: of capture. created: ISO 8601, UTC.
+    relations. statistics: see `cache_schema.format.statistics`. seconds: of capture. created: ISO 8601, UTC.
     """
 
     cache: str

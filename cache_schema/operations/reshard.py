@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cache_schema.cache import Cache
 from cache_schema.errors import CacheDamaged
-from cache_schema.manifest import CommitRecord, Manifest, Plan, StoredFile
-from cache_schema.pieces import Piece, join_pieces, quarantine_table
+from cache_schema.format.cache import Cache
+from cache_schema.format.manifest import CommitRecord, Manifest, Plan, StoredFile
+from cache_schema.format.shard import SAMPLE_SCHEMA, write_table
+from cache_schema.format.store import LocalStore
+from cache_schema.format.writer import CacheWriter, store_failure
+from cache_schema.operations.partial_shards import Piece, join_pieces, quarantine_table
 from cache_schema.progress import Progress
-from cache_schema.shard import SAMPLE_SCHEMA, write_table
-from cache_schema.store import LocalStore
-from cache_schema.writer import CacheWriter, store_failure
 
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema.checks import relation_problems, topk_problems
 from cache_schema.errors import IdentityMismatch, KdcacheError
-from cache_schema.identity import compare
-from cache_schema.manifest import CommitRecord, Manifest, StoredFile, commit_path
-from cache_schema.records import CapturedSample, QuarantinedRow
-from cache_schema.shard import EncodedShard, encode_shard, response_count
-from cache_schema.statistics import bytes_by_part
-from cache_schema.store import Store, open_store
+from cache_schema.format.checks import relation_problems, topk_problems
+from cache_schema.format.identity import compare
+from cache_schema.format.manifest import CommitRecord, Manifest, StoredFile, commit_path
+from cache_schema.format.records import CapturedSample, QuarantinedRow
+from cache_schema.format.shard import EncodedShard, encode_shard, response_count
+from cache_schema.format.statistics import bytes_by_part
+from cache_schema.format.store import Store, open_store
 
 MANIFEST = "manifest.json"
 FOLDERS = ("commits", "samples", "targets", "quarantine", "aside")

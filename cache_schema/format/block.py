@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_schema.codecs.relation import RelationBlock
-from cache_schema.codecs.topk import Arrays, Rows, decode_topk, prepare_topk
-from cache_schema.records import (
+from cache_schema.format.codecs.relation import RelationBlock
+from cache_schema.format.codecs.topk import Arrays, Rows, decode_topk, prepare_topk
+from cache_schema.format.records import (
     ImageRecord,
     Relation,
     Sample,
@@ -20,8 +20,8 @@ from cache_schema.records import (
     prompt_positions_of,
     response_positions_of,
 )
-from cache_schema.shard import positions_of
-from cache_schema.spec import TargetSpec
+from cache_schema.format.shard import positions_of
+from cache_schema.format.spec import TargetSpec
 
 
 class ShardBlock:

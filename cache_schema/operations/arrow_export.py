@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache_schema.cache import Cache, open_cache
 from cache_schema.errors import KdcacheError
+from cache_schema.format.cache import Cache, open_cache
+from cache_schema.format.records import Relation, Sample, TopK
+from cache_schema.format.spec import TargetSpec
+from cache_schema.operations.scores import scores_of
 from cache_schema.progress import Progress, Silent
-from cache_schema.records import Relation, Sample, TopK
-from cache_schema.scores import scores_of
-from cache_schema.spec import TargetSpec
 
 KINDS = ("response", "visual", "prompt")
 ROWS = 64

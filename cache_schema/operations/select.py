@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema.cache import Cache, open_cache
 from cache_schema.errors import KdcacheError
-from cache_schema.pieces import Piece
+from cache_schema.format.cache import Cache, open_cache
+from cache_schema.operations.condition import FROM_TARGETS, parse
+from cache_schema.operations.partial_shards import Piece
+from cache_schema.operations.reshard import arrange, plan_of, write_cache
+from cache_schema.operations.scores import scores_of
 from cache_schema.progress import Progress, Silent
-from cache_schema.reshard import arrange, plan_of, write_cache
-from cache_schema.scores import scores_of
-from cache_schema.where import FROM_TARGETS, parse
 
 Columns = dict[str, list[Any]]
 
 
 def select(cache: str, where: str, out: str, progress: Progress | None = None) -> dict[str, Any]:
-    """Write the samples of `cache` that meet `where` (see `cache_schema.where`) as the cache `out`.
+    """Write the samples of `cache` that meet `where` (see `condition`) as the cache `out`.
 
     Rows keep their numbers; quarantine stays behind. Shards that are kept whole are hard-linked where
     both lie on one file system (else copied), the others are joined as stored, so every decoded value
@@ -59,7 +59,7 @@ def select(cache: str, where: str, out: str, progress: Progress | None = None) -
 
 
 def columns_of(cache: Cache, shard: int, fields: Collection[str]) -> Columns:
-    """The fields of `cache_schema.where` over the samples of a shard; response targets are read if needed."""
+    """The fields of `condition` over the samples of a shard; response targets are read if needed."""
     scored = sorted(set(fields) & FROM_TARGETS)
     columns: Columns = {name: [] for name in fields}
     block = cache.read_shard(shard, parts=("response",) if scored else ())

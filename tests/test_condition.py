@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache_schema.errors import KdcacheError
-from cache_schema.where import FIELDS, parse
+from cache_schema.operations.condition import FIELDS, parse
 
 COLUMNS = {
     "row": np.array([0, 1, 2, 3]),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
-class BlockCache:
+class FileCache:
     """A folder of files named by their SHA-256, the least recently used removed first.
 
     Any number of processes may share one. What it returns is not checked: the reader compares every file

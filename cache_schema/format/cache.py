@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_schema.block import ShardBlock
-from cache_schema.block_cache import BlockCache
-from cache_schema.codecs.topk import Arrays
 from cache_schema.errors import CacheDamaged, KdcacheError
-from cache_schema.manifest import CommitRecord, Manifest, Plan, StoredFile
-from cache_schema.records import QuarantinedRow, Sample
-from cache_schema.shard import read_groups, read_table
-from cache_schema.spec import TargetSpec
-from cache_schema.store import Store, open_store
-from cache_schema.writer import MANIFEST
+from cache_schema.format.block import ShardBlock
+from cache_schema.format.codecs.topk import Arrays
+from cache_schema.format.file_cache import FileCache
+from cache_schema.format.manifest import CommitRecord, Manifest, Plan, StoredFile
+from cache_schema.format.records import QuarantinedRow, Sample
+from cache_schema.format.shard import read_groups, read_table
+from cache_schema.format.spec import TargetSpec
+from cache_schema.format.store import Store, open_store
+from cache_schema.format.writer import MANIFEST
 
 KEPT_SHARDS = 3
 """Shards that `cache[i]` keeps in memory."""
@@ -48,7 +48,7 @@ class Cache:
     What is committed after opening is not seen. Not safe to share between threads; cheap to open again.
     """
 
-    def __init__(self, store: Store, blocks: BlockCache | None = None) -> None:
+    def __init__(self, store: Store, blocks: FileCache | None = None) -> None:
         self.store = store
         self.url = store.url
         try:
@@ -193,15 +193,15 @@ def open_cache(
     path: str | os.PathLike[str],
     *,
     storage_options: Mapping[str, Any] | None = None,
-    block_cache: str | os.PathLike[str] | None = None,
-    block_cache_bytes: int = 32 << 30,
+    file_cache: str | os.PathLike[str] | None = None,
+    file_cache_bytes: int = 32 << 30,
 ) -> Cache:
     """Open the cache at a path or fsspec URL for reading.
 
-    block_cache: a local folder where the files of a remote cache are kept, up to block_cache_bytes.
+    file_cache: a local folder where the files of a remote cache are kept, up to file_cache_bytes.
     KdcacheError when no cache is there; CacheDamaged when its manifest or a commit record is altered.
     """
-    blocks = None if block_cache is None else BlockCache(Path(block_cache), block_cache_bytes)
+    blocks = None if file_cache is None else FileCache(Path(file_cache), file_cache_bytes)
     return Cache(open_store(path, storage_options), blocks)
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from cache_schema.manifest import CommitRecord, Plan
+from cache_schema.format.manifest import CommitRecord, Plan
 
 RECENT = 16
 """Newest commit records that tell the pace, or more where many workers wrote them in less than two shards'

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.cache import Cache, open_cache
 from cache_schema.errors import IdentityMismatch, KdcacheError
-from cache_schema.identity import Fingerprint, compare, digest_of
-from cache_schema.manifest import Manifest
-from cache_schema.pieces import Piece
+from cache_schema.format.cache import Cache, open_cache
+from cache_schema.format.identity import Fingerprint, compare, digest_of
+from cache_schema.format.manifest import Manifest
+from cache_schema.format.records import QuarantinedRow
+from cache_schema.operations.partial_shards import Piece
+from cache_schema.operations.reshard import Shards, arrange, plan_of, write_cache
 from cache_schema.progress import Progress, Silent
-from cache_schema.records import QuarantinedRow
-from cache_schema.reshard import Shards, arrange, plan_of, write_cache
 
 
 def merge(caches: Sequence[str], out: str, progress: Progress | None = None) -> dict[str, Any]:

@@ -11,17 +11,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_schema.cache import Cache
-from cache_schema.codecs.relation import RelationBlock, StoredRelation, pack_relations
-from cache_schema.codecs.topk import Arrays, decode_topk, join_stored
-from cache_schema.records import (
+from cache_schema.format.cache import Cache
+from cache_schema.format.codecs.relation import RelationBlock, StoredRelation, pack_relations
+from cache_schema.format.codecs.topk import Arrays, decode_topk, join_stored
+from cache_schema.format.records import (
     CapturedSample,
     QuarantinedRow,
     labels_of,
     prompt_positions_of,
     response_positions_of,
 )
-from cache_schema.shard import (
+from cache_schema.format.shard import (
     QUARANTINE_SCHEMA,
     SAMPLE_SCHEMA,
     EncodedShard,
@@ -29,8 +29,8 @@ from cache_schema.shard import (
     write_groups,
     write_table,
 )
-from cache_schema.spec import TargetSpec
-from cache_schema.statistics import relation_statistics, sample_statistics, topk_statistics
+from cache_schema.format.spec import TargetSpec
+from cache_schema.format.statistics import relation_statistics, sample_statistics, topk_statistics
 
 KINDS = ("response", "visual", "prompt")
 
@@ -92,7 +92,6 @@ class _Joined:
     lengths: Counter[str] = field(default_factory=Counter)
     relations: list[StoredRelation] = field(default_factory=list)
     shared: int = 0
-    first_is_label: int = 0
 
     def add(self, piece: Piece) -> None:
         table, groups = piece.cache.stored_shard(piece.shard, piece.cache.spec.targets)

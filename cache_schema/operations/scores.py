@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_schema.records import Sample
+from cache_schema.format.records import Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

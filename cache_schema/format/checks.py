@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cache_schema.records import Relation, TopK
-from cache_schema.spec import TargetSpec
+from cache_schema.format.records import Relation, TopK
+from cache_schema.format.spec import TargetSpec
 
 
 def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list[str]:

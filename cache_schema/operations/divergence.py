@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.records import Int32, Relation, TopK
+from cache_schema.format.records import Int32, Relation, TopK
 
 Float64 = NDArray[np.float64]
 

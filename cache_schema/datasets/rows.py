@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache_schema.conversations import Conversation, conversation_of, label_of
+from cache_schema.datasets.conversations import Conversation, conversation_of, label_of
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.progress import Progress, Silent
 

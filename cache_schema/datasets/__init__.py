@@ -1,0 +1,1 @@
+"""Reading datasets: files of rows, conversations and images."""

@@ -1,0 +1,1 @@
+"""What teacher and student both know of a transformers vision-language model."""
