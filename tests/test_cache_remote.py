@@ -18,8 +18,8 @@ from cache_schema import (
     KdcacheError,
     TargetSpec,
     open_cache,
-    store,
 )
+from cache_schema.format import store
 from cache_schema.format.store import ObjectStore
 from cache_schema.operations.verify import verify
 from tests.cache_teacher import assert_same_cache, build_cache, capture, make_manifest
