@@ -35,7 +35,7 @@ from cache_schema import TargetSpec
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.progress import Silent
 from pipeline.capture import BuildConfig, build
-from pipeline.engine import understood_head
+from pipeline.engine import verified_head
 from pipeline.extract import Extractor, batches
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample, SamplePreparer
@@ -149,7 +149,7 @@ def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
             max_length=2048,
         )
         samples[root] = [preparer.prepare(row) for row in open_dataset(root / "data.json")]
-    head = understood_head(engine, samples[single][:1])
+    head = verified_head(engine, samples[single][:1])
     alone, packed = (
         Extractor(engine, head, SPEC, fingerprint="", share=pack, pack=pack, batch_tokens=BATCH_TOKENS)
         for pack in (False, True)

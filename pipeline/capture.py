@@ -15,7 +15,7 @@ from cache_schema.progress import Progress
 from pipeline.extract import Extractor
 from pipeline.job import open_job
 from pipeline.loop import CaptureLoop
-from pipeline.pairing import possible_spec, require_vllm
+from pipeline.pairing import require_vllm, spec_for_engine
 from pipeline.settings import BuildConfig, BuildSummary
 from pipeline.teachers import load_teacher
 from pipeline.vllm_engine import claim_device
@@ -31,7 +31,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     one line when it cannot go on; StoppedEarly after Ctrl-C or SIGTERM. Finished shards are kept always.
     """
     started = time.monotonic()
-    config = replace(config, spec=possible_spec(config))
+    config = replace(config, spec=spec_for_engine(config))
     if config.engine == "vllm":
         require_vllm()
         config = replace(config, device=claim_device(config.device))

@@ -121,7 +121,7 @@ class LogitsEngine(Engine, Protocol):
         """The model's own logits (T, rows), one tensor a sample, for checks only."""
 
 
-def understood_head(engine: LogitsEngine, samples: Sequence[PreparedSample]) -> Head:
+def verified_head(engine: LogitsEngine, samples: Sequence[PreparedSample]) -> Head:
     """The head that turns the engine's hidden states into the model's own logits, tried on `samples`.
 
     A soft-cap that the config names counts only if the model really applies it (Gemma 3 with images does

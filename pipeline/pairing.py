@@ -10,7 +10,7 @@ from cache_schema.format.spec import TargetSpec
 from pipeline.settings import BuildConfig
 
 
-def possible_spec(config: BuildConfig) -> TargetSpec:
+def spec_for_engine(config: BuildConfig) -> TargetSpec:
     """The spec of what the engine of `config` can really give.
 
     Log-probabilities give entries, label and a tail at temperature 1; they do not give logits, so neither

@@ -35,7 +35,7 @@ class TargetMaker:
         self._head = head
         self._spec = spec
         self._rows = max(1, chunk_bytes // (4 * head.vocab_size))
-        self._rooms: dict[str, Tensor] = {}
+        self._scratches: dict[str, Tensor] = {}
         self._relations = RelationMaker(head, spec) if "relation" in spec.targets else None
 
     def topk(
@@ -75,7 +75,7 @@ class TargetMaker:
     def _chunk(self, hidden: Tensor, labels: NDArray[np.integer] | None) -> dict[str, Tensor]:
         """The fields of at most self._rows positions, on the head's device."""
         with torch.inference_mode():
-            logits = self._head.logits(hidden, self._room("logits", len(hidden)))
+            logits = self._head.logits(hidden, self._scratch("logits", len(hidden)))
             group = len(logits) if logits.device.type != "cpu" else max(1, _CACHE_BYTES // logits[0].nbytes)
             parts = [self._group(part) for part in logits.split(group)]
             fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -85,7 +85,7 @@ class TargetMaker:
                 fields["label_logprob"] = chosen.masked_fill(index == IGNORE_INDEX, 0.0)
         return fields
 
-    def _room(self, name: str, rows: int) -> Tensor | None:
+    def _scratch(self, name: str, rows: int) -> Tensor | None:
         """(rows, V) of a buffer that is kept, made at the size of its largest use; None off the CPU.
 
         On a CPU fresh memory costs more than what is done in it. An accelerator's allocator keeps it anyway,
@@ -93,25 +93,25 @@ class TargetMaker:
         """
         if self._head.weight.device.type != "cpu":
             return None
-        if name not in self._rooms or len(self._rooms[name]) < rows:
-            self._rooms[name] = torch.empty(rows, self._head.vocab_size)
-        return self._rooms[name][:rows]
+        if name not in self._scratches or len(self._scratches[name]) < rows:
+            self._scratches[name] = torch.empty(rows, self._head.vocab_size)
+        return self._scratches[name][:rows]
 
     def _group(self, logits: Tensor) -> dict[str, Tensor]:
         """The label-free fields of logits (n, V)."""
         k, vocab = self._spec.top_k, logits.shape[1]
         values, ids = _top(logits, k)
         peak = values[:, :1]
-        shifted = torch.sub(logits, peak, out=self._room("shifted", len(logits)))  # (n, V), at most 0
-        room = self._room("weights", len(logits))
+        shifted = torch.sub(logits, peak, out=self._scratch("shifted", len(logits)))  # (n, V), at most 0
+        scratch = self._scratch("weights", len(logits))
         fields: dict[str, Tensor] = {}
         tails = []
         for temperature in self._spec.temperatures:
             if temperature == 1.0:
-                weights = torch.exp(shifted, out=room)
+                weights = torch.exp(shifted, out=scratch)
                 moment = torch.linalg.vecdot(weights, shifted)
             else:
-                weights = torch.div(shifted, temperature, out=room).exp_()
+                weights = torch.div(shifted, temperature, out=scratch).exp_()
             inside = weights.gather(1, ids).sum(dim=1)
             weights.scatter_(1, ids, 0.0)
             outside = weights.sum(dim=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.progress import Progress
-from pipeline.engine import Engine, Head, RecordEngine, release_memory, understood_head
+from pipeline.engine import Engine, Head, RecordEngine, release_memory, verified_head
 from pipeline.folder_head import read_head
 from pipeline.job import Job
 from pipeline.prefix import packing_is_exact, prefix_is_independent
@@ -44,7 +44,7 @@ def load_with_transformers(job: Job, progress: Progress) -> tuple[TransformersEn
     progress.begin("loading the teacher", None)
     engine = _load_transformers(job)
     sample = job.probe()
-    head = understood_head(engine, [sample])
+    head = verified_head(engine, [sample])
     sharing = bool(sample.images) and prefix_is_independent(engine, sample)
     packing = sharing and packing_is_exact(engine, sample)
     progress.end()
@@ -115,5 +115,5 @@ def _ask_transformers(job: Job, samples: list[PreparedSample]) -> tuple[Finding,
     """What transformers says of the samples, and the soft-cap that its model really applies; the model is
     gone when this returns."""
     engine = _load_transformers(job)
-    head = understood_head(engine, samples[:1])
+    head = verified_head(engine, samples[:1])
     return finding_of(engine, head, job.config.spec, samples), head.softcap

@@ -132,7 +132,7 @@ class DistilledStudent(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """The trainable parameters by their names in the model, whole: every rank must ask when sharded."""
         return {
-            name: whole(tensor.detach())
+            name: unsharded(tensor.detach())
             for name, tensor in self.model.named_parameters()
             if tensor.requires_grad
         }
@@ -192,7 +192,7 @@ class DistilledStudent(nn.Module):
         return replace(parts, total=parts.total + nothing)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """The full tensor of one that FSDP has spread over the ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -29,7 +29,7 @@ from student.collate import Batch, Collator, load_ahead
 from student.folder import load_processor
 from student.heldout import measure_cache, weighted
 from student.losses import Denominators, LossParts
-from student.model import DistilledStudent, whole
+from student.model import DistilledStudent, unsharded
 from student.pixels import PixelInputs
 from student.prepare import checkpoint_activations, load_student, make_accelerator, save_trained
 from student.run_folder import TERMS, Journal, Meter, finished, time_line, write_result, write_settings
@@ -229,7 +229,7 @@ class _Run:
         """The gradient's norm over all ranks and parameters, before clipping."""
         bound = self.stage.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), bound)
-        return float(whole(norm))
+        return float(unsharded(norm))
 
     def _refuse(self, suspects: list[Batch]) -> None:
         """Saves the weights as they are before this step and names the samples that broke it."""

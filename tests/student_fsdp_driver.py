@@ -25,7 +25,7 @@ from student.collate import Collator
 from student.folder import load_model, load_processor
 from student.heldout import measure_cache
 from student.losses import Denominators, LossWeights
-from student.model import DistilledStudent, whole
+from student.model import DistilledStudent, unsharded
 from student.pixels import PixelInputs
 
 STEPS = 3
@@ -73,7 +73,8 @@ def main() -> None:
         mine = batches[rank]
         sharded(mine.inputs, mine.labels, mine.targets, counts, 2).total.backward()
         norms = [
-            float(whole(torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0))) for each in (alone, sharded)
+            float(unsharded(torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0)))
+            for each in (alone, sharded)
         ]
         assert abs(norms[0] - norms[1]) < 1e-3 * norms[0], norms
         for optimizer in optimizers:

@@ -26,7 +26,7 @@ from cache_schema.format.records import (
 )
 from cache_schema.format.spec import TargetSpec
 from cache_schema.progress import Progress
-from pipeline.engine import Engine, Head, understood_head
+from pipeline.engine import Engine, Head, verified_head
 from pipeline.extract import Extractor, batches
 from pipeline.job import Job
 from pipeline.packing import Pack
@@ -110,7 +110,7 @@ class GivenModel:
             max_length=job.rules["max_length"],
             over_long=job.config.over_long,
         )
-        self.head: Head = understood_head(self.engine, [self.prepare(job.probe())])
+        self.head: Head = verified_head(self.engine, [self.prepare(job.probe())])
 
     def prepare(self, sample: PreparedSample) -> PreparedSample:
         """The teacher's sample with the student's pixels. KdcacheError when its tokens are others."""
