@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -19,6 +21,16 @@ class Progress(Protocol):
 
     def end(self) -> None:
         """The task is over."""
+
+
+@contextmanager
+def task(progress: Progress, what: str, total: int | None = None) -> Iterator[None]:
+    """A task from `begin` to `end`, which comes on errors too."""
+    progress.begin(what, total)
+    try:
+        yield
+    finally:
+        progress.end()
 
 
 class Silent:

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from cache_schema.errors import KdcacheError
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 from demo.vision_tower import one_cycle
 
 IGNORE = -100
@@ -96,22 +96,21 @@ def train_language_model(
     sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
-    progress.begin("language model on text", steps)
-    for step in range(1, steps + 1):
-        chosen = torch.randint(0, len(sequences), (BATCH,), generator=generator).tolist()
-        labels = padded([sequences[row] for row in chosen], IGNORE)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=labels.clamp(min=0)[:, :-1]).logits
-        loss = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
-        )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.update(step, loss=f"{loss.item():.3f}")
-    progress.end()
+    with task(progress, "language model on text", steps):
+        for step in range(1, steps + 1):
+            chosen = torch.randint(0, len(sequences), (BATCH,), generator=generator).tolist()
+            labels = padded([sequences[row] for row in chosen], IGNORE)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = model(input_ids=labels.clamp(min=0)[:, :-1]).logits
+            loss = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+            )
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.update(step, loss=f"{loss.item():.3f}")
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

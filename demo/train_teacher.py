@@ -28,7 +28,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from demo.easy_vqa import Picture, load_pictures
 from demo.language_model import IGNORE, padded, train_language_model
 from demo.measure_teacher import answer_accuracy, mean_entropy
@@ -148,32 +148,31 @@ def train_phase(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
-    progress.begin(name, steps)
-    running = 0.0
-    for step, (chosen, rows) in enumerate(batches, start=1):
-        pixels = normalized(shifted(images[chosen], generator))
-        ids = padded([row.ids for row in rows], model.config.text_config.pad_token_id)
-        labels = padded([row.labels for row in rows], IGNORE)
-        supervised = labels[:, 1:] != IGNORE
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            if any(any(row.parts) for row in rows):
-                mask, positions = attention_of(rows)
-                attention = {"attention_mask": {"full_attention": mask}, "position_ids": positions}
-            else:  # padding is on the right and attention is causal: supervised positions need no mask
-                attention = {}
-            hidden = model.model(input_ids=ids, pixel_values=pixels, **attention).last_hidden_state
-            logits = model.lm_head(hidden[:, :-1][supervised])
-        loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][supervised])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        running = loss.item() if step == 1 else 0.95 * running + 0.05 * loss.item()
-        progress.update(step, loss=f"{running:.4f}")
-        if check is not None and (step % 200 == 0 or step == steps):
-            progress.message(f"{name}, step {step}: {check()}")
-    progress.end()
+    with task(progress, name, steps):
+        running = 0.0
+        for step, (chosen, rows) in enumerate(batches, start=1):
+            pixels = normalized(shifted(images[chosen], generator))
+            ids = padded([row.ids for row in rows], model.config.text_config.pad_token_id)
+            labels = padded([row.labels for row in rows], IGNORE)
+            supervised = labels[:, 1:] != IGNORE
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                if any(any(row.parts) for row in rows):
+                    mask, positions = attention_of(rows)
+                    attention = {"attention_mask": {"full_attention": mask}, "position_ids": positions}
+                else:  # padding is on the right and attention is causal: supervised positions need no mask
+                    attention = {}
+                hidden = model.model(input_ids=ids, pixel_values=pixels, **attention).last_hidden_state
+                logits = model.lm_head(hidden[:, :-1][supervised])
+            loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][supervised])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            running = loss.item() if step == 1 else 0.95 * running + 0.05 * loss.item()
+            progress.update(step, loss=f"{running:.4f}")
+            if check is not None and (step % 200 == 0 or step == steps):
+                progress.message(f"{name}, step {step}: {check()}")
 
 
 class WorkFolder:

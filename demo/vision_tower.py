@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from demo.easy_vqa import COLORS, SHAPES, Attributes, Picture
 
 IMAGE_SIZE = 64
@@ -131,26 +131,25 @@ def train_tower(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, settings.steps))
     labels = label_ids(attributes)
     trained = len(images) - held_out
-    progress.begin("vision tower", settings.steps)
-    for step in range(1, settings.steps + 1):
-        rows = torch.randint(0, trained, (settings.batch,), generator=generator)
-        pixels = normalized(shifted(images[rows], generator))
-        hidden_states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-        loss = torch.zeros(())
-        for shape_logits, color_logits in heads(hidden_states):
-            loss = loss + nn.functional.cross_entropy(shape_logits, labels[rows, 0], ignore_index=UNKNOWN)
-            loss = loss + nn.functional.cross_entropy(color_logits, labels[rows, 1], ignore_index=UNKNOWN)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.update(step, loss=f"{loss.item():.3f}")
-        if step % 200 == 0 or step == settings.steps:
-            accuracy = _accuracy(tower, heads, images[trained:], labels[trained:])
-            found = ", ".join(f"{name} {share:.4f}" for name, share in accuracy.items())
-            progress.message(f"vision tower, step {step}: held-out {found}")
-    progress.end()
+    with task(progress, "vision tower", settings.steps):
+        for step in range(1, settings.steps + 1):
+            rows = torch.randint(0, trained, (settings.batch,), generator=generator)
+            pixels = normalized(shifted(images[rows], generator))
+            hidden_states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+            loss = torch.zeros(())
+            for shape_logits, color_logits in heads(hidden_states):
+                loss = loss + nn.functional.cross_entropy(shape_logits, labels[rows, 0], ignore_index=UNKNOWN)
+                loss = loss + nn.functional.cross_entropy(color_logits, labels[rows, 1], ignore_index=UNKNOWN)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.update(step, loss=f"{loss.item():.3f}")
+            if step % 200 == 0 or step == settings.steps:
+                accuracy = _accuracy(tower, heads, images[trained:], labels[trained:])
+                found = ", ".join(f"{name} {share:.4f}" for name, share in accuracy.items())
+                progress.message(f"vision tower, step {step}: held-out {found}")
     tower.eval()
     return tower, accuracy
 

@@ -32,7 +32,7 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 
 from cache_schema.datasets.conversations import IMAGE_MARK
 from cache_schema.errors import KdcacheError
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 
 _SPLIT = ("language_model", "vision_tower", "connector")
 _RENAMED = (
@@ -52,24 +52,23 @@ def convert(checkpoint: Path, out: Path, progress: Progress) -> dict[str, Any]:
     settings = _read_settings(checkpoint)
     if out.exists() and any(out.iterdir()):
         raise KdcacheError(f"{out} is not empty; name a new folder")
-    progress.begin("converting", 3)
-    state = _load_state(checkpoint)
-    progress.update(1)
-    config = _llava_config(checkpoint, settings, state)
-    tokenizer = _tokenizer_with_image(checkpoint, config)
-    _make_room(state, config, len(tokenizer))
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        config.save_pretrained(out)
-        _processor(checkpoint, settings, config, tokenizer).save_pretrained(out)
-        save_torch_state_dict(state, out, max_shard_size="4GB")
-        progress.update(2)
-        _check(out)
-    except KdcacheError:
-        shutil.rmtree(out)
-        raise
-    progress.update(3)
-    progress.end()
+    with task(progress, "converting", 3):
+        state = _load_state(checkpoint)
+        progress.update(1)
+        config = _llava_config(checkpoint, settings, state)
+        tokenizer = _tokenizer_with_image(checkpoint, config)
+        _make_room(state, config, len(tokenizer))
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            config.save_pretrained(out)
+            _processor(checkpoint, settings, config, tokenizer).save_pretrained(out)
+            save_torch_state_dict(state, out, max_shard_size="4GB")
+            progress.update(2)
+            _check(out)
+        except KdcacheError:
+            shutil.rmtree(out)
+            raise
+        progress.update(3)
     return {
         "out": str(out),
         "tensors": len(state),

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from pipeline.fingerprint import fingerprint_of, pad_token_id_of, read_assets, weights_digest
 from pipeline.planner import plan_rows
 from pipeline.samples import PreparedSample, SamplePreparer
@@ -150,9 +150,8 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
             f"max_length {max_length} is more than the teacher's {longest} positions; using {longest}"
         )
         max_length = longest
-    progress.begin("hashing the teacher's weights", None)
-    weights = weights_digest(config.teacher)
-    progress.end()
+    with task(progress, "hashing the teacher's weights"):
+        weights = weights_digest(config.teacher)
     return Job(
         config=config,
         dataset=dataset,

@@ -16,7 +16,7 @@ from cache_schema.format.manifest import CommitRecord
 from cache_schema.format.records import CapturedSample, QuarantinedRow
 from cache_schema.format.writer import CacheWriter
 from cache_schema.interrupt import Interrupt
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from pipeline.engine import Engine, RecordEngine
 from pipeline.extract import Captured, Extractor
 from pipeline.job import Job
@@ -80,33 +80,34 @@ class CaptureLoop:
             self._bad.update(commit.statistics["quarantined"])
         self._look_around()
         self._started = time.monotonic()
-        self._progress.begin("capturing", plan.rows)
-        self._progress.update(self._elsewhere)
         windows = self._windows(self._writer.pending(rank, world_size))
-        try:
-            with Interrupt() as interrupt, ThreadPoolExecutor(1) as disk, Prefetch(windows) as ready:
-                writing: Future[CommitRecord | None] | None = None
-                shard: _Shard | None = None
-                finished: set[int] = set()  # by others, while they were being prepared here
-                try:
-                    for window in ready:
-                        if window.shard in finished:
+        with (
+            task(self._progress, "capturing", plan.rows),
+            Interrupt() as interrupt,
+            ThreadPoolExecutor(1) as disk,
+            Prefetch(windows) as ready,
+        ):
+            self._progress.update(self._elsewhere)
+            writing: Future[CommitRecord | None] | None = None
+            shard: _Shard | None = None
+            finished: set[int] = set()  # by others, while they were being prepared here
+            try:
+                for window in ready:
+                    if window.shard in finished:
+                        continue
+                    if shard is None:
+                        if self._writer.is_committed(window.shard):  # since it was prepared
+                            finished.add(window.shard)
                             continue
-                        if shard is None:
-                            if self._writer.is_committed(window.shard):  # since it was prepared
-                                finished.add(window.shard)
-                                continue
-                            shard = _Shard(index=window.shard, started=time.monotonic())
-                        self._capture(window, shard, interrupt)
-                        if window.last:
-                            self._refuse_bad_data(shard)
-                            self._settle(writing)
-                            writing = disk.submit(self._write, shard)
-                            shard = None
-                finally:
-                    self._settle(writing)  # also on the way out: a full disk is told, not hidden
-        finally:
-            self._progress.end()
+                        shard = _Shard(index=window.shard, started=time.monotonic())
+                    self._capture(window, shard, interrupt)
+                    if window.last:
+                        self._refuse_bad_data(shard)
+                        self._settle(writing)
+                        writing = disk.submit(self._write, shard)
+                        shard = None
+            finally:
+                self._settle(writing)  # also on the way out: a full disk is told, not hidden
 
     # ---- preparing, in the prefetch thread ----
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from pipeline.engine import Engine, Head, RecordEngine, release_memory, verified_head
 from pipeline.folder_head import read_head
 from pipeline.job import Job
@@ -41,13 +41,12 @@ def load_teacher(job: Job, progress: Progress) -> Teacher:
 
 def load_with_transformers(job: Job, progress: Progress) -> tuple[TransformersEngine, Head, bool, bool]:
     """(engine, head, sharing, packing) as `Teacher` has them, whatever engine the build asks for."""
-    progress.begin("loading the teacher", None)
-    engine = _load_transformers(job)
-    sample = job.probe()
-    head = verified_head(engine, [sample])
-    sharing = bool(sample.images) and prefix_is_independent(engine, sample)
-    packing = sharing and packing_is_exact(engine, sample)
-    progress.end()
+    with task(progress, "loading the teacher"):
+        engine = _load_transformers(job)
+        sample = job.probe()
+        head = verified_head(engine, [sample])
+        sharing = bool(sample.images) and prefix_is_independent(engine, sample)
+        packing = sharing and packing_is_exact(engine, sample)
     return engine, head, sharing, packing
 
 
@@ -68,46 +67,44 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
     """vLLM, after a few samples have gone through transformers and before they go through it."""
     config = job.config
     samples = job.probes(config.spot_check)
-    progress.begin("asking transformers about a few samples", None)
-    ours, softcap = _ask_transformers(job, samples)
-    release_memory()
-    progress.end()
-    progress.begin("loading the teacher into vLLM", None)
-    llm = start_vllm(
-        Path(config.teacher),
-        mode=config.engine_mode,
-        dtype=job.dtype,
-        max_length=job.rules["max_length"],
-        batch_tokens=config.batch_tokens,
-        memory_share=config.memory_share,
-        top_k=config.spec.top_k,
-        processor=job.processor,
-        vision_type=getattr(getattr(job.teacher_config, "vision_config", None), "model_type", ""),
-    )
-    places: dict[str, Any] = {"tokenizer": job.processor.tokenizer, "image_root": Path(config.image_root)}
-    engine: Engine | RecordEngine
-    head: Head | None = None
-    if config.engine_mode == "hidden":
-        head = read_head(
+    with task(progress, "asking transformers about a few samples"):
+        ours, softcap = _ask_transformers(job, samples)
+        release_memory()
+    with task(progress, "loading the teacher into vLLM"):
+        llm = start_vllm(
             Path(config.teacher),
-            job.teacher_config,
-            vocab_size=job.vocab_size,
-            dtype=DTYPES[job.dtype],
-            device=choose_device(config.device),
+            mode=config.engine_mode,
+            dtype=job.dtype,
+            max_length=job.rules["max_length"],
+            batch_tokens=config.batch_tokens,
+            memory_share=config.memory_share,
+            top_k=config.spec.top_k,
+            processor=job.processor,
+            vision_type=getattr(getattr(job.teacher_config, "vision_config", None), "model_type", ""),
         )
-        head = replace(head, softcap=softcap)
-        engine = hidden_engine(llm, head, **places)
-    else:
-        engine = logprob_engine(llm, top_k=config.spec.top_k, **places)
-    theirs = finding_of(engine, head, config.spec, samples)
-    require_agreement(ours, theirs, samples, dtype=job.dtype, engine="vllm")
-    # Log-probabilities make no targets of images, so there is nothing to share.
-    sharing = (
-        not isinstance(engine, RecordEngine)
-        and bool(samples[0].images)
-        and prefix_is_independent(engine, samples[0])
-    )
-    progress.end()
+        places: dict[str, Any] = {"tokenizer": job.processor.tokenizer, "image_root": Path(config.image_root)}
+        engine: Engine | RecordEngine
+        head: Head | None = None
+        if config.engine_mode == "hidden":
+            head = read_head(
+                Path(config.teacher),
+                job.teacher_config,
+                vocab_size=job.vocab_size,
+                dtype=DTYPES[job.dtype],
+                device=choose_device(config.device),
+            )
+            head = replace(head, softcap=softcap)
+            engine = hidden_engine(llm, head, **places)
+        else:
+            engine = logprob_engine(llm, top_k=config.spec.top_k, **places)
+        theirs = finding_of(engine, head, config.spec, samples)
+        require_agreement(ours, theirs, samples, dtype=job.dtype, engine="vllm")
+        # Log-probabilities make no targets of images, so there is nothing to share.
+        sharing = (
+            not isinstance(engine, RecordEngine)
+            and bool(samples[0].images)
+            and prefix_is_independent(engine, samples[0])
+        )
     return Teacher(engine=engine, head=head, sharing=sharing, packing=False)
 
 

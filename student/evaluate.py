@@ -20,7 +20,7 @@ from cache_schema.datasets.images import open_image, unpack_embedded
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected, WrongUsage
 from cache_schema.format.cache import open_cache
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from student.answers import Answered, score
 from student.checks import check_student
 from student.collate import Collator
@@ -178,18 +178,17 @@ class _Answerer:
         order = sorted(
             range(len(questions)), key=lambda i: (questions[i].images, len(questions[i].prompt), i)
         )
-        progress.begin("answering", len(questions))
-        start = 0
-        while start < len(order):
-            batch = order[start : start + self.config.batch_size]
-            pictured = [i for i in batch if questions[i].images]
-            if len(pictured) < len(batch):  # those without an image come first and stay among themselves
-                batch = [i for i in batch if not questions[i].images]
-            for i, text in zip(batch, self._batch([questions[i] for i in batch]), strict=True):
-                answers[i] = text
-            start += len(batch)
-            progress.update(start)
-        progress.end()
+        with task(progress, "answering", len(questions)):
+            start = 0
+            while start < len(order):
+                batch = order[start : start + self.config.batch_size]
+                pictured = [i for i in batch if questions[i].images]
+                if len(pictured) < len(batch):  # those without an image come first and stay among themselves
+                    batch = [i for i in batch if not questions[i].images]
+                for i, text in zip(batch, self._batch([questions[i] for i in batch]), strict=True):
+                    answers[i] = text
+                start += len(batch)
+                progress.update(start)
         return answers
 
     def _batch(self, questions: list[Question]) -> list[str]:

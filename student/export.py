@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from cache_schema.errors import KdcacheError
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from student.folder import folder_digest, load_model, load_processor, part_of, save_folder
 from student.run_folder import read_result, write_text
 
@@ -25,20 +25,19 @@ def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -
     folder = model if run is None else run / "model"
     if out.exists() and any(out.iterdir()):
         raise KdcacheError(f"{out} is not empty; choose another --out or remove it")
-    progress.begin("exporting", None)
-    loaded = load_model(folder, "auto" if dtype == "auto" else _dtype(dtype))
-    processor = load_processor(folder)
-    if loaded.generation_config.eos_token_id is None:
-        loaded.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    if loaded.generation_config.pad_token_id is None:
-        loaded.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    history = [] if run is None else _history(run)
-    save_folder(loaded, processor, out)
-    sizes: dict[str, int] = {}
-    for name, parameter in loaded.named_parameters():
-        sizes[part_of(name)] = sizes.get(part_of(name), 0) + parameter.numel()
-    write_text(out / "README.md", _card(loaded, sizes, history))
-    progress.end()
+    with task(progress, "exporting"):
+        loaded = load_model(folder, "auto" if dtype == "auto" else _dtype(dtype))
+        processor = load_processor(folder)
+        if loaded.generation_config.eos_token_id is None:
+            loaded.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        if loaded.generation_config.pad_token_id is None:
+            loaded.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+        history = [] if run is None else _history(run)
+        save_folder(loaded, processor, out)
+        sizes: dict[str, int] = {}
+        for name, parameter in loaded.named_parameters():
+            sizes[part_of(name)] = sizes.get(part_of(name), 0) + parameter.numel()
+        write_text(out / "README.md", _card(loaded, sizes, history))
     return {
         "folder": str(out),
         "parameters": sizes,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cache_schema.format.cache import Cache
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 from student.collate import Collator, load_ahead
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent
@@ -50,16 +50,15 @@ def measure_cache(
     counts = Denominators()
     training = student.training
     student.eval()
-    progress.begin("evaluating on the held-out cache", steps)
-    for step, batches in load_ahead(stream.read(0, steps), collator, workers=workers):
-        for made in batches:
-            counts = counts + made.denominators
-            moved = made.to(device)  # an idle batch too: with sharded weights the other ranks wait for it
-            parts, same = student.measure(moved.inputs, moved.labels, moved.targets)
-            terms = (parts.ce, parts.response, parts.visual, parts.prompt, parts.relation)
-            sums += torch.stack([*terms, same.response, same.visual]).cpu().double()
-        progress.update(step + 1)
-    progress.end()
+    with task(progress, "evaluating on the held-out cache", steps):
+        for step, batches in load_ahead(stream.read(0, steps), collator, workers=workers):
+            for made in batches:
+                counts = counts + made.denominators
+                moved = made.to(device)  # an idle batch too: with sharded weights the other ranks wait for it
+                parts, same = student.measure(moved.inputs, moved.labels, moved.targets)
+                terms = (parts.ce, parts.response, parts.visual, parts.prompt, parts.relation)
+                sums += torch.stack([*terms, same.response, same.visual]).cpu().double()
+            progress.update(step + 1)
     student.train(training)
     both = add_up(torch.cat([sums, counts.to_tensor()]))
     counts = Denominators.from_tensor(both[len(_TERMS) :])

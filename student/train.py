@@ -22,7 +22,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from cache_schema.errors import KdcacheError, StoppedEarly
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.interrupt import Interrupt
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from student.checkpoint import Checkpoint, Checkpoints, refuse_other
 from student.checks import check_student
 from student.collate import Batch, Collator, load_ahead
@@ -172,12 +172,11 @@ class _Run:
 
     def train(self) -> None:
         """Steps until the stage's end, an early stop, or a signal."""
-        self.progress.begin(f"{self.stage.name}: training", self.total)
         batches = load_ahead(
             self.stream.read(self.step, self.total), self.collator, workers=self.config.workers
         )
         try:
-            with Interrupt() as interrupt:
+            with task(self.progress, f"{self.stage.name}: training", self.total), Interrupt() as interrupt:
                 while self.step < self.total and not self._stalled():
                     self.stopwatch.step(measured=self.step % self.config.log_every == 0)
                     with self.stopwatch.lap("data wait"):
@@ -187,7 +186,6 @@ class _Run:
                     self._after_step()
         finally:
             batches.close()
-            self.progress.end()
 
     def _step(self, micro_batches: list[Batch], interrupt: Interrupt) -> bool:
         """One optimizer step. True, with nothing done, when any rank was asked to stop."""

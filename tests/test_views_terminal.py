@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from cache_schema.progress import task
 from views import terminal
 from views.terminal import Bar
 
@@ -45,3 +46,12 @@ def test_a_terminal_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None
     assert "60/100" in shown
     assert "0:01:00 left" in shown
     assert "tokens 9/s" in shown
+
+
+def test_a_task_that_fails_ends_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "notes", Console(file=io.StringIO(), force_terminal=True))
+    bar = Bar()
+    with pytest.raises(RuntimeError), task(bar, "capturing", 2):
+        raise RuntimeError
+    assert bar._bar is None, "the bar no longer draws"
+    assert terminal.notes.file.getvalue().endswith("\x1b[?25h"), "the cursor is shown again"

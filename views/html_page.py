@@ -18,7 +18,7 @@ from cache_schema.format.cache import Cache
 from cache_schema.format.records import Relation, Sample
 from cache_schema.operations.scores import scores_of
 from cache_schema.operations.summary import summarise
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 from views.grid import framed
 from views.html_summary import summary_html
 from views.relation_picture import principal_factor
@@ -55,11 +55,10 @@ def write_html(
     words: dict[str, str] = {}
     documents = []
     chosen, told = _choose(cache, samples, order, seed, progress)
-    progress.begin("samples", len(chosen))
-    for number, sample in enumerate(chosen):
-        documents.append(_sample(cache, sample, text, image_root, words))
-        progress.update(number + 1)
-    progress.end()
+    with task(progress, "samples", len(chosen)):
+        for number, sample in enumerate(chosen):
+            documents.append(_sample(cache, sample, text, image_root, words))
+            progress.update(number + 1)
     title = cache.url.rstrip("/").rsplit("/", 1)[-1]
     parts = {
         "title": _escaped(title),
@@ -92,9 +91,8 @@ def _choose(
     if order == "random" or "response" not in cache.spec.targets:
         drawn = np.random.default_rng(seed).permutation(total)[:samples]
         return [cache[int(i)] for i in sorted(drawn)], f"{len(drawn)} of {total:,} at random (seed {seed})."
-    progress.begin("disagreement", len(cache.shards))
-    worst = heapq.nlargest(samples, _ranked(cache, progress))
-    progress.end()
+    with task(progress, "disagreement", len(cache.shards)):
+        worst = heapq.nlargest(samples, _ranked(cache, progress))
     places = [-place for _, _, place in worst]
     found = {place: cache[place] for place in sorted(places)}  # in this order each shard is read once
     told = f"The {len(worst)} of {total:,} where the teacher disagrees most with the labels, worst first."

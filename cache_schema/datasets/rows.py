@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from cache_schema.datasets.conversations import Conversation, conversation_of, label_of
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 
 __all__ = ["Conversation", "Dataset", "open_dataset"]
 
@@ -87,14 +87,11 @@ def open_dataset(path: Path | str, progress: Progress | None = None) -> Dataset:
     size = path.stat().st_size
     keys: list[NDArray[np.int64]] = []
     source: Source
-    progress.begin("reading the rows", size)
-    try:
+    with task(progress, "reading the rows", size):
         if path.suffix == ".parquet":
             source, keys = _index_parquet(path, progress)
         elif size > 0:
             source, keys = _index_json(path, progress)
-    finally:
-        progress.end()
     if not keys:
         raise KdcacheError(f"data file {path} holds no rows; give a file with at least one row")
     return Dataset(path=path, digest=_digest(path), first_images=np.concatenate(keys), source=source)

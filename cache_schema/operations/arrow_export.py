@@ -18,7 +18,7 @@ from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.records import Relation, Sample, TopK
 from cache_schema.format.spec import TargetSpec
 from cache_schema.operations.scores import scores_of
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 
 KINDS = ("response", "visual", "prompt")
 ROWS = 64
@@ -51,12 +51,11 @@ def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[st
     try:
         shutil.rmtree(part, ignore_errors=True)
         (part / "data").mkdir(parents=True)
-        progress.begin("exporting", len(source.shards))
-        for number, shard in enumerate(source.shards):
-            name = f"train-{number:05d}-of-{len(source.shards):05d}.parquet"
-            files += _write_shard(source, shard, part / "data" / name, told)
-            progress.update(number + 1)
-        progress.end()
+        with task(progress, "exporting", len(source.shards)):
+            for number, shard in enumerate(source.shards):
+                name = f"train-{number:05d}-of-{len(source.shards):05d}.parquet"
+                files += _write_shard(source, shard, part / "data" / name, told)
+                progress.update(number + 1)
         if out.exists():
             out.rmdir()
         part.rename(out)

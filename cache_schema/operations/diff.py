@@ -12,7 +12,7 @@ from cache_schema.format.cache import Cache
 from cache_schema.format.identity import compare
 from cache_schema.format.records import Sample, TopK
 from cache_schema.operations.divergence import kl, relation_cosine
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 
 KL_BOUND = 1e-2
 """Mean KL in nats a position, above which targets count as different: bfloat16 against float32 of one
@@ -116,15 +116,14 @@ def diff(
     report.only_in_a = np.setdiff1d(rows_a, rows_b).tolist()
     report.only_in_b = np.setdiff1d(rows_b, rows_a).tolist()
     found = _Found()
-    progress.begin("comparing", len(rows_a) - len(report.only_in_a))
-    for left, right in _pairs(a, b):
-        report.samples += 1
-        if _same_inputs(left, right):
-            found.add(left, right)
-        else:
-            report.other_inputs.append(left.row)
-        progress.update(report.samples)
-    progress.end()
+    with task(progress, "comparing", len(rows_a) - len(report.only_in_a)):
+        for left, right in _pairs(a, b):
+            report.samples += 1
+            if _same_inputs(left, right):
+                found.add(left, right)
+            else:
+                report.other_inputs.append(left.row)
+            progress.update(report.samples)
     report.kl = {kind: found.kind(kind) for kind in KINDS if found.kl[kind]}
     report.relation = found.relation()
     return report

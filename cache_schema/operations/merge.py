@@ -17,7 +17,7 @@ from cache_schema.format.manifest import Manifest
 from cache_schema.format.records import QuarantinedRow
 from cache_schema.operations.partial_shards import Piece
 from cache_schema.operations.reshard import Shards, arrange, plan_of, write_cache
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 
 
 def merge(caches: Sequence[str], out: str, progress: Progress | None = None) -> dict[str, Any]:
@@ -98,19 +98,20 @@ def _new_plan(caches: Sequence[Cache], progress: Progress) -> tuple[Manifest, Sh
     }
     taken: set[int] = set()
     pieces: list[Piece] = []
-    progress.begin("planning", len(caches))
-    for number, (cache, parts, offset) in enumerate(zip(caches, rows, offsets, strict=True)):
-        lost = _quarantine(cache)
-        for shard, part in parts.items():
-            keep = np.flatnonzero([row not in taken for row in (part + offset).tolist()])
-            bad = tuple(row for row in lost.get(shard, ()) if row.row + offset not in captured)
-            bad = tuple(row for row in bad if row.row + offset not in taken)
-            taken.update((part + offset).tolist(), [row.row + offset for row in bad])
-            pieces.append(
-                Piece(cache=cache, shard=shard, keep=keep, rows=part[keep], quarantined=bad, offset=offset)
-            )
-        progress.update(number + 1)
-    progress.end()
+    with task(progress, "planning", len(caches)):
+        for number, (cache, parts, offset) in enumerate(zip(caches, rows, offsets, strict=True)):
+            lost = _quarantine(cache)
+            for shard, part in parts.items():
+                keep = np.flatnonzero([row not in taken for row in (part + offset).tolist()])
+                bad = tuple(row for row in lost.get(shard, ()) if row.row + offset not in captured)
+                bad = tuple(row for row in bad if row.row + offset not in taken)
+                taken.update((part + offset).tolist(), [row.row + offset for row in bad])
+                pieces.append(
+                    Piece(
+                        cache=cache, shard=shard, keep=keep, rows=part[keep], quarantined=bad, offset=offset
+                    )
+                )
+            progress.update(number + 1)
     shards = arrange(pieces, max(cache.plan.shard_size for cache in caches))
     if not shards:
         raise KdcacheError("merge: none of the caches holds a committed shard; finish a build first")

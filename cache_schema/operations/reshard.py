@@ -21,7 +21,7 @@ from cache_schema.format.shard import SAMPLE_SCHEMA, write_table
 from cache_schema.format.store import LocalStore
 from cache_schema.format.writer import CacheWriter, store_failure
 from cache_schema.operations.partial_shards import Piece, join_pieces, quarantine_table
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
 
@@ -69,19 +69,18 @@ def write_cache(
     """
     writer = CacheWriter.open(out, manifest)
     ways: Counter[str] = Counter()
-    progress.begin(what, len(shards))
-    for index in writer.pending():
-        if index not in shards:
-            continue
-        pieces = shards[index]
-        try:
-            ways[
-                _take_over(writer, index, pieces[0]) if _alone(pieces) else _join(writer, index, pieces)
-            ] += 1
-        except OSError as error:
-            raise store_failure(error, writer.store) from error
-        progress.update(sum(ways.values()))
-    progress.end()
+    with task(progress, what, len(shards)):
+        for index in writer.pending():
+            if index not in shards:
+                continue
+            pieces = shards[index]
+            try:
+                ways[
+                    _take_over(writer, index, pieces[0]) if _alone(pieces) else _join(writer, index, pieces)
+                ] += 1
+            except OSError as error:
+                raise store_failure(error, writer.store) from error
+            progress.update(sum(ways.values()))
     return {
         "out": out,
         "samples": sum(len(piece.keep) for pieces in shards.values() for piece in pieces),

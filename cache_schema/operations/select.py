@@ -15,7 +15,7 @@ from cache_schema.operations.condition import FROM_TARGETS, parse
 from cache_schema.operations.partial_shards import Piece
 from cache_schema.operations.reshard import arrange, plan_of, write_cache
 from cache_schema.operations.scores import scores_of
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 
 Columns = dict[str, list[Any]]
 
@@ -36,14 +36,13 @@ def select(cache: str, where: str, out: str, progress: Progress | None = None) -
         named = ", ".join(sorted(condition.fields & FROM_TARGETS))
         raise KdcacheError(f"{cache}: holds no response targets, and {named} comes from them")
     pieces = []
-    progress.begin("reading", len(source.shards))
-    for number, shard in enumerate(source.shards):
-        columns = columns_of(source, shard, condition.fields | {"row"})
-        keep = np.flatnonzero(condition.mask({name: _array(values) for name, values in columns.items()}))
-        rows = np.array(columns["row"], dtype=np.int64)[keep]
-        pieces.append(Piece(cache=source, shard=shard, keep=keep, rows=rows))
-        progress.update(number + 1)
-    progress.end()
+    with task(progress, "reading", len(source.shards)):
+        for number, shard in enumerate(source.shards):
+            columns = columns_of(source, shard, condition.fields | {"row"})
+            keep = np.flatnonzero(condition.mask({name: _array(values) for name, values in columns.items()}))
+            rows = np.array(columns["row"], dtype=np.int64)[keep]
+            pieces.append(Piece(cache=source, shard=shard, keep=keep, rows=rows))
+            progress.update(number + 1)
     shards = arrange(pieces, source.plan.shard_size)
     if not shards:
         raise KdcacheError(

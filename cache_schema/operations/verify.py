@@ -20,7 +20,7 @@ from cache_schema.format.manifest import CommitRecord, Manifest, commit_path
 from cache_schema.format.shard import read_groups, read_table
 from cache_schema.format.store import Store, open_store
 from cache_schema.format.writer import MANIFEST, set_aside
-from cache_schema.progress import Progress, Silent
+from cache_schema.progress import Progress, Silent, task
 
 GRACE_SECONDS = 6 * 3600.0
 """Files of an attempt without a commit record are swept when older than this: no capture of one shard is
@@ -106,11 +106,10 @@ class _Verification:
             )
         self._check_manifest()
         self._read_records([path for path in files if path.startswith("commits/")])
-        self.progress.begin("verify", len(self.records))
-        for done, (shard, record) in enumerate(sorted(self.records.items())):
-            self._check_shard(shard, record, files)
-            self.progress.update(done + 1)
-        self.progress.end()
+        with task(self.progress, "verify", len(self.records)):
+            for done, (shard, record) in enumerate(sorted(self.records.items())):
+                self._check_shard(shard, record, files)
+                self.progress.update(done + 1)
         self._sort_the_rest(files)
         if repair:
             self._repair(files)

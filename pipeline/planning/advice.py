@@ -17,7 +17,7 @@ from cache_schema.format.codecs.topk import topk_rows
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import TARGETS, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from pipeline.engine import Head
 from pipeline.job import open_job
 from pipeline.planning.choice import build_arguments, choose, chosen_spec
@@ -111,9 +111,8 @@ def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
     engine, head, sharing, packing = load_with_transformers(job, progress)
     student = None
     if config.student is not None:
-        progress.begin("loading the student", None)
-        student = GivenModel(config.student, job)
-        progress.end()
+        with task(progress, "loading the student"):
+            student = GivenModel(config.student, job)
     draw = draw_rows(job, config.samples, config.seed)
     alike = sharing_of(job, draw, config.seed, progress) if sharing else None
     surveyor = Surveyor(
@@ -151,9 +150,8 @@ def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
     if student is not None:
         stand_in = GivenStudent(student.head, survey.student, student.name)
     else:
-        progress.begin("finding the noise of the stand-in student", None)
-        stand_in = NoisyTeacher(head, survey.teacher, kl=config.noise_kl, seed=config.seed)
-        progress.end()
+        with task(progress, "finding the noise of the stand-in student"):
+            stand_in = NoisyTeacher(head, survey.teacher, kl=config.noise_kl, seed=config.seed)
     footprints: dict[Any, Footprint] = {}
     positions: list[dict[str, Any]] = []
     reached: dict[str, float] = {}
@@ -224,9 +222,8 @@ def _measure_positions(
                 }
             )
     hidden = survey.teacher.positions[kind]
-    progress.begin(f"comparing gradients at {kind} positions", len(hidden))
-    sums = agreement_at(head, hidden, student, kind, stored, progress.update)
-    progress.end()
+    with task(progress, f"comparing gradients at {kind} positions", len(hidden)):
+        sums = agreement_at(head, hidden, student, kind, stored, progress.update)
     for row in rows:
         agreement = sums[row["top_k"], row["precision"]]
         row |= {"unseen_kl": agreement.unseen_kl, "angle": agreement.angle}
@@ -249,18 +246,17 @@ def _measure_relations(
     grid = [(form, precision) for form in config.relations for precision in config.precisions]
     stored: dict[Any, list[Any]] = {cell: [] for cell in grid}
     angles: dict[Any, list[float]] = {cell: [] for cell in grid}
-    progress.begin("comparing relations of images", len(survey.relations))
-    for number, relation in enumerate(survey.relations):
-        exact = ours(survey.teacher.images[number])
-        of_student = theirs(student.image(number))
-        for cell in grid:
-            spec = _relation_spec(config.build.spec, *cell)
-            record = encode_relation(exact if cell[0] == "exact" else relation, spec)
-            stored[cell].append(record)
-            read: Relation = RelationBlock(pack_relations([record]))[0]
-            angles[cell].append(relation_angle(exact, read, of_student))
-        progress.update(number + 1)
-    progress.end()
+    with task(progress, "comparing relations of images", len(survey.relations)):
+        for number, relation in enumerate(survey.relations):
+            exact = ours(survey.teacher.images[number])
+            of_student = theirs(student.image(number))
+            for cell in grid:
+                spec = _relation_spec(config.build.spec, *cell)
+                record = encode_relation(exact if cell[0] == "exact" else relation, spec)
+                stored[cell].append(record)
+                read: Relation = RelationBlock(pack_relations([record]))[0]
+                angles[cell].append(relation_angle(exact, read, of_student))
+            progress.update(number + 1)
     rows = []
     for form, precision in grid:
         records = stored[form, precision]

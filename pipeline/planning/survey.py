@@ -25,7 +25,7 @@ from cache_schema.format.records import (
     response_positions_of,
 )
 from cache_schema.format.spec import TargetSpec
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from pipeline.engine import Engine, Head, verified_head
 from pipeline.extract import Extractor, batches
 from pipeline.job import Job
@@ -173,29 +173,28 @@ class Surveyor:
         self._quota = -(-self._positions // len(draw.rows))
         preparing = seconds = 0.0
         tokens = 0
-        progress.begin("capturing samples", len(draw.rows))
-        started = time.perf_counter()
-        for window, tried in self._windows(draw.rows, found):
-            preparing += time.perf_counter() - started
-            for sample in window:
-                self._pick(sample)
+        with task(progress, "capturing samples", len(draw.rows)):
             started = time.perf_counter()
-            captured = [one for batch in self._extractor.capture(window, set()) for one in batch]
-            seconds += time.perf_counter() - started
-            tokens += sum(map(len, window))
-            results = {one.row: one for one in captured}  # of a row that came twice the later one counts
-            good = [sample for sample in window if isinstance(results[sample.row], CapturedSample)]
-            theirs = self._student_states_of(student, good) if student is not None else {}
-            for sample in window:
-                result = results[sample.row]
-                if isinstance(result, QuarantinedRow):
-                    found.reject(result)
-                else:
-                    self._keep(result, theirs.get(sample.row), found)
-            self._witness.kept.clear()
-            progress.update(tried, bad=str(found.bad.total()))
-            started = time.perf_counter()
-        progress.end()
+            for window, tried in self._windows(draw.rows, found):
+                preparing += time.perf_counter() - started
+                for sample in window:
+                    self._pick(sample)
+                started = time.perf_counter()
+                captured = [one for batch in self._extractor.capture(window, set()) for one in batch]
+                seconds += time.perf_counter() - started
+                tokens += sum(map(len, window))
+                results = {one.row: one for one in captured}  # of a row that came twice the later one counts
+                good = [sample for sample in window if isinstance(results[sample.row], CapturedSample)]
+                theirs = self._student_states_of(student, good) if student is not None else {}
+                for sample in window:
+                    result = results[sample.row]
+                    if isinstance(result, QuarantinedRow):
+                        found.reject(result)
+                    else:
+                        self._keep(result, theirs.get(sample.row), found)
+                self._witness.kept.clear()
+                progress.update(tried, bad=str(found.bad.total()))
+                started = time.perf_counter()
         if not found.samples:
             reasons = ", ".join(f"{reason} {count}" for reason, count in found.bad.most_common())
             raise KdcacheError(
@@ -311,20 +310,19 @@ def sharing_of(job: Job, draw: Draw, seed: int, progress: Progress) -> float | N
     rows = draw.rows[draw.keys != 0]
     rows = generator.choice(rows, min(_PAIRS, len(rows)), replace=False)
     tried = alike = 0
-    progress.begin("comparing rows about the same image", len(rows))
-    for number, row in enumerate(rows.tolist()):
-        progress.update(number)
-        others = np.flatnonzero(keys == keys[row])
-        others = others[others != row]
-        if not len(others):
-            continue
-        pair = (row, int(generator.choice(others)))
-        try:
-            first, second = (prefix_keys(job.preparer.prepare(job.dataset[one]), "")[0] for one in pair)
-        except RowRejected:
-            continue
-        tried, alike = tried + 1, alike + (first == second)
-    progress.end()
+    with task(progress, "comparing rows about the same image", len(rows)):
+        for number, row in enumerate(rows.tolist()):
+            progress.update(number)
+            others = np.flatnonzero(keys == keys[row])
+            others = others[others != row]
+            if not len(others):
+                continue
+            pair = (row, int(generator.choice(others)))
+            try:
+                first, second = (prefix_keys(job.preparer.prepare(job.dataset[one]), "")[0] for one in pair)
+            except RowRejected:
+                continue
+            tried, alike = tried + 1, alike + (first == second)
     return alike / tried if tried else None
 
 
