@@ -170,11 +170,10 @@ def plan(
 ) -> None:
     """Measure on a few samples what a cache costs and loses, and recommend how to build it."""
     from cache_schema.format.spec import TARGETS, TargetSpec
-    from pipeline.planning.advice import PlanConfig
-    from pipeline.planning.advice import plan as plan_cache
-    from pipeline.planning.choice import write_command
+    from pipeline.forecast.advice import ForecastConfig, forecast
+    from pipeline.forecast.choice import write_command
     from pipeline.settings import BuildConfig
-    from views.plan_page import draw_plan, print_plan
+    from views.forecast_page import draw_forecast, print_forecast
     from views.terminal import Bar, print_json
 
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -183,7 +182,7 @@ def plan(
         if file is not None and not file.parent.is_dir():
             raise typer.BadParameter(f"the folder {file.parent} does not exist", param_hint=option)
     forms = [word if word == "exact" else _numbers("--relation", word)[0] for word in _words(relation)]
-    config = PlanConfig(
+    config = ForecastConfig(
         build=BuildConfig(
             teacher=teacher,
             data=data,
@@ -215,12 +214,12 @@ def plan(
         max_kl=max_kl,
         seed=seed,
     )
-    document = plan_cache(config, Bar())
+    document = forecast(config, Bar())
     if write is not None:
         write_command(write, document["arguments"])
     if plot is not None:
-        draw_plan(document, plot)
-    print_json(document) if json_ else print_plan(document)
+        draw_forecast(document, plot)
+    print_json(document) if json_ else print_forecast(document)
 
 
 @app.command()

@@ -32,7 +32,7 @@ from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_rows
 from cache_schema.format.records import TopK
 from cache_schema.format.shard import write_groups
 from cache_schema.format.spec import TargetSpec
-from pipeline.planning.fidelity import Agreement, compare, noise_of_kl
+from pipeline.forecast.fidelity import Agreement, compare, noise_of_kl
 
 Array = NDArray[Any]
 SHUFFLES = {"plain": Blosc.NOSHUFFLE, "bytes": Blosc.SHUFFLE, "bits": Blosc.BITSHUFFLE}

@@ -16,9 +16,9 @@ from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.progress import Progress, task
 from pipeline.fingerprint import fingerprint_of, pad_token_id_of, read_assets, weights_digest
-from pipeline.planner import plan_rows
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import BuildConfig
+from pipeline.shard_plan import plan_rows
 from pipeline.templates import ChatTemplate, load_template
 from pipeline.transformers_engine import image_token_id_of, load_processor, require_bitsandbytes
 

@@ -70,7 +70,7 @@ class Step:
 class Stream:
     """Global batches of a cache, step after step, epoch after epoch.
 
-    Every rank plans the same global batches and reads its own strided slice of each. Within a batch the
+    Every rank forms the same global batches and reads its own strided slice of each. Within a batch the
     samples are sorted by length, longest first, so that ranks and micro-batches are alike and padding is
     small; the loss does not depend on that order. All ranks have the same number of micro-batches.
 
@@ -104,7 +104,7 @@ class Stream:
         lengths = [cache.shard_length(shard) for shard in cache.shards]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._shard = np.repeat(np.arange(len(lengths)), lengths)  # (N,) place in cache.shards
-        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._kept = lru_cache(maxsize=2)(self._make_batches)
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -121,7 +121,7 @@ class Stream:
 
     def batches(self, epoch: int) -> list[Int64]:
         """The sample numbers of every global batch of an epoch, each sorted by length, longest first."""
-        return self._plan(epoch)
+        return self._kept(epoch)
 
     def read(self, start: int, stop: int) -> Generator[Step]:
         """This rank's part of steps start..stop-1, any number of epochs on; shards are read ahead."""
@@ -180,7 +180,7 @@ class Stream:
             for place in np.argsort(firsts):
                 yield (epoch, int(shards[place])), int(uses[place])
 
-    def _make_plan(self, epoch: int) -> list[Int64]:
+    def _make_batches(self, epoch: int) -> list[Int64]:
         order = self._order(epoch)
         size = self._config.global_batch
         if self._config.group_by_modality:

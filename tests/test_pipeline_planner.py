@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.planner import plan_rows
+from pipeline.shard_plan import plan_rows
 
 
 def shards_of(order: np.ndarray, shard_size: int) -> np.ndarray:

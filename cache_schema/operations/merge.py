@@ -98,7 +98,7 @@ def _new_plan(caches: Sequence[Cache], progress: Progress) -> tuple[Manifest, Sh
     }
     taken: set[int] = set()
     pieces: list[Piece] = []
-    with task(progress, "planning", len(caches)):
+    with task(progress, "arranging shards", len(caches)):
         for number, (cache, parts, offset) in enumerate(zip(caches, rows, offsets, strict=True)):
             lost = _quarantine(cache)
             for shard, part in parts.items():

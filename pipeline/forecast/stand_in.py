@@ -17,8 +17,8 @@ from cache_schema.format.codecs.topk import topk_rows
 from cache_schema.format.records import TopK
 from cache_schema.format.spec import TargetSpec
 from pipeline.engine import Engine, Head
+from pipeline.forecast.fidelity import Agreement, compare, noise_of_kl
 from pipeline.packing import Pack
-from pipeline.planning.fidelity import Agreement, compare, noise_of_kl
 from pipeline.relation import RelationMaker
 from pipeline.samples import PreparedSample
 

@@ -1,4 +1,4 @@
-"""What `plan` found, in the terminal, and its curves as a picture."""
+"""What `kdcache plan` found, in the terminal, and its curves as a picture."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Row = Mapping[str, Any]
 _GOOD, _BAD = "green", "red"
 
 
-def print_plan(document: Mapping[str, Any], console: Console = results) -> None:
-    """Prints what `pipeline.planning.advice.plan` made."""
+def print_forecast(document: Mapping[str, Any], console: Console = results) -> None:
+    """Prints what `pipeline.forecast.advice.forecast` made."""
     for part in (
         _samples(document),
         *_positions(document),
@@ -37,7 +37,7 @@ def print_plan(document: Mapping[str, Any], console: Console = results) -> None:
     console.print(document["command"], markup=False, soft_wrap=True)
 
 
-def draw_plan(document: Mapping[str, Any], file: Path) -> None:
+def draw_forecast(document: Mapping[str, Any], file: Path) -> None:
     """Bytes of the whole dataset against degrees off, a line a kind of target and precision.
 
     KdcacheError when the file cannot be written or its kind is not one that can be drawn.

@@ -28,10 +28,10 @@ from cache_schema.format.spec import TargetSpec
 from cache_schema.progress import Progress, task
 from pipeline.engine import Engine, Head, verified_head
 from pipeline.extract import Extractor, batches
+from pipeline.forecast.stand_in import Picked, Witness, require_same_tokens
+from pipeline.forecast.workload import MeasuredSample, Speed
 from pipeline.job import Job
 from pipeline.packing import Pack
-from pipeline.planning.forecast import MeasuredSample, Speed
-from pipeline.planning.stand_in import Picked, Witness, require_same_tokens
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.transformers_engine import image_token_id_of, load_engine, load_processor

@@ -1,4 +1,4 @@
-"""`plan`: what a cache of a dataset would cost and lose at several settings, measured on a few samples."""
+"""`kdcache plan`: what a cache would cost and lose at several settings, measured on a few samples."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cache_schema.format.spec import TARGETS, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress, task
 from pipeline.engine import Head
+from pipeline.forecast.choice import build_arguments, choose, chosen_spec
+from pipeline.forecast.fidelity import as_stored, covered, narrowed, relation_angle
+from pipeline.forecast.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
+from pipeline.forecast.stand_in import GivenStudent, NoisyTeacher, StandIn, agreement_at, exact_relations
+from pipeline.forecast.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
+from pipeline.forecast.workload import Workload, break_even, bytes_by_part, workload_of
 from pipeline.job import open_job
-from pipeline.planning.choice import build_arguments, choose, chosen_spec
-from pipeline.planning.fidelity import as_stored, covered, narrowed, relation_angle
-from pipeline.planning.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
-from pipeline.planning.forecast import Workload, break_even, bytes_by_part, workload_of
-from pipeline.planning.stand_in import GivenStudent, NoisyTeacher, StandIn, agreement_at, exact_relations
-from pipeline.planning.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
 from pipeline.settings import BuildConfig
 from pipeline.teachers import load_with_transformers
 
@@ -35,10 +35,10 @@ _ENCODED = 32768  # positions of a kind whose bytes are measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConfig:
-    """What `plan` needs to know.
+class ForecastConfig:
+    """What `forecast` needs to know.
 
-    build: the build that is planned; its top_k, precision and relation are what is looked for. samples:
+    build: the build to forecast; its top_k, precision and relation are what is looked for. samples:
     rows drawn by `seed`. top_ks, precisions, relations (bounds of 1 - cos, or `exact`): the grid. student:
     a folder; None: the teacher with noise at a mean KL of noise_kl nats. positions: of each kind, whose
     gradients are compared. max_angle (degrees, by target), max_kl (nats, stored against exact record): what
@@ -100,7 +100,7 @@ class PlanConfig:
         )
 
 
-def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
+def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
     """The whole answer as a JSON object.
 
     KdcacheError in one line when the teacher, the data or the student cannot be used, or when no row that
@@ -175,7 +175,7 @@ def plan(config: PlanConfig, progress: Progress) -> dict[str, Any]:
     )
 
 
-def _within_vocabulary(config: PlanConfig, vocab: int, progress: Progress) -> PlanConfig:
+def _within_vocabulary(config: ForecastConfig, vocab: int, progress: Progress) -> ForecastConfig:
     """Without the numbers of entries that exceed the vocabulary."""
     kept = tuple(sorted({k for k in config.top_ks if k <= vocab}))
     if not kept:
@@ -186,7 +186,7 @@ def _within_vocabulary(config: PlanConfig, vocab: int, progress: Progress) -> Pl
 
 
 def _measure_positions(
-    config: PlanConfig,
+    config: ForecastConfig,
     survey: Survey,
     head: Head,
     student: StandIn,
@@ -231,7 +231,7 @@ def _measure_positions(
 
 
 def _measure_relations(
-    config: PlanConfig,
+    config: ForecastConfig,
     survey: Survey,
     head: Head,
     student: StandIn,
@@ -285,7 +285,7 @@ def _relation_spec(spec: TargetSpec, form: RelationChoice, precision: Precision)
 
 
 def _document(
-    config: PlanConfig,
+    config: ForecastConfig,
     survey: Survey,
     workload: Workload,
     positions: list[dict[str, Any]],

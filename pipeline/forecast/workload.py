@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_schema.format.manifest import Plan
-from pipeline.planning.footprint import Footprint
+from pipeline.forecast.footprint import Footprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

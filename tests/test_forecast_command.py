@@ -23,12 +23,12 @@ from cache_schema.format.spec import TargetSpec
 from cache_schema.operations.summary import summarise
 from cache_schema.progress import Silent
 from pipeline.capture import build
+from pipeline.forecast.advice import ForecastConfig, forecast
+from pipeline.forecast.choice import build_arguments, write_command
 from pipeline.job import open_job
-from pipeline.planning.advice import PlanConfig, plan
-from pipeline.planning.choice import build_arguments, write_command
 from pipeline.settings import BuildConfig
 from tests.test_cli import run
-from tests.test_plan_measures import dense_agreement
+from tests.test_forecast_measures import dense_agreement
 from tests.tiny_models import TinyDataset, tiny_dataset, tiny_llava, tiny_rows, write_png
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
 
 
-def config_of(world: SimpleNamespace, **rest: Any) -> PlanConfig:
+def config_of(world: SimpleNamespace, **rest: Any) -> ForecastConfig:
     named = {name: rest.pop(name) for name in tuple(rest) if name in BuildConfig.__dataclass_fields__}
     build = BuildConfig(
         **{
@@ -64,10 +64,10 @@ def config_of(world: SimpleNamespace, **rest: Any) -> PlanConfig:
         }
     )
     grid: dict[str, Any] = {"samples": ROWS, "top_ks": (4, 16, 64), "relations": (1e-2, 1e-4, "exact")}
-    return PlanConfig(build=build, **{**grid, **rest})
+    return ForecastConfig(build=build, **{**grid, **rest})
 
 
-def plan_words(world: SimpleNamespace, *more: Any) -> list[Any]:
+def forecast_words(world: SimpleNamespace, *more: Any) -> list[Any]:
     return [
         *("plan", "--teacher", world.teacher, "--data", world.data, "--image-root", world.images),
         *("--out", world.folder / "the cache", "--dtype", "float32", "--device", "cpu", "--shard-size", 16),
@@ -77,9 +77,9 @@ def plan_words(world: SimpleNamespace, *more: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def answer(world: SimpleNamespace) -> dict[str, Any]:
-    """The plan of the world with its student, every row and every position of it measured."""
+    """The forecast of the world with its student, every row and every position of it measured."""
     targets = TargetSpec(targets=("response", "visual", "relation", "prompt"))
-    return plan(config_of(world, student=world.student, positions=100_000, spec=targets), Silent())
+    return forecast(config_of(world, student=world.student, positions=100_000, spec=targets), Silent())
 
 
 def own_logits(folder: Path, job: Any) -> dict[int, Tensor]:
@@ -153,7 +153,7 @@ def test_relations_lose_what_their_bound_allows(answer: dict[str, Any]) -> None:
 def test_a_build_with_the_recommended_flags_writes_what_was_foretold(
     world: SimpleNamespace, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = plan_words(world, "--precision", precision, "--max-angle", "5,relation=20", "--json")
+    words = forecast_words(world, "--precision", precision, "--max-angle", "5,relation=20", "--json")
     code, out, err = run(*words, capsys=capsys)
     assert code == 0, err
     told = json.loads(out)
@@ -174,22 +174,22 @@ def test_a_build_with_the_recommended_flags_writes_what_was_foretold(
     assert told["dataset"]["tokens"] == real["counts"]["tokens"]
     for part, size in best["bytes"].items():
         written = real["bytes"]["by_part"][part]
-        if part == "samples":  # the plan counts what else a shard has with its table
+        if part == "samples":  # the forecast counts what else a shard has with its table
             written += real["bytes"]["by_part"]["quarantine"]
         assert size == pytest.approx(written, rel=0.04, abs=600), part
     assert best["total_bytes"] == pytest.approx(real["bytes"]["total"], rel=0.03)
 
 
 def test_a_few_rows_stand_for_all(world: SimpleNamespace) -> None:
-    whole = plan(config_of(world, top_ks=(16,), relations=(1e-4,)), Silent())
-    part = plan(config_of(world, top_ks=(16,), relations=(1e-4,), samples=12, seed=1), Silent())
+    whole = forecast(config_of(world, top_ks=(16,), relations=(1e-4,)), Silent())
+    part = forecast(config_of(world, top_ks=(16,), relations=(1e-4,), samples=12, seed=1), Silent())
     assert part["samples"]["drawn"] == 12
     off = part["recommended"]["total_bytes"] - whole["recommended"]["total_bytes"]
     assert abs(off) < max(
         4 * part["recommended"]["standard_error_bytes"], 0.02 * whole["recommended"]["total_bytes"]
     )
     assert part["recommended"]["standard_error_bytes"] > 0
-    again = plan(config_of(world, top_ks=(16,), relations=(1e-4,), samples=12, seed=1), Silent())
+    again = forecast(config_of(world, top_ks=(16,), relations=(1e-4,), samples=12, seed=1), Silent())
     for document in (part, again):
         for timed in ("speed", "break_even"):
             del document[timed]
@@ -223,7 +223,7 @@ def test_the_page_fits_a_narrow_terminal_and_ends_with_the_command(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     script, picture = tmp_path / "build.sh", tmp_path / "curves.png"
-    code, out, err = run(*plan_words(world, "--write", script, "--plot", picture), capsys=capsys)
+    code, out, err = run(*forecast_words(world, "--write", script, "--plot", picture), capsys=capsys)
     assert code == 0, err
     *page, command = out.rstrip("\n").split("\n")
     assert all(len(line) <= 80 for line in page)
@@ -300,7 +300,7 @@ def test_bad_rows_are_counted_and_not_fatal(world: SimpleNamespace, tmp_path: Pa
     rows[4] = {"id": "odd", "conversations": []}
     data = tmp_path / "data.json"
     data.write_text(json.dumps(rows))
-    found = plan(config_of(world, data=data, samples=12), Silent())
+    found = forecast(config_of(world, data=data, samples=12), Silent())
     assert found["samples"]["measured"] == 7
     assert found["samples"]["bad"] == {"missing_image": 4, "no_turns": 1}
     assert found["samples"]["example_of_bad"].startswith("row ")
@@ -323,14 +323,14 @@ def test_a_dataset_of_which_nothing_can_be_captured_is_an_error(
         if 0 not in order[np.random.Generator(np.random.Philox(s)).choice(200, 5, replace=False)]
     )
     with pytest.raises(KdcacheError, match=r"none of 5 rows drawn can be captured \(no_turns 5\)"):
-        plan(config_of(world, data=data, samples=5, seed=seed), Silent())
+        forecast(config_of(world, data=data, samples=5, seed=seed), Silent())
 
 
 def test_text_alone_needs_no_image(world: SimpleNamespace, tmp_path: Path) -> None:
     rows = [row for row in tiny_rows(30) if "image" not in row]
     data = tmp_path / "data.json"
     data.write_text(json.dumps(rows))
-    found = plan(config_of(world, data=data, image_root=tmp_path / "none"), Silent())
+    found = forecast(config_of(world, data=data, image_root=tmp_path / "none"), Silent())
     assert {row["target"] for row in found["positions"]} == {"response"}
     assert found["relations"] == []
     assert found["recommended"]["relation"] is None
@@ -342,11 +342,11 @@ def test_targets_that_no_sample_has_are_an_error(world: SimpleNamespace, tmp_pat
     data.write_text(json.dumps([row for row in tiny_rows(30) if "image" not in row]))
     spec = TargetSpec(targets=("visual", "relation"))
     with pytest.raises(KdcacheError, match=r"none of the 4 samples .* has visual or relation targets"):
-        plan(config_of(world, data=data, image_root=tmp_path, spec=spec, samples=4), Silent())
+        forecast(config_of(world, data=data, image_root=tmp_path, spec=spec, samples=4), Silent())
 
 
 def test_relations_alone(world: SimpleNamespace) -> None:
-    found = plan(config_of(world, spec=TargetSpec(targets=("relation",)), samples=6), Silent())
+    found = forecast(config_of(world, spec=TargetSpec(targets=("relation",)), samples=6), Silent())
     assert found["positions"] == []
     assert found["recommended"]["top_k"] is None
     assert "--relation-bound" in found["arguments"]
@@ -367,7 +367,7 @@ def test_rows_with_several_images(world: SimpleNamespace, tmp_path: Path) -> Non
     config = config_of(
         world, data=tmp_path / "data.json", image_root=tmp_path, out=str(tmp_path / "cache"), top_ks=(4,)
     )
-    found = plan(config, Silent())
+    found = forecast(config, Silent())
     build(config.build, Silent())
     real = summarise(open_cache(str(tmp_path / "cache")))["counts"]
     assert found["dataset"]["images"] == real["images"] == 12
@@ -379,10 +379,10 @@ def test_a_teacher_whose_images_see_what_follows_shares_nothing(
     world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("pipeline.teachers.prefix_is_independent", lambda engine, sample: False)
-    code, out, err = run(*plan_words(world), capsys=capsys)
+    code, out, err = run(*forecast_words(world), capsys=capsys)
     assert code == 0, err
     assert "not shared" in out
-    code, out, err = run(*plan_words(world, "--json"), capsys=capsys)
+    code, out, err = run(*forecast_words(world, "--json"), capsys=capsys)
     found = json.loads(out)["dataset"]
     assert found["stored_images"] == found["images"]
     assert found["computed_tokens"] == found["tokens"]
@@ -390,7 +390,7 @@ def test_a_teacher_whose_images_see_what_follows_shares_nothing(
 
 
 def test_half_precision(world: SimpleNamespace) -> None:
-    found = plan(config_of(world, dtype="bfloat16", samples=8), Silent())
+    found = forecast(config_of(world, dtype="bfloat16", samples=8), Silent())
     assert found["teacher"]["engine"]["dtype"] == "bfloat16"
     assert found["student"]["kl"]["response"] == pytest.approx(0.7, rel=0.05)
     assert "--dtype" in found["arguments"]
@@ -407,7 +407,7 @@ def test_a_question_before_the_image_is_not_shared(world: SimpleNamespace, tmp_p
         rows.append({"id": number, "image": "one.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(rows))
     data = TinyDataset(data=tmp_path / "data.json", image_root=tmp_path, rows=rows)
-    found = plan(config_of(world, data=data.data, image_root=data.image_root), Silent())
+    found = forecast(config_of(world, data=data.data, image_root=data.image_root), Silent())
     # The tiny template writes the image before the text, so that only the order of its parts decides.
     shared = found["dataset"]["sharing"]["share_of_equal_prefixes"]
     assert found["dataset"]["distinct_first_images"] == 1
@@ -427,7 +427,7 @@ def test_rows_are_read_only_where_they_are_drawn(
         return read(self, row)
 
     monkeypatch.setattr(JsonSource, "read", counted)
-    found = plan(config_of(world, data=data, samples=5, top_ks=(4,), relations=(1e-2,)), Silent())
+    found = forecast(config_of(world, data=data, samples=5, top_ks=(4,), relations=(1e-2,)), Silent())
     assert found["dataset"]["rows"] == 500
     assert len(reads) < 5 * 3 + 5  # the sample, two for the sharing, a few for the probe
 
@@ -457,7 +457,7 @@ def test_rows_are_read_only_where_they_are_drawn(
 def test_what_is_wrong_is_said_in_one_line(
     world: SimpleNamespace, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: int, said: str
 ) -> None:
-    found, out, err = run(*plan_words(world, "--samples", 4, *words), capsys=capsys)
+    found, out, err = run(*forecast_words(world, "--samples", 4, *words), capsys=capsys)
     assert found == code, err
     assert said in err
     assert out == ""
@@ -469,13 +469,13 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_a_student_of_other_tokens_is_refused(world: SimpleNamespace, tmp_path: Path) -> None:
     other = tiny_llava(tmp_path / "other", image_size=16)
     with pytest.raises(KdcacheError, match=r"does not read row \d+ as the teacher does"):
-        plan(config_of(world, student=other), Silent())
+        forecast(config_of(world, student=other), Silent())
 
 
 def test_an_interrupted_plan_leaves_cleanly(world: SimpleNamespace, tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     data.write_text(json.dumps(tiny_rows(3000, images=ROWS // 2)))
-    words = plan_words(world, "--samples", 3000, "--data", data)
+    words = forecast_words(world, "--samples", 3000, "--data", data)
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", *map(str, words)],
         cwd=ROOT,

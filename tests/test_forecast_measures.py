@@ -11,12 +11,12 @@ from cache_schema.format.manifest import Plan
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import TargetSpec
 from pipeline.engine import Head
-from pipeline.planner import plan_rows
-from pipeline.planning.choice import choose
-from pipeline.planning.fidelity import Agreement, as_stored, compare, narrowed, noise_of_kl, relation_angle
-from pipeline.planning.footprint import relation_footprint, topk_footprint
-from pipeline.planning.forecast import MeasuredSample, Speed, break_even, workload_of
-from pipeline.planning.stand_in import NoisyTeacher, Picked, agreement_at, kl_between
+from pipeline.forecast.choice import choose
+from pipeline.forecast.fidelity import Agreement, as_stored, compare, narrowed, noise_of_kl, relation_angle
+from pipeline.forecast.footprint import relation_footprint, topk_footprint
+from pipeline.forecast.stand_in import NoisyTeacher, Picked, agreement_at, kl_between
+from pipeline.forecast.workload import MeasuredSample, Speed, break_even, workload_of
+from pipeline.shard_plan import plan_rows
 from pipeline.targets import TargetMaker
 
 VOCAB, WIDTH, POSITIONS = 700, 24, 60
@@ -110,7 +110,7 @@ def test_agreements_of_chunks_add_up_to_that_of_all(monkeypatch: pytest.MonkeyPa
     whole = agreement_at(head, hidden, student, "response", records, told.append)[8]
     assert told == [POSITIONS]
     assert whole.mean_kl == pytest.approx(0.7, rel=0.02)
-    monkeypatch.setattr("pipeline.planning.stand_in._CHUNK_BYTES", 4 * VOCAB * 7)
+    monkeypatch.setattr("pipeline.forecast.stand_in._CHUNK_BYTES", 4 * VOCAB * 7)
     parts = agreement_at(head, hidden, student, "response", records, told.append)[8]
     assert told[1:] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
     assert parts.angle == pytest.approx(whole.angle, abs=1e-3)
