@@ -12,7 +12,7 @@ VLLM_TORCH ?= torch==2.13.0
 ACCEPTANCE_DIR ?= acceptance-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-vllm check format lint types install bench acceptance demo-teacher clean
+.PHONY: demo test test-slow test-vllm check docs format lint types install bench acceptance demo-teacher clean
 
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
@@ -29,7 +29,11 @@ test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest --timeout 600 tests/test_vllm.py \
 		tests/test_house.py::test_optional_engines_stay_unimported
 
-check: install lint types test
+check: install lint types docs test
+
+# The site, in build/site; any warning (a dead link, a page outside the navigation) is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -61,7 +65,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,docs]'
 	@touch $@
 
 # torchaudio and torchcodec ask for another torch, triton for a GPU; torchvision needs the hook beside a torch

@@ -1,0 +1,73 @@
+"""What the pages say must hold: quarantine reasons, recipes, code that reads a cache, links of the README."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from student.stages import RECIPES, open_recipe
+from tests.fake_caches import make_cache
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+RECIPE_FILES = sorted((DOCS / "recipes").glob("*.yaml"))
+
+
+def reasons_in_the_code() -> set[str]:
+    """The reasons that RowRejected and QuarantinedRow are given as literals anywhere in the packages."""
+    found = set()
+    for package in ("cache_schema", "models", "pipeline", "student"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                    continue
+                if node.func.id not in ("RowRejected", "QuarantinedRow"):
+                    continue
+                given = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "reason")]
+                found |= {one.value for one in given if isinstance(one, ast.Constant)}
+    return found
+
+
+def test_every_quarantine_reason_is_explained():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    section = page.split("## Quarantine reasons")[1].split("\n## ")[0]
+    explained = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", section, re.MULTILINE)
+    assert len(explained) == len(set(explained))
+    assert set(explained) == reasons_in_the_code()
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
+def test_the_example_recipes_load(path):
+    assert open_recipe(str(path)).stages
+    assert f'"recipes/{path.name}"' in (DOCS / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_the_written_out_recipe_is_the_built_in_one():
+    written = open_recipe(str(DOCS / "recipes" / "llava-kd.yaml"))
+    assert tuple(entry.stage for entry in written.stages) == RECIPES[written.name]
+
+
+def test_the_code_of_the_readme_reads_a_cache(tmp_path, monkeypatch, capsys):
+    cache = make_cache(tmp_path / "cache", tmp_path / "images", rows=12)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "open_cache" in block
+    )
+    assert code in (DOCS / "getting-started.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    first, second = capsys.readouterr().out.splitlines()
+    sample = cache[0]
+    assert first == f"{len(cache)} samples; {len(sample.input_ids)} tokens in the first"
+    right = sample.response.token_ids[:, 0] == sample.labels[sample.response_positions + 1]
+    assert second.startswith(f"teacher agrees with {right.mean():.0%} of its labels; mass kept 0.")
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
