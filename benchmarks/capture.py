@@ -34,13 +34,13 @@ from benchmarks._teachers import english
 from cache_schema import TargetSpec
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.progress import Silent
+from models.folder import load_processor
 from pipeline.capture import BuildConfig, build
-from pipeline.engine import verified_head
 from pipeline.extract import Extractor, batches
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.templates import load_template
-from pipeline.transformers_engine import TransformersEngine, load_engine, load_processor
+from pipeline.transformers_engine import TransformersEngine, load_engine
 
 SPEC = TargetSpec(targets=("response", "visual", "relation"))
 TEXT_TOKENS = 130
@@ -149,7 +149,7 @@ def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
             max_length=2048,
         )
         samples[root] = [preparer.prepare(row) for row in open_dataset(root / "data.json")]
-    head = verified_head(engine, samples[single][:1])
+    head = engine.verified_head(samples[single][:1])
     alone, packed = (
         Extractor(engine, head, SPEC, fingerprint="", share=pack, pack=pack, batch_tokens=BATCH_TOKENS)
         for pack in (False, True)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from cache_schema.errors import RowRejected
+from models.tokens import adds_special_tokens
 from pipeline.templates import Rendered
 
 # Whatever a processor raises on one strange row (a lone surrogate, an image 1 pixel wide) is that row's
@@ -113,13 +114,11 @@ class _Output:
 
 
 def _call(processor: Any, images: Sequence[Image.Image], **texts: list[str]) -> _Output:
-    bos = processor.tokenizer.bos_token
     try:
         output = dict(
             processor(
                 images=[list(images)] if images else None,
-                # as apply_chat_template: a template that writes the token itself must not get it twice
-                add_special_tokens=not (bos is not None and texts["text"][0].startswith(bos)),
+                add_special_tokens=adds_special_tokens(processor.tokenizer, texts["text"][0]),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
                 return_tensors="pt",

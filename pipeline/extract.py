@@ -25,7 +25,8 @@ from cache_schema.format.records import (
     response_positions_of,
 )
 from cache_schema.format.spec import TargetSpec
-from pipeline.engine import Engine, Head, RecordEngine, release_memory
+from models.head import Head
+from pipeline.engine import Engine, RecordEngine, release_memory
 from pipeline.packing import Pack, make_pack, pack_samples
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample

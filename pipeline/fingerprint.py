@@ -11,8 +11,9 @@ from PIL import Image
 from transformers import PretrainedConfig
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.identity import Fingerprint, digest_of, tokenizer_digest
+from cache_schema.format.identity import Fingerprint, digest_of
 from cache_schema.format.spec import TargetSpec
+from models.tokens import digest_of_tokenizer, pad_token_id_of
 from pipeline.templates import ChatTemplate
 
 ASSETS = (
@@ -61,8 +62,7 @@ def fingerprint_of(
     weights, dataset: digests. rules: what decides which rows are captured and how they are cut.
     """
     tokenizer = processor.tokenizer
-    special = {role: getattr(tokenizer, f"{role}_token", None) for role in ("eos", "bos", "pad", "unk")}
-    vocabulary = tokenizer_digest(tokenizer.get_vocab(), special)
+    vocabulary = digest_of_tokenizer(tokenizer)
     settings = json.loads(json.dumps(config.to_dict(), default=str))
     return Fingerprint(
         capture={
@@ -92,14 +92,6 @@ def fingerprint_of(
         },
         recorded=recorded,
     )
-
-
-def pad_token_id_of(tokenizer: Any) -> int:
-    """The padding id, or the end-of-sequence id, or 0: padded positions are masked, so any id serves."""
-    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if value is not None:
-            return int(value)
-    return 0
 
 
 def image_tokens(processor: Any, image_token_id: int) -> int | None:

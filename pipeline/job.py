@@ -15,12 +15,14 @@ from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.progress import Progress, task
-from pipeline.fingerprint import fingerprint_of, pad_token_id_of, read_assets, weights_digest
+from models.folder import load_processor
+from models.tokens import image_token_id_of, pad_token_id_of
+from pipeline.fingerprint import fingerprint_of, read_assets, weights_digest
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import BuildConfig
 from pipeline.shard_plan import plan_rows
 from pipeline.templates import ChatTemplate, load_template
-from pipeline.transformers_engine import image_token_id_of, load_processor, require_bitsandbytes
+from pipeline.transformers_engine import require_bitsandbytes
 
 _PROBES = 64  # rows looked at for those that can probe the teacher
 
@@ -133,7 +135,7 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
     """Reads everything but the weights' values. KdcacheError names what is missing or does not fit."""
     if config.quantization is not None:
         require_bitsandbytes(config.quantization)
-    processor = load_processor(config.teacher)
+    processor = load_processor(config.teacher, "teacher")
     template = load_template(processor, config.template)
     teacher_config = AutoConfig.from_pretrained(config.teacher, local_files_only=True)
     dataset = open_dataset(config.data, progress)

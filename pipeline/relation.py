@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cache_schema.format.records import Relation
 from cache_schema.format.spec import TargetSpec
-from pipeline.engine import Head
+from models.head import Head
 
 _COLUMNS = 8192  # vocabulary entries a chunk where the logits are needed
 _FIRST_RANK = 64
@@ -73,8 +73,8 @@ def root_of(head: Head) -> Tensor:
 
     Cholesky in float64, or the eigendecomposition where A^T A is singular (V < D).
     """
-    weight = head.weight[: head.vocab_size]
-    bias = None if head.bias is None else head.bias[: head.vocab_size]
+    weight = head.weight[: head.columns]
+    bias = None if head.bias is None else head.bias[: head.columns]
     device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # no float64 there
     width = weight.shape[1] + (bias is not None)
     gram = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -84,7 +84,7 @@ def root_of(head: Head) -> Tensor:
             if bias is not None:
                 piece = torch.cat([piece, bias[start : start + _COLUMNS, None].to(device).double()], dim=1)
             gram.addmm_(piece.T, piece)
-        gram *= head.scale**2
+        gram *= head.logit_scale**2
         root: Tensor
         root, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
@@ -151,14 +151,14 @@ def _chunked_gram(head: Head, hidden: Tensor) -> Tensor:
     """R (P, P) float64 of a head that is not linear, from chunks of its logits."""
     device = torch.device("cpu") if hidden.device.type == "mps" else hidden.device
     gram = torch.zeros(len(hidden), len(hidden), dtype=torch.float64, device=device)
-    for start in range(0, head.vocab_size, _COLUMNS):
-        end = min(start + _COLUMNS, head.vocab_size)
+    for start in range(0, head.columns, _COLUMNS):
+        end = min(start + _COLUMNS, head.columns)
         piece = Head(
             weight=head.weight[start:end],
             vocab_size=end - start,
             bias=None if head.bias is None else head.bias[start:end],
             softcap=head.softcap,
-            scale=head.scale,
+            logit_scale=head.logit_scale,
         )
         logits = piece.logits(hidden)
         gram += (logits @ logits.T).to(device)

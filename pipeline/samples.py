@@ -86,6 +86,7 @@ class SamplePreparer:
             )
         self._processor = processor
         self._tokenizer = processor.tokenizer
+        self._tokenizer.model_max_length = 1 << 60  # max_length decides; the tokenizer's own only warns
         self._template = template
         self._image_token_id = image_token_id
         self._image_root = image_root

@@ -14,7 +14,8 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import TargetSpec
 from cache_schema.operations.divergence import kl, relation_cosine
-from pipeline.engine import Engine, Head, RecordEngine
+from models.head import Head
+from pipeline.engine import Engine, RecordEngine
 from pipeline.samples import PreparedSample
 from pipeline.targets import TargetMaker
 

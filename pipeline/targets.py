@@ -13,8 +13,8 @@ from torch import Tensor
 from cache_schema.errors import KdcacheError
 from cache_schema.format.records import IGNORE_INDEX, Relation, TopK
 from cache_schema.format.spec import TargetSpec
+from models.head import Head
 from pipeline.draws import tail_draws
-from pipeline.engine import Head
 from pipeline.relation import RelationMaker
 
 _BLOCK = 64  # columns a block of the top-k search
@@ -30,11 +30,11 @@ class TargetMaker:
     """
 
     def __init__(self, head: Head, spec: TargetSpec, *, chunk_bytes: int = 256 << 20) -> None:
-        if spec.top_k > head.vocab_size:
-            raise KdcacheError(f"top_k {spec.top_k} exceeds the teacher's {head.vocab_size} tokens")
+        if spec.top_k > head.columns:
+            raise KdcacheError(f"top_k {spec.top_k} exceeds the teacher's {head.columns} tokens")
         self._head = head
         self._spec = spec
-        self._rows = max(1, chunk_bytes // (4 * head.vocab_size))
+        self._rows = max(1, chunk_bytes // (4 * head.columns))
         self._scratches: dict[str, Tensor] = {}
         self._relations = RelationMaker(head, spec) if "relation" in spec.targets else None
 
@@ -94,7 +94,7 @@ class TargetMaker:
         if self._head.weight.device.type != "cpu":
             return None
         if name not in self._scratches or len(self._scratches[name]) < rows:
-            self._scratches[name] = torch.empty(rows, self._head.vocab_size)
+            self._scratches[name] = torch.empty(rows, self._head.columns)
         return self._scratches[name][:rows]
 
     def _group(self, logits: Tensor) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.progress import Progress, task
-from pipeline.engine import Engine, Head, RecordEngine, release_memory, verified_head
-from pipeline.folder_head import read_head
+from models.device import choose_device
+from models.head import Head, read_head
+from pipeline.engine import Engine, RecordEngine, release_memory
 from pipeline.job import Job
 from pipeline.prefix import packing_is_exact, prefix_is_independent
 from pipeline.samples import PreparedSample
 from pipeline.spot_check import Finding, finding_of, require_agreement
-from pipeline.transformers_engine import DTYPES, TransformersEngine, choose_device, load_engine
+from pipeline.transformers_engine import DTYPES, TransformersEngine, load_engine
 from pipeline.vllm_engine import hidden_engine, logprob_engine, start_vllm
 
 
@@ -44,7 +45,7 @@ def load_with_transformers(job: Job, progress: Progress) -> tuple[TransformersEn
     with task(progress, "loading the teacher"):
         engine = _load_transformers(job)
         sample = job.probe()
-        head = verified_head(engine, [sample])
+        head = engine.verified_head([sample])
         sharing = bool(sample.images) and prefix_is_independent(engine, sample)
         packing = sharing and packing_is_exact(engine, sample)
     return engine, head, sharing, packing
@@ -112,5 +113,5 @@ def _ask_transformers(job: Job, samples: list[PreparedSample]) -> tuple[Finding,
     """What transformers says of the samples, and the soft-cap that its model really applies; the model is
     gone when this returns."""
     engine = _load_transformers(job)
-    head = verified_head(engine, samples[:1])
+    head = engine.verified_head(samples[:1])
     return finding_of(engine, head, job.config.spec, samples), head.softcap

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,15 +15,15 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cache_schema.errors import KdcacheError, first_line
-from pipeline.engine import Head, head_from
+from cache_schema.errors import KdcacheError
+from models.device import choose_device, device_name
+from models.folder import load_model
+from models.head import Head, verified_head
+from models.inputs import join, pad
 from pipeline.pack_attention import attention_by_parts
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
-from pipeline.workers import rank_on_machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,7 +39,7 @@ class TransformersEngine:
             raise KdcacheError(
                 f"{type(model).__name__} has no base model under its head; it cannot be a teacher"
             )
-        self._head = head_of(model, vocab_size)
+        self._head = Head.of(model, vocab_size)
 
     @property
     def head(self) -> Head:
@@ -112,10 +111,15 @@ class TransformersEngine:
         return hidden
 
     def logits(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
-        """See Engine."""
+        """The model's own logits (T, rows), one tensor per sample, for checks only."""
         with torch.inference_mode():
             logits = self._model(**self._inputs(_single(samples)), use_cache=False, return_dict=True).logits
         return [logits[index, : len(sample)] for index, sample in enumerate(samples)]
+
+    def verified_head(self, samples: Sequence[PreparedSample]) -> Head:
+        """The head, as it proves itself on `samples`. See models.head.verified_head."""
+        hidden, own = self.hidden_states(samples), self.logits(samples)
+        return verified_head(self._head, hidden, own, model=type(self._model).__name__)
 
     def _inputs(self, packs: Sequence[Pack]) -> dict[str, Tensor]:
         made = collate(packs, pad_token_id=self._pad_token_id)
@@ -133,71 +137,21 @@ def _single(samples: Sequence[PreparedSample]) -> list[Pack]:
 def collate(packs: Sequence[Pack], *, pad_token_id: int) -> dict[str, Tensor]:
     """Model inputs of a right-padded batch: ids (B, L), mask, token inputs, and pixel inputs.
 
-    Pixel inputs are joined along their first dimension; where others differ (patches or images a sample),
-    they are padded with zeros at the end, as the processors themselves do.
+    Pixel inputs are joined as `models.inputs.join` does.
     """
     length = max(len(pack) for pack in packs)
     ids = [pack.join([sample.input_ids for sample in pack.samples]).astype(np.int64) for pack in packs]
     inputs = {
-        "input_ids": _pad(ids, length, pad_token_id),
-        "attention_mask": _pad([np.ones(len(pack), dtype=np.int64) for pack in packs], length, 0),
+        "input_ids": pad(ids, length, pad_token_id),
+        "attention_mask": pad([np.ones(len(pack), dtype=np.int64) for pack in packs], length, 0),
     }
     for name in packs[0].first.token_inputs:
         rows = [pack.join([sample.token_inputs[name] for sample in pack.samples]) for pack in packs]
-        inputs[name] = _pad(rows, length, 0)
+        inputs[name] = pad(rows, length, 0)
     pixels = [pack.first.pixel_inputs for pack in packs]
     for name in {name: None for inputs_of in pixels for name in inputs_of}:
         inputs[name] = join([inputs_of[name] for inputs_of in pixels if name in inputs_of])
     return inputs
-
-
-def _pad(rows: Sequence[NDArray[np.generic]], length: int, value: int) -> Tensor:
-    padded = [np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]
-    return torch.from_numpy(np.stack(padded))
-
-
-def join(values: Sequence[Tensor]) -> Tensor:
-    """Tensors joined along dimension 0, zero-padded to one shape in all others."""
-    if len(values) == 1:
-        return values[0]
-    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    padded = []
-    for value in values:
-        missing = [wanted - size for size, wanted in zip(value.shape[1:], shape, strict=True)]
-        padding = [part for amount in reversed(missing) for part in (0, amount)]
-        padded.append(functional.pad(value, padding) if any(missing) else value)
-    return torch.cat(padded)
-
-
-def head_of(model: Any, vocab_size: int) -> Head:
-    """The head of a transformers model, its soft-cap and logit scale from the text config."""
-    layer = model.get_output_embeddings()
-    if layer is None:
-        raise KdcacheError(f"{type(model).__name__} has no language-model head; it cannot be a teacher")
-    bias = getattr(layer, "bias", None)
-    bias = None if bias is None else bias.detach()
-    return head_from(model.config.get_text_config(), layer.weight.detach(), bias, vocab_size)
-
-
-def load_processor(folder: Path) -> Any:
-    """The teacher's processor. KdcacheError that says what is missing."""
-    require_model_folder(folder)
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except ImportError as error:
-        needs = "torchvision" if "torchvision" in str(error).lower() else "a package that is not installed"
-        raise KdcacheError(
-            f"the processor in {folder} needs {needs}; install it: {first_line(error)}"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KdcacheError(f"no usable processor in {folder}: {first_line(error)}") from error
-    if not hasattr(processor, "tokenizer") or getattr(processor, "image_token", None) is None:
-        raise KdcacheError(
-            f"{folder} holds a {type(processor).__name__}, not a processor for images and text; "
-            "save the teacher's processor (processor_config.json, preprocessor_config.json) with it"
-        )
-    processor.tokenizer.model_max_length = 1 << 60  # our own limit decides; theirs only warns
-    return processor
 
 
 def load_engine(
@@ -216,28 +170,14 @@ def load_engine(
     transformers instead. quantization: `8bit` or `4bit` through bitsandbytes. KdcacheError where the folder
     cannot be loaded.
     """
-    require_model_folder(folder)
-    transformers.utils.logging.disable_progress_bar()  # a second bar inside ours
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else DTYPES[dtype], "local_files_only": True}
+    options: dict[str, Any] = {}
     placed = device_map is not None or quantization is not None
     if placed:
         options["device_map"] = device_map or choose_device(device)
     if quantization is not None:
         bits = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}[quantization]
         options["quantization_config"] = transformers.BitsAndBytesConfig(**{bits: True})
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
-        hint = "; `kdcache convert` turns it into a transformers folder" if "tinyllava" in str(error) else ""
-        raise KdcacheError(f"cannot load the teacher in {folder}: {first_line(error)}{hint}") from error
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if missing:
-        raise KdcacheError(
-            f"the weights in {folder} lack {len(missing)} tensors of the model ({missing[0]}, ...): "
-            "they would be random; get the whole checkpoint"
-        )
+    model = load_model(folder, DTYPES.get(dtype, dtype), role="teacher", **options)
     if not placed:
         model = model.to(choose_device(device))
     return TransformersEngine(model, vocab_size=vocab_size, pad_token_id=pad_token_id)
@@ -252,55 +192,3 @@ def require_bitsandbytes(quantization: str) -> None:
         )
     # one line a layer and call, for every dtype but float16
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def require_model_folder(folder: Path) -> None:
-    """KdcacheError unless `folder` holds a config.json of a model that transformers knows how to name."""
-    if not folder.is_dir():
-        raise KdcacheError(
-            f"teacher folder {folder} does not exist; give a folder with config.json and weights"
-        )
-    config = folder / "config.json"
-    if not config.is_file():
-        raise KdcacheError(f"{folder} holds no config.json; give a folder that `save_pretrained` wrote")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise KdcacheError(f"{config} is not valid JSON: {error}; get it anew") from error
-    if isinstance(kind, str) and kind.startswith("tinyllava"):
-        raise KdcacheError(
-            f"{folder} is a {kind} checkpoint; turn it into a transformers one with `kdcache convert`"
-        )
-
-
-def choose_device(device: str) -> str:
-    """The device of this worker: of `auto`, or an accelerator without a number, each of several workers on a
-    machine has its own; any other name as it is. KdcacheError when there is no such device."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device != "auto" and (accelerator is None or device != accelerator.type):
-        try:
-            torch.empty(0, device=device)
-        except (AssertionError, RuntimeError) as error:
-            raise KdcacheError(f"device {device} cannot be used here: {first_line(error)}") from error
-        return device
-    if accelerator is None:
-        return "cpu"
-    if accelerator.type == "mps":
-        return "mps"
-    return f"{accelerator.type}:{rank_on_machine() % torch.accelerator.device_count()}"
-
-
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the accelerator's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type
-
-
-def image_token_id_of(config: Any) -> int:
-    """The id that the model replaces by image features. KdcacheError when the config names none."""
-    for name in ("image_token_id", "image_token_index"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    raise KdcacheError(f"the config of {config.model_type} names no image token; it cannot be a teacher")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +15,15 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.datasets.images import open_image
 from cache_schema.errors import KdcacheError, RowRejected, first_line
 from cache_schema.format.records import TopK
-from pipeline.engine import Head
+from models.device import is_one_of_several, rank_on_machine
+from models.head import Head
+from models.inputs import open_recorded
+from models.parts import NESTED_TOWERS, nested_tower_name
 from pipeline.logprob_records import record_of
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
-from pipeline.workers import is_one_of_several, rank_on_machine
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the model can be reached, Ctrl-C is ours
@@ -50,7 +50,6 @@ _START_ERRORS = (
     TypeError,
     ValueError,
 )  # whatever a model class raises over a config or tokenizer that it does not expect
-_FLAT_TOWERS = ("siglip_vision_model", "clip_vision_model")
 
 
 class _Prompts:
@@ -68,10 +67,9 @@ class _Prompts:
             prompt: dict[str, Any] = {"prompt_token_ids": self._ids(sample)}
             for record in sample.images:
                 if record.path not in opened:
-                    image = open_image(self._image_root, record.path)
-                    if image.sha256 != record.sha256:
-                        raise RowRejected("changed_image", f"{record.path} has changed while it was read")
-                    opened[record.path] = image.image
+                    opened[record.path] = open_recorded(
+                        self._image_root, record, recorded="when it was prepared"
+                    )
             if sample.images:
                 prompt["multi_modal_data"] = {"image": [opened[record.path] for record in sample.images]}
             prompts.append(prompt)
@@ -257,7 +255,7 @@ def start_vllm(
     options: dict[str, Any] = {
         "model": str(folder),
         "dtype": dtype,
-        "load_format": _register_loader(flat_tower=vision_type in _FLAT_TOWERS),
+        "load_format": _register_loader(flat_tower=vision_type in NESTED_TOWERS),
         "enforce_eager": True,
         "limit_mm_per_prompt": limits,
         "skip_mm_profiling": True,
@@ -325,16 +323,11 @@ def _register_loader(*, flat_tower: bool) -> str:
 
         def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in super().get_all_weights(model_config, model):
-                yield (vision_name(name) if flat_tower else name), tensor
+                yield (nested_tower_name(name) if flat_tower else name), tensor
 
     name = "kdcache_flat_tower" if flat_tower else "kdcache"
     loaders.register_model_loader(name)(Loader)
     return name
-
-
-def vision_name(name: str) -> str:
-    """The name of a tensor of a SigLIP or CLIP tower as vLLM knows it."""
-    return re.sub(r"^((?:model\.)?vision_tower)\.(?!vision_model\.)", r"\1.vision_model.", name)
 
 
 def _keep_vocabulary(llm: Any, vocab_size: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from cache_schema.errors import KdcacheError, WrongUsage
+from cache_schema.errors import WrongUsage
+from models.device import number_in
 
 # torchrun and accelerate set the first pair, SLURM's srun the second, Open MPI's mpirun the third.
 _LAUNCHERS = (
@@ -12,18 +13,6 @@ _LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
-
-_LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
-
-
-def is_one_of_several() -> bool:
-    """Whether a launcher says which of the workers on this machine this process is."""
-    return any(name in os.environ for name in _LOCAL)
-
-
-def rank_on_machine() -> int:
-    """Which of the workers on this machine this process is, as its launcher says, or 0."""
-    return next((_number(name) for name in _LOCAL if name in os.environ), 0)
 
 
 def place_among_workers(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -34,7 +23,7 @@ def place_among_workers(rank: int | None, world_size: int | None) -> tuple[int, 
     if rank is None and world_size is None:
         for rank_name, size_name in _LAUNCHERS:
             if rank_name in os.environ and size_name in os.environ:
-                rank, world_size = _number(rank_name), _number(size_name)
+                rank, world_size = number_in(rank_name), number_in(size_name)
                 break
         else:
             return 0, 1
@@ -43,10 +32,3 @@ def place_among_workers(rank: int | None, world_size: int | None) -> tuple[int, 
             f"rank {rank} of world size {world_size}: give both, the rank counted from 0 below the world size"
         )
     return rank, world_size
-
-
-def _number(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError as error:
-        raise KdcacheError(f"environment variable {name} is {os.environ[name]!r}, not a number") from error

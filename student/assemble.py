@@ -25,7 +25,8 @@ from transformers import (
 
 from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache, open_cache
-from student.folder import part_of, save_folder
+from models.parts import part_of
+from student.folder import save_folder
 
 IMAGE_TOKEN = "<image>"
 _TOWER_KEY = re.compile(r"^(?:model\.)?(?:vision_tower\.)?(?:vision_model\.)?")

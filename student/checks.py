@@ -10,10 +10,9 @@ import torch
 
 from cache_schema.errors import IdentityMismatch
 from cache_schema.format.cache import Cache
-from cache_schema.format.identity import tokenizer_digest
 from cache_schema.format.records import ImageRecord
+from models.tokens import digest_of_tokenizer
 from student.collate import Collator
-from student.folder import special_tokens
 from student.pixels import PixelInputs
 from student.stages import Stage
 
@@ -66,7 +65,7 @@ def check_student(
 def _token_problems(training: dict[str, Any], model: Any, processor: Any) -> list[str]:
     tokenizer = processor.tokenizer
     problems = []
-    ours = tokenizer_digest(tokenizer.get_vocab(), special_tokens(tokenizer))
+    ours = digest_of_tokenizer(tokenizer)
     if ours != training["tokenizer"]:
         problems.append(
             f"tokenizer {ours[:12]} ({len(tokenizer)} tokens) here, {training['tokenizer'][:12]} "

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.datasets.images import open_image
 from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
 from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK
+from models.inputs import open_recorded, pad
 from student.losses import Denominators, DistillationTargets, PositionTargets, RelationTargets
 from student.pixels import PixelInputs
 from student.stream import Located, Step
@@ -79,23 +79,20 @@ class Collator:
         if self.placeholders is not None:
             samples = [respan(sample, self.placeholders, self.image_token_id) for sample in samples]
         length = max(len(sample.input_ids) for sample in samples)
-        input_ids = np.full((len(samples), length), self.pad_token_id, dtype=np.int64)
-        labels = np.full((len(samples), length), IGNORE_INDEX, dtype=np.int64)
-        attention = np.zeros((len(samples), length), dtype=np.int64)
-        for place, sample in enumerate(samples):
-            input_ids[place, : len(sample.input_ids)] = sample.input_ids
-            labels[place, : len(sample.labels)] = sample.labels
-            attention[place, : len(sample.input_ids)] = 1
-        inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}
+        ids = [sample.input_ids for sample in samples]
+        inputs = {
+            "input_ids": pad(ids, length, self.pad_token_id, np.int64),
+            "attention_mask": pad([np.ones_like(each) for each in ids], length, 0, np.int64),
+        }
         inputs |= _extra_inputs(samples, length)
         inputs |= self.images([sample.images for sample in samples])
+        labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)
         targets = self._targets(samples, length)
-        made = torch.from_numpy(labels)
         return Batch(
             inputs=inputs,
-            labels=made,
+            labels=labels,
             targets=targets,
-            denominators=Denominators.of(made, targets),
+            denominators=Denominators.of(labels, targets),
             rows=tuple(sample.row for sample in samples),
             sample_ids=tuple(sample.sample_id for sample in samples),
         )
@@ -106,18 +103,12 @@ class Collator:
 
     def _open(self, record: ImageRecord) -> Any:
         try:
-            opened = open_image(self.image_root, record.path)
+            return open_recorded(self.image_root, record, recorded="in the cache")
         except RowRejected as error:
             raise KdcacheError(
                 f"image {record.path} of the cache cannot be read under {self.image_root} ({error.detail}); "
-                "give the --image-root that the cache was built with"
+                "give the --image-root that the cache was built with, or restore the file"
             ) from error
-        if opened.sha256 != record.sha256:
-            raise KdcacheError(
-                f"image {record.path} under {self.image_root} is not the one the teacher saw: sha256 "
-                f"{opened.sha256[:12]} here, {record.sha256[:12]} in the cache; restore the file"
-            )
-        return opened.image
 
     def _idle(self) -> Batch:
         ids = torch.full((1, 1), self.pad_token_id)
@@ -231,10 +222,7 @@ def _extra_inputs(samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
             for sample in samples
         )
         if per_token:
-            padded = np.zeros((len(samples), length), dtype=arrays[0].dtype)
-            for place, array in enumerate(arrays):
-                padded[place, : len(array)] = array
-            made[name] = torch.from_numpy(padded)
+            made[name] = pad(arrays, length, 0)
         else:
             made[name] = torch.from_numpy(np.concatenate(arrays))
     return made

@@ -21,10 +21,12 @@ from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected, WrongUsage
 from cache_schema.format.cache import open_cache
 from cache_schema.progress import Progress, task
+from models.device import choose_device
+from models.folder import load_model, load_processor
+from models.tokens import adds_special_tokens, pad_token_id_of
 from student.answers import Answered, score
 from student.checks import check_student
 from student.collate import Collator
-from student.folder import load_model, load_processor
 from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
@@ -71,7 +73,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     """Scores (`student.answers.score`), rows that could not be asked (`skipped`), seconds; `teacher`: the
     means of `measure_cache` when a cache is given. The same on every run with the same device and batch."""
     started = time.perf_counter()
-    device = _device(config.device)
+    device = torch.device(choose_device(config.device))
     processor = load_processor(config.model)
     # On a CPU float32 is the quick one, whatever the weights are saved in.
     model = load_model(config.model, torch.float32 if device.type == "cpu" else "auto").to(device).eval()
@@ -209,7 +211,7 @@ class _Answerer:
         made = self.processor(
             text=[question.prompt for question in questions],
             images=[self._images(question.images) for question in questions] if questions[0].images else None,
-            add_special_tokens=self._adds_special_tokens(questions[0].prompt),
+            add_special_tokens=adds_special_tokens(self.tokenizer, questions[0].prompt),
             padding=True,
             return_tensors="pt",
         )
@@ -248,7 +250,7 @@ class _Answerer:
         token = self.processor.image_token
         expanded = self.processor.replace_image_token({"pixel_values": pixels}, 0)
         texts = [question.prompt.replace(token, expanded) for question in questions]
-        special = self._adds_special_tokens(texts[0])
+        special = adds_special_tokens(self.tokenizer, texts[0])
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
         for question in questions:
             if question.prompt.count(token) != len(question.images):
@@ -261,10 +263,6 @@ class _Answerer:
     def _padded(self, ids: list[list[int]]) -> dict[str, torch.Tensor]:
         made = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
         return {name: made[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-
-    def _adds_special_tokens(self, text: str) -> bool:
-        bos = self.tokenizer.bos_token
-        return not (bos is not None and text.startswith(bos))
 
     def _images(self, paths: Sequence[str]) -> list[Any]:
         return [open_image(self.config.image_root, path).image for path in paths]
@@ -284,7 +282,7 @@ def _distance(
     collator = Collator(
         pixels=PixelInputs(processor),
         image_root=config.image_root,
-        pad_token_id=processor.tokenizer.pad_token_id or 0,
+        pad_token_id=pad_token_id_of(processor.tokenizer),
         image_token_id=training["image_token_id"],
         targets=tuple(cache.spec.targets),
         sample_temperature=cache.spec.sample_temperature,
@@ -300,10 +298,3 @@ def _write_predictions(path: Path, questions: Sequence[Question], answers: Seque
         for question, answer in zip(questions, answers, strict=True):
             line = {"row": question.row, "kind": question.kind, "references": list(question.references)}
             file.write(json.dumps({**line, "prediction": answer}, ensure_ascii=False) + "\n")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if found is None else found
-    return torch.device(name)

@@ -11,7 +11,9 @@ import yaml
 
 from cache_schema.errors import KdcacheError
 from cache_schema.progress import Progress, task
-from student.folder import folder_digest, load_model, load_processor, part_of, save_folder
+from models.folder import load_model, load_processor
+from models.parts import part_of
+from student.folder import folder_digest, save_folder
 from student.run_folder import read_result, write_text
 
 

@@ -1,82 +1,21 @@
-"""A student's folder: loading it, naming its parts, its digest, and writing it so that others accept it."""
+"""A student's folder: which parts train, its digest, and writing it so that others accept it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
 
 from cache_schema.errors import KdcacheError
-from student.stages import Part
-
-logging.disable_progress_bar()  # progress is told through Progress
-
-_VISION = ("vision_tower", "vision_model", "visual", "vision_encoder")
-_PROJECTOR = (
-    "multi_modal_projector",
-    "connector",
-    "merger",
-    "image_newline",
-    "aligner",
-    "modality_projection",
-)
-
-
-def load_model(folder: Path | str, dtype: torch.dtype | str = "auto") -> Any:
-    """The vision-language model in `folder`, on the CPU. KdcacheError when it is none or is incomplete."""
-    path = _folder(folder)
-    try:
-        model, notes = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise KdcacheError(f"{path} is not a model that transformers can load: {_line(error)}") from error
-    missing = sorted(notes["missing_keys"])
-    if missing:
-        raise KdcacheError(
-            f"{path} lacks {len(missing)} weights (first: {missing[0]}); write the folder again, or convert "
-            "it with `kdcache convert` where it comes from TinyLLaVA"
-        )
-    return model
-
-
-def load_processor(folder: Path | str) -> Any:
-    """The processor (tokenizer, image processor, chat template) in `folder`."""
-    path = _folder(folder)
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise KdcacheError(f"{path} holds no processor that transformers can load: {_line(error)}") from error
-    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-        raise KdcacheError(f"{path} holds a {type(processor).__name__}, not a processor for images and text")
-    return processor
-
-
-def special_tokens(tokenizer: Any) -> dict[str, str | None]:
-    """The names under which the tokenizer's digest takes its special tokens."""
-    roles = {"eos": "eos_token", "bos": "bos_token", "pad": "pad_token", "unk": "unk_token"}
-    return {role: getattr(tokenizer, name, None) for role, name in roles.items()}
-
-
-def part_of(name: str) -> Part:
-    """The part that a parameter belongs to, by its name: vision tower, projector or language model."""
-    words = name.split(".")
-    if any(word in _PROJECTOR for word in words):
-        return "projector"
-    if any(word in _VISION for word in words):
-        return "vision_tower"
-    return "language_model"
+from models.folder import require_model_folder
+from models.parts import NESTED_TOWERS, Part, nested_tower_name, part_of
 
 
 def freeze(model: nn.Module, trainable: tuple[Part, ...]) -> list[str]:
@@ -101,7 +40,7 @@ def freeze(model: nn.Module, trainable: tuple[Part, ...]) -> list[str]:
 
 def folder_digest(folder: Path | str) -> str:
     """SHA-256 over the configuration and every weights file of a model folder, by name."""
-    path = _folder(folder)
+    path = require_model_folder(folder)
     files = sorted([path / "config.json", *path.glob("*.safetensors")])
     if len(files) < 2:
         raise KdcacheError(f"{path} holds no safetensors weights")
@@ -153,29 +92,17 @@ def sync(path: Path) -> None:
 def _restore_vision_keys(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tower = config.get("vision_config", {}).get("model_type", "")
-    if tower not in ("siglip_vision_model", "clip_vision_model"):
+    if tower not in NESTED_TOWERS:
         return
-
-    def renamed(key: str) -> str:
-        return re.sub(r"^((?:model\.)?vision_tower)\.(?!vision_model\.)", r"\1.vision_model.", key)
 
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            tensors = {renamed(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            tensors = {nested_tower_name(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         save_file(tensors, file, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.exists():
         document = json.loads(index.read_text(encoding="utf-8"))
-        document["weight_map"] = {renamed(key): name for key, name in document["weight_map"].items()}
+        document["weight_map"] = {
+            nested_tower_name(key): name for key, name in document["weight_map"].items()
+        }
         index.write_text(json.dumps(document, indent=2), encoding="utf-8")
-
-
-def _folder(folder: Path | str) -> Path:
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise KdcacheError(f"{path} is not a model folder: it has no config.json")
-    return path
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cache_schema.errors import KdcacheError
-from student.folder import part_of
+from models.parts import part_of
 
 
 def add_adapters(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> None:

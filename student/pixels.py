@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, cat, equal, from_numpy
-from torch.nn import functional
+from torch import Tensor, equal, from_numpy
+
+from models.inputs import join
 
 _TEXT = ("input_ids", "attention_mask", "labels")
 _PROBES = ((23, 31), (64, 48))
@@ -45,7 +46,7 @@ class PixelInputs:
             return {"pixel_values": self._look_up(self._table, flat)}
         made = [self._of_sample(images) for images in samples if images]
         names = {name: None for inputs in made for name in inputs}
-        return {name: _join([inputs[name] for inputs in made if name in inputs]) for name in names}
+        return {name: join([inputs[name] for inputs in made if name in inputs]) for name in names}
 
     def _of_sample(self, images: Sequence[Any]) -> dict[str, Tensor]:
         processor = getattr(self._threads, "processor", None)
@@ -110,14 +111,3 @@ def _table_of(image_processor: Any) -> NDArray[np.float32]:
     scaled = image_processor.rescale(levels, image_processor.rescale_factor)
     made = image_processor.normalize(scaled, image_processor.image_mean, image_processor.image_std)
     return np.ascontiguousarray(made[:, 0], dtype=np.float32)
-
-
-def _join(values: Sequence[Tensor]) -> Tensor:
-    """Tensors joined along dimension 0, zero-padded to one shape in all others."""
-    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    padded = []
-    for value in values:
-        missing = [wanted - size for size, wanted in zip(value.shape[1:], shape, strict=True)]
-        padding = [part for amount in reversed(missing) for part in (0, amount)]
-        padded.append(functional.pad(value, padding) if any(missing) else value)
-    return cat(padded)

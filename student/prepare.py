@@ -14,7 +14,9 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
-from student.folder import load_model, save_folder
+from models.device import choose_device
+from models.folder import load_model
+from student.folder import save_folder
 from student.lora import add_adapters, merge_adapters
 from student.model import DistilledStudent
 from student.settings import TrainConfig
@@ -26,7 +28,7 @@ def load_student(
 ) -> DistilledStudent:
     """The student of a run as it stands before the first step, in float32 on the CPU."""
     stage = config.resolved_stage
-    model = load_model(config.student, torch.float32)
+    model = load_model(config.student, torch.float32, role="student")
     if stage.lora_rank:
         add_adapters(
             model,
@@ -71,7 +73,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # A tower's last layers lie behind the features that are taken, and text has no image.
     unused = "vision_tower" in config.resolved_stage.trainable
     # Told nothing, accelerate takes the processes of a machine without accelerator for strangers.
-    cpu = config.device == "cpu" or torch.accelerator.current_accelerator(check_available=True) is None
+    cpu = choose_device(config.device) == "cpu"
     try:
         accelerator = Accelerator(
             cpu=cpu,

@@ -13,9 +13,9 @@ import yaml
 
 from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.format.spec import TARGETS
+from models.parts import Part
 from student.losses import LossWeights
 
-Part = Literal["projector", "language_model", "vision_tower"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 CE_ONLY = LossWeights(response=0.0, visual=0.0, relation=0.0)

@@ -23,10 +23,11 @@ from cache_schema.errors import KdcacheError, StoppedEarly
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.interrupt import Interrupt
 from cache_schema.progress import Progress, task
+from models.folder import load_processor
+from models.tokens import pad_token_id_of
 from student.checkpoint import Checkpoint, Checkpoints, refuse_other
 from student.checks import check_student
 from student.collate import Batch, Collator, load_ahead
-from student.folder import load_processor
 from student.heldout import measure_cache, weighted
 from student.losses import Denominators, LossParts
 from student.model import DistilledStudent, unsharded
@@ -162,7 +163,7 @@ class _Run:
         collator = Collator(
             pixels=PixelInputs(self.processor),
             image_root=config.image_root,
-            pad_token_id=self.processor.tokenizer.pad_token_id or 0,
+            pad_token_id=pad_token_id_of(self.processor.tokenizer),
             image_token_id=training["image_token_id"],
             targets=self.stage.targets,
             sample_temperature=cache.spec.sample_temperature,

@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from cache_schema import open_cache
+from models.folder import load_model, load_processor
 from student.collate import Collator
-from student.folder import load_model, load_processor
 from student.heldout import measure_cache
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent, unsharded

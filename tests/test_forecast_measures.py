@@ -10,7 +10,7 @@ from cache_schema.format.codecs.topk import topk_rows
 from cache_schema.format.manifest import Plan
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import TargetSpec
-from pipeline.engine import Head
+from models.head import Head
 from pipeline.forecast.choice import choose
 from pipeline.forecast.fidelity import Agreement, as_stored, compare, narrowed, noise_of_kl, relation_angle
 from pipeline.forecast.footprint import relation_footprint, topk_footprint

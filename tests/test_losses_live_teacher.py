@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from cache_schema import TargetSpec, open_cache
 from cache_schema.progress import Silent
+from models.folder import load_model
 from pipeline.capture import BuildConfig, build
 from student.collate import Collator
-from student.folder import load_model
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs

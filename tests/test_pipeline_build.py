@@ -30,10 +30,12 @@ from cache_schema import (
 from cache_schema.format.identity import tokenizer_digest
 from cache_schema.operations.summary import summarise
 from cache_schema.progress import Silent
+from models.device import choose_device
+from models.head import Head
 from pipeline import loop, teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.extract import Extractor
-from pipeline.transformers_engine import TransformersEngine, choose_device
+from pipeline.transformers_engine import TransformersEngine
 from pipeline.workers import place_among_workers
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
 
@@ -660,12 +662,8 @@ def test_another_identity_is_refused(setting: Setting, captured: Path, tmp_path:
 def test_a_head_that_is_not_understood_is_refused(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import transformers_engine
-
-    understood = transformers_engine.head_of
-    monkeypatch.setattr(
-        transformers_engine, "head_of", lambda *given: replace(understood(*given), scale=1.01)
-    )
+    understood = Head.of
+    monkeypatch.setattr(Head, "of", lambda *given: replace(understood(*given), logit_scale=1.01))
     with pytest.raises(KdcacheError, match="nothing was captured"):
         build(config_of(setting, tmp_path / "c"), Silent())
     assert not (tmp_path / "c").exists()

@@ -20,9 +20,10 @@ from transformers import (
 
 from cache_schema.errors import KdcacheError
 from cache_schema.progress import Silent
+from models.folder import load_processor
 from pipeline.capture import BuildConfig, build
 from pipeline.convert import convert
-from pipeline.transformers_engine import load_engine, load_processor
+from pipeline.transformers_engine import load_engine
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
 
 

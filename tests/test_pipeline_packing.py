@@ -11,13 +11,15 @@ import torch
 from cache_schema import TargetSpec, open_cache
 from cache_schema.datasets.conversations import conversation_of
 from cache_schema.progress import Silent
+from models.folder import load_processor
+from models.tokens import image_token_id_of
 from pipeline.capture import BuildConfig, build
 from pipeline.extract import batches
 from pipeline.packing import Pack, make_pack, pack_samples
 from pipeline.prefix import packing_is_exact, prefix_keys
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.templates import load_template
-from pipeline.transformers_engine import TransformersEngine, image_token_id_of, load_engine, load_processor
+from pipeline.transformers_engine import TransformersEngine, load_engine
 from tests.tiny_families import make, names
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from cache_schema import TargetSpec, open_cache
 from cache_schema.format.records import ImageRecord
 from cache_schema.progress import Silent
+from models.head import Head
 from pipeline import teachers
 from pipeline.capture import BuildConfig, build
-from pipeline.engine import Head
 from pipeline.prefix import prefix_is_independent, prefix_keys
 from pipeline.samples import PreparedSample
 from pipeline.targets import TargetMaker

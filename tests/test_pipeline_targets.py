@@ -8,9 +8,9 @@ from torch import Tensor
 from cache_schema.errors import KdcacheError
 from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import TargetSpec
+from models.head import Head
 from pipeline import draws
 from pipeline.draws import tail_draws, uniforms
-from pipeline.engine import Head
 from pipeline.relation import truncate
 from pipeline.targets import TargetMaker
 
@@ -32,7 +32,7 @@ def dense_logits(head: Head, hidden: Tensor) -> Tensor:
     logits = hidden.double() @ head.weight[: head.vocab_size].double().T
     if head.bias is not None:
         logits += head.bias[: head.vocab_size].double()
-    logits *= head.scale
+    logits *= head.logit_scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
@@ -40,7 +40,7 @@ HEADS = {
     "plain": {"vocab": 352, "width": 16},
     "padded": {"vocab": 350, "width": 16, "padding": 34},
     "blocks": {"vocab": 5003, "width": 16, "padding": 5},
-    "scaled": {"vocab": 352, "width": 16, "scale": 0.25},
+    "scaled": {"vocab": 352, "width": 16, "logit_scale": 0.25},
     "capped": {"vocab": 352, "width": 16, "softcap": 3.0},
     "biased": {"vocab": 340, "width": 16, "padding": 12, "bias": torch.linspace(-3, 5, 352)},
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache_schema.errors import KdcacheError
-from pipeline.transformers_engine import load_processor
+from models.folder import load_processor
 from tests.tiny_families import names
 from tests.torchvision_folder import environment
 

@@ -22,14 +22,14 @@ from cache_schema.operations.diff import diff
 from cache_schema.operations.summary import summarise
 from cache_schema.operations.verify import verify
 from cache_schema.progress import Silent
+from models.head import Head, read_head
+from models.parts import nested_tower_name
 from pipeline import teachers
 from pipeline.capture import BuildConfig, build
-from pipeline.folder_head import read_head
 from pipeline.job import open_job
 from pipeline.logprob_records import record_of
 from pipeline.prefix import _changed_after_images
-from pipeline.transformers_engine import head_of
-from pipeline.vllm_engine import _Prompts, claim_device, vision_name
+from pipeline.vllm_engine import _Prompts, claim_device
 from tests.fake_vllm import install
 from tests.family_checks import SIZES, rows_for
 from tests.tiny_families import make, names
@@ -275,7 +275,7 @@ def test_the_head_of_a_folder_is_the_models(tmp_path: Path, form: str) -> None:
         (folder / "model.safetensors").unlink()
         model.save_pretrained(folder, max_shard_size="20KB")
         assert len(list(folder.glob("*.safetensors"))) > 1
-    head = head_of(AutoModelForImageTextToText.from_pretrained(folder), 340)
+    head = Head.of(AutoModelForImageTextToText.from_pretrained(folder), 340)
     bias = None
     if form == "bias":
         tensors = load_file(folder / "model.safetensors")
@@ -286,7 +286,7 @@ def test_the_head_of_a_folder_is_the_models(tmp_path: Path, form: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     found = read_head(folder, config, vocab_size=340, dtype=torch.float32, device="cpu")
     torch.testing.assert_close(found.weight, head.weight, rtol=0, atol=0)
-    assert (found.vocab_size, found.softcap, found.scale) == (340, head.softcap, head.scale)
+    assert (found.vocab_size, found.softcap, found.logit_scale) == (340, head.softcap, head.logit_scale)
     assert (found.bias is None) is (bias is None)
     half = read_head(folder, config, vocab_size=340, dtype=torch.bfloat16, device="cpu")
     assert half.weight.dtype == torch.bfloat16
@@ -354,7 +354,9 @@ def test_a_device_that_is_not_in_sight_is_refused() -> None:
 
 
 def test_names_of_a_vision_tower() -> None:
-    assert vision_name("vision_tower.encoder.x") == "vision_tower.vision_model.encoder.x"
-    assert vision_name("model.vision_tower.embeddings.y") == "model.vision_tower.vision_model.embeddings.y"
+    assert nested_tower_name("vision_tower.encoder.x") == "vision_tower.vision_model.encoder.x"
+    assert (
+        nested_tower_name("model.vision_tower.embeddings.y") == "model.vision_tower.vision_model.embeddings.y"
+    )
     for name in ("vision_tower.vision_model.encoder.x", "language_model.vision_tower.z"):
-        assert vision_name(name) == name
+        assert nested_tower_name(name) == name

@@ -12,9 +12,9 @@ from transformers import AutoProcessor
 
 from cache_schema import IdentityMismatch, KdcacheError, TargetSpec, open_cache
 from cache_schema.progress import Silent
+from models.folder import load_model, load_processor
 from student.checks import check_student
 from student.collate import Collator, respan
-from student.folder import load_model, load_processor
 from student.pixels import PixelInputs
 from student.stages import DFT, SFT
 from student.train import train

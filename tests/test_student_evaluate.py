@@ -17,12 +17,12 @@ from transformers import (
 from cache_schema import KdcacheError, TargetSpec, open_cache
 from cache_schema.datasets.images import open_image
 from cache_schema.progress import Silent
+from models.folder import load_model, load_processor
 from student.answers import Answered, plain, score, vqa_soft, vqa_words
 from student.assemble import new_student
 from student.collate import Collator
 from student.evaluate import EvaluateConfig, _Answerer, evaluate
 from student.export import export
-from student.folder import load_model, load_processor
 from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from cache_schema import KdcacheError, StoppedEarly, open_cache
 from cache_schema.progress import Silent
+from models.folder import load_model, load_processor
+from models.parts import part_of
 from student.collate import Collator
 from student.export import export
-from student.folder import load_model, load_processor, part_of
 from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent

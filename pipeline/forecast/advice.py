@@ -18,7 +18,7 @@ from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import TARGETS, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress, task
-from pipeline.engine import Head
+from models.head import Head
 from pipeline.forecast.choice import build_arguments, choose, chosen_spec
 from pipeline.forecast.fidelity import as_stored, covered, narrowed, relation_angle
 from pipeline.forecast.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
@@ -205,7 +205,7 @@ def _measure_positions(
         mass = covered(whole, k)
         for precision in config.precisions:
             stored[k, precision] = as_stored(narrow, precision)
-            footprint = topk_footprint(narrowed(part, k), precision, head.vocab_size)
+            footprint = topk_footprint(narrowed(part, k), precision, head.columns)
             footprints[kind, k, precision] = footprint
             error = kl(narrow, stored[k, precision])
             total = footprint.total(workload.positions[kind], workload.shards)
@@ -368,7 +368,7 @@ def _teacher(model: torch.nn.Module, head: Head, folder: str, engine: dict[str, 
         "teacher": folder,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "bytes": sum(parameter.nbytes for parameter in parameters),
-        "vocabulary": head.vocab_size,
+        "vocabulary": head.columns,
         "hidden_size": head.weight.shape[1],
         "engine": engine,
     }

@@ -16,7 +16,8 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.codecs.topk import topk_rows
 from cache_schema.format.records import TopK
 from cache_schema.format.spec import TargetSpec
-from pipeline.engine import Engine, Head
+from models.head import Head
+from pipeline.engine import Engine
 from pipeline.forecast.fidelity import Agreement, compare, noise_of_kl
 from pipeline.packing import Pack
 from pipeline.relation import RelationMaker
@@ -163,7 +164,7 @@ def kl_between(teacher: Head, hidden: Tensor, student: Head, states: Callable[[s
     """Mean KL(teacher || student) in nats over hidden (N, D); states: rows -> the student's (n, D')."""
     total = 0.0
     with torch.inference_mode():
-        for rows in chunks(len(hidden), teacher.vocab_size):
+        for rows in chunks(len(hidden), teacher.columns):
             log_p = teacher.logits(hidden[rows]).log_softmax(dim=1)
             log_q = student.logits(states(rows)).to(log_p.device).log_softmax(dim=1)
             total += float(torch.linalg.vecdot(log_p.exp(), log_p - log_q).sum())
@@ -180,7 +181,7 @@ def agreement_at(
 ) -> dict[Any, Agreement]:
     """The agreement of every record for a kind's picked positions, hidden (N, D). done: told of positions."""
     sums = {key: Agreement() for key in records}
-    for rows in chunks(len(hidden), head.vocab_size):
+    for rows in chunks(len(hidden), head.columns):
         with torch.inference_mode():
             logits = head.logits(hidden[rows])
             theirs = student.head.logits(student.at(kind, rows)).to(logits.device)

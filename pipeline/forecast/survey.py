@@ -26,7 +26,10 @@ from cache_schema.format.records import (
 )
 from cache_schema.format.spec import TargetSpec
 from cache_schema.progress import Progress, task
-from pipeline.engine import Engine, Head, verified_head
+from models.folder import load_processor
+from models.head import Head
+from models.tokens import image_token_id_of
+from pipeline.engine import Engine
 from pipeline.extract import Extractor, batches
 from pipeline.forecast.stand_in import Picked, Witness, require_same_tokens
 from pipeline.forecast.workload import MeasuredSample, Speed
@@ -34,7 +37,7 @@ from pipeline.job import Job
 from pipeline.packing import Pack
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample, SamplePreparer
-from pipeline.transformers_engine import image_token_id_of, load_engine, load_processor
+from pipeline.transformers_engine import load_engine
 
 _WINDOW_BYTES = 256 << 20  # pixels in memory at once
 _PAIRS = 64  # rows held against another about the same image
@@ -110,7 +113,7 @@ class GivenModel:
             max_length=job.rules["max_length"],
             over_long=job.config.over_long,
         )
-        self.head: Head = verified_head(self.engine, [self.prepare(job.probe())])
+        self.head: Head = self.engine.verified_head([self.prepare(job.probe())])
 
     def prepare(self, sample: PreparedSample) -> PreparedSample:
         """The teacher's sample with the student's pixels. KdcacheError when its tokens are others."""

@@ -1,7 +1,7 @@
 """LLaVA-KD's objective from sparse cached targets, without a (T, V) array."""
 
+from models.head import Head
 from student.losses.functions import cross_entropy, relation_loss, sparse_kl
-from student.losses.head import Head
 from student.losses.objective import DistillationLoss, LossParts
 from student.losses.targets import (
     Denominators,

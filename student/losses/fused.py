@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student.losses.head import Head
+from models.head import Head
 from student.losses.positions import PositionWork, run_positions
 from student.losses.products import Gradients, HeadProducts
 from student.losses.relation import RelationWork, run_relations

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
+from models.head import Head
 from student.losses.fused import MEMORY_BUDGET, fused_losses
-from student.losses.head import Head
 from student.losses.positions import plan
 from student.losses.products import wide_dtype
 from student.losses.records import Entries, entries_of, join, no_entries

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from student.losses.head import Head
+from models.head import Head
 
 _PIECE_BYTES = 64 * 2**20
 _PANEL = 256

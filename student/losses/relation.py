@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from student.losses.head import Head
+from models.head import Head
 from student.losses.products import Gradients, HeadProducts
 from student.losses.targets import RelationTargets
 

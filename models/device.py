@@ -1,0 +1,51 @@
+"""Which device this process works on, when several processes share a machine."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from cache_schema.errors import KdcacheError, first_line
+
+_LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+
+def choose_device(device: str) -> str:
+    """The device of this process: of `auto`, or an accelerator without a number, each of several processes on
+    a machine has its own; any other name as it is. KdcacheError when there is no such device."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device != "auto" and (accelerator is None or device != accelerator.type):
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise KdcacheError(f"device {device} cannot be used here: {first_line(error)}") from error
+        return device
+    if accelerator is None:
+        return "cpu"
+    if accelerator.type == "mps":
+        return "mps"
+    return f"{accelerator.type}:{rank_on_machine() % torch.accelerator.device_count()}"
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the accelerator's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def is_one_of_several() -> bool:
+    """Whether a launcher says which of the processes on this machine this one is."""
+    return any(name in os.environ for name in _LOCAL_RANK)
+
+
+def rank_on_machine() -> int:
+    """Which of the processes on this machine this one is, as its launcher says, or 0."""
+    return next((number_in(name) for name in _LOCAL_RANK if name in os.environ), 0)
+
+
+def number_in(name: str) -> int:
+    """The value of an environment variable. KdcacheError when it is no number."""
+    try:
+        return int(os.environ[name])
+    except ValueError as error:
+        raise KdcacheError(f"environment variable {name} is {os.environ[name]!r}, not a number") from error

@@ -1,0 +1,80 @@
+"""A model folder: its model and its processor, as transformers loads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from cache_schema.errors import KdcacheError, first_line
+
+logging.disable_progress_bar()  # progress is reported through Progress
+
+
+def require_model_folder(folder: Path | str, role: str = "model") -> Path:
+    """The folder. KdcacheError unless it holds the config.json of a model of transformers."""
+    path = Path(folder)
+    config = path / "config.json"
+    if not path.is_dir():
+        raise KdcacheError(f"{role} folder {path} does not exist; give a folder with config.json and weights")
+    if not config.is_file():
+        raise KdcacheError(f"{path} holds no config.json; give a folder that `save_pretrained` wrote")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise KdcacheError(f"{config} is not valid JSON: {error}; get it anew") from error
+    if isinstance(kind, str) and kind.startswith("tinyllava"):
+        raise KdcacheError(
+            f"{path} is a {kind} checkpoint; turn it into a transformers one with `kdcache convert`"
+        )
+    return path
+
+
+def load_model(
+    folder: Path | str, dtype: torch.dtype | str = "auto", *, role: str = "model", **options: Any
+) -> Any:
+    """The vision-language model in `folder`. KdcacheError when it is none or is incomplete.
+
+    dtype: `auto` is as saved. options: more of from_pretrained. role: what the message calls it.
+    """
+    path = require_model_folder(folder, role)
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, local_files_only=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        hint = "; `kdcache convert` turns it into a transformers folder" if "tinyllava" in str(error) else ""
+        raise KdcacheError(f"cannot load the {role} in {path}: {first_line(error)}{hint}") from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise KdcacheError(
+            f"the weights in {path} lack {len(missing)} tensors of the {role} ({missing[0]}, ...): they "
+            "would be random; get or write the whole folder again"
+        )
+    return model
+
+
+def load_processor(folder: Path | str, role: str = "model") -> Any:
+    """The processor (tokenizer, image processor, chat template) in `folder`. KdcacheError that says what is
+    missing."""
+    path = require_model_folder(folder, role)
+    try:
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except ImportError as error:
+        needs = "torchvision" if "torchvision" in str(error).lower() else "a package that is not installed"
+        raise KdcacheError(
+            f"the processor in {path} needs {needs}; install it: {first_line(error)}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KdcacheError(f"no usable processor in {path}: {first_line(error)}") from error
+    parts = ("tokenizer", "image_processor", "image_token")
+    if any(getattr(processor, part, None) is None for part in parts):
+        raise KdcacheError(
+            f"{path} holds a {type(processor).__name__}, not a processor for images and text; save the "
+            f"{role}'s processor (processor_config.json, preprocessor_config.json) with it"
+        )
+    return processor
