@@ -20,7 +20,8 @@ class Head:
 
     hidden: after the last norm. weight (rows, D), bias (rows,) or None: the parameters themselves, so that
     gradients reach them; softcap None: no capping. Columns at or above `vocab_size`, the tokenizer's length,
-    are padding of the matrix, no tokens. None: every column is a token.
+    are padding of the matrix, no tokens: targets never hold them, and the student's count in its softmax
+    alone, where their mass is an error to push down. None: every column is a token.
     """
 
     weight: Tensor
@@ -47,6 +48,11 @@ class Head:
         """The number of logits that are tokens."""
         return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
 
+    @property
+    def rows(self) -> int:
+        """The number of logits, those of padding included."""
+        return self.weight.shape[0]
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """(N, V) float32 logits of hidden (N, D): low-precision factors, float32 products and output.
 
@@ -66,7 +72,7 @@ class Head:
         """ValueError when one of `labels`, which must not hold ignored ones, is no token."""
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.columns:
             worst = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-            raise ValueError(f"label {worst} is no token: the head has {self.columns} logits")
+            raise ValueError(f"label {worst} is no token: the head has {self.columns} tokens")
 
     @classmethod
     def of(cls, model: Any, vocab_size: int | None = None) -> Head:

@@ -40,7 +40,7 @@ class DistilledStudent(nn.Module):
     model: its base model must return the final hidden states, after the last norm, that its output
     embeddings turn into logits (`check_head` proves it). Of its parameters only the `trainable` parts
     require gradients; the vision tower stays in eval mode and autograd keeps nothing of it unless it is
-    trainable. vocab_size: logits at and above it are padding of the matrix.
+    trainable. vocab_size: logits at and above it are padding of the matrix, which `Head` says how to count.
     """
 
     def __init__(

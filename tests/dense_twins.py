@@ -21,7 +21,7 @@ def dense_logits(
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """(N, V) logits as a model makes them, without the padding columns."""
+    """(N, V) logits as a model makes them; vocab_size cuts the padding columns away."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -73,14 +73,23 @@ def dense_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     return temperature**2 * terms.sum(1)
 
 
-def sparse_kl_twin(student: Tensor, record: Any, *, tail: str = "bucket", temperature: float = 1.0) -> Tensor:
-    """(N,) T^2 KL from a sparse record, position by position, over the student's logits (N, V)."""
+def sparse_kl_twin(
+    student: Tensor,
+    record: Any,
+    *,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """(N,) T^2 KL from a sparse record, position by position, over the student's logits (N, V), padding from
+    vocab_size on included."""
     column = record.temperatures.tolist().index(temperature)
     values = []
     for n in range(len(student)):
         log_q = (student[n] / temperature).log_softmax(0)
         ids = record.token_ids[n].long()
         outside = torch.ones(student.shape[1], dtype=torch.bool)
+        outside[vocab_size:] = vocab_size is None
         outside[ids] = False
         tail_mass = record.tail_logprob[n, column].exp()
         # p at T: proportional to p^(1/T) inside, and what the tail leaves in sum.
@@ -133,7 +142,8 @@ def objective_twin(
         k: [] for k in ("ce", "response", "visual", "prompt", "relation")
     }
     for b, sample in enumerate(samples):
-        logits = dense_logits(hidden[b], **head)
+        logits = dense_logits(hidden[b], **{**head, "vocab_size": None})  # padding is in the softmax,
+        tokens_only = logits[:, : head.get("vocab_size")]  # not in the Gram matrix
         per_token = F.cross_entropy(logits[:-1], labels[b, 1:], ignore_index=-100, reduction="none")
         tokens["ce"].append(list(per_token[labels[b, 1:] != -100]))
         for kind in ("response", "visual", "prompt"):
@@ -141,10 +151,16 @@ def objective_twin(
             values = (
                 []
                 if part is None
-                else sparse_kl_twin(logits[part.positions], part.record, tail=tail, temperature=temperature)
+                else sparse_kl_twin(
+                    logits[part.positions],
+                    part.record,
+                    tail=tail,
+                    temperature=temperature,
+                    vocab_size=head.get("vocab_size"),
+                )
             )
             tokens[kind].append(list(values))
-        tokens["relation"].append([relation_twin(logits[p], gram) for p, gram in sample.relations])
+        tokens["relation"].append([relation_twin(tokens_only[p], gram) for p, gram in sample.relations])
     zero = (hidden * 0).sum()
     parts = {}
     for name, lists in tokens.items():

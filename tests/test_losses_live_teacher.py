@@ -111,8 +111,9 @@ def cached_loss(student, inputs, batch):
 def dense_loss(student, teacher, inputs, batch):
     """The objective from both models' own logits, sample by sample."""
     with torch.no_grad():
-        wanted = teacher(**inputs).logits[..., :VOCABULARY]
-    made = student(**inputs).logits[..., :VOCABULARY]
+        wanted = teacher(**inputs).logits
+    made = student(**inputs).logits
+    no_token = torch.arange(made.shape[-1]) >= VOCABULARY
     length, total = made.shape[1], 0.0
     for b, labels in enumerate(batch.labels):
         total = total + F.cross_entropy(made[b, :-1], labels[1:])
@@ -120,12 +121,13 @@ def dense_loss(student, teacher, inputs, batch):
             record = getattr(batch.targets, kind)
             positions = record.positions[record.samples == b] - b * length
             if len(positions):
-                kl = dense_kl(made[b, positions], wanted[b, positions]).mean()
+                teacher_logits = wanted[b, positions].masked_fill(no_token, -torch.inf)
+                kl = dense_kl(made[b, positions], teacher_logits).mean()
                 total = total + getattr(WEIGHTS, kind) * kl
         images = [r.positions - b * length for r in batch.targets.relations if r.sample == b]
         for positions in images:
-            teacher_gram = wanted[b, positions] @ wanted[b, positions].T
-            total = total + WEIGHTS.relation * relation_twin(made[b, positions], teacher_gram) / len(images)
+            theirs, ours = (logits[b, positions, :VOCABULARY] for logits in (wanted, made))
+            total = total + WEIGHTS.relation * relation_twin(ours, theirs @ theirs.T) / len(images)
     return total / len(batch.labels)
 
 

@@ -59,8 +59,9 @@ def compare(leaves, record, *, tail, temperature, weights=None, tolerance=1e-9, 
         **head,
     )
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    logits = dense_logits(wide[0], wide[1], bias=wide[2], **head)
-    per_position = sparse_kl_twin(logits, record, tail=tail, temperature=temperature)
+    logits = dense_logits(wide[0], wide[1], bias=wide[2], softcap=head.get("softcap"))
+    vocab_size = head.get("vocab_size")
+    per_position = sparse_kl_twin(logits, record, tail=tail, temperature=temperature, vocab_size=vocab_size)
     shares = torch.full_like(per_position, 1 / len(per_position)) if weights is None else weights
     twin = (shares * per_position).sum()
     close([ours.detach()], [twin.detach()], tolerance)
@@ -316,19 +317,22 @@ def test_no_positions():
         assert not any(grad.any() for grad in gradients(value, (hidden, weight)) if grad is not None)
 
 
-def test_padding_columns_take_no_part():
+def test_padding_columns_are_an_error_of_the_student():
+    """The teacher gives them no mass, the student's softmax does: KL and CE push them down."""
     hidden, weight, bias, teacher = problem(v=20)
-    record = sparse_record(teacher[:, :17], 5)
-    value = sparse_kl(hidden, weight, record, bias=bias, vocab_size=17)
-    cut = sparse_kl(hidden, weight[:17], record, bias=bias[:17])
-    assert value.item() == cut.item()
-    grads = gradients(value, (weight, bias))
-    assert not grads[0][17:].any()
-    assert not grads[1][17:].any()
-    # A record of all columns of a padded head, whose padding has no mass, fits too.
-    padded = sparse_record(teacher.index_fill(1, torch.arange(17, 20), -math.inf), 20)
-    dense = dense_kl(dense_logits(hidden, weight, bias=bias, vocab_size=17), teacher[:, :17]).mean()
-    assert sparse_kl(hidden, weight, padded, bias=bias, vocab_size=17).item() == pytest.approx(dense.item())
+    with torch.no_grad():
+        bias[17:] += 6.0  # most of the student's mass
+    padded = teacher.index_fill(1, torch.arange(17, 20), -math.inf)
+    dense = dense_kl(dense_logits(hidden, weight, bias=bias), padded).mean()
+    for k in (17, 20):  # a record of every token, with and without the columns that have no mass
+        value = sparse_kl(hidden, weight, sparse_record(padded, k), bias=bias, vocab_size=17)
+        assert value.item() == pytest.approx(dense.item())
+    labels = torch.tensor([3, 16, 0, 1, 2, 5])
+    for value in (
+        sparse_kl(hidden, weight, sparse_record(teacher[:, :17], 5), bias=bias, vocab_size=17),
+        cross_entropy(hidden, weight, labels, bias=bias, vocab_size=17),
+    ):
+        assert (gradients(value, (bias,))[0][17:] > 0.1).all()
 
 
 def test_what_does_not_fit_is_refused():
@@ -344,7 +348,7 @@ def test_what_does_not_fit_is_refused():
     drawn = sparse_record(teacher, 4, (1.0, 2.0), draws=3, sample_temperature=2.0)
     with pytest.raises(ValueError, match=r"drawn at temperature 2.0; at 1.0 the draws are biased"):
         sparse_kl(hidden, weight, drawn, tail="sampled")
-    with pytest.raises(ValueError, match=r"token id 2[0-2] has mass, but the student has 20 logits"):
+    with pytest.raises(ValueError, match=r"token id 2[0-2] has mass, but the student has 20 tokens"):
         sparse_kl(hidden, weight, sparse_record(teacher, 23), vocab_size=20)
     with pytest.raises(ValueError, match="hidden has 5 positions, the target 6"):
         sparse_kl(hidden[:5], weight, record)
@@ -383,7 +387,7 @@ def test_cross_entropy_equals_torch(head):
     hidden, weight, bias = leaves
     labels = torch.tensor([3, -100, 0, 18, -100, 3])
     weights = torch.tensor([0.5, 9.0, 0.0, 1.5, 9.0, 1.0], dtype=torch.float64)
-    logits = dense_logits(hidden, weight, bias=bias, **head)
+    logits = dense_logits(hidden, weight, bias=bias, softcap=head.get("softcap"))
     mean = F.cross_entropy(logits, labels)
     weighed = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
     for budget in (1, 2**20):
@@ -393,7 +397,7 @@ def test_cross_entropy_equals_torch(head):
         ours = cross_entropy(hidden, weight, labels, weights=weights, bias=bias, memory_budget=budget, **head)
         close([ours.detach()], [weighed.detach()], 1e-12)
         close(gradients(ours, leaves), torch.autograd.grad(weighed, leaves, retain_graph=True), 1e-12)
-    with pytest.raises(ValueError, match="label 23 is no token: the head has 23 logits"):
+    with pytest.raises(ValueError, match="label 23 is no token: the head has 23 tokens"):
         cross_entropy(hidden, weight, torch.tensor([23] * 6))
     with pytest.raises(ValueError, match="label -1 is no token"):
         cross_entropy(hidden, weight, torch.tensor([-1] * 6))

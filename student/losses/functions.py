@@ -1,9 +1,10 @@
 """The losses as functions of hidden states and head: no logits of all positions are ever held.
 
 Shared by all: hidden (N, D) and lm_head_weight (V, D) of any floating dtype, logits = hidden weight^T + bias
-(V,), then softcap * tanh(logits / softcap) where given; columns at or above vocab_size are no tokens and take
-no part. Sums are formed in float32 (float64 where an argument is), whatever the dtype. Differentiable once,
-in hidden, weight and bias; a frozen head costs no gradient memory. memory_budget: bytes of logits at a time.
+(V,), then softcap * tanh(logits / softcap) where given. Columns at or above vocab_size are padding: they
+count in the student's softmax, where their mass is its error, but no target, label or Gram matrix holds them.
+Sums are formed in float32 (float64 where an argument is), whatever the dtype. Differentiable once, in hidden,
+weight and bias; a frozen head costs no gradient memory. memory_budget: bytes of logits at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def sparse_kl(
                   epochs it is not, and the value is that to p^, which is above the dense one.
 
     Gradients are those of this value, the factor T^2 included. ValueError: shapes that do not fit, a T whose
-    tail mass (whose draws) the target does not hold, an id with mass that is no column of the head.
+    tail mass (whose draws) the target does not hold, an id with mass that is no token of the head.
     """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
     count, dtype = len(hidden), wide_dtype(hidden.dtype, lm_head_weight.dtype)
@@ -61,7 +62,7 @@ def sparse_kl(
     if not temperature > 0:
         raise ValueError(f"sparse_kl: temperature must be positive, not {temperature}")
     weights = _weights(weights, count, 1.0 / max(count, 1), hidden.device, dtype)
-    entries = entries_of(target, tail=tail, temperature=temperature, columns=head.columns, dtype=dtype)
+    entries = entries_of(target, tail=tail, temperature=temperature, head=head, dtype=dtype)
     rows = weights.nonzero()[:, 0]
     work = plan(
         positions=rows,
@@ -70,7 +71,7 @@ def sparse_kl(
         label_positions=rows[:0],
         labels=rows[:0],
         label_weights=weights[:0],
-        columns=head.columns,
+        columns=head.rows,
         temperature=temperature,
         inside_only=tail == "renormalize",
     )
@@ -92,7 +93,7 @@ def cross_entropy(
 
     labels (N,) int64, already shifted: the token to be predicted at each position. weights (N,), constants;
     when None, 1 over the number of supervised positions. Returns a float32 (float64) scalar, 0 when none is
-    supervised. ValueError: shapes that do not fit, a label that is no column of the head.
+    supervised. ValueError: shapes that do not fit, a label that is no token of the head.
     """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
     count, dtype = len(hidden), wide_dtype(hidden.dtype, lm_head_weight.dtype)
@@ -109,7 +110,7 @@ def cross_entropy(
         label_positions=rows,
         labels=labels[rows],
         label_weights=weights[rows],
-        columns=head.columns,
+        columns=head.rows,
         temperature=1.0,
         inside_only=False,
     )
@@ -127,7 +128,8 @@ def relation_loss(
     vocab_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
-    """1 - cos(R_s, R_t) = 1 - <R_s, R_t> / (|R_s| |R_t|), R_s = Z Z^T, Z (N, V) the raw logits of an image.
+    """1 - cos(R_s, R_t) = 1 - <R_s, R_t> / (|R_s| |R_t|), R_s = Z Z^T, Z (N, V) the raw logits of an image,
+    without padding.
 
     R_t (N, N) is `gram`, or factor factor^T of factor (N, r): exactly one of them. Frobenius product and
     norms. A linear head takes R_s = H (W^T W) H^T, with W^T W kept for as long as a frozen weight tensor

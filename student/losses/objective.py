@@ -96,12 +96,12 @@ class DistillationLoss:
         factors = [getattr(weights, term.kind) * world_size * term.shares for term in terms]
         work = plan(
             positions=torch.cat([samples[:0], *(term.positions for term in terms)]),
-            entries=join([no_entries(hidden.device, dtype), *(term.entries for term in terms)], head.columns),
+            entries=join([no_entries(hidden.device, dtype), *(term.entries for term in terms)], head.rows),
             weights=torch.cat([ce_shares[:0], *factors]),
             label_positions=samples * length + offsets,
             labels=next_tokens,
             label_weights=ce_shares * (weights.ce * world_size),
-            columns=head.columns,
+            columns=head.rows,
             temperature=weights.temperature,
             inside_only=weights.tail == "renormalize",
         )
@@ -152,7 +152,7 @@ class DistillationLoss:
                 target,
                 tail=self.weights.tail,
                 temperature=self.weights.temperature,
-                columns=head.columns,
+                head=head,
                 dtype=dtype,
             )
             shares = self._shares(target.samples, batch, denominators.samples, count, dtype)

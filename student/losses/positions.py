@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def plan(
 ) -> PositionWork:
     """Bring M distributions at `positions` (M,) and C labels at `label_positions` (C,) together by position.
 
-    A position may carry several distributions, but one label. columns: the number of logits.
+    A position may carry several distributions, but one label. columns: the number of logits, with padding.
     """
     distinct, inverse = torch.unique(torch.cat([positions, label_positions]), return_inverse=True)
     rows, label_rows = inverse[: len(positions)], inverse[len(positions) :]
@@ -95,7 +96,7 @@ def run_positions(
 
     memory_budget: bytes of logits and of what is made from them at a time; at least one position's.
     """
-    count, columns, dtype = len(work.positions), products.columns, products.dtype
+    count, columns, dtype = len(work.positions), len(products.weight), products.dtype
     kl = torch.zeros((len(work.layers), count), dtype=dtype, device=hidden.device)
     ce = torch.zeros((count,), dtype=dtype, device=hidden.device)
     stride = -(-(columns + 1) // 16) * 16  # rows begin on a cache line
@@ -112,12 +113,12 @@ def run_positions(
         states = hidden.index_select(0, index).to(dtype)  # (n, D)
         logits = buffer[: len(index), : columns + 1]
         slope = None if slopes is None else slopes[: len(index), :columns]
-        for block, matrix in products.blocks():
+        for block, matrix in products.blocks(columns):
             curve = products.logits(states, block, matrix, logits[:, block])
             if slope is not None and curve is not None:
                 slope[:, block] = curve
         logits[:, columns] = -math.inf
-        kl[:, chunk], ce[chunk] = _losses(logits, work, chunk, apart)
+        kl[:, chunk], ce[chunk] = _losses(logits, work, chunk, products.columns, apart)
         if gradients.wanted:
             grad = products.unscale(logits[:, :columns], slope)
             if gradients.hidden is not None:
@@ -136,12 +137,16 @@ def _chunk_rows(count: int, copies: int, row_bytes: int, memory_budget: int) -> 
     return max(1, math.ceil(count / max(1, math.ceil(count / most))))
 
 
-def _losses(logits: Tensor, work: PositionWork, chunk: slice, apart: bool) -> tuple[Tensor, Tensor]:
+def _losses(
+    logits: Tensor, work: PositionWork, chunk: slice, tokens: int, apart: bool
+) -> tuple[Tensor, Tensor]:
     """KL (layers, n) and CE (n,) of a chunk, whose logits (n, V + 1) become the gradient of all its terms.
 
+    tokens: how many of the V columns are no padding.
     apart: whether KL and CE need softmaxes of their own, for a temperature other than 1.
     """
-    columns, temperature, inside_only = logits.shape[1] - 1, work.temperature, work.inside_only
+    temperature = work.temperature
+    losses_of = partial(row_losses, tokens=tokens, inside_only=work.inside_only)
     first = work.layers[0].pick(chunk)
     kl = first.weights.new_zeros(len(work.layers), len(logits))
     more: list[tuple[Tensor | slice, Tensor]] = []  # rows, and the gradient of their other terms
@@ -150,16 +155,16 @@ def _losses(logits: Tensor, work: PositionWork, chunk: slice, apart: bool) -> tu
         if len(which):
             copy = logits[which].div_(temperature)
             rows = rows.pick(chunk).pick(which)
-            kl[layer, which] = row_losses(copy, rows, temperature=temperature, inside_only=inside_only)[0]
+            kl[layer, which] = losses_of(copy, rows, temperature=temperature)[0]
             more.append((which, copy))
     if apart:
         copy = logits.clone()
-        first, labelled = first.split(columns)
-        _, ce = row_losses(copy, labelled, temperature=1.0, inside_only=False)
+        first, labelled = first.split(logits.shape[1] - 1)
+        _, ce = losses_of(copy, labelled, temperature=1.0)
         more.append((slice(None), copy))
     if temperature != 1.0:
         logits.div_(temperature)
-    kl[0], fused_ce = row_losses(logits, first, temperature=temperature, inside_only=inside_only)
+    kl[0], fused_ce = losses_of(logits, first, temperature=temperature)
     for place, copy in more:
         logits[place] += copy
     return kl, ce if apart else fused_ce

@@ -26,28 +26,29 @@ def multiplies_wide(device: torch.device) -> bool:
 
 
 class HeadProducts:
-    """The products that the losses need of one head, its matrix (V, D) without the padding rows.
+    """The products that the losses need of one head with matrix (V, D).
 
-    dtype: float64 when hidden states or matrix are float64, else float32: of all sums and results. operand:
-    what factors are brought to before they are multiplied: bfloat16 when the hidden states are bfloat16 and
-    the device multiplies it into float32 (CUDA), else `dtype`.
+    columns: how many of its V rows are tokens; the rest are padding. dtype: float64 when hidden states or
+    matrix are float64, else float32: of all sums and results. operand: what factors are brought to before
+    they are multiplied: bfloat16 when the hidden states are bfloat16 and the device multiplies it into
+    float32 (CUDA), else `dtype`.
     """
 
     def __init__(self, head: Head, hidden_dtype: torch.dtype) -> None:
         self.columns = head.columns
-        self.weight = head.weight.detach()[: self.columns]
+        self.weight = head.weight.detach()
         self.dtype = wide_dtype(hidden_dtype, self.weight.dtype)
-        self.bias = None if head.bias is None else head.bias.detach()[: self.columns].to(self.dtype)
+        self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.narrow = hidden_dtype == self.weight.dtype == torch.bfloat16
         low = hidden_dtype == torch.bfloat16 and self.dtype == torch.float32
         self.operand = torch.bfloat16 if low and multiplies_wide(self.weight.device) else self.dtype
 
-    def blocks(self, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Row ranges of the matrix, of at most `most` rows, and those rows (v, D) as operand."""
-        rows = min(block_rows(self.weight, self.operand.itemsize), most or self.columns)
-        for start in range(0, self.columns, rows):
-            block = slice(start, min(start + rows, self.columns))
+    def blocks(self, end: int, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Row ranges of the matrix up to `end`, of at most `most` rows, and those rows (v, D) as operand."""
+        rows = min(block_rows(self.weight, self.operand.itemsize), most or end)
+        for start in range(0, end, rows):
+            block = slice(start, min(start + rows, end))
             yield block, self.weight[block].to(self.operand)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -94,23 +95,23 @@ class HeadProducts:
         if self.weight.dtype == self.operand:
             return self.product(grad, self.weight)
         total = grad.new_zeros(grad.shape[0], self.weight.shape[1])
-        for block, matrix in self.blocks():
+        for block, matrix in self.blocks(len(self.weight)):
             total += self.product(grad[:, block], matrix)
         return total
 
     def gram(self) -> Tensor:
-        """W~^T W~ (D + b, D + b) with W~ = [W, bias], b = 1 where there is a bias, else 0."""
+        """W~^T W~ (D + b, D + b) with W~ = [W, bias] of the tokens, b = 1 where there is a bias, else 0."""
         width = self.weight.shape[1]
         size = width + (self.bias is not None)
         gram = torch.zeros((size, size), dtype=self.dtype, device=self.weight.device)
-        for block, matrix in self.blocks():
+        for block, matrix in self.blocks(self.columns):
             for start in range(0, width, _PANEL):
                 panel = slice(start, min(start + _PANEL, width))
                 gram[panel, start:width] += self.product(matrix[:, panel].t(), matrix[:, start:])
             if self.bias is not None:
                 gram[:width, width] += matrix.to(self.dtype).t() @ self.bias[block]
         if self.bias is not None:
-            gram[width, width] = self.bias.dot(self.bias)
+            gram[width, width] = self.bias[: self.columns].square().sum()
         return gram.triu() + gram.triu(1).t()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.head import Head
 from student.losses.targets import Tail
 
 
@@ -56,20 +57,20 @@ def log_complement(log_mass: Tensor) -> Tensor:
     return torch.where(log_mass > -math.log(2.0), near_one, torch.log1p(-torch.exp(log_mass)))
 
 
-def entries_of(target: Any, *, tail: Tail, temperature: float, columns: int, dtype: torch.dtype) -> Entries:
+def entries_of(target: Any, *, tail: Tail, temperature: float, head: Head, dtype: torch.dtype) -> Entries:
     """The entries of `target` (any object with the fields of TopK as tensors) at `temperature`.
 
     With p the teacher's softmax at that temperature: `bucket` keeps p of the K entries and the mass
     outside them as one event; `drop` forgets that mass; `renormalize` divides p by its sum over the K
-    entries; `sampled` gives each drawn id j the mass p_tail * count_j / M. columns: the number of logits.
+    entries; `sampled` gives each drawn id j the mass p_tail * count_j / M. head: the student's.
     ValueError when the tail mass of that temperature was not captured, when draws are asked for that were
-    not captured or were captured at another temperature, and when an id with mass is no column.
+    not captured or were captured at another temperature, and when an id with mass is no token of the head.
     """
     ids, logprobs = target.token_ids.long(), target.logprobs.to(dtype)
     if ids.dim() != 2 or ids.shape != logprobs.shape:
         shapes = f"{tuple(ids.shape)} and {tuple(logprobs.shape)}"
         raise ValueError(f"sparse target: token_ids and logprobs must both be (N, K), not {shapes}")
-    ids = _columns(ids, logprobs > -math.inf, columns)
+    ids = _tokens(ids, logprobs > -math.inf, head)
     nothing = logprobs.new_full((len(logprobs),), -math.inf)
     # At T != 1 the entries are known up to a factor, which their common mass fixes.
     tempered = torch.log_softmax(logprobs / temperature, dim=1).nan_to_num(nan=-math.inf)
@@ -85,7 +86,7 @@ def entries_of(target: Any, *, tail: Tail, temperature: float, columns: int, dty
     if tail == "drop":
         return Entries(ids=ids, logprobs=logprobs, log_tail=nothing)
     if tail == "sampled":
-        drawn, drawn_logprobs = _draws(target, temperature, log_tail, columns)
+        drawn, drawn_logprobs = _draws(target, temperature, log_tail, head)
         return Entries(
             ids=torch.cat([ids, drawn], dim=1),
             logprobs=torch.cat([logprobs, drawn_logprobs], dim=1),
@@ -94,13 +95,15 @@ def entries_of(target: Any, *, tail: Tail, temperature: float, columns: int, dty
     raise ValueError(f"sparse target: tail must be bucket, renormalize, drop or sampled, not {tail}")
 
 
-def _columns(ids: Tensor, used: Tensor, columns: int) -> Tensor:
-    """ids, blank where they are no column. ValueError when a used one is none."""
-    strange = (ids < 0) | (ids >= columns)
+def _tokens(ids: Tensor, used: Tensor, head: Head) -> Tensor:
+    """ids, blank where they are no token. ValueError when a used one is none."""
+    strange = (ids < 0) | (ids >= head.columns)
     if bool((strange & used).any()):
         worst = int(ids[strange & used][0])
-        raise ValueError(f"sparse target: token id {worst} has mass, but the student has {columns} logits")
-    return ids.masked_fill(strange, columns)
+        raise ValueError(
+            f"sparse target: token id {worst} has mass, but the student has {head.columns} tokens"
+        )
+    return ids.masked_fill(strange, head.rows)
 
 
 def _tail_at(target: Any, temperature: float) -> Tensor:
@@ -116,7 +119,7 @@ def _tail_at(target: Any, temperature: float) -> Tensor:
     )
 
 
-def _draws(target: Any, temperature: float, log_tail: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def _draws(target: Any, temperature: float, log_tail: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """ids (N, M) and log-masses (N, M) of the draws from the tail."""
     if target.sampled_ids is None or target.sampled_counts is None:
         raise ValueError("sparse target: tail 'sampled' needs draws from the tail, and none were captured")
@@ -127,8 +130,8 @@ def _draws(target: Any, temperature: float, log_tail: Tensor, columns: int) -> t
             " biased; use that temperature or another tail"
         )
     counts = target.sampled_counts.to(log_tail.dtype)
-    ids = _columns(target.sampled_ids.long(), counts > 0, columns).masked_fill(counts == 0, columns)
-    ids, counts = _merged(ids, counts, columns)
+    ids = _tokens(target.sampled_ids.long(), counts > 0, head).masked_fill(counts == 0, head.rows)
+    ids, counts = _merged(ids, counts, head.rows)
     share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
     return ids, log_tail[:, None] + share.log()
 

@@ -141,7 +141,7 @@ def _add_head_gradients(moment: Tensor, products: HeadProducts, gradients: Gradi
     if gradients.weight is None and gradients.bias is None:
         return
     width = products.weight.shape[1]
-    for block, matrix in products.blocks():
+    for block, matrix in products.blocks(products.columns):
         if gradients.weight is not None:
             gradients.weight.add(block, matrix, moment[:width, :width])
             if products.bias is not None:
@@ -162,7 +162,7 @@ def _through_logits(
     """The loss, and the weighted gradient (P, D) in hidden, by way of logits in blocks, made twice."""
     most = max(1, memory_budget // (3 * len(states) * products.dtype.itemsize))
     gram = torch.zeros_like(teacher)
-    for block, matrix in products.blocks(most):
+    for block, matrix in products.blocks(products.columns, most):
         logits = states.new_empty(len(states), len(matrix))
         products.logits(states, block, matrix, logits)
         gram.addmm_(logits, logits.t())
@@ -170,7 +170,7 @@ def _through_logits(
     if not gradients.wanted:
         return value, None
     pulled = torch.zeros_like(states)
-    for block, matrix in products.blocks(most):
+    for block, matrix in products.blocks(products.columns, most):
         logits = states.new_empty(len(states), len(matrix))
         curve = products.logits(states, block, matrix, logits)
         grad = products.unscale((2.0 * weight * slope) @ logits, curve)

@@ -13,7 +13,7 @@ from student.losses.records import Entries
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
-    """What is asked of the student at n rows of logits (n, V + 1), the last column of which is the blank.
+    """What is asked of the student at n rows of logits (n, V + 1): tokens, padding, and last the blank.
 
     entries: the distributions to compare with, all blank where there is none; weights (n,) of their KL;
     labels (n,) int64, blank where there is none, and label_weights (n,) of their cross entropy.
@@ -34,7 +34,7 @@ class Rows:
         )
 
     def split(self, columns: int) -> tuple[Rows, Rows]:
-        """The KL alone, and the cross entropy alone. columns: V."""
+        """The KL alone, and the cross entropy alone. columns: V, with padding."""
         count = len(self.labels)
         blank = Entries(
             ids=self.labels.new_full((count, 1), columns),
@@ -48,15 +48,18 @@ class Rows:
         )
 
 
-def row_losses(logits: Tensor, rows: Rows, *, temperature: float, inside_only: bool) -> tuple[Tensor, Tensor]:
+def row_losses(
+    logits: Tensor, rows: Rows, *, tokens: int, temperature: float, inside_only: bool
+) -> tuple[Tensor, Tensor]:
     """KL (n,) times T^2 and cross entropy (n,) of each row, from logits (n, V + 1) divided by T.
 
     `logits` become the gradient of sum_n weights_n T^2 KL_n + label_weights_n CE_n in the logits before their
-    division by T. Their last column must hold -inf. With q = softmax(logits), S the entries' ids, q_tail the
-    sum of q outside S, p and p_tail the teacher's, and s = sum_S p + p_tail:
+    division by T. Their last column must hold -inf; columns from `tokens` on are padding. With q =
+    softmax(logits), S the entries' ids, q_tail the sum of q over the tokens outside S, p and p_tail the
+    teacher's, which has nothing at padding, and s = sum_S p + p_tail:
 
         KL = sum_S p (log p - log q) + p_tail (log p_tail - log q_tail)
-        dKL / dlogit_j = s q_j - p_j in S,  q_j (s - p_tail / q_tail) outside S
+        dKL / dlogit_j = s q_j - p_j in S,  q_j (s - p_tail / q_tail) outside S,  s q_j at padding
         CE = -log q_label
 
     inside_only: the KL takes q over S alone, as if there were nothing outside. Where T != 1 rows must not
@@ -66,16 +69,17 @@ def row_losses(logits: Tensor, rows: Rows, *, temperature: float, inside_only: b
     inside = logits.gather(1, ids)  # (n, E)
     label = logits.gather(1, rows.labels[:, None])[:, 0]
     logits.scatter_(1, ids, -math.inf)
-    # The complement has its own maximum and its own sum, so that a tail of any smallness keeps its digits.
-    top_outside = logits.amax(dim=1)
-    top = torch.maximum(top_outside, inside.amax(dim=1))
-    logits.sub_(top_outside.nan_to_num(neginf=0.0)[:, None]).exp_()
-    sum_outside = logits.sum(dim=1)
+    outside, padding = logits[:, :tokens], logits[:, tokens:]
+    # Each has its own maximum and its own sum, so that a tail of any smallness keeps its digits.
+    top_outside, sum_outside = _exponentiate(outside)
+    top_padding, sum_padding = _exponentiate(padding)
+    top = torch.maximum(torch.maximum(top_outside, top_padding), inside.amax(dim=1))
     # From here on relative to the row's largest logit, whose size would cost digits.
     inside = inside - top[:, None]
     log_outside = (top_outside - top) + sum_outside.log()
+    log_padding = (top_padding - top) + sum_padding.log()
     log_inside = torch.logsumexp(inside, dim=1)
-    log_all = torch.logaddexp(log_inside, log_outside)
+    log_all = torch.logaddexp(torch.logaddexp(log_inside, log_outside), log_padding)
 
     log_norm = log_inside.nan_to_num(neginf=0.0) if inside_only else log_all
     log_q, log_q_tail = inside - log_norm[:, None], log_outside - log_all
@@ -87,11 +91,19 @@ def row_losses(logits: Tensor, rows: Rows, *, temperature: float, inside_only: b
 
     mass, q_tail = p.sum(dim=1) + p_tail, log_q_tail.exp()
     kl_weights, ce_weights = rows.weights * temperature, rows.label_weights
-    outside = ce_weights * q_tail
-    if not inside_only:
-        outside = outside + kl_weights * (mass * q_tail - p_tail)
-    logits.mul_(torch.where(sum_outside > 0, outside / sum_outside, 0.0)[:, None])
+    push = ce_weights if inside_only else ce_weights + kl_weights * mass
+    pull = torch.zeros_like(p_tail) if inside_only else kl_weights * p_tail
+    outside.mul_(torch.where(sum_outside > 0, (push * q_tail - pull) / sum_outside, 0.0)[:, None])
+    q_padding = (log_padding - log_all).exp()
+    padding.mul_(torch.where(sum_padding > 0, push * q_padding / sum_padding, 0.0)[:, None])
     slope = kl_weights[:, None] * (mass[:, None] * log_q.exp() - p)
     logits.scatter_(1, ids, slope + ce_weights[:, None] * (inside - log_all[:, None]).exp())
     logits.scatter_add_(1, rows.labels[:, None], -ce_weights[:, None])
     return kl, ce
+
+
+def _exponentiate(part: Tensor) -> tuple[Tensor, Tensor]:
+    """`part` (n, v) in place to exp(part - top): top (n,), its maximum, and the sum (n,)."""
+    top = part.amax(dim=1)
+    part.sub_(top.nan_to_num(neginf=0.0)[:, None]).exp_()
+    return top, part.sum(dim=1)
