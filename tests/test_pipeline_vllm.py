@@ -27,9 +27,8 @@ from models.parts import nested_tower_name
 from pipeline import teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.job import open_job
-from pipeline.logprob_records import record_of
 from pipeline.prefix import _changed_after_images
-from pipeline.vllm_engine import _Prompts, claim_device
+from pipeline.vllm_engine import _Prompts, claim_device, record_of
 from tests.fake_vllm import install
 from tests.family_checks import SIZES, rows_for
 from tests.tiny_families import make, names
