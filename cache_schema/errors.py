@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+_LONGEST_LINE = 1500
+_LONGEST_DETAIL = 240
+
+
+def shown(text: str, limit: int = 200) -> str:
+    """`text` fit for a terminal: control characters, line ends and lone surrogates escaped, cut in its middle
+    to about `limit` characters."""
+    if len(text) > limit:
+        text = f"{text[: 2 * limit // 3]}…{text[-(limit // 3) :]}"
+    if text.isprintable():
+        return text
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped if len(escaped) <= 2 * limit else shown(escaped, 2 * limit)
+
 
 class KdcacheError(Exception):
-    """An error meant for the user: its text is one line that names what, where and the remedy."""
+    """An error meant for the user: its text is one line that names what, where and the remedy.
+
+    Control characters in it are escaped, and its middle is cut where it has over 1,500 characters.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(shown(text, _LONGEST_LINE))
 
 
 class WrongUsage(KdcacheError, ValueError):
@@ -23,13 +43,13 @@ class RowRejected(KdcacheError):
     """A dataset row that cannot be captured; it goes to quarantine with this reason.
 
     reason: a short code for counting (`missing_image`, `broken_image`, `no_turns`, ...).
-    detail: the sentence for a reader.
+    detail: the sentence for a reader, as `shown` leaves it.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
         self.reason = reason
-        self.detail = detail
+        self.detail = shown(detail, _LONGEST_DETAIL)
+        super().__init__(f"{reason}: {self.detail}")
 
 
 class StoppedEarly(KdcacheError):
@@ -39,4 +59,4 @@ class StoppedEarly(KdcacheError):
 def first_line(error: BaseException) -> str:
     """What an error of a library says, as one line of at most 200 characters."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return shown(lines[0]) if lines else type(error).__name__

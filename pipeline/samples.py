@@ -126,13 +126,13 @@ class SamplePreparer:
             label_spans=spans,
             images=tuple(
                 ImageRecord(
-                    path=path,
+                    path=image.path,
                     sha256=image.sha256,
                     width=image.width,
                     height=image.height,
                     positions=place,
                 )
-                for path, image, place in zip(conversation.images, images, positions, strict=True)
+                for image, place in zip(images, positions, strict=True)
             ),
             token_inputs={name: value[0].numpy() for name, value in by_token.items()},
             pixel_inputs={name: value for name, value in encoded.rest.items() if name not in by_token},
@@ -158,14 +158,25 @@ class SamplePreparer:
     ) -> NDArray[np.int32]:
         """Token ranges (S, 2) of the answers, each checked to decode to what the template wrote."""
         spans, written = [], []
-        for (start, end), (first, last) in zip(rendered.spans, encoded.answers, strict=True):
-            if first == last:
+        learned = conversation.supervised or (True,) * len(rendered.spans)
+        if len(learned) != len(rendered.spans):
+            raise RowRejected(
+                "turn_weight",
+                "the template marks other spans than answers, so none can be left out by its weight",
+            )
+        for (start, end), (first, last), learn in zip(rendered.spans, encoded.answers, learned, strict=True):
+            if first == last or not learn:
                 continue
             expected = rendered.text[start:end]
             self._check_span(self._decode(encoded.ids[first:last]), expected)
             spans.append((first, last))
             written.append(expected)
-        missing = _first_missing(conversation.answers, written)
+        wanted = [
+            answer
+            for number, answer in enumerate(conversation.answers)
+            if not conversation.supervised or learned[number]
+        ]
+        missing = _first_missing(wanted, written)
         if missing is not None:
             raise RowRejected("span_mismatch", f"the answer {missing[:60]!r} is not in the supervised text")
         found = np.array(spans, dtype=np.int32).reshape(-1, 2)
@@ -220,6 +231,7 @@ def first_answers(conversation: Conversation, answers: int) -> Conversation:
         messages=messages,
         images=conversation.images[:images],
         extra=conversation.extra,
+        supervised=conversation.supervised[:answers],
     )
 
 

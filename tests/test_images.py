@@ -2,11 +2,17 @@
 
 import errno
 import hashlib
+import os
+import socket
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from cache_schema.datasets.images import open_image, unpack_embedded
 from cache_schema.errors import KdcacheError, RowRejected
@@ -135,3 +141,69 @@ def test_an_embedded_image_that_cannot_be_written_leaves_nothing(
     with pytest.raises(KdcacheError, match="No space left on device"):
         unpack_embedded(tmp_path, {"embedded/ab/abc": b"content"})
     assert list((tmp_path / "embedded" / "ab").iterdir()) == []
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(tmp_path)
+        listener.bind("socket")
+        with (tmp_path / "huge.png").open("wb") as file:
+            file.truncate(200 << 30)  # a hole: it takes no room
+        for name in ("pipe", "socket", "huge.png"):
+            with pytest.raises(RowRejected) as caught:
+                open_image(tmp_path, name)
+            assert caught.value.reason == "unreadable_image", name
+            assert name in caught.value.detail
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it has so many pixels."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + head
+    whole = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    return whole + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+
+
+@pytest.mark.parametrize("size", [(12_000, 11_500), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
+def test_decompression_bombs_are_quietly_broken(tmp_path: Path, size: tuple[int, int]) -> None:
+    (tmp_path / "x.png").write_bytes(bomb(*size))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # as `images` does for a process
+        with pytest.raises(RowRejected, match=r"broken_image.*pixels"):
+            open_image(tmp_path, "x.png")
+    assert not told
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, ZeroDivisionError, RecursionError, Exception])
+def test_whatever_a_decoder_raises_is_the_images_fault(
+    tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error("decoder\x1b[31m\n" + "x" * 100_000)
+
+    grey8().save(tmp_path / "x.png")
+    monkeypatch.setattr(PngImageFile, "load", fails)
+    with pytest.raises(RowRejected) as caught:
+        open_image(tmp_path, "x.png")
+    assert caught.value.reason == "broken_image"
+    assert len(caught.value.detail) < 500
+    assert caught.value.detail.isprintable()
+
+
+def test_a_program_is_no_image(tmp_path: Path) -> None:
+    grey8().save(tmp_path / "x.eps")
+    with pytest.raises(RowRejected, match="EPS is a program"):
+        open_image(tmp_path, "x.eps")
+
+
+def test_paths_are_kept_from_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    grey8().save(root / "a" / "x.png")
+    for name in ("a/x.png", str(root / "a" / "x.png"), "../root/a/x.png", "a/../a/x.png"):
+        assert open_image(root, name).path == "a/x.png"
+    (root / "b").symlink_to(root / "a")
+    assert open_image(root, "b/x.png").path == "b/x.png"

@@ -144,6 +144,17 @@ def test_the_input_is_what_the_processor_makes_of_the_chat(world: tuple[Any, Pat
     np.testing.assert_array_equal(np.flatnonzero(theirs["assistant_masks"][0]), np.arange(start, end))
 
 
+def test_answers_of_weight_0_are_context_alone(world: tuple[Any, Path]) -> None:
+    raw = row("First?", "One.", "Second?", "Two.", "Third?", "Three.")
+    whole = prepare(world, raw)
+    raw["conversations"][1]["weight"] = raw["conversations"][5]["weight"] = 0
+    sample = prepare(world, raw)
+    np.testing.assert_array_equal(sample.input_ids, whole.input_ids)
+    assert texts(world, sample) == [f" Two.{END}"]
+    raw["conversations"][3]["weight"] = 0
+    assert rejection(world, raw).reason == "no_supervised_tokens"
+
+
 def test_several_images_are_told_apart_although_they_touch(world: tuple[Any, Path]) -> None:
     raw = row("<image><image>", "Two.", "Now\n<image>", "Three.", images=3)
     sample = prepare(world, raw, "plain")

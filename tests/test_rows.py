@@ -2,8 +2,10 @@
 
 import base64
 import errno
+import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import cache_schema.datasets.rows as rows_module
+import cache_schema.datasets.json_rows as json_rows
 from cache_schema.datasets.conversations import conversation_of
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
-from tests.tiny_models import tiny_rows
+from tests.tiny_models import tiny_rows, write_png
 
 
 def llava(*turns: str, **rest: Any) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def test_array_and_lines_hold_the_same_rows(tmp_path: Path, indent: int | None) 
 def test_array_is_read_whatever_the_window(
     tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_module, "_STEP", step)
+    monkeypatch.setattr(json_rows, "_STEP", step)
     rows = tiny_rows(5)
     rows[1]["conversations"][0]["value"] += "é" * 200
     path = tmp_path / "a.json"
@@ -241,7 +243,7 @@ def test_text_files_as_they_come(tmp_path: Path, form: str, damage: str) -> None
         (llava("q", "a", image={"bytes": "xx", "path": None}), "broken_row"),
         (llava("q", "a", image="data:image/png;base64,%%"), "broken_row"),
         (llava("q", "a", image="data:application/octet-stream;base64,%%"), "broken_row"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "broken_row"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "video"),
     ],
 )
 def test_malformed_rows_are_rejected_with_a_reason(row: Any, reason: str) -> None:
@@ -249,6 +251,251 @@ def test_malformed_rows_are_rejected_with_a_reason(row: Any, reason: str) -> Non
         conversation_of(row, 9)
     assert caught.value.reason == reason
     assert "row 9" in caught.value.detail
+
+
+def messages(*parts: Any, **turn: Any) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": list(parts) if parts else "What?", **turn},
+            {"role": "assistant", "content": "A cat."},
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (llava("<video>\nWhat happens?", "A fall.", video="clip.mp4"), "video"),
+        (llava("What happens?", "A fall.", videos=["clip.mp4"]), "video"),
+        (llava("<|video_pad|>What happens?", "A fall."), "video"),
+        (llava("What is heard?", "A bell.", audio_path="a.wav"), "audio"),
+        (llava("<audio>What is heard?", "A bell."), "audio"),
+        (messages({"type": "input_audio", "input_audio": {"data": "AAAA"}}, text("What?")), "audio"),
+        (messages(video="clip.mp4"), "video"),
+        (llava("<image>\nq", "a", image="0.png", images=["1.png"]), "image_conflict"),
+        (llava("q", "a", image_path="0.png"), "image_key"),
+        (llava("<image_1>\nq", "a", image="0.png"), "image_mark"),
+        (llava("q", "a", tools=[{"name": "f"}]), "tools"),
+        (messages(tool_calls=[{"type": "function"}]), "tools"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, "tools"),
+        (messages(reasoning_content="I think."), "reasoning"),
+        (messages({"type": "thinking", "thinking": "I think."}), "reasoning"),
+        (messages(weight=0.5), "turn_weight"),
+        (messages(weight="none"), "turn_weight"),
+        (messages({"type": "image", "index": 1}, text("What?")) | {"images": ["0.png"]}, "image_count"),
+        (messages({"type": "image", "index": 0.5}) | {"images": ["0.png"]}, "broken_row"),
+        (messages({"type": "text", "text": "What?", "image": "0.png"}), "broken_row"),
+        (messages(image=["0.png", "1.png"], value="<image>"), "broken_row"),
+        ({"conversations": "[" * 100_000}, "no_turns"),
+        (llava("q", "a", image={"bytes": 3.0, "path": None}), "broken_row"),
+    ],
+)
+def test_what_would_be_lost_is_told(row: Any, reason: str) -> None:
+    with pytest.raises(RowRejected) as caught:
+        conversation_of(row, 9)
+    assert caught.value.reason == reason
+    assert "row 9" in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("row", "images"),
+    [
+        (llava("<image>\nq", "a", image="0.png", images=[]), ["0.png"]),
+        (llava("<image>\nq", "a", image="", images=["0.png", None]), ["0.png"]),
+        (llava("<image>\nq", "a", image="0.png", images=["0.png"]), ["0.png"]),
+        (llava("q", "a", image=[None]), []),
+        (llava("q", "a", image={"bytes": None, "path": None}, images=[{}]), []),
+        (llava("q", "a", image=float("nan")), []),
+        (llava("q", "a", image="0.png", image_url="https://example.org/0.png"), ["0.png"]),
+        (llava("q", "a", video=None, audio="", videos=[], tools=[]), []),
+        (llava("<img>a/0.png</img>\nWhat?", "A cat."), ["a/0.png"]),
+        (llava("q", "a", images='["0.png", "1.png"]'), ["0.png", "1.png"]),
+        (messages(text("What?"), images=["0.png"]), ["0.png"]),
+        (
+            messages({"type": "image", "index": 1}, text("or"), {"type": "image", "index": 0.0})
+            | {"images": ["0.png", "1.png"]},
+            ["1.png", "0.png"],
+        ),
+        (messages({"type": "image", "index": None}) | {"images": ["0.png"]}, ["0.png"]),
+    ],
+)
+def test_images_by_every_name(row: Any, images: list[str]) -> None:
+    conversation = conversation_of(row, 0)
+    assert list(conversation.images) == images
+    parts = [part["type"] for message in conversation.messages for part in message["content"]]
+    assert parts.count("image") == len(images)
+
+
+def test_line_ends_and_blanks_at_a_mark() -> None:
+    for written in ("<image>\r\nWhat?", "<image> \n\r\nWhat?", "What?\r\n \t\n<image>"):
+        parts = conversation_of(llava(written, "A\r\ncat.\rYes.", image="0.png"), 0).messages
+        assert sorted(parts[0]["content"], key=str) == [IMAGE, text("What?")]
+        assert parts[1]["content"] == [text("A\ncat.\nYes.")]
+    (_, kept) = conversation_of(llava("<image>\n    code", "a", image="0.png"), 0).messages[0]["content"]
+    assert kept == text("    code")
+    assert conversation_of(llava("<image>" + "\n" * 200_000 + "x", "a", image="0.png"), 0).images
+
+
+def test_one_of_two_schemas_is_null(tmp_path: Path) -> None:
+    """Arrow gives every turn every key."""
+    turns = llava("q", "a")["conversations"]
+    rows = [{"conversations": turns, "messages": None}, {"conversations": None, "messages": MESSAGES[:2]}]
+    rows[1]["messages"] = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}]
+    mixed = [{"from": None, "value": None, "role": "user", "content": "r"}]
+    mixed.append({"from": "gpt", "value": "c", "role": None, "content": None})
+    pq.write_table(pa.Table.from_pylist([*rows, {"conversations": mixed}]), tmp_path / "a.parquet")
+    assert [row.answers for row in open_dataset(tmp_path / "a.parquet")] == [["a"], ["b"], ["c"]]
+    with pytest.raises(RowRejected, match="differ"):
+        conversation_of({"conversations": [{"from": "human", "role": "assistant", "value": "q"}]}, 0)
+
+
+def test_turns_that_are_not_to_be_learned() -> None:
+    row = llava("q", "a", "p", "b")
+    assert conversation_of(row, 0).supervised == ()
+    row["conversations"][1]["weight"] = 0
+    row["conversations"][3]["weight"] = 1.0
+    assert conversation_of(row, 0).supervised == (False, True)
+    row["conversations"][3]["train"] = False
+    assert conversation_of(row, 0).supervised == (False, False)
+
+
+def test_turns_as_text_and_as_columns() -> None:
+    turns = llava("q", "a")["conversations"]
+    columns = {"from": ["human", "gpt"], "value": ["q", "a"]}
+    for form in (json.dumps(turns), columns, json.dumps(columns)):
+        assert conversation_of({"conversations": form}, 0).answers == ["a"]
+    with pytest.raises(RowRejected, match="no_turns"):
+        conversation_of({"conversations": "q"}, 0)
+
+
+def test_images_as_text_and_bytes(tmp_path: Path) -> None:
+    content = write_png(tmp_path / "0.png", seed=0).read_bytes()
+    path = f"embedded/{hashlib.sha256(content).hexdigest()[:2]}/{hashlib.sha256(content).hexdigest()}"
+    bare = base64.b64encode(content).decode()
+    wrapped = base64.encodebytes(content).decode()
+    safe = base64.urlsafe_b64encode(content).decode().rstrip("=")
+    forms = [bare, wrapped, safe, content, {"bytes": bare}, {"bytes": content, "path": "0.png"}]
+    forms += [f"data:image/png;base64,{form}" for form in (bare, wrapped, safe, bare.replace("+", "%2B"))]
+    for form in forms:
+        conversation = conversation_of(llava("q", "a", image=form), 0)
+        assert conversation.images == (path,), form
+        assert conversation.embedded == {path: content}
+    long_path = "iVBORw0KGgo" + "/a" * 60 + ".png"
+    assert conversation_of(llava("q", "a", image=long_path), 0).images == (long_path,)
+
+
+def test_an_id_is_fit_to_be_shown() -> None:
+    assert conversation_of(llava("q", "a") | {"id": "\x1b[31mred"}, 0).sample_id == r"\x1b[31mred"
+    assert len(conversation_of(llava("q", "a") | {"id": "x" * 10_000}, 0).sample_id) <= 201
+    assert conversation_of(llava("q", "a") | {"id": float("nan")}, 4).sample_id == "4"
+
+
+def test_every_detail_is_short_and_without_control_characters() -> None:
+    for row in (
+        llava("q", "a", image="data:image/png;base64," + "\x1b[31m" * 200_000),
+        llava("q", "a", image=[["\x1b" * 100_000]]),
+        {"conversations": [{"from": "\x07" * 100_000, "value": "q"}]},
+        messages({"type": "\n" * 100_000}),
+        llava("q", "a", **{"images_path": "x", "pictures\x1b": "y"}),
+    ):
+        with pytest.raises(RowRejected) as caught:
+            conversation_of(row, 9)
+        assert len(str(caught.value)) <= 520
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("form", ["array", "lines"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_text_in_other_encodings_and_packed(tmp_path: Path, encoding: str, form: str, packed: bool) -> None:
+    rows = [llava("q", f"é 漢字 {i}", image="é.png") for i in range(300)]
+    written = json.dumps(rows) if form == "array" else "\n".join(map(json.dumps, rows))
+    content = written.replace("\\u00e9", "é").encode(encoding)
+    path = tmp_path / ("a.json.gz" if packed else "a.json")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    dataset = open_dataset(path)
+    assert [row.answers for row in dataset] == [[f"é 漢字 {i}"] for i in range(300)]
+    assert dataset.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("before", ['"version": "1", "info": {"data": []}, ', ""])
+@pytest.mark.parametrize("after", [', "count": 2', ""])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_under_a_key(tmp_path: Path, before: str, after: str, indent: int | None) -> None:
+    rows = tiny_rows(4)
+    path = tmp_path / "a.json"
+    path.write_text("{" + before + '"data": ' + json.dumps(rows, indent=indent) + after + "}\n")
+    assert [row.sample_id for row in open_dataset(path)] == [row["id"] for row in rows]
+
+
+def test_a_line_with_a_list_of_its_own_is_a_row(tmp_path: Path) -> None:
+    rows = [{"annotations": [{"box": 1}]} | row for row in tiny_rows(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(open_dataset(tmp_path / "a.jsonl")) == 3
+
+
+def table_of(rows: int, first: int = 0) -> pa.Table:
+    said = [llava("q", str(first + i), image=f"{first + i}.png") for i in range(rows)]
+    return pa.Table.from_pylist(said)
+
+
+def write_stream(table: pa.Table, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+def write_file(table: pa.Table, path: Path) -> None:
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.PARQUET", pq.write_table),
+        ("rows.json", pq.write_table),
+        ("a.arrow", write_file),
+        ("b.arrow", write_stream),
+    ],
+)
+def test_tables_by_any_name(tmp_path: Path, name: str, write: Any) -> None:
+    write(table_of(600), tmp_path / name)
+    dataset = open_dataset(tmp_path / name)
+    assert [dataset[row].answers for row in (599, 0, 256)] == [["599"], ["0"], ["256"]]
+
+
+def test_a_folder_of_shards(tmp_path: Path) -> None:
+    pq.write_table(table_of(300), tmp_path / "train-00000-of-00002.parquet")
+    second = table_of(20, 300).drop_columns(["id"])
+    pq.write_table(second, tmp_path / "train-00001-of-00002.parquet")
+    (tmp_path / "README.md").write_text("What it is.")
+    dataset = open_dataset(tmp_path)
+    assert [dataset[row].answers[0] for row in range(len(dataset))] == [str(i) for i in range(320)]
+    assert len(set(dataset.first_images)) == 320
+    pq.write_table(table_of(20), tmp_path / "train-00001-of-00002.parquet")
+    assert open_dataset(tmp_path).digest != dataset.digest
+    pq.write_table(table_of(1), tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(KdcacheError, match="shards of test and train"):
+        open_dataset(tmp_path)
+
+
+def test_columns_of_categories_inside_turns(tmp_path: Path) -> None:
+    roles = pa.array(["human", "gpt"] * 3).dictionary_encode()
+    turns = pa.StructArray.from_arrays([roles, pa.array(["q", "a", "q", "b", "q", "c"])], ["from", "value"])
+    table = pa.table({"conversations": pa.ListArray.from_arrays(pa.array([0, 2, 4, 6]), turns)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    assert [row.answers for row in open_dataset(tmp_path / "a.parquet")] == [["a"], ["b"], ["c"]]
+
+
+def test_a_cell_that_python_cannot_hold_is_one_bad_row(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, *pa.array([b"ok", b"\xff\xfe"]).buffers()[1:]])
+    table = table_of(2).append_column("note", broken)
+    pq.write_table(table, tmp_path / "a.parquet")
+    dataset = open_dataset(tmp_path / "a.parquet")
+    assert dataset[0].answers == ["0"]
+    with pytest.raises(RowRejected, match="broken_row"):
+        dataset[1]
+    assert dataset.label_of(1) == "1"
 
 
 def test_a_broken_line_is_one_rejected_row(tmp_path: Path) -> None:
@@ -272,7 +519,18 @@ def test_a_broken_line_is_one_rejected_row(tmp_path: Path) -> None:
         ("a.json", b"[" + json.dumps(llava("q", "a")).encode() + b', {"id": ]', "not valid JSON in row 1"),
         ("a.json", b'[{"id": 1}]\n[{"id": 2}]', "goes on after its array ends, at byte 12"),
         ("a.json", b"hello\nworld", "neither a JSON array nor JSON lines"),
+        ("a.json", b'{"train": [{"id": 1}], "test": [{"id": 2}]}', "holds rows under test too"),
+        ("a.json", b'{"data": [{"id": 1}]} {"data": []}', "goes on after its array ends"),
+        ("a.json", b'{\n"a": 1\n}', "alone or under one of data, rows"),
+        ("a.json.gz", gzip.compress(b"[]"), "holds no rows"),
+        ("a.json.gz", gzip.compress(b""), "holds no rows"),
+        ("a.json.gz", gzip.compress(b"[]" * 999)[:-9], "a damaged gzip file"),
+        ("a.json", '[{"id": 1}]'.encode("utf-16")[:-1], "not whole utf-16 text"),
+        ("a.json.zst", b"\x28\xb5\x2f\xfd" + bytes(20), "packed by zstd; unpack it"),
+        ("a.xlsx", b"PK\x03\x04" + bytes(20), "a ZIP archive; unpack it"),
         ("a.parquet", b"PAR1 and no more", "not a readable Parquet file"),
+        ("a.arrow", b"ARROW1 and no more", "not a readable Arrow file"),
+        ("a.arrow", b"no more", "not a readable Arrow file"),
     ],
 )
 def test_files_that_cannot_be_read_as_a_whole(
@@ -288,3 +546,12 @@ def test_files_that_cannot_be_read_as_a_whole(
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(KdcacheError, match="does not exist"):
         open_dataset(tmp_path / "a.json")
+
+
+def test_data_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(KdcacheError, match="a pipe or a device"):
+        open_dataset(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(KdcacheError, match="holds no Parquet or Arrow files"):
+        open_dataset(tmp_path / "folder")

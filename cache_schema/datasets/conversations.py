@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache_schema.errors import RowRejected
+from cache_schema.datasets.media import (
+    OTHER_MARKS,
+    is_absent,
+    listed_images,
+    other_media,
+    parsed,
+    path_of,
+    refuse_other_media,
+)
+from cache_schema.errors import RowRejected, shown
 
 IMAGE_MARK = "<image>"
 """Where an image stands in the text of a row."""
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_TOOL_ROLES = frozenset({"tool", "function", "function_call", "function_response", "observation", "ipython"})
+_TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_WEIGHT_KEYS = ("weight", "train", "loss")
 _OWN_KEYS = frozenset({"id", "conversations", "messages", "image", "images"})
+_PART_PATHS = ("image", "path", "url", "image_url", "base64")
+_NAMED_IMAGE = re.compile(r"<img>([^<>\n]+)</img>")  # as Qwen-VL's data writes them
+_NUMBERED_MARK = re.compile(r"<\|?image_?\d+\|?>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +39,9 @@ class Conversation:
 
     messages: dictionaries `{"role": system|user|assistant, "content": [{"type": "image"} | {"type":
     "text", "text": ...}, ...]}`: perhaps a system message, then user and assistant in turns, an answer
-    last; no content is without parts. images: relative paths, one an image part and in their order.
+    last; no content is without parts. images: paths, one an image part and in their order.
     embedded: for paths under `embedded/`, the files that the row itself carries. extra: other keys.
+    supervised: for each answer whether it is to be learned; empty: all are.
     """
 
     row: int
@@ -34,6 +50,7 @@ class Conversation:
     images: tuple[str, ...] = ()
     embedded: Mapping[str, bytes] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    supervised: tuple[bool, ...] = ()
 
     @property
     def answers(self) -> list[str]:
@@ -47,9 +64,9 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def label_of(raw: Any, row: int) -> str:
-    """The row's `id` as text, or its number where it has none."""
+    """The row's `id` as text, fit to be shown, or its number where it has none."""
     label = raw.get("id") if isinstance(raw, dict) else None
-    return str(row) if label is None else writable(str(label))
+    return str(row) if is_absent(label) else shown(str(label))
 
 
 def writable(text: str) -> str:
@@ -61,18 +78,40 @@ def conversation_of(raw: Any, row: int) -> Conversation:
     """A raw row of either form as a Conversation. RowRejected with a reason when it is malformed.
 
     Model turns before the first question are skipped, and so is a last question without an answer.
-    Images that no `<image>` mark or image part places stand before the first question.
+    Images that no `<image>` mark or image part places stand before the first question. Rows with video,
+    sound, tools or thoughts are rejected: none of them would reach the teacher. Line ends become `\\n`.
     """
+    try:
+        return _conversation_of(raw, row)
+    except RecursionError as error:
+        raise RowRejected("broken_row", f"row {row} is nested too deeply") from error
+
+
+def first_image_key(raw: Any) -> int:
+    """A hash of the first image's path, 0 for rows without one or that are malformed."""
+    try:
+        images = conversation_of(raw, 0).images
+    except RowRejected:
+        return 0
+    if not images:
+        return 0
+    name = images[0].encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
+
+
+def _conversation_of(raw: Any, row: int) -> Conversation:
     if not isinstance(raw, dict):
         raise RowRejected("broken_row", f"row {row} is {type(raw).__name__}, not an object")
-    turns = raw.get("conversations") or raw.get("messages")
+    turns = next((found for key in ("conversations", "messages") if (found := parsed(raw.get(key)))), None)
     if not isinstance(turns, list) or not turns:
         raise RowRejected("no_turns", f"row {row} has no turns under `conversations` or `messages`")
+    _refuse_what_is_not_taken(raw, f"row {row}")
     messages: list[dict[str, Any]] = []
-    placed: list[str | None] = []
+    placed: list[str | int | None] = []
+    supervised: list[bool] = []
     embedded: dict[str, bytes] = {}
     for turn in turns:
-        role, parts = _read_turn(turn, row, embedded)
+        role, parts, weight = _read_turn(turn, f"row {row}", embedded)
         if role == "assistant" and all(message["role"] == "system" for message in messages):
             continue
         if messages and role in ("system", messages[-1]["role"]):
@@ -82,6 +121,7 @@ def conversation_of(raw: Any, row: int) -> Conversation:
         placed.extend(part["image"] for part in parts if part["type"] == "image")
         content = [{"type": "image"} if part["type"] == "image" else part for part in parts]
         messages.append({"role": role, "content": content or [{"type": "text", "text": ""}]})
+        supervised += [weight] if role == "assistant" else []
     if messages and messages[-1]["role"] == "user":
         unanswered = messages.pop()
         if any(part["type"] == "image" for part in unanswered["content"]):
@@ -91,114 +131,173 @@ def conversation_of(raw: Any, row: int) -> Conversation:
     return Conversation(
         row=row,
         sample_id=label_of(raw, row),
-        images=_place_images(placed, _listed_images(raw, row, embedded), messages, row),
+        images=_place_images(placed, listed_images(raw, f"row {row}", embedded), messages, row),
         embedded=embedded,
         messages=messages,
         extra={key: value for key, value in raw.items() if key not in _OWN_KEYS},
+        supervised=() if all(supervised) else tuple(supervised),
     )
 
 
-def _listed_images(raw: Mapping[str, Any], row: int, embedded: dict[str, bytes]) -> list[str]:
-    """The image paths that a row names beside its turns."""
-    named = raw.get("images")
-    if named is None:
-        named = raw.get("image")
-    if named is None or named == "":
-        return []
-    return [_image_path(item, row, embedded) for item in (named if isinstance(named, list) else [named])]
+def _refuse_what_is_not_taken(holder: Mapping[str, Any], where: str) -> None:
+    """RowRejected where a row or a turn carries what the chat could only lose."""
+    refuse_other_media(holder, where)
+    for key in holder:
+        if key in _TOOL_KEYS and not is_absent(holder[key]):
+            raise RowRejected("tools", f"{where} carries `{key}`, which is not captured")
+        if key in _REASONING_KEYS and not is_absent(holder[key]):
+            raise RowRejected("reasoning", f"{where} carries `{key}`, which is not captured")
 
 
-def _image_path(item: Any, row: int, embedded: dict[str, bytes]) -> str:
-    """A path from the forms in which rows name an image; one that the row carries itself joins `embedded`.
+def _read_turn(turn: Any, where: str, embedded: dict[str, bytes]) -> tuple[str, list[dict[str, Any]], bool]:
+    """(role, content parts, whether it is supervised) of a turn.
 
-    Those are what Arrow tables of `datasets` hold (`bytes`, perhaps with a `path`), and `data:` URLs.
+    An image part holds under `image` its own path, the index of the listed image that it shows, or None.
     """
-    if isinstance(item, dict):
-        if isinstance(item.get("bytes"), bytes):
-            return _embed(item["bytes"], embedded)
-        item = item.get("path") or item.get("url")
-    if isinstance(item, str) and item.startswith("data:"):
-        try:
-            return _embed(base64.b64decode(item.partition(";base64,")[2], validate=True), embedded)
-        except (binascii.Error, ValueError) as error:
-            raise RowRejected(
-                "broken_row", f"row {row} has an image whose base64 is broken: {error}"
-            ) from error
-    if not isinstance(item, str) or not item:
-        raise RowRejected("broken_row", f"row {row} names an image that is not a path: {item!r}")
-    if writable(item) != item:
-        raise RowRejected("broken_row", f"row {row} names an image by text that is not Unicode: {item!r}")
-    return item.removeprefix("file://")
-
-
-def _embed(content: bytes, embedded: dict[str, bytes]) -> str:
-    digest = hashlib.sha256(content).hexdigest()
-    path = f"embedded/{digest[:2]}/{digest}"
-    embedded[path] = content
-    return path
-
-
-def _read_turn(turn: Any, row: int, embedded: dict[str, bytes]) -> tuple[str, list[dict[str, Any]]]:
-    """(role, content parts) of a turn; an image part holds its own path under `image`, or None."""
     if not isinstance(turn, dict):
-        raise RowRejected("broken_row", f"row {row} has a turn that is {type(turn).__name__}, not an object")
-    name = turn.get("from", turn.get("role"))
-    role = _ROLES.get(name) if isinstance(name, str) else None
+        raise RowRejected("broken_row", f"{where} has a turn that is {type(turn).__name__}, not an object")
+    name = _either(turn, "from", "role", where)
+    told = name.strip().lower() if isinstance(name, str) else None
+    if told in _TOOL_ROLES:
+        raise RowRejected("tools", f"{where} has a turn of {name!r}, which is not captured")
+    role = None if told is None else _ROLES.get(told)
     if role is None:
         raise RowRejected(
-            "unknown_role", f"row {row} has a turn of {name!r}, not human/gpt or user/assistant"
+            "unknown_role",
+            f"{where} has a turn of {shown(repr(name), 60)}, not human/gpt or user/assistant",
         )
-    content = turn.get("value", turn.get("content"))
+    _refuse_what_is_not_taken(turn, where)
+    content = _either(turn, "value", "content", where)
     if isinstance(content, str):
-        return role, _split_marks(content)
-    if not isinstance(content, list):
-        raise RowRejected("broken_row", f"row {row} has a turn whose text is {type(content).__name__}")
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.extend(_split_marks(part["text"]))
-        elif kind in ("image", "image_url"):
-            named = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None)
-            path = None if named is None else _image_path(named, row, embedded)
-            parts.append({"type": "image", "image": path})
-        else:
-            raise RowRejected("broken_row", f"row {row} has a content part of type {kind!r}")
-    return role, parts
+        parts = _split_marks(content, role, where, embedded)
+    elif isinstance(content, list):
+        parts = [made for part in content for made in _read_part(part, role, where, embedded)]
+    else:
+        raise RowRejected("broken_row", f"{where} has a turn whose text is {type(content).__name__}")
+    own = listed_images(turn, where, embedded)
+    free = [part for part in parts if part["type"] == "image" and part["image"] is None]
+    if own and not free:
+        parts[:0] = [{"type": "image", "image": path} for path in own]
+    elif own and len(free) != len(own):
+        raise RowRejected("image_count", f"{where} has a turn with {len(own)} images and {len(free)} marks")
+    elif own:
+        for part, path in zip(free, own, strict=True):
+            part["image"] = path
+    return role, parts, _is_supervised(turn, where)
 
 
-def _split_marks(text: str) -> list[dict[str, Any]]:
-    """Text cut at its `<image>` marks; the line breaks next to a mark belong to the mark."""
-    pieces = text.split(IMAGE_MARK)
+def _either(turn: Mapping[str, Any], first: str, second: str, where: str) -> Any:
+    """What a turn says under one of two keys; RowRejected `broken_row` where both speak and differ."""
+    found = [turn[key] for key in (first, second) if turn.get(key) is not None]
+    if len(found) == 2 and found[0] != found[1]:
+        raise RowRejected("broken_row", f"{where} has a turn whose `{first}` and `{second}` differ")
+    return found[0] if found else None
+
+
+def _is_supervised(turn: Mapping[str, Any], where: str) -> bool:
+    """Whether a turn is to be learned; no is `weight: 0`, `train: false` or `loss: false`, as elsewhere."""
+    weights = [turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None and turn[key] == turn[key]]
+    for weight in weights:
+        if not isinstance(weight, bool | int | float) or weight not in (0, 1):
+            raise RowRejected(
+                "turn_weight", f"{where} has a turn of weight {shown(repr(weight), 60)}, not 0 or 1"
+            )
+    return all(weights)
+
+
+def _read_part(part: Any, role: str, where: str, embedded: dict[str, bytes]) -> list[dict[str, Any]]:
+    """The parts that one entry of a turn's content comes to."""
+    if isinstance(part, str):
+        return _split_marks(part, role, where, embedded)
+    kind = part.get("type") if isinstance(part, dict) else None
+    named = [part[key] for key in _PART_PATHS if not is_absent(part.get(key))] if kind else []
+    if kind == "text" and isinstance(part.get("text"), str) and not named:
+        return _split_marks(part["text"], role, where, embedded)
+    if kind in ("image", "image_url"):
+        return [
+            {
+                "type": "image",
+                "image": path_of(named[0], where, embedded) if named else _index_of(part, where),
+            }
+        ]
+    if isinstance(kind, str) and re.match(r"(input_)?(video|audio|speech|sound)", kind):
+        raise other_media(
+            kind.removeprefix("input_"), f"{where} has a content part of type {shown(kind, 40)}"
+        )
+    if kind in ("tool_use", "tool_result", "tool_call"):
+        raise RowRejected("tools", f"{where} has a content part of type {kind}, which is not captured")
+    if kind in ("thinking", "reasoning"):
+        raise RowRejected("reasoning", f"{where} has a content part of type {kind}, which is not captured")
+    raise RowRejected("broken_row", f"{where} has a content part of type {shown(repr(kind), 60)}")
+
+
+def _index_of(part: Mapping[str, Any], where: str) -> int | None:
+    """Which of the row's images an image part shows, by its `index`; None where it does not say."""
+    index = part.get("index")
+    if is_absent(index):
+        return None
+    if not isinstance(index, int | float) or index != index // 1 or index < 0:
+        raise RowRejected("broken_row", f"{where} has an image part of index {shown(repr(index), 60)}")
+    return int(index)
+
+
+def _split_marks(text: str, role: str, where: str, embedded: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Text cut at its marks of images; the line breaks next to a mark belong to the mark."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if role != "assistant":
+        found = OTHER_MARKS.search(text)
+        if found is not None:
+            raise other_media(found[1], f"{where} has the mark {found[0]} in its text")
+        numbered = _NUMBERED_MARK.search(text)
+        if numbered is not None:
+            raise RowRejected(
+                "image_mark", f"{where} marks an image by {numbered[0]}; write {IMAGE_MARK} there"
+            )
+        named = _NAMED_IMAGE.split(text)
+    else:
+        named = [text]
     parts: list[dict[str, Any]] = []
-    for index, piece in enumerate(pieces):
-        if index > 0:
-            parts.append({"type": "image", "image": None})
-            piece = piece.lstrip("\n")
-        if index < len(pieces) - 1:
-            piece = piece.rstrip("\n")
-        if piece:
-            parts.append({"type": "text", "text": piece})
+    for number, stretch in enumerate(named):
+        if number % 2:
+            parts.append({"type": "image", "image": path_of(stretch.strip(), where, embedded)})
+            continue
+        pieces = stretch.split(IMAGE_MARK)
+        for index, piece in enumerate(pieces):
+            if index > 0:
+                parts.append({"type": "image", "image": None})
+            if index > 0 or number > 0:
+                piece = piece[piece.rfind("\n", 0, len(piece) - len(piece.lstrip(" \t\n"))) + 1 :]
+            if index < len(pieces) - 1 or number < len(named) - 1:
+                end = piece.find("\n", len(piece.rstrip(" \t\n")))
+                piece = piece if end < 0 else piece[:end]
+            if piece:
+                parts.append({"type": "text", "text": piece})
     return parts
 
 
 def _place_images(
-    placed: list[str | None], listed: list[str], messages: list[dict[str, Any]], row: int
+    placed: list[str | int | None], listed: list[str], messages: list[dict[str, Any]], row: int
 ) -> tuple[str, ...]:
     """The path of every image part in order; `messages` gains parts for images without a place.
 
-    placed: the path that each image part carries itself, None where it is one of `listed`.
+    placed: for each image part the path that it carries itself, or which of `listed` it shows: by its
+    index, else by its turn.
     """
     if not placed and listed:
         first = next(message for message in messages if message["role"] == "user")
         first["content"][:0] = [{"type": "image"} for _ in listed]
         return tuple(listed)
-    named = [path for path in placed if path is not None]
+    indices = {index for index in placed if isinstance(index, int)}
+    if indices and None not in placed and indices == set(range(len(listed))):
+        return tuple(
+            listed[place] if isinstance(place, int) else place for place in placed if place is not None
+        )
+    named = [path for path in placed if isinstance(path, str)]
     if len(named) == len(placed) and listed in ([], named):
         return tuple(named)
-    if placed.count(None) != len(listed):
+    if indices or placed.count(None) != len(listed):
         raise RowRejected(
             "image_count", f"row {row} places {len(placed)} images in its text but names {len(listed)}"
         )
     rest = iter(listed)
-    return tuple(next(rest) if path is None else path for path in placed)
+    return tuple(next(rest) if path is None else str(path) for path in placed)

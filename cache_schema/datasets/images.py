@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
+import stat
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,54 +15,64 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.errors import KdcacheError, RowRejected, first_line, shown
 
-# What pillow raises on damaged files, beside OSError (which UnidentifiedImageError is).
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+LARGEST_FILE = 256 << 20
+"""Bytes of an image file; a larger one is not read."""
+
+LARGEST_IMAGE = 1 << 27
+"""Pixels of an image; a larger one is not decoded."""
+
+_RUN_PROGRAMS = ("EPS", "WMF")  # pillow decodes these by starting other programs
+
+# What pillow has to say of an image's oddities is no news for a terminal; too many pixels are told below.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedImage:
     """A decoded image: `image` in mode RGB, EXIF rotation applied, width x height pixels.
 
-    sha256: hex digest of the file's bytes.
+    path: from the image root. sha256: hex digest of the file's bytes.
     """
 
+    path: str
     image: Image.Image
     sha256: str
     width: int
     height: int
 
 
-def open_image(root: Path | str, relative_path: str) -> OpenedImage:
-    """Reads `relative_path` under `root` and decodes it to RGB.
+def open_image(root: Path | str, path: str) -> OpenedImage:
+    """Reads `path` under `root` and decodes it to RGB; a path from elsewhere that leads into `root` will do.
 
     The first frame of an animation, palettes and CMYK converted, alpha dropped as in LLaVA's
     `convert("RGB")`, 16-bit and floating-point greys scaled to 8 bits. RowRejected with the reason
     `outside_root` (absolute, a URL, or climbing out, through symbolic links too), `missing_image`,
-    `unreadable_image` or `broken_image` (no image, truncated, too many pixels).
+    `unreadable_image` (no regular file, or over LARGEST_FILE) or `broken_image` (no image, truncated, over
+    LARGEST_IMAGE, or its decoder fails in any other way).
     """
-    content = _read_inside(Path(root), relative_path)
+    told = shown(path, 120)
+    relative, content = _read_inside(Path(root), path)
     try:
         with Image.open(io.BytesIO(content)) as opened:
+            if opened.width * opened.height > LARGEST_IMAGE:
+                raise ValueError(f"{opened.width} x {opened.height} pixels, more than {LARGEST_IMAGE}")
+            if opened.format in _RUN_PROGRAMS:
+                raise ValueError(f"{opened.format} is a program, not pixels")
             opened.load()
             image = _to_rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError as error:  # whose text names an address in memory
-        raise RowRejected("broken_image", f"{relative_path} is no image of a known format") from error
-    except _DECODING_ERRORS as error:
-        raise RowRejected("broken_image", f"{relative_path}: {error}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    return OpenedImage(image=image, sha256=digest, width=image.width, height=image.height)
+        raise RowRejected("broken_image", f"{told} is no image of a known format") from error
+    except Exception as error:  # decoders raise whatever they like
+        raise RowRejected("broken_image", f"{told}: {first_line(error)}") from error
+    return OpenedImage(
+        path=relative,
+        image=image,
+        sha256=hashlib.sha256(content).hexdigest(),
+        width=image.width,
+        height=image.height,
+    )
 
 
 def unpack_embedded(root: Path | str, embedded: Mapping[str, bytes]) -> None:
@@ -89,24 +100,40 @@ def unpack_embedded(root: Path | str, embedded: Mapping[str, bytes]) -> None:
             ) from error
 
 
-def _read_inside(root: Path, relative_path: str) -> bytes:
-    """The bytes of a file that must lie inside `root`."""
-    if "://" in relative_path or "\0" in relative_path:
-        raise RowRejected("outside_root", f"{relative_path!r} is not a path under the image root")
+def _read_inside(root: Path, name: str) -> tuple[str, bytes]:
+    """(path from `root`, bytes) of a regular file that must lie inside `root`."""
+    told = shown(name, 120)
+    if "://" in name or "\0" in name:
+        raise RowRejected("outside_root", f"{told} is not a path under the image root")
     base = root.resolve()
     try:
-        path = (base / relative_path).resolve()
+        path = (base / name).resolve()
         inside = path.is_relative_to(base)
-    except (OSError, RuntimeError) as error:  # a loop of symbolic links, a name that is too long
-        raise RowRejected("unreadable_image", f"{relative_path}: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or not Unicode
+        raise RowRejected("unreadable_image", f"{told}: {first_line(error)}") from error
     if not inside:
-        raise RowRejected("outside_root", f"{relative_path} leads out of the image root {root}")
+        raise RowRejected("outside_root", f"{told} leads out of the image root {root}")
+    plain = not Path(name).is_absolute() and ".." not in Path(name).parts
     try:
-        return path.read_bytes()
+        return (name if plain else path.relative_to(base).as_posix()), _read_file(path, told)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise RowRejected("missing_image", f"{relative_path} is not a file under {root}") from error
+        raise RowRejected("missing_image", f"{told} is not a file under {root}") from error
     except OSError as error:
-        raise RowRejected("unreadable_image", f"{relative_path}: {error.strerror or error}") from error
+        raise RowRejected("unreadable_image", f"{told}: {error.strerror or error}") from error
+
+
+def _read_file(path: Path, told: str) -> bytes:
+    """Its bytes; nothing of a pipe or a device, which may never end, nor of a file over the bound."""
+    if path.is_dir():
+        raise IsADirectoryError
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise RowRejected("unreadable_image", f"{told} is a pipe, a socket or a device, not a file")
+        content = file.read(LARGEST_FILE + 1) if state.st_size <= LARGEST_FILE else None
+    if content is None or len(content) > LARGEST_FILE:
+        raise RowRejected("unreadable_image", f"{told} has over {LARGEST_FILE >> 20} MiB, more than is read")
+    return content
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
