@@ -27,8 +27,8 @@ class BuildConfig:
     limit: only the first rows. max_bad: the share of rows in quarantine above which the build stops, asked
     after every shard; None: never. rank, world_size: None to take them from the launcher.
     prepare_threads: for decoding and processing images. Of the engine vllm only: engine_mode, `hidden`
-    states or `logprobs` alone (see pipeline.capture.spec_for_engine); memory_share of the accelerator that vLLM may take;
-    spot_check: samples that are compared with transformers before anything is captured.
+    states or `logprobs` alone; memory_share of the accelerator that vLLM may take; spot_check:
+    samples that are compared with transformers before anything is captured.
     """
 
     teacher: Path
