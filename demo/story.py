@@ -20,6 +20,7 @@ from cache_schema.format.cache import open_cache
 from cache_schema.progress import Progress
 from demo.curves import draw_curves
 from demo.easy_vqa import write_dataset
+from demo.settings import DemoConfig
 from views.terminal import notes
 
 SHIPPED_TEACHER = Path(__file__).parent / "teacher"
@@ -114,17 +115,14 @@ def kdcache(arguments: Sequence[str]) -> Any:
     return json.loads(printed)
 
 
-def run_demo(
-    out: Path, *, seed: int, seeds: int, progress: Progress, settings: DemoSettings | None = None
-) -> dict[str, Any]:
-    """Tell the whole story in folder `out` and return what results.json holds.
+def run_demo(config: DemoConfig, progress: Progress, settings: DemoSettings | None = None) -> dict[str, Any]:
+    """Tell the whole story in folder `config.out` and return what results.json holds.
 
-    seeds: how many students of each kind, with seeds `seed`, `seed` + 1, ...: a seed decides new weights,
-    the text-only pre-training and the order of the samples. Teacher, data and caches are those of all.
+    Teacher, data and caches are the same for all seeds.
 
-    Raises: KdcacheError when a step fails or `out` holds another run; StoppedEarly on Ctrl-C.
+    Raises: KdcacheError when a step fails or the folder holds another run; StoppedEarly on Ctrl-C.
     """
-    settings = settings or DemoSettings()
+    out, settings = config.out, settings or DemoSettings()
     story = Story(out, asdict(settings))
     data, teacher, tower = out / "data", out / "teacher", out / "vision-tower"
     held_out: list[str | Path] = ["--data", data / "test.json", "--image-root", data / "images"]
@@ -149,12 +147,12 @@ def run_demo(
 
     # From here on nobody can read the teacher: what the students learn of it comes from the caches.
     story.step("teacher: remove its folder", lambda: shutil.rmtree(teacher, ignore_errors=True))
-    for number in range(seed, seed + seeds):
+    for number in range(config.seed, config.seed + config.seeds):
         results["students"][str(number)] = _students(story, number, settings, held_out, progress)
 
     results["seconds"] = story.seconds
     (out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    draw_curves({kind: out / f"seed-{seed}" / kind for kind in KINDS_OF_STUDENT}, out / "curves.png")
+    draw_curves({kind: out / f"seed-{config.seed}" / kind for kind in KINDS_OF_STUDENT}, out / "curves.png")
     return results
 
 

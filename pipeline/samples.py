@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,8 @@ from cache_schema.datasets.images import OpenedImage, open_image, unpack_embedde
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.records import ImageRecord
 from pipeline.encode import Encoded, encode
+from pipeline.settings import OverLong
 from pipeline.templates import ChatTemplate, Rendered
-
-OverLong = Literal["quarantine", "cut"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

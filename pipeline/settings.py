@@ -1,84 +1,148 @@
-"""What a build is asked to do, and what it tells when it is over."""
+"""What a build and a plan are asked to do, and what a build reports when it is over."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from cache_schema.errors import WrongUsage
-from cache_schema.format.spec import TargetSpec
-from pipeline.samples import OverLong
+from cache_schema.format.spec import TARGETS, Precision, Target, TargetSpec
+from cache_schema.settings import Help, Only, at_least, check, positive, within
 
-ENGINES = ("transformers", "vllm")
-ENGINE_MODES = ("hidden", "logprobs")
-DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+EngineName = Literal["transformers", "vllm"]
+EngineMode = Literal["hidden", "logprobs"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+OverLong = Literal["quarantine", "cut"]
+RelationChoice = float | Literal["exact"]
+
+_TEACHER, _DATA, _VLLM, _RUN = "Teacher", "Data", "The engine vllm", "Run"
+_GRID, _BOUNDS = "What is tried", "What is asked of the recommended settings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildConfig:
-    """What `build` needs to know.
+    """What `build` needs to know."""
 
-    template: None for the processor's own, `plain`, `llava_v1`, or a Jinja file. dtype: `auto` (as
-    saved), float32, bfloat16 or float16. device: `auto`, or torch's name of one; device_map: spreads the
-    teacher as in accelerate. quantization: `8bit` or `4bit` through bitsandbytes. batch_tokens: padded
-    tokens a batch. max_length: tokens a sample, images included; over_long: what becomes of longer ones.
-    limit: only the first rows. max_bad: the share of rows in quarantine above which the build stops, asked
-    after every shard; None: never. rank, world_size: None to take them from the launcher.
-    prepare_threads: for decoding and processing images. Of the engine vllm only: engine_mode, `hidden`
-    states or `logprobs` alone; memory_share of the accelerator that vLLM may take; spot_check:
-    samples that are compared with transformers before anything is captured.
-    """
-
-    teacher: Path
-    data: Path
-    image_root: Path
-    out: str
+    teacher: Annotated[
+        Path, Help("Folder of the teacher: a transformers image-text-to-text model.", _TEACHER)
+    ]
+    data: Annotated[
+        Path, Help("Dataset: LLaVA JSON or JSONL, or `messages` rows in JSONL or Parquet.", _DATA)
+    ]
+    image_root: Annotated[Path, Help("Folder that the image paths of the dataset start from.", _DATA)]
+    out: Annotated[str, Help("The cache: a folder or an fsspec URL. An unfinished one is continued.")]
     spec: TargetSpec = field(default_factory=TargetSpec)
-    template: str | None = None
-    engine: str = "transformers"
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    quantization: str | None = None
-    batch_tokens: int = 16384
-    shard_size: int = 512
-    max_length: int = 2048
-    over_long: OverLong = "quarantine"
-    limit: int | None = None
-    max_bad: float | None = None
-    retry_quarantine: bool = False
-    rank: int | None = None
-    world_size: int | None = None
-    engine_mode: str = "hidden"
-    memory_share: float = 0.8
-    spot_check: int = 4
-    prepare_threads: int = field(default_factory=lambda: max(1, min(8, (os.cpu_count() or 2) // 2)))
+    template: Annotated[
+        str | None,
+        Help("Chat template: plain, llava_v1 or a Jinja file. Default: the processor's own.", _DATA),
+    ] = None
+    engine: Annotated[EngineName, Help("What runs the teacher; vllm is an extra.", _TEACHER)] = "transformers"
+    dtype: Annotated[DtypeName, Help("Number format of the weights; auto: as saved.", _TEACHER)] = "auto"
+    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...", _TEACHER)] = "auto"
+    device_map: Annotated[
+        str | None, Help("Spread one teacher over several devices, as in accelerate.", _TEACHER)
+    ] = None
+    quantization: Annotated[
+        Literal["8bit", "4bit"] | None, Help("Quantise the weights through bitsandbytes.", _TEACHER)
+    ] = None
+    batch_tokens: Annotated[
+        int, at_least(1), Help("Padded tokens per batch; halved when memory runs out.", _RUN)
+    ] = 16384
+    shard_size: Annotated[
+        int, at_least(1), Help("Rows per shard, the unit that is written and resumed.", _RUN)
+    ] = 512
+    max_length: Annotated[
+        int, at_least(1), Help("Longest sample in tokens, image tokens included.", _DATA)
+    ] = 2048
+    over_long: Annotated[OverLong, Help("What happens to longer samples.", _DATA)] = "quarantine"
+    limit: Annotated[int | None, at_least(1), Help("Only the first LIMIT rows of the dataset.", _DATA)] = None
+    max_bad: Annotated[
+        float | None,
+        within(0.0, 1.0),
+        Help("Stop when more than this share of the rows cannot be captured.", _RUN),
+    ] = None
+    retry_quarantine: Annotated[bool, Help("Try the rows in quarantine again.", _RUN)] = False
+    rank: Annotated[
+        int | None, at_least(0), Help("Number of this worker. Default: from the launcher, or 0.", _RUN)
+    ] = None
+    world_size: Annotated[
+        int | None, at_least(1), Help("Number of workers. Default: from the launcher, or 1.", _RUN)
+    ] = None
+    engine_mode: Annotated[
+        EngineMode,
+        Help("hidden states, or logprobs, which serve response and prompt targets only.", _VLLM),
+    ] = "hidden"
+    memory_share: Annotated[
+        float, within(0.0, 1.0, "(]"), Help("Share of the accelerator's memory for vLLM.", _VLLM)
+    ] = 0.8
+    spot_check: Annotated[
+        int, at_least(1), Help("Samples compared with transformers before the capture.", _VLLM)
+    ] = 4
+    prepare_threads: Annotated[int, at_least(1), Help("Threads that decode and process images.", _RUN)] = (
+        field(default_factory=lambda: max(1, min(8, (os.cpu_count() or 2) // 2)))
+    )
 
     def __post_init__(self) -> None:
-        problems = []
-        choices = {
-            "engine": ENGINES,
-            "engine_mode": ENGINE_MODES,
-            "dtype": DTYPE_NAMES,
-            "quantization": (None, "8bit", "4bit"),
-            "over_long": ("quarantine", "cut"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                told = ", ".join(str(one) for one in allowed if one is not None)
-                problems.append(f"{name} must be one of {told}, not {getattr(self, name)!r}")
-        for name in ("batch_tokens", "shard_size", "max_length", "limit", "prepare_threads", "spot_check"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name} must be at least 1, not {value}")
-        if self.max_bad is not None and not 0.0 <= self.max_bad <= 1.0:
-            problems.append(f"max_bad must lie in [0, 1], not {self.max_bad}")
-        if not 0.0 < self.memory_share <= 1.0:
-            problems.append(f"memory_share must lie in (0, 1], not {self.memory_share}")
-        if problems:
-            raise WrongUsage("build: " + "; ".join(problems))
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastConfig:
+    """What `forecast` needs to know; top_k, precision and relation of `build.spec` are what is looked for."""
+
+    build: Annotated[
+        BuildConfig,
+        Only(
+            *("teacher", "data", "image_root", "targets", "temperatures", "template", "dtype", "device"),
+            *("quantization", "device_map", "batch_tokens", "shard_size", "max_length", "over_long", "limit"),
+            out="cache",
+        ),
+    ]
+    samples: Annotated[int, at_least(1), Help("Rows drawn and measured.", _GRID)] = 64
+    top_ks: Annotated[
+        tuple[Annotated[int, at_least(1)], ...], Help("Numbers of entries to try.", _GRID, "top-k")
+    ] = (8, 16, 32, 64, 128)
+    precisions: Annotated[tuple[Precision, ...], Help("Precisions to try.", _GRID, "precision")] = (
+        "compact",
+        "full",
+    )
+    relations: Annotated[
+        tuple[Annotated[float, within(0.0, 1.0, "()")] | Literal["exact"], ...],
+        Help("Bounds of 1 - cos to try for relation factors, and the word exact.", _GRID, "relation"),
+    ] = (1e-3, 1e-4, 1e-5, 1e-6)
+    student: Annotated[
+        Path | None, Help("Folder of a student to try. Default: the teacher with noise.", _GRID)
+    ] = None
+    noise_kl: Annotated[
+        float, positive, Help("Mean KL in nats between the teacher and the noisy teacher.", _GRID)
+    ] = 0.7
+    positions: Annotated[
+        int, at_least(1), Help("Positions of each kind whose gradients are compared.", _GRID)
+    ] = 2048
+    max_angle: Annotated[
+        Mapping[Target, Annotated[float, within(0.0, 180.0, "(]")]],
+        Help("Degrees that a stored target's gradient may be off; 5,visual=15 for one target.", _BOUNDS),
+    ] = field(default_factory=lambda: dict.fromkeys(TARGETS, 5.0))
+    max_kl: Annotated[float, positive, Help("Mean nats that storing may change a record by.", _BOUNDS)] = 1e-4
+    seed: Annotated[int, at_least(0), Help("Seed of the draw and of the noise.", _GRID)] = 0
+
+    def __post_init__(self) -> None:
+        lists = ("top_ks", "precisions", "relations")
+        check(self, {f"{name} is empty: name at least one": not getattr(self, name) for name in lists})
+
+    @property
+    def widest(self) -> TargetSpec:
+        """The spec that every record of the grid can be cut from."""
+        bounds = [one for one in self.relations if one != "exact"]
+        return replace(
+            self.build.spec,
+            top_k=max(self.top_ks),
+            tail_samples=0,
+            relation="factor",
+            relation_bound=min(bounds, default=1e-6),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

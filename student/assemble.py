@@ -27,54 +27,43 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache, open_cache
 from models.parts import part_of
 from student.folder import save_folder
+from student.settings import NewStudentConfig
 
 IMAGE_TOKEN = "<image>"
 _TOWER_KEY = re.compile(r"^(?:model\.)?(?:vision_tower\.)?(?:vision_model\.)?")
 
 
-def new_student(
-    *,
-    vision_tower: Path,
-    language_model: Path,
-    out: Path,
-    like: str | None = None,
-    seed: int = 0,
-    feature_layer: int | None = None,
-    select_strategy: str | None = None,
-) -> dict[str, Any]:
-    """Writes a LlavaForConditionalGeneration folder with its processor to `out` and returns its sizes.
+def new_student(config: NewStudentConfig) -> dict[str, Any]:
+    """Writes a LlavaForConditionalGeneration folder with its processor and returns its sizes.
 
-    vision_tower: a SigLIP or CLIP vision model, a whole SigLIP or CLIP, or a vision-language model whose
-    tower is taken. language_model: any causal language model of transformers. The projector is two linear
-    layers with GELU, drawn from `seed` as torch draws linear layers.
-
-    like: a cache; its teacher's tokenizer, image token, feature layer, select strategy, chat template and
-    (where the tower's folder has none) image processor are taken. Without it the language model's tokenizer
-    gains `<image>` where it has none, the feature layer is -2, and a CLS token is dropped where there is one.
-    KdcacheError when a folder is not what it should be or the language model does not cover the tokenizer.
+    The projector is drawn from the seed as torch draws linear layers. With `like`, tokenizer, image token,
+    feature layer, select strategy, chat template and (where the tower's folder has none) image processor are
+    those of the cache's teacher. KdcacheError when a folder is not what it should be or the language model
+    does not cover the tokenizer.
     """
+    out, like = config.out, config.like
     if out.exists() and any(out.iterdir()):
         raise KdcacheError(f"{out} is not empty; choose another --out or remove it")
-    tower = _load_tower(vision_tower)
-    language = _load(AutoModelForCausalLM, language_model, "a causal language model")
+    tower = _load_tower(config.vision_tower)
+    language = _load(AutoModelForCausalLM, config.language_model, "a causal language model")
     has_cls = "clip" in tower.config.model_type and "siglip" not in tower.config.model_type
     layer: int = -2
     strategy = "default" if has_cls else "full"
     with tempfile.TemporaryDirectory() as folder:
         cache = None if like is None else open_cache(like)
-        tokenizer, template, assets = _words(cache, language_model, Path(folder))
-        image_processor = _image_processor(vision_tower, assets)
+        tokenizer, template, assets = _words(cache, config.language_model, Path(folder))
+        image_processor = _image_processor(config.vision_tower, assets)
     if cache is not None:
         training = cache.manifest.fingerprint.training
         layer = training.get("vision_feature_layer") or layer
         strategy = training.get("vision_feature_select_strategy") or strategy
         image_token_id = int(training["image_token_id"])
-        _refuse_other_words(language, language_model, tokenizer, cache)
+        _refuse_other_words(language, config.language_model, tokenizer, cache)
     else:
         image_token_id = _add_image_token(tokenizer, language)
-    layer = layer if feature_layer is None else feature_layer
-    strategy = select_strategy or strategy
-    model = _join(tower, language, image_token_id, layer, strategy, seed)
+    layer = layer if config.feature_layer is None else config.feature_layer
+    strategy = config.select_strategy or strategy
+    model = _join(tower, language, image_token_id, layer, strategy, config.seed)
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,

@@ -17,9 +17,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cache_schema.errors import IdentityMismatch, KdcacheError
-from student.folder import sync
+from cache_schema.format.cache import Cache
+from cache_schema.format.identity import digest_of
+from student.folder import folder_digest, sync
+from student.settings import TrainConfig
 
 _NAME = re.compile(r"^step-(\d{8})$")
+
+
+def identity_of(config: TrainConfig, cache: Cache) -> dict[str, Any]:
+    """What decides every step of a run: only a run with the same can use its checkpoints.
+
+    Micro-batch, ranks and workers are not in it: they change rounding only.
+    """
+    attempts = [[shard, cache.commits[shard].attempt] for shard in cache.shards]
+    return {
+        "stage": config.resolved_stage.to_json(),
+        "seed": config.seed,
+        "precision": config.precision,
+        "window": config.window,
+        "student": folder_digest(config.student),
+        "cache": {
+            "identity": cache.manifest.identity,
+            "samples": len(cache),
+            "shards": digest_of(attempts),
+        },
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from transformers import LlavaProcessor
 from cache_schema.datasets.conversations import Conversation
 from cache_schema.datasets.images import open_image, unpack_embedded
 from cache_schema.datasets.rows import open_dataset
-from cache_schema.errors import KdcacheError, RowRejected, WrongUsage
+from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.cache import open_cache
 from cache_schema.progress import Progress, task
 from models.device import choose_device
@@ -31,31 +31,8 @@ from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
+from student.settings import EvaluateConfig
 from student.stages import DFT
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig:
-    """model: its folder. data: LLaVA rows; every answer of a row is a question, asked after the turns before
-    it as they are in the data. A row may carry `kind` (a text, or one a question) and `answers` (the
-    references of its only question, or a list of them a question). cache: also measure the distance to
-    its teacher. limit: so many rows, drawn by `seed`. predictions: a JSONL file to write every answer to.
-    """
-
-    model: Path
-    data: Path
-    image_root: Path
-    cache: str | None = None
-    batch_size: int = 64
-    limit: int | None = None
-    max_new_tokens: int = 32
-    seed: int = 0
-    device: str = "auto"
-    predictions: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.max_new_tokens < 1 or (self.limit is not None and self.limit < 1):
-            raise WrongUsage("batch_size, max_new_tokens and limit must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,78 +1,121 @@
-"""What a user decides about a training run, and what of it a resumed run must share."""
+"""What a user decides about training and evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cache_schema.errors import WrongUsage
-from cache_schema.format.cache import Cache
-from cache_schema.format.identity import digest_of
-from student.folder import folder_digest
-from student.stages import Stage
+from cache_schema.settings import Help, at_least, check
+from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps, Stage
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _OVERRIDES = ("epochs", "max_steps", "learning_rate", "global_batch", "lora_rank")
 """Settings of a run that stand before those of its stage."""
 
+_HELD_OUT, _RECORDS, _SPEED = "Held-out data", "Checkpoints and records", "Speed and memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewStudentConfig:
+    """A student to assemble: vision tower, a projector of two linear layers with GELU, language model.
+
+    Without `like` the language model's tokenizer gains `<image>` where it has none.
+    """
+
+    vision_tower: Annotated[
+        Path, Help("Folder of a SigLIP or CLIP vision model, or of a model that has such a tower.")
+    ]
+    language_model: Annotated[Path, Help("Folder of any causal language model of transformers.")]
+    out: Annotated[Path, Help("Folder of the student.")]
+    like: Annotated[
+        str | None, Help("Take image token, tokenizer, feature layer and template of this cache's teacher.")
+    ] = None
+    seed: Annotated[int, at_least(0), Help("Seed of the projector's weights.")] = 0
+    feature_layer: Annotated[
+        int | None, Help("The tower's layer whose features are taken. Default: as `like`, or -2.")
+    ] = None
+    select_strategy: Annotated[
+        Literal["default", "full"] | None,
+        Help("default drops a CLS token, full keeps it. Default: as `like`, or dropped where there is one."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One stage of training.
+    """One stage of training."""
 
-    stage: what trains and how. student: the folder to start from. cache: a folder or an fsspec URL (None:
-    the recipe says it).
-    image_root: where the cache's image paths start. out: the run's folder. resume: go on from the newest
-    checkpoint in `out`. epochs, max_steps, learning_rate, global_batch, lora_rank: override the stage's
-    (the last one only where the language model trains). micro_batch:
-    samples a forward pass on one device, which changes nothing but rounding. precision: of the forward and
-    backward products; trained weights and optimizer are always float32. gradient_checkpointing: None: on
-    where there is an accelerator. eval_cache: a held-out cache, measured every `eval_every` steps (0: at
-    the end only) on its first `eval_samples` samples. early_stop: so many evaluations without an
-    improvement end the stage, and the best weights are the result. save_every: steps between checkpoints
-    (0: only when interrupted); the newest `keep` and the best one stay. workers: threads that decode
-    images. window: shards that the shuffle mixes. trackers: of accelerate. device: `auto` or `cpu`.
-    adopt_template: give the student the cache's chat template instead of refusing another one.
-    """
-
-    stage: Stage
-    student: Path
-    cache: str | None
-    image_root: Path
-    out: Path
-    resume: bool = False
-    seed: int = 0
-    epochs: float | None = None
-    max_steps: int | None = None
-    learning_rate: float | None = None
-    global_batch: int | None = None
-    lora_rank: int | None = None
-    micro_batch: int = 8
-    precision: Precision = "fp32"
-    gradient_checkpointing: bool | None = None
-    eval_cache: str | None = None
-    eval_image_root: Path | None = None
-    eval_every: int = 0
-    eval_samples: int | None = 512
-    early_stop: int | None = None
-    log_every: int = 10
-    save_every: int = 500
-    keep: int = 2
-    workers: int = 2
-    window: int = 8
-    trackers: tuple[str, ...] = ("tensorboard",)
-    device: Literal["auto", "cpu"] = "auto"
-    adopt_template: bool = False
+    stage: Annotated[Stage, Help("A stage with the paper's settings: dpt, sft, dft or pt.")]
+    student: Annotated[Path, Help("Folder of the student to start from.")]
+    cache: Annotated[
+        str | None,
+        Help("The cache to learn from: a folder or an fsspec URL; STAGE=CACHE for one stage of a recipe."),
+    ]
+    image_root: Annotated[
+        Path, Help("Folder that the cache's image paths start from; STAGE=FOLDER for one stage of a recipe.")
+    ]
+    out: Annotated[Path, Help("Folder of the run; a recipe makes one folder per stage in it.")]
+    resume: Annotated[bool, Help("Go on from the newest checkpoint in --out.")] = False
+    seed: Annotated[int, at_least(0), Help("Seed of the order of samples and of dropout.")] = 0
+    epochs: Epochs | None = None
+    max_steps: MaxSteps | None = None
+    learning_rate: LearningRate | None = None
+    global_batch: GlobalBatch | None = None
+    lora_rank: LoraRank | None = None
+    micro_batch: Annotated[
+        int,
+        at_least(1),
+        Help("Samples per forward pass on one device; changes nothing but rounding.", _SPEED),
+    ] = 8
+    precision: Annotated[
+        Precision,
+        Help("Number format of products; trained weights and optimizer stay float32.", _SPEED),
+    ] = "fp32"
+    gradient_checkpointing: Annotated[
+        bool | None, Help("Recompute activations. Default: on an accelerator only.", _SPEED)
+    ] = None
+    eval_cache: Annotated[str | None, Help("Held-out cache to measure on.", _HELD_OUT)] = None
+    eval_image_root: Annotated[Path | None, Help("Its image root. Default: --image-root.", _HELD_OUT)] = None
+    eval_every: Annotated[
+        int, at_least(0), Help("Steps between measurements; 0: at the end only.", _HELD_OUT)
+    ] = 0
+    eval_samples: Annotated[
+        int | None, at_least(1), Help("Measure the first EVAL_SAMPLES samples of it.", _HELD_OUT)
+    ] = 512
+    early_stop: Annotated[
+        int | None,
+        at_least(1),
+        Help(
+            "Stop after this many measurements without improvement; the best weights are the result.",
+            _HELD_OUT,
+        ),
+    ] = None
+    log_every: Annotated[int, at_least(1), Help("Steps between lines of metrics.jsonl.", _RECORDS)] = 10
+    save_every: Annotated[
+        int, at_least(0), Help("Steps between checkpoints; 0: only when stopped.", _RECORDS)
+    ] = 500
+    keep: Annotated[
+        int, at_least(1), Help("Newest checkpoints that stay, beside the best one.", _RECORDS)
+    ] = 2
+    workers: Annotated[int, at_least(0), Help("Threads that decode images.", _SPEED)] = 2
+    window: Annotated[int, at_least(1), Help("Shards mixed by the shuffle.", _SPEED)] = 8
+    trackers: Annotated[tuple[str, ...], Help("Trackers of accelerate.", _RECORDS, "tracker")] = (
+        "tensorboard",
+    )
+    device: Annotated[Literal["auto", "cpu"], Help("auto: an accelerator where there is one.", _SPEED)] = (
+        "auto"
+    )
+    adopt_template: Annotated[
+        bool, Help("Give the student the cache's chat template instead of refusing another one.")
+    ] = False
 
     def __post_init__(self) -> None:
-        if min(self.micro_batch, self.keep, self.log_every, self.window) < 1 or self.workers < 0:
-            raise WrongUsage(
-                "micro_batch, keep, log_every and window must be at least 1, workers not negative"
-            )
-        if self.early_stop is not None and not (self.eval_cache and self.eval_every):
-            raise WrongUsage("early_stop needs eval_cache and eval_every")
+        needs = self.early_stop is not None and not (self.eval_cache and self.eval_every)
+        check(self, {"early_stop needs eval_cache and eval_every": needs})
 
     @property
     def resolved_stage(self) -> Stage:
@@ -92,21 +135,27 @@ class TrainConfig:
         return {"stage": self.resolved_stage.to_json(), **values, "trackers": list(self.trackers)}
 
 
-def identity_of(config: TrainConfig, cache: Cache) -> dict[str, Any]:
-    """What decides every step of a run: only a run with the same can use its checkpoints.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """Free answers to a file of questions.
 
-    Micro-batch, ranks and workers are not in it: they change rounding only.
+    Every answer of a row is a question, asked after the turns before it as they are in the data. A row may
+    carry `kind` (a text, or one per question) and `answers` (the references of its only question, or a list
+    of them per question).
     """
-    attempts = [[shard, cache.commits[shard].attempt] for shard in cache.shards]
-    return {
-        "stage": config.resolved_stage.to_json(),
-        "seed": config.seed,
-        "precision": config.precision,
-        "window": config.window,
-        "student": folder_digest(config.student),
-        "cache": {
-            "identity": cache.manifest.identity,
-            "samples": len(cache),
-            "shards": digest_of(attempts),
-        },
-    }
+
+    model: Annotated[Path, Help("Folder of the model: student, teacher or any other.")]
+    data: Annotated[Path, Help("Rows to answer, in the same formats as for `build`.")]
+    image_root: Annotated[Path, Help("Folder that the image paths of the dataset start from.")]
+    cache: Annotated[
+        str | None, Help("Also measure the distance to the teacher of this cache: KL and relation loss.")
+    ] = None
+    batch_size: Annotated[int, at_least(1), Help("Questions answered at a time.")] = 64
+    limit: Annotated[int | None, at_least(1), Help("Only LIMIT rows, drawn by --seed.")] = None
+    max_new_tokens: Annotated[int, at_least(1), Help("Longest answer in tokens.")] = 32
+    seed: Annotated[int, at_least(0), Help("Seed of the draw.")] = 0
+    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    predictions: Annotated[Path | None, Help("JSONL file for every answer.")] = None
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.format.spec import TARGETS
+from cache_schema.settings import Help, at_least, check, positive, settings_of, within
 from models.parts import Part
-from student.losses import LossWeights
+from student.loss_weights import LossWeights
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -22,65 +23,52 @@ CE_ONLY = LossWeights(response=0.0, visual=0.0, relation=0.0)
 """Plain supervised training: no target is read."""
 
 
+_STAGE = "In place of the stage's own settings"
+
+Epochs = Annotated[float, positive, Help("Passes over the cache.", _STAGE)]
+MaxSteps = Annotated[int, at_least(1), Help("Optimizer steps, in place of epochs.", _STAGE)]
+LearningRate = Annotated[float, positive, Help("Peak learning rate, after the warm-up.", _STAGE)]
+GlobalBatch = Annotated[
+    int, at_least(1), Help("Samples per step, over all ranks and accumulation steps.", _STAGE)
+]
+LoraRank = Annotated[
+    int,
+    at_least(0),
+    Help("Train the language model through adapters of this rank (needs peft); 0: all its weights.", _STAGE),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One pass of training with fixed settings.
+    """One pass of training with fixed settings."""
 
-    trainable: the parts whose parameters move; all others are frozen. learning_rate: the peak, reached
-    after warmup_ratio of the steps, then decayed to 0 by `schedule`. global_batch: samples a step over
-    all ranks and accumulation steps. The stage ends after `epochs` passes or `max_steps` steps, whichever
-    is asked last (max_steps wins). weight_decay, beta1, beta2, epsilon: of AdamW. max_grad_norm: the
-    clipping bound of the global gradient norm, 0 for none. group_by_modality: batches are either all with
-    or all without images, as in LLaVA's sampler. lora_rank: above 0 the language model trains through
-    low-rank adapters alone, scaled by lora_alpha / lora_rank and merged into its weights at the end.
-    """
-
-    name: str
-    trainable: tuple[Part, ...]
-    losses: LossWeights
-    learning_rate: float
-    global_batch: int
-    epochs: float = 1.0
-    max_steps: int | None = None
-    schedule: Schedule = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    group_by_modality: bool = False
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
+    name: Annotated[str, Help("Names the stage in reports, folders and options.")]
+    trainable: Annotated[tuple[Part, ...], Help("The parts whose parameters move; all others are frozen.")]
+    losses: Annotated[LossWeights, Help("Weights of the objective's terms.")]
+    learning_rate: LearningRate
+    global_batch: GlobalBatch
+    epochs: Epochs = 1.0
+    max_steps: MaxSteps | None = None
+    schedule: Annotated[Schedule, Help("Decay of the learning rate to 0.")] = "cosine"
+    warmup_ratio: Annotated[
+        float, within(0.0, 1.0, "[)"), Help("Share of the steps until the peak learning rate.")
+    ] = 0.03
+    weight_decay: Annotated[float, at_least(0), Help("Weight decay of AdamW.")] = 0.0
+    beta1: Annotated[float, within(0.0, 1.0, "[)"), Help("AdamW's decay of the first moment.")] = 0.9
+    beta2: Annotated[float, within(0.0, 1.0, "[)"), Help("AdamW's decay of the second moment.")] = 0.999
+    epsilon: Annotated[float, positive, Help("AdamW's epsilon.")] = 1e-8
+    max_grad_norm: Annotated[float, at_least(0), Help("Bound of the global gradient norm; 0 for none.")] = 1.0
+    group_by_modality: Annotated[
+        bool, Help("Batches are either all with or all without images, as in LLaVA's sampler.")
+    ] = False
+    lora_rank: LoraRank = 0
+    lora_alpha: Annotated[
+        float, positive, Help("Adapters are scaled by lora_alpha / lora_rank and merged at the end.")
+    ] = 16.0
+    lora_dropout: Annotated[float, within(0.0, 1.0, "[)"), Help("Dropout of the adapters' inputs.")] = 0.0
 
     def __post_init__(self) -> None:
-        problems = []
-        if not self.trainable or any(part not in get_args(Part) for part in self.trainable):
-            problems.append(
-                f"trainable must be some of {', '.join(get_args(Part))}, not {list(self.trainable)}"
-            )
-        if self.schedule not in get_args(Schedule):
-            problems.append(f"schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}")
-        if not 0.0 < self.learning_rate < math.inf:
-            problems.append(f"learning_rate must be positive, not {self.learning_rate}")
-        if self.global_batch < 1:
-            problems.append(f"global_batch must be at least 1, not {self.global_batch}")
-        if self.max_steps is not None and self.max_steps < 1:
-            problems.append(f"max_steps must be at least 1, not {self.max_steps}")
-        if self.max_steps is None and not 0.0 < self.epochs < math.inf:
-            problems.append(f"epochs must be positive, not {self.epochs}")
-        if not 0.0 <= self.warmup_ratio < 1.0:
-            problems.append(f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
-        if self.lora_rank < 0 or not self.lora_alpha > 0.0 or not 0.0 <= self.lora_dropout < 1.0:
-            lora = (self.lora_rank, self.lora_alpha, self.lora_dropout)
-            problems.append(
-                f"lora_rank, lora_alpha, lora_dropout must be >= 0, > 0 and in [0, 1), not {lora}"
-            )
-        if self.max_grad_norm < 0.0:
-            problems.append(f"max_grad_norm must not be negative, not {self.max_grad_norm}")
-        if problems:
-            raise ValueError(f"stage {self.name}: " + "; ".join(problems))
+        check(self, {"trainable is empty": not self.trainable}, where=f"stage {self.name}: ")
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -155,35 +143,39 @@ class Recipe:
     stages: tuple[RecipeStage, ...]
 
 
+def stage_named(name: str, targets: str | None = None) -> Stage:
+    """A built-in stage; targets: those that it keeps, with commas, or `none`. WrongUsage for other names."""
+    if name not in STAGES:
+        raise WrongUsage(f"stage {name!r} is not one of {', '.join(STAGES)}")
+    if targets is None:
+        return STAGES[name]
+    return STAGES[name].only(() if targets == "none" else tuple(part.strip() for part in targets.split(",")))
+
+
 def stage_from(document: Mapping[str, Any], where: str = "recipe") -> Stage:
     """The stage that `document` describes; `base` names a built-in stage whose settings it starts from.
 
-    ValueError names every unknown key and every value out of range.
+    WrongUsage names every unknown key and every value out of range.
     """
     values = dict(document)
     base = values.pop("base", None)
     if base is not None and base not in STAGES:
-        raise ValueError(f"{where}: base {base!r} is not one of {', '.join(STAGES)}")
-    kinds = {field.name: str(field.type) for field in fields(Stage)}
-    unknown = sorted(set(values) - set(kinds))
-    if unknown:
-        raise ValueError(f"{where}: unknown keys {unknown}; known are {', '.join(['base', *kinds])}")
+        raise WrongUsage(f"{where}: base {base!r} is not one of {', '.join(STAGES)}")
+    known = settings_of(Stage)
+    if unknown := sorted(set(values) - set(known)):
+        raise WrongUsage(f"{where}: unknown keys {unknown}; known are {', '.join(['base', *known])}")
     if "losses" in values:
         start = STAGES[base].losses if base else LossWeights()
         values["losses"] = _losses_from(start, values["losses"], where)
     if "trainable" in values:
         listed = values["trainable"]
         values["trainable"] = (listed,) if isinstance(listed, str) else tuple(listed)
-    for name in values:
-        if kinds[name] == "float":  # YAML reads 1e-3 as text
-            values[name] = _number(values[name], f"{where}: {name}")
-        elif kinds[name].startswith("int") and not isinstance(values[name], int | None):
-            raise ValueError(f"{where}: {name} must be a whole number, not {values[name]!r}")
+    values = _with_numbers(Stage, values)
     if base is not None:
         return replace(STAGES[base], **values)
     missing = sorted({"name", "trainable", "learning_rate", "global_batch"} - set(values))
     if missing:
-        raise ValueError(f"{where}: a stage without `base` needs {', '.join(missing)}")
+        raise WrongUsage(f"{where}: a stage without `base` needs {', '.join(missing)}")
     return Stage(**{"losses": LossWeights(), **values})
 
 
@@ -204,47 +196,52 @@ def open_recipe(name_or_file: str) -> Recipe:
         document = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
         return _recipe_from(document, path)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise KdcacheError(f"recipe {path}: {' '.join(str(error).split())}; correct the file") from error
+        raise WrongUsage(f"recipe {path}: {' '.join(str(error).split())}; correct the file") from error
 
 
 def _recipe_from(document: Any, path: Path) -> Recipe:
     if not isinstance(document, dict) or not isinstance(document.get("stages"), list):
-        raise ValueError("it must hold a list `stages`")
+        raise WrongUsage("it must hold a list `stages`")
     unknown = sorted(set(document) - {"name", "stages"})
     if unknown:
-        raise ValueError(f"unknown keys {unknown}; known are name, stages")
+        raise WrongUsage(f"unknown keys {unknown}; known are name, stages")
     stages = []
     for number, entry in enumerate(document["stages"], start=1):
         where = f"stage {number}"
         if not isinstance(entry, dict):
-            raise ValueError(f"{where} must be a mapping, not {entry!r}")
+            raise WrongUsage(f"{where} must be a mapping, not {entry!r}")
         data = {key: str(entry[key]) for key in ("cache", "image_root", "eval_cache") if key in entry}
         settings = {key: value for key, value in entry.items() if key not in data}
         stages.append(RecipeStage(stage=stage_from(settings, where), **data))
     names = [entry.stage.name for entry in stages]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"stage names must differ from one another, not {names}")
+        raise WrongUsage(f"stage names must differ from one another, not {names}")
     return Recipe(name=str(document.get("name", path.stem)), stages=tuple(stages))
 
 
 def _losses_from(start: LossWeights, document: Any, where: str) -> LossWeights:
-    known = {field.name: str(field.type) for field in fields(LossWeights)}
+    known = settings_of(LossWeights)
     if not isinstance(document, Mapping):
-        raise ValueError(f"{where}: losses must be a mapping of {', '.join(known)}")
-    unknown = sorted(set(document) - set(known))
-    if unknown:
-        raise ValueError(f"{where}: unknown losses {unknown}; known are {', '.join(known)}")
-    values: dict[str, Any] = {
-        name: _number(value, f"{where}: losses.{name}") if known[name] == "float" else value
-        for name, value in document.items()
-    }
-    return replace(start, **values)
-
-
-def _number(value: Any, where: str) -> float:
+        raise WrongUsage(f"{where}: losses must be a mapping of {', '.join(known)}")
+    if unknown := sorted(set(document) - set(known)):
+        raise WrongUsage(f"{where}: unknown losses {unknown}; known are {', '.join(known)}")
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} must be a number, not {value!r}") from None
+        return replace(start, **_with_numbers(LossWeights, document))
+    except WrongUsage as error:
+        raise WrongUsage(f"{where}: losses: {error}") from error
+
+
+def _with_numbers(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file, with text that is a number as one: YAML reads 1e-3 as text."""
+    known = settings_of(owner)
+    return {
+        name: _number(value) if known[name].kind is float and isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

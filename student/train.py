@@ -25,7 +25,7 @@ from cache_schema.interrupt import Interrupt
 from cache_schema.progress import Progress, task
 from models.folder import load_processor
 from models.tokens import pad_token_id_of
-from student.checkpoint import Checkpoint, Checkpoints, refuse_other
+from student.checkpoint import Checkpoint, Checkpoints, identity_of, refuse_other
 from student.checks import check_student
 from student.collate import Batch, Collator, load_ahead
 from student.heldout import measure_cache, weighted
@@ -34,7 +34,7 @@ from student.model import DistilledStudent, unsharded
 from student.pixels import PixelInputs
 from student.prepare import checkpoint_activations, load_student, make_accelerator, save_trained
 from student.run_folder import TERMS, Journal, Meter, finished, time_line, write_result, write_settings
-from student.settings import TrainConfig, identity_of
+from student.settings import TrainConfig
 from student.stream import Stream, StreamConfig
 from student.timing import Stopwatch
 

@@ -232,7 +232,7 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
         (("--template", "nofile"), "template nofile is neither a file nor one of plain, llava_v1"),
         (("--rank", "2"), "give both"),
         (("--engine-mode", "logprobs"), "add --engine vllm"),
-        (("--seed", "-1"), "seed must not be negative"),
+        (("--seed", "-1"), "seed must be at least 0, not -1"),
         (("--top-k", "0"), "top_k must be at least 1"),
         (("--shard-size", "0"), "shard_size must be at least 1"),
     ],

@@ -16,6 +16,7 @@ from cache_schema.format.records import Relation, TopK
 from cache_schema.operations.diff import DiffReport, diff
 from cache_schema.operations.divergence import kl, relation_cosine
 from cache_schema.operations.select import select
+from cache_schema.operations.settings import DiffConfig
 from tests.fake_caches import by_row, make_cache
 from views.diff_page import print_difference
 
@@ -101,14 +102,15 @@ def test_what_may_differ_is_named_by_the_caller(tmp_path: Path, pictures: Path) 
     a = make_cache(tmp_path / "a", pictures, rows=5)
     b = make_cache(tmp_path / "b", pictures, rows=5, identity={"dtype": "bfloat16"})
     assert not diff(a, b).same
-    report = diff(a, b, may_differ=["dtype"])
+    report = diff(a, b, config=DiffConfig(may_differ=("dtype",)))
     assert report.same
     assert "but for dtype, as allowed" in printed(report)
     other = make_cache(tmp_path / "c", pictures, rows=5, spec=replace(COMPACT, top_k=16))
-    assert not diff(a, other, may_differ=["spec.relation"]).same_identity
-    assert diff(a, other, may_differ=["spec"]).same
-    assert not diff(a, make_cache(tmp_path / "d", pictures, rows=5, noise=0.3), kl_bound=1e-9).targets_agree
-    assert diff(a, make_cache(tmp_path / "d", pictures, rows=5, noise=0.3), kl_bound=9.0).kl["visual"].p99 > 0
+    assert not diff(a, other, config=DiffConfig(may_differ=("spec.relation",))).same_identity
+    assert diff(a, other, config=DiffConfig(may_differ=("spec",))).same
+    noisy = make_cache(tmp_path / "d", pictures, rows=5, noise=0.3)
+    assert not diff(a, noisy, config=DiffConfig(kl_bound=1e-9)).targets_agree
+    assert diff(a, noisy, config=DiffConfig(kl_bound=9.0)).kl["visual"].p99 > 0
 
 
 @pytest.mark.parametrize("width", [80, 120])

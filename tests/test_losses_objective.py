@@ -227,7 +227,7 @@ def test_targets_move_between_devices_and_keep_their_temperatures_at_hand():
 def test_settings_that_make_no_sense_are_all_named():
     with pytest.raises(ValueError, match=r"visual must be .*; temperature must be .*; tail must be .*"):
         LossWeights(visual=-1.0, temperature=0.0, tail="ghost")
-    with pytest.raises(ValueError, match="reduction must be one of sample_mean, token_mean, not sum"):
+    with pytest.raises(ValueError, match="reduction must be one of sample_mean, token_mean, not 'sum'"):
         LossWeights(reduction="sum")
     hidden, labels, _, weight, bias = batch()
     with pytest.raises(ValueError, match=r"hidden must be \(B, T, D\) and labels \(B, T\)"):

@@ -19,9 +19,9 @@ from cache_schema.datasets.images import open_image
 from cache_schema.progress import Silent
 from models.folder import load_model, load_processor
 from student.answers import Answered, plain, score, vqa_soft, vqa_words
-from student.assemble import new_student
+from student.assemble import new_student as assemble
 from student.collate import Collator
-from student.evaluate import EvaluateConfig, _Answerer, evaluate
+from student.evaluate import _Answerer, evaluate
 from student.export import export
 from student.heldout import measure_cache
 from student.losses import LossWeights
@@ -30,6 +30,7 @@ from student.pixels import PixelInputs
 from student.recipe import train_recipe
 from student.report import StageRun, final_table, report
 from student.run_curves import StageCurves, draw_curves
+from student.settings import EvaluateConfig, NewStudentConfig
 from student.stages import DFT, DPT, SFT, Recipe, RecipeStage
 from student.train import train
 from tests.student_caches import fake_capture, make_world
@@ -337,6 +338,10 @@ def tiny_language_model(folder, *, rows=352, tokenizer=None):
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def new_student(**options):
+    return assemble(NewStudentConfig(**options))
 
 
 def test_a_new_student_like_a_cache_fits_it(world, tmp_path):

@@ -8,9 +8,9 @@ from cache_schema import TargetSpec, open_cache
 from cache_schema.progress import Silent
 from pipeline.capture import build
 from pipeline.settings import BuildConfig
-from student.evaluate import EvaluateConfig, evaluate
+from student.evaluate import evaluate
 from student.run_folder import read_metrics
-from student.settings import TrainConfig
+from student.settings import EvaluateConfig, TrainConfig
 from student.stages import DFT
 from student.train import train
 from tests.tiny_families import make, names

@@ -49,8 +49,8 @@ def test_a_stage_survives_its_own_json():
     [
         ({"base": "dpt", "learning_rat": 1}, r"unknown keys \['learning_rat'\]"),
         ({"base": "dpt", "losses": {"vision": 1}}, r"unknown losses \['vision'\]"),
-        ({"base": "dpt", "losses": {"visual": "much"}}, "losses.visual must be a number, not 'much'"),
-        ({"base": "dpt", "losses": {"visual": -1}}, "visual must be finite and not negative"),
+        ({"base": "dpt", "losses": {"visual": "much"}}, "losses: visual must be a number, not 'much'"),
+        ({"base": "dpt", "losses": {"visual": -1}}, "losses: visual must be at least 0, not -1"),
         ({"base": "ppt"}, "base 'ppt' is not one of"),
         ({"base": "dpt", "trainable": ["head"]}, "trainable must be some of"),
         ({"base": "dpt", "schedule": "step"}, "schedule must be one of"),

@@ -19,6 +19,7 @@ from tests.browser import Browser
 from tests.fake_caches import make_cache
 from views.html_page import write_html
 from views.relation_picture import principal_factor
+from views.settings import PageConfig
 
 EVIL = "</script><img src=x onerror=document.title='hit'>"
 
@@ -44,7 +45,7 @@ def cache(folder: Path) -> Cache:
 
 @pytest.fixture(scope="module")
 def page(cache: Cache, folder: Path) -> Path:
-    return write_html(cache, folder / "page.html", samples=8, image_root=folder / "images")
+    return write_html(cache, folder / "page.html", PageConfig(samples=8), image_root=folder / "images")
 
 
 def data_of(page: Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
 
 
 def test_text_of_the_data_set_stays_text(cache: Cache, tmp_path: Path) -> None:
-    page = write_html(cache, tmp_path / "page.html", order=[3])
+    page = write_html(cache, tmp_path / "page.html", only=[3])
     text = page.read_text(encoding="utf-8")
     assert EVIL not in text
     assert "<b>float32" not in text
@@ -97,20 +98,20 @@ def test_the_worst_come_first(page: Path, cache: Cache) -> None:
 
 
 def test_other_orders(cache: Cache, tmp_path: Path) -> None:
-    asked = write_html(cache, tmp_path / "ids.html", samples=1, order=[7, "id-4", "0"])
+    asked = write_html(cache, tmp_path / "ids.html", PageConfig(samples=1), only=[7, "id-4", "0"])
     assert [s["row"] for s in data_of(asked)["samples"]] == [7, 4, 0]
     drawn = [
         [
             s["row"]
-            for s in data_of(write_html(cache, tmp_path / f"{n}.html", samples=4, order="random", seed=seed))[
-                "samples"
-            ]
+            for s in data_of(
+                write_html(cache, tmp_path / f"{n}.html", PageConfig(samples=4, order="random", seed=seed))
+            )["samples"]
         ]
         for n, seed in enumerate((1, 1, 2))
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(KdcacheError, match="no sample"):
-        write_html(cache, tmp_path / "x.html", order=["nothing"])
+        write_html(cache, tmp_path / "x.html", PageConfig(order="nothing"))
 
 
 def test_the_numbers_are_those_of_the_cache(page: Path, cache: Cache) -> None:
@@ -136,9 +137,9 @@ def test_the_numbers_are_those_of_the_cache(page: Path, cache: Cache) -> None:
 
 
 def test_without_pictures_or_targets(cache: Cache, tmp_path: Path) -> None:
-    bare = data_of(write_html(cache, tmp_path / "bare.html", samples=3))
+    bare = data_of(write_html(cache, tmp_path / "bare.html", PageConfig(samples=3)))
     assert {image["picture"] for s in bare["samples"] for image in s["images"]} <= {None}
-    lost = data_of(write_html(cache, tmp_path / "lost.html", samples=3, image_root=tmp_path))
+    lost = data_of(write_html(cache, tmp_path / "lost.html", PageConfig(samples=3), image_root=tmp_path))
     notes = [image["note"] for s in lost["samples"] for image in s["images"]]
     assert notes
     assert all(note.startswith("No picture") for note in notes)
@@ -151,7 +152,7 @@ def test_without_pictures_or_targets(cache: Cache, tmp_path: Path) -> None:
 
 def test_a_page_that_cannot_be_written(cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(KdcacheError, match="name a file that can be written"):
-        write_html(cache, tmp_path, samples=1)
+        write_html(cache, tmp_path, PageConfig(samples=1))
 
 
 # In Chromium

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,8 @@ from views.grid import framed
 from views.html_summary import summary_html
 from views.relation_picture import principal_factor
 from views.sample_document import describe, find_sample
+from views.settings import PageConfig
 from views.token_text import TokenText
-
-Order = Literal["worst", "random"] | Sequence[int | str]
 
 TOP = 8
 PATCH_TOP = 5
@@ -37,24 +36,24 @@ PAGE = Path(__file__).parent / "page"
 def write_html(
     cache: Cache,
     out: Path,
+    config: PageConfig | None = None,
     *,
-    samples: int = 50,
-    order: Order = "worst",
+    only: Sequence[str | int] = (),
     image_root: Path | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the page to the file `out` and returns it.
 
-    order: `worst` (share of response positions where the label is not the teacher's likeliest token, then
-    perplexity), `random`, or row numbers and ids. Without `image_root` the patches stand alone. The
-    relation of a patch is drawn from the strongest 48 columns of the factor, in 8 bits: for the eye.
+    The order `worst` is by the share of response positions where the label is not the teacher's likeliest
+    token, then by perplexity. only: rows and ids, in place of what `config` chooses. Without `image_root` the
+    patches stand alone. The relation of a patch is drawn from the strongest 48 columns of the factor, in 8
+    bits: for the eye.
     """
     progress = progress or Silent()
     text = TokenText.of_assets(cache.assets)
     words: dict[str, str] = {}
     documents = []
-    chosen, told = _choose(cache, samples, order, seed, progress)
+    chosen, told = _choose(cache, config or PageConfig(), only, progress)
     with task(progress, "samples", len(chosen)):
         for number, sample in enumerate(chosen):
             documents.append(_sample(cache, sample, text, image_root, words))
@@ -82,13 +81,15 @@ def write_html(
 
 
 def _choose(
-    cache: Cache, samples: int, order: Order, seed: int, progress: Progress
+    cache: Cache, config: PageConfig, only: Sequence[str | int], progress: Progress
 ) -> tuple[list[Sample], str]:
     """The samples to show and the sentence that tells how they were chosen."""
-    if not isinstance(order, str):
-        return [find_sample(cache, name) for name in order], "As asked for."
+    samples, seed = config.samples, config.seed
+    if only or config.order not in ("worst", "random"):
+        named = only or [name.strip() for name in config.order.split(",")]
+        return [find_sample(cache, name) for name in named], "As asked for."
     total = len(cache)
-    if order == "random" or "response" not in cache.spec.targets:
+    if config.order == "random" or "response" not in cache.spec.targets:
         drawn = np.random.default_rng(seed).permutation(total)[:samples]
         return [cache[int(i)] for i in sorted(drawn)], f"{len(drawn)} of {total:,} at random (seed {seed})."
     with task(progress, "disagreement", len(cache.shards)):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from cache_schema.errors import WrongUsage
+from cache_schema.settings import Help, at_least, check, positive, within
 
 Target = Literal["response", "visual", "relation", "prompt"]
 Precision = Literal["compact", "full"]
@@ -14,66 +15,74 @@ Field = Literal["logsumexp", "entropy"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
+_PANEL = "Targets"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSpec:
-    """What is captured. It is part of the identity of a cache: another spec is another cache.
+    """What is captured. It is part of the identity of a cache: another spec is another cache."""
 
-    targets: which kinds. top_k: K entries a position. temperatures: the temperatures whose tail mass is
-    kept, ascending, 1.0 always among them. tail_samples: M draws from the tail a position (0: none) at
-    sample_temperature (one of `temperatures`). precision: `compact` (8-bit log-probabilities, ids as
-    small as they fit) or `full` (int32, float32). relation: `factor` of a rank chosen an image so that
-    1 - cos(R, U U^T) <= relation_bound, or the `exact` triangle. relation_max_rank bounds the rank (the
-    residual then tells). seed: of the tail draws. without: fields of a position's record that the teacher's
-    engine could not give; they are not stored, and the tail is then 1 minus the entries, known to about
-    1e-6 of the whole mass.
-    """
-
-    targets: tuple[Target, ...] = ("response", "visual", "relation")
-    top_k: int = 32
-    temperatures: tuple[float, ...] = (1.0,)
-    tail_samples: int = 0
-    sample_temperature: float = 1.0
-    precision: Precision = "compact"
-    relation: RelationForm = "factor"
-    relation_bound: float = 1e-5
-    relation_max_rank: int = 1024
-    seed: int = 0
-    without: tuple[Field, ...] = ()
+    targets: Annotated[tuple[Target, ...], Help("The kinds of targets.", _PANEL)] = (
+        "response",
+        "visual",
+        "relation",
+    )
+    top_k: Annotated[int, at_least(1), Help("Entries stored per position.", _PANEL)] = 32
+    temperatures: Annotated[
+        tuple[Annotated[float, within(0.0, 100.0, "(]")], ...],
+        Help("Temperatures whose tail mass is stored, ascending; 1 must be among them.", _PANEL),
+    ] = (1.0,)
+    tail_samples: Annotated[
+        int,
+        at_least(0),
+        Help("Ids drawn from the tail per position, for `tail: sampled`; 0 for none.", _PANEL),
+    ] = 0
+    sample_temperature: Annotated[
+        float, positive, Help("Temperature of these draws, one of --temperatures.", _PANEL)
+    ] = 1.0
+    precision: Annotated[
+        Precision,
+        Help("compact: 8-bit log-probabilities and small ids; full: float32 and int32.", _PANEL),
+    ] = "compact"
+    relation: Annotated[
+        RelationForm,
+        Help("factor: a low-rank factor whose rank is chosen per image; exact: the triangle.", _PANEL),
+    ] = "factor"
+    relation_bound: Annotated[
+        float, within(0.0, 1.0, "()"), Help("Largest 1 - cos(R, U U^T) of a stored factor U.", _PANEL)
+    ] = 1e-5
+    relation_max_rank: Annotated[
+        int,
+        at_least(1),
+        Help("Largest rank of a factor; the stored residual says what it misses.", _PANEL),
+    ] = 1024
+    seed: Annotated[int, at_least(0), Help("Seed of the tail draws and of the plan's order.", _PANEL)] = 0
+    without: Annotated[
+        tuple[Field, ...],
+        Help(
+            "Fields of a position's record that the teacher's engine cannot give; they are not stored, and "
+            "the tail is then 1 minus the entries, known to about 1e-6 of the whole mass.",
+            option="",
+        ),
+    ] = ()
 
     def __post_init__(self) -> None:
-        problems = []
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets:
-            problems.append(f"targets must be some of {', '.join(TARGETS)}, not {list(self.targets)}")
-        if self.top_k < 1:
-            problems.append(f"top_k must be at least 1, not {self.top_k}")
-        if 1.0 not in self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
-            problems.append(f"temperatures must ascend and hold 1.0, not {list(self.temperatures)}")
-        if any(not 0.0 < t <= 100.0 for t in self.temperatures):
-            problems.append(f"temperatures must lie in (0, 100], not {list(self.temperatures)}")
-        if self.tail_samples < 0:
-            problems.append(f"tail_samples must not be negative, not {self.tail_samples}")
-        if self.sample_temperature not in self.temperatures:
-            problems.append(f"sample_temperature {self.sample_temperature} is not among the temperatures")
-        if self.precision not in get_args(Precision):
-            problems.append(f"precision must be compact or full, not {self.precision}")
-        if self.relation not in get_args(RelationForm):
-            problems.append(f"relation must be factor or exact, not {self.relation}")
-        if not 0.0 < self.relation_bound < 1.0:
-            problems.append(f"relation_bound must lie in (0, 1), not {self.relation_bound}")
-        if self.seed < 0:
-            problems.append(f"seed must not be negative, not {self.seed}")
-        if self.relation_max_rank < 1:
-            problems.append(f"relation_max_rank must be at least 1, not {self.relation_max_rank}")
-        if set(self.without) - set(get_args(Field)) or len(set(self.without)) != len(self.without):
-            problems.append(f"without must be some of {', '.join(get_args(Field))}, not {list(self.without)}")
-        if self.without and (
-            {"visual", "relation"} & set(self.targets) or self.temperatures != (1.0,) or self.tail_samples
-        ):
-            problems.append("visual, relation, other temperatures and tail_samples need all fields")
-        if problems:
-            raise WrongUsage("target spec: " + "; ".join(problems))
+        ascending = list(self.temperatures) == sorted(set(self.temperatures))
+        more: dict[str, object] = {
+            "targets is empty: name at least one": not self.targets,
+            f"temperatures must ascend and hold 1.0, not {list(self.temperatures)}": (
+                1.0 not in self.temperatures or not ascending
+            ),
+            f"sample_temperature {self.sample_temperature} is not among the temperatures": (
+                self.sample_temperature not in self.temperatures
+            ),
+            f"without names a field twice: {list(self.without)}": len(set(self.without)) < len(self.without),
+            "visual, relation, other temperatures and tail_samples need all fields": self.without
+            and (
+                {"visual", "relation"} & set(self.targets) or self.temperatures != (1.0,) or self.tail_samples
+            ),
+        }
+        check(self, more)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""
@@ -88,10 +97,10 @@ class TargetSpec:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> TargetSpec:
-        """The spec of a manifest. ValueError when a key is unknown or a value is out of range."""
+        """The spec of a manifest. WrongUsage when a key is unknown or a value is out of range."""
         unknown = set(document) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"target spec: unknown keys {sorted(unknown)}")
+            raise WrongUsage(f"target spec: unknown keys {sorted(unknown)}")
         values = dict(document)
         for name in ("targets", "temperatures", "without"):
             if name in values:

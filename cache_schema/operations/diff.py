@@ -12,14 +12,8 @@ from cache_schema.format.cache import Cache
 from cache_schema.format.identity import compare
 from cache_schema.format.records import Sample, TopK
 from cache_schema.operations.divergence import kl, relation_cosine
+from cache_schema.operations.settings import DiffConfig
 from cache_schema.progress import Progress, Silent, task
-
-KL_BOUND = 1e-2
-"""Mean KL in nats a position, above which targets count as different: bfloat16 against float32 of one
-model stays well below it, another checkpoint well above."""
-
-RELATION_BOUND = 1e-3
-"""Mean 1 - cosine of relations, likewise."""
 
 KINDS = ("response", "visual", "prompt")
 LISTED = 10
@@ -56,8 +50,8 @@ class DiffReport:
     other_inputs: list[int] = field(default_factory=list)
     kl: dict[str, KindDifference] = field(default_factory=dict)
     relation: dict[str, Any] | None = None
-    kl_bound: float = KL_BOUND
-    relation_bound: float = RELATION_BOUND
+    kl_bound: float
+    relation_bound: float
 
     @property
     def same_samples(self) -> bool:
@@ -91,24 +85,18 @@ class DiffReport:
 
 
 def diff(
-    a: Cache,
-    b: Cache,
-    progress: Progress | None = None,
-    *,
-    kl_bound: float = KL_BOUND,
-    relation_bound: float = RELATION_BOUND,
-    may_differ: Collection[str] = (),
+    a: Cache, b: Cache, progress: Progress | None = None, config: DiffConfig | None = None
 ) -> DiffReport:
     """Compare two caches row by row; shards and order may differ. Targets that only one has are not compared.
 
     KL is over the entries that both keep and one event for the rest (`divergence.kl`), so
-    different top_k are no difference by themselves. kl_bound, relation_bound: of the means over all
-    positions of a kind, and over all images. may_differ: keys of the identity that are no difference here,
-    such as `dtype`; a key with dots under it stands for all of them. Engines and versions never are one.
+    different top_k are no difference by themselves. Engines and versions never are one.
     """
-    progress = progress or Silent()
+    progress, config = progress or Silent(), config or DiffConfig()
     report = DiffReport(
-        kl_bound=kl_bound, relation_bound=relation_bound, identity=_identity(a, b, may_differ)
+        kl_bound=config.kl_bound,
+        relation_bound=config.relation_bound,
+        identity=_identity(a, b, config.may_differ),
     )
     engines = {"a": _engines(a), "b": _engines(b)}
     report.engines = engines if engines["a"] != engines["b"] else {}

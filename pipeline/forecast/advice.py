@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from cache_schema.errors import KdcacheError, WrongUsage
+from cache_schema.errors import KdcacheError
 from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
 from cache_schema.format.codecs.topk import topk_rows
 from cache_schema.format.records import Relation, TopK
-from cache_schema.format.spec import TARGETS, Precision, TargetSpec
+from cache_schema.format.spec import Precision, TargetSpec
 from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress, task
 from models.head import Head
@@ -26,78 +25,10 @@ from pipeline.forecast.stand_in import GivenStudent, NoisyTeacher, StandIn, agre
 from pipeline.forecast.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
 from pipeline.forecast.workload import Workload, break_even, bytes_by_part, workload_of
 from pipeline.job import open_job
-from pipeline.settings import BuildConfig
+from pipeline.settings import ForecastConfig, RelationChoice
 from pipeline.teachers import load_with_transformers
 
-RelationChoice = float | Literal["exact"]
-
 _ENCODED = 32768  # positions of a kind whose bytes are measured
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForecastConfig:
-    """What `forecast` needs to know.
-
-    build: the build to forecast; its top_k, precision and relation are what is looked for. samples:
-    rows drawn by `seed`. top_ks, precisions, relations (bounds of 1 - cos, or `exact`): the grid. student:
-    a folder; None: the teacher with noise at a mean KL of noise_kl nats. positions: of each kind, whose
-    gradients are compared. max_angle (degrees, by target), max_kl (nats, stored against exact record): what
-    the recommended setting has to meet.
-    """
-
-    build: BuildConfig
-    samples: int = 64
-    top_ks: tuple[int, ...] = (8, 16, 32, 64, 128)
-    precisions: tuple[Precision, ...] = ("compact", "full")
-    relations: tuple[RelationChoice, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
-    student: Path | None = None
-    noise_kl: float = 0.7
-    positions: int = 2048
-    max_angle: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TARGETS, 5.0))
-    max_kl: float = 1e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be at least 1, not {getattr(self, name)}"
-            for name in ("samples", "positions")
-            if getattr(self, name) < 1
-        ]
-        problems += [
-            f"{name} must be above 0, not {getattr(self, name):g}"
-            for name in ("noise_kl", "max_kl")
-            if not 0.0 < getattr(self, name) < float("inf")
-        ]
-        problems += [
-            f"max_angle of {name} must lie in (0, 180], not {angle:g}"
-            for name, angle in self.max_angle.items()
-            if not 0.0 < angle <= 180.0
-        ]
-        for name in ("top_ks", "precisions", "relations"):
-            if not getattr(self, name):
-                problems.append(f"{name} is empty: name at least one")
-        if any(k < 1 for k in self.top_ks):
-            problems.append(f"top_ks must be at least 1, not {list(self.top_ks)}")
-        if any(one not in get_args(Precision) for one in self.precisions):
-            problems.append(f"precisions must be compact or full, not {list(self.precisions)}")
-        if any(one != "exact" and not 0.0 < one < 1.0 for one in self.relations):
-            problems.append(f"relations must be bounds in (0, 1) or `exact`, not {list(self.relations)}")
-        if self.seed < 0:
-            problems.append(f"seed must not be negative, not {self.seed}")
-        if problems:
-            raise WrongUsage("plan: " + "; ".join(problems))
-
-    @property
-    def widest(self) -> TargetSpec:
-        """The spec that every record of the grid can be cut from."""
-        bounds = [one for one in self.relations if one != "exact"]
-        return replace(
-            self.build.spec,
-            top_k=max(self.top_ks),
-            tail_samples=0,
-            relation="factor",
-            relation_bound=min(bounds, default=1e-6),
-        )
 
 
 def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
@@ -297,7 +228,8 @@ def _document(
     teacher: dict[str, Any],
     drawn: int,
 ) -> dict[str, Any]:
-    choice = choose(positions, relations, max_angle=config.max_angle, max_kl=config.max_kl)
+    bounds = {str(name): bound for name, bound in config.max_angle.items()}
+    choice = choose(positions, relations, max_angle=bounds, max_kl=config.max_kl)
     chosen: dict[str, Footprint] = {
         kind: footprints[kind, choice["top_k"], choice["precision"]] for kind in workload.positions
     }

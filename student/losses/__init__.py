@@ -1,12 +1,12 @@
 """LLaVA-KD's objective from sparse cached targets, without a (T, V) array."""
 
 from models.head import Head
+from student.loss_weights import LossWeights
 from student.losses.functions import cross_entropy, relation_loss, sparse_kl
 from student.losses.objective import DistillationLoss, LossParts
 from student.losses.targets import (
     Denominators,
     DistillationTargets,
-    LossWeights,
     PositionTargets,
     RelationTargets,
 )

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
+from student.loss_weights import Tail
 from student.losses.fused import MEMORY_BUDGET, fused_losses
 from student.losses.positions import plan
 from student.losses.products import wide_dtype
 from student.losses.records import entries_of, no_entries
 from student.losses.relation import RelationWork
-from student.losses.targets import RelationTargets, Tail
+from student.losses.targets import RelationTargets
 
 
 def sparse_kl(

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
+from student.loss_weights import LossWeights
 from student.losses.fused import MEMORY_BUDGET, fused_losses
 from student.losses.positions import plan
 from student.losses.products import wide_dtype
 from student.losses.records import Entries, entries_of, join, no_entries
 from student.losses.relation import RelationWork
-from student.losses.targets import Denominators, DistillationTargets, LossWeights, RelationTargets
+from student.losses.targets import Denominators, DistillationTargets, RelationTargets
 
 Kind = Literal["response", "visual", "prompt"]
 KINDS: tuple[Kind, ...] = ("response", "visual", "prompt")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.head import Head
-from student.losses.targets import Tail
+from student.loss_weights import Tail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,18 +1,14 @@
-"""What the losses are given: targets of a batch, weights of the terms, denominators of the global batch."""
+"""What the losses are given: targets of a batch, denominators of the global batch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
-
-Tail = Literal["bucket", "renormalize", "drop", "sampled"]
-Reduction = Literal["sample_mean", "token_mean"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,43 +93,6 @@ class DistillationTargets:
             prompt=None if self.prompt is None else self.prompt.to(device),
             relations=tuple(relation.to(device) for relation in self.relations),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossWeights:
-    """L = ce * L_CE + response * L_res + visual * L_vis + relation * L_rel + prompt * L_prompt.
-
-    The defaults are LLaVA-KD's (alpha 1, beta 1, gamma 0.5); supervised fine-tuning has every weight 0 but
-    `ce`. A term of weight 0 is not computed. `temperature` and `tail` are those of `sparse_kl`.
-    reduction: `sample_mean`, the mean over all samples of the token means within each (images for the
-    relation), samples without the term included; `token_mean`, the mean over all tokens (images).
-    """
-
-    ce: float = 1.0
-    response: float = 1.0
-    visual: float = 1.0
-    relation: float = 0.5
-    prompt: float = 0.0
-    temperature: float = 1.0
-    tail: Tail = "bucket"
-    reduction: Reduction = "sample_mean"
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be finite and not negative, not {getattr(self, name)}"
-            for name in ("ce", "response", "visual", "relation", "prompt")
-            if not 0.0 <= getattr(self, name) < math.inf
-        ]
-        if not 0.0 < self.temperature < math.inf:
-            problems.append(f"temperature must be positive, not {self.temperature}")
-        if self.tail not in get_args(Tail):
-            problems.append(f"tail must be one of {', '.join(get_args(Tail))}, not {self.tail}")
-        if self.reduction not in get_args(Reduction):
-            problems.append(
-                f"reduction must be one of {', '.join(get_args(Reduction))}, not {self.reduction}"
-            )
-        if problems:
-            raise ValueError("loss weights: " + "; ".join(problems))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

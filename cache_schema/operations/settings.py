@@ -1,0 +1,26 @@
+"""What a user decides about the comparison of two caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cache_schema.settings import Help, at_least, check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffConfig:
+    """When two caches count as the same. The bounds hold over all positions of a kind, and over all images.
+
+    bfloat16 against float32 of one model stays well below the defaults, another checkpoint well above.
+    """
+
+    kl_bound: Annotated[float, at_least(0), Help("Largest mean KL in nats per position.")] = 1e-2
+    relation_bound: Annotated[float, at_least(0), Help("Largest mean 1 - cos of relations.")] = 1e-3
+    may_differ: Annotated[
+        tuple[str, ...],
+        Help("Keys of the identity that may differ, as dtype; a key stands for all with dots under it, too."),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        check(self)

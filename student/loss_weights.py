@@ -1,0 +1,40 @@
+"""The weights of the training objective's terms, and how the terms are formed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cache_schema.settings import Help, at_least, check, positive
+
+Tail = Literal["bucket", "renormalize", "drop", "sampled"]
+Reduction = Literal["sample_mean", "token_mean"]
+
+_Weight = Annotated[float, at_least(0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossWeights:
+    """L = ce * L_CE + response * L_res + visual * L_vis + relation * L_rel + prompt * L_prompt.
+
+    The defaults are LLaVA-KD's (alpha 1, beta 1, gamma 0.5); supervised fine-tuning has every weight 0 but
+    `ce`. A term of weight 0 is not computed.
+    """
+
+    ce: Annotated[_Weight, Help("Weight of the cross entropy.")] = 1.0
+    response: Annotated[_Weight, Help("Weight of the KL at response positions.")] = 1.0
+    visual: Annotated[_Weight, Help("Weight of the KL at visual positions.")] = 1.0
+    relation: Annotated[_Weight, Help("Weight of the relation loss.")] = 0.5
+    prompt: Annotated[_Weight, Help("Weight of the KL at prompt positions.")] = 0.0
+    temperature: Annotated[float, positive, Help("Temperature of the KL, as in `sparse_kl`.")] = 1.0
+    tail: Annotated[Tail, Help("The mass outside the stored entries, as in `sparse_kl`.")] = "bucket"
+    reduction: Annotated[
+        Reduction,
+        Help(
+            "sample_mean: the mean over all samples, also those without the term, of the token means within "
+            "each (image means for the relation); token_mean: the mean over all tokens (images)."
+        ),
+    ] = "sample_mean"
+
+    def __post_init__(self) -> None:
+        check(self)
