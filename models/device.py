@@ -33,6 +33,30 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+"""Floating-point operations per second of dense products in 16 bits, as the makers' data sheets give them."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What the data sheet of `device` promises for dense products in 16 bits, in operations per second."""
+    name = device_name(device)
+    return next((peak for card, peak in _PEAKS.items() if card in name), None)
+
+
 def is_one_of_several() -> bool:
     """Whether a launcher says which of the processes on this machine this one is."""
     return any(name in os.environ for name in _LOCAL_RANK)

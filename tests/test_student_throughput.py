@@ -1,0 +1,150 @@
+"""Running a student fast: frozen weights in the compute dtype, masks only where they are needed, operations
+counted."""
+
+import pytest
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+from models.folder import load_model
+from student.folder import freeze
+from student.throughput import hold_frozen, needs_mask, step_flops
+from tests import tiny_families
+
+IMAGE_ID = 3
+VOCAB, WIDTH, LAYERS, PATCHES = 96, 64, 2, 16
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_ID,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def padded_inputs():
+    torch.manual_seed(1)
+    ids = torch.randint(4, VOCAB, (2, 30))
+    ids[:, 2 : 2 + PATCHES] = IMAGE_ID
+    mask = torch.ones_like(ids)
+    mask[1, 22:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def hidden_states(model):
+    return lambda inputs: model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def test_a_causal_model_needs_no_mask_for_padding_at_the_right(model):
+    inputs = padded_inputs()
+    assert not needs_mask(hidden_states(model), inputs)
+    real = inputs["attention_mask"].bool()
+    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            hidden_states(model)(inputs)[real], hidden_states(model)(bare)[real], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_bidirectional_attention_needs_its_mask():
+    """A prefix language model without its mask lets real tokens see the padding."""
+
+    def states(inputs):
+        ids = inputs["input_ids"].float()
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
+        mean = (ids * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        return (ids + mean)[..., None]
+
+    assert needs_mask(states, padded_inputs())
+
+
+def test_nothing_is_told_without_padding_or_with_padding_at_the_left(model):
+    inputs = padded_inputs()
+    full = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+    left = {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}
+    assert needs_mask(hidden_states(model), full)
+    assert needs_mask(hidden_states(model), left)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "idefics3"])
+def test_families_under_causal_attention_drop_the_mask_too(family, tmp_path):
+    model = load_model(tiny_families.make(family, tmp_path), torch.float32)
+    inputs = padded_inputs()
+    del inputs["pixel_values"]
+    inputs["input_ids"] = torch.randint(4, 60, inputs["input_ids"].shape)
+    assert not needs_mask(hidden_states(model), inputs)
+
+
+def test_frozen_parts_are_held_in_the_compute_dtype_and_trained_ones_stay(model):
+    freeze(model, ("projector",))
+    hold_frozen(model, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        expected = torch.float32 if "multi_modal_projector" in name else torch.bfloat16
+        assert parameter.dtype == expected, name
+        assert parameter.requires_grad == (expected == torch.float32)
+    assert all(buffer.dtype != torch.bfloat16 for buffer in model.buffers())
+
+
+def test_a_step_with_frozen_parts_in_bfloat16_agrees_with_autocast(model):
+    inputs = padded_inputs()
+    freeze(model, ("projector", "language_model"))
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = hidden_states(model)(inputs)
+        hidden.float().square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    before = gradients()
+    hold_frozen(model, torch.bfloat16)
+    after = gradients()
+    assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 0.999
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "vision_tower" in n)
+
+
+def test_a_trained_tower_stays_under_autocast(model):
+    freeze(model, ("projector", "vision_tower"))
+    hold_frozen(model, torch.bfloat16)
+    tower = [p for n, p in model.named_parameters() if "vision_tower" in n]
+    assert all(p.dtype == torch.float32 for p in tower)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden_states(model)(padded_inputs()).float().sum().backward()
+    assert any(p.grad is not None for p in tower)
+
+
+def test_operations_of_a_step_equal_those_that_torch_counts(model):
+    """torch counts matrix products alone, and full attention; the estimate is within 15% of it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    freeze(model, ("projector", "language_model"))
+    model.model.vision_tower.eval()
+    inputs = padded_inputs()
+    with FlopCounterMode(display=False) as counter:
+        hidden = hidden_states(model)(inputs)
+        (hidden @ model.get_output_embeddings().weight.t()).sum().backward()
+    estimate = step_flops(model, tokens=60, image_tokens=2 * PATCHES, sequence=30, rows=60)
+    assert estimate == pytest.approx(counter.get_total_flops(), rel=0.15)
