@@ -91,4 +91,4 @@ def step_flops(model: Any, *, tokens: int, image_tokens: int, sequence: int, row
         flops += 2.0 * parameter.numel() * rows * (1 + bool(learns) + parameter.requires_grad)
     config = model.config.get_text_config()
     attention = 2.0 * config.num_hidden_layers * config.hidden_size * tokens * sequence
-    return flops + attention * (3 if learns else 1)
+    return float(flops + attention * (3 if learns else 1))

@@ -89,7 +89,7 @@ def test_nothing_is_told_without_padding_or_with_padding_at_the_left(model):
     assert needs_mask(hidden_states(model), left)
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "idefics3"])
+@pytest.mark.parametrize("family", ["llava_next", "idefics3", "gemma3"])
 def test_families_under_causal_attention_drop_the_mask_too(family, tmp_path):
     model = load_model(tiny_families.make(family, tmp_path), torch.float32)
     inputs = padded_inputs()
