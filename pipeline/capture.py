@@ -13,8 +13,9 @@ from cache_schema.format.manifest import CommitRecord, Manifest
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import open_store
 from cache_schema.format.writer import MANIFEST, CacheWriter
-from cache_schema.progress import Progress
+from cache_schema.progress import Progress, task
 from pipeline.extract import Extractor
+from pipeline.fingerprint import weights_digest
 from pipeline.job import open_job
 from pipeline.loop import CaptureLoop
 from pipeline.settings import BuildConfig, BuildSummary
@@ -38,17 +39,23 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         config = replace(config, device=claim_device(config.device))
     rank, world_size = place_among_workers(config.rank, config.world_size)
     job = open_job(config, progress)
+    weights = weights_digest(config.teacher)  # while they are loaded
     present = _present_manifest(config.out)
     again: list[int] = []
     if present is not None:
-        writer = CacheWriter.open(config.out, job.manifest(present.fingerprint.capture["sharing"]))
+        known = present.fingerprint.capture
+        # all but the weights is compared at once; they are, before anything is written
+        writer = CacheWriter.open(config.out, job.manifest(known["sharing"], known["teacher_weights"]))
         if config.retry_quarantine:
             again = _with_quarantine(config.out, rank, world_size)
         if not again and len(writer.committed()) == job.plan.shards:
+            with task(progress, "hashing the teacher's weights"):
+                CacheWriter.open(config.out, job.manifest(known["sharing"], weights.result()))
             progress.message(f"{config.out} is finished: nothing left to capture")
             return _summary(config.out, started, already_done=True)
     teacher = load_teacher(job, progress)
-    manifest = job.manifest(teacher.sharing)
+    with task(progress, "hashing the teacher's weights"):
+        manifest = job.manifest(teacher.sharing, weights.result())
     writer = CacheWriter.open(config.out, manifest)
     for shard in again:  # only now: a teacher that cannot be loaded costs no shard
         writer.reopen(shard)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -57,7 +58,7 @@ def encode(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) ->
     A processor that takes a `suffix` belongs to a prefix language model (PaliGemma), which sees its
     prompt in both directions: the text from the first answer on becomes the suffix.
     """
-    if _takes_suffix(processor):
+    if _takes_suffix(type(processor)):
         return _encode_prefix_model(processor, rendered, images)
     found = _call(processor, images, text=[rendered.text])
     offsets, replacements = found.offsets, found.replacements
@@ -74,11 +75,12 @@ def encode(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) ->
     return Encoded(ids=found.ids, images=placed, marks=marks, answers=answers, rest=found.rest)
 
 
-def _takes_suffix(processor: Any) -> bool:
+@cache
+def _takes_suffix(processor: type) -> bool:
     """By its signature, or in transformers 5.16 by what it declares of its text arguments."""
     if "suffix" in inspect.signature(processor.__call__).parameters:
         return True
-    declared = getattr(type(processor), "valid_processor_kwargs", None)
+    declared = getattr(processor, "valid_processor_kwargs", None)
     text = None if declared is None else get_type_hints(declared).get("text_kwargs")
     return "suffix" in getattr(text, "__annotations__", {})
 

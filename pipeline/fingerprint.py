@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,38 @@ ASSETS = (
 )
 """The teacher's small files that a cache carries, so that students are made without the teacher."""
 
+_HASH_THREADS = 4
 _CONFIG_NOISE = frozenset({"_name_or_path", "transformers_version", "architectures"})
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over names and SHA-256 of the weight files in `folder` (.safetensors, else .bin)."""
+def weights_digest(folder: Path) -> Future[str]:
+    """SHA-256 over names and SHA-256 of the weight files in `folder` (.safetensors, else .bin), computed in
+    threads of its own: loading the weights meanwhile reads the same pages of the files, once for both.
+
+    KdcacheError when there are none; the result raises it when one cannot be read.
+    """
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise KdcacheError(f"{folder} holds no weights (*.safetensors); give the whole checkpoint")
-    digests = {}
-    for path in files:
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest_of(digests)
+    digest: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            with ThreadPoolExecutor(min(_HASH_THREADS, len(files))) as pool:
+                found = dict(zip((path.name for path in files), pool.map(_file_digest, files), strict=True))
+            digest.set_result(digest_of(found))
+        except OSError as error:
+            digest.set_exception(KdcacheError(f"weights in {folder} cannot be read: {error}"))
+        except BaseException as error:  # noqa: BLE001 - raised where the digest is asked for
+            digest.set_exception(error)
+
+    threading.Thread(target=work, name="weights-digest", daemon=True).start()
+    return digest
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint_of(

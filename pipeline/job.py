@@ -14,10 +14,11 @@ from transformers import AutoConfig
 from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
-from cache_schema.progress import Progress, task
+from cache_schema.progress import Progress
 from models.folder import load_processor
+from models.pixels import with_table
 from models.tokens import image_token_id_of, pad_token_id_of
-from pipeline.fingerprint import fingerprint_of, read_assets, weights_digest
+from pipeline.fingerprint import fingerprint_of, read_assets
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import BuildConfig
 from pipeline.shard_plan import plan_rows
@@ -37,7 +38,6 @@ class Job:
     processor: Any
     template: ChatTemplate
     teacher_config: Any
-    weights: str
     preparer: SamplePreparer
     rules: dict[str, Any]
 
@@ -58,10 +58,11 @@ class Job:
             return self.config.dtype
         return str(self.teacher_config.dtype or "float32").removeprefix("torch.")
 
-    def manifest(self, sharing: bool) -> Manifest:
-        """The manifest of this build; sharing: whether images with equal prefixes share records."""
+    def manifest(self, sharing: bool, weights: str) -> Manifest:
+        """The manifest of this build; sharing: whether images with equal prefixes share records. weights: the
+        digest of the teacher's weights."""
         fingerprint = fingerprint_of(
-            weights=self.weights,
+            weights=weights,
             config=self.teacher_config,
             processor=self.processor,
             template=self.template,
@@ -152,8 +153,6 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
             f"max_length {max_length} is more than the teacher's {longest} positions; using {longest}"
         )
         max_length = longest
-    with task(progress, "hashing the teacher's weights"):
-        weights = weights_digest(config.teacher)
     return Job(
         config=config,
         dataset=dataset,
@@ -161,9 +160,8 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
         processor=processor,
         template=template,
         teacher_config=teacher_config,
-        weights=weights,
         preparer=SamplePreparer(
-            processor,
+            with_table(processor),
             template,
             image_token_id=image_token_id_of(teacher_config),
             image_root=Path(config.image_root),

@@ -32,7 +32,7 @@ from cache_schema.operations.summary import summarise
 from cache_schema.progress import Silent
 from models.device import choose_device
 from models.head import Head
-from pipeline import loop, teachers
+from pipeline import fingerprint, loop, teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.extract import Extractor
 from pipeline.transformers_engine import TransformersEngine
@@ -438,6 +438,30 @@ def test_a_quantised_teacher_without_its_package_is_refused(setting: Setting, tm
         build(config_of(setting, tmp_path / "c", quantization="8bit"), notes)
     assert "\n" not in str(caught.value)
     assert not notes.begun
+
+
+def test_weights_are_hashed_once_while_they_are_loaded(
+    setting: Setting, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = threading.Event()
+    read: list[Path] = []
+    digest, load = fingerprint._file_digest, teachers.load_engine
+
+    def hashed(path: Path) -> str:
+        read.append(path)
+        assert loading.wait(60), "the teacher is loaded only after its weights are hashed"
+        return digest(path)
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        loading.set()
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(fingerprint, "_file_digest", hashed)
+    monkeypatch.setattr(teachers, "load_engine", loaded)
+    build(config_of(setting, tmp_path / "c"), Silent())
+    assert [path.name for path in read] == ["model.safetensors"]
+    ours, theirs = (open_cache(path).manifest.identity for path in (tmp_path / "c", captured))
+    assert ours == theirs
 
 
 def test_the_manifest_tells_who_the_teacher_was(setting: Setting, captured: Path) -> None:

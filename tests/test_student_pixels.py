@@ -1,5 +1,7 @@
 """Pixels of the short way are those of the whole processor, bit by bit."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from models.pixels import with_table
 from student.pixels import PixelInputs
 from tests.tiny_models import IMAGE, tiny_tokenizer
 
@@ -72,3 +75,28 @@ def test_an_image_processor_of_its_own_is_asked():
 
     for kind in (Darker, Other):
         assert PixelInputs(processor_of(kind(size={"height": 40, "width": 40})))._table is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_processor_with_the_table_makes_the_same_of_text_and_images(kind):
+    processor = processor_of(KINDS[kind])
+    faster = copy.deepcopy(with_table(processor))
+    assert faster.image_processor is not processor.image_processor
+    random = np.random.default_rng(0)
+    images = [
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in [(40, 56), (9, 200)]
+    ]
+    asked = {"return_offsets_mapping": True, "return_text_replacement_offsets": True, "return_tensors": "pt"}
+    found, expected = (
+        one(text=[f"a {IMAGE} b {IMAGE} c"], images=[images], **asked) for one in (faster, processor)
+    )
+    assert found.pop("text_replacement_offsets") == expected.pop("text_replacement_offsets")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    grey = images[0].convert("L")  # not what the table is for
+    for picture in (grey, np.asarray(images[0])):
+        ours, theirs = (
+            one(text=[IMAGE], images=[[picture]], return_tensors="pt")["pixel_values"]
+            for one in (faster, processor)
+        )
+        assert torch.equal(ours, theirs)

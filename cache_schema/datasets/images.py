@@ -61,7 +61,8 @@ def open_image(root: Path | str, path: str) -> OpenedImage:
             if opened.format in _RUN_PROGRAMS:
                 raise ValueError(f"{opened.format} is a program, not pixels")
             opened.load()
-            image = _to_rgb(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)  # the other way it copies every image
+            image = _to_rgb(opened)
     except UnidentifiedImageError as error:  # whose text names an address in memory
         raise RowRejected("broken_image", f"{told} is no image of a known format") from error
     except Exception as error:  # decoders raise whatever they like
