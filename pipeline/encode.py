@@ -58,7 +58,7 @@ def encode(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) ->
     A processor that takes a `suffix` belongs to a prefix language model (PaliGemma), which sees its
     prompt in both directions: the text from the first answer on becomes the suffix.
     """
-    if _takes_suffix(type(processor)):
+    if _takes_suffix(type(processor)):  # type: ignore[arg-type]
         return _encode_prefix_model(processor, rendered, images)
     found = _call(processor, images, text=[rendered.text])
     offsets, replacements = found.offsets, found.replacements
