@@ -33,29 +33,25 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return z ^ (z >> _U64(31))
 
 
-def tail_draws(
-    logits: Tensor, draws: int, *, seed: int, rows: NDArray[np.integer], positions: NDArray[np.integer]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """`draws` independent draws a row of softmax(logits) (n, V), entries of -inf excluded.
+def tail_places(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Independent draws (n, draws) int32 of softmax(logits) (n, V), ascending, one for each of `numbers`
+    (n, draws) in [0, 1); entries of -inf are excluded. -1 in a row without any other."""
+    cumulative = torch.nan_to_num((logits - logits.amax(dim=1, keepdim=True)).exp_()).double().cumsum(dim=1)
+    total = cumulative[:, -1:]
+    # right=True: never an entry of zero weight, whose cumulative sum equals its predecessor's
+    places = torch.searchsorted(cumulative, numbers * total, right=True).clamp_(max=logits.shape[1] - 1)
+    return places.sort(dim=1).values.masked_fill(total == 0.0, -1).int()
 
-    Returns (n, draws) ids, ascending and distinct, and their counts; unused places hold id 0, count 0.
-    A row without any finite entry has only unused places.
-    """
-    with torch.inference_mode():
-        cumulative = (
-            torch.nan_to_num((logits - logits.amax(dim=1, keepdim=True)).exp()).double().cumsum(dim=1)
-        )
-        total = cumulative[:, -1:]
-        targets = torch.from_numpy(uniforms(draws, seed=seed, rows=rows, positions=positions))
-        # right=True: never an entry of zero weight, whose cumulative sum equals its predecessor's
-        places = torch.searchsorted(cumulative, targets.to(total.device) * total, right=True)
-        found = places.clamp(max=logits.shape[1] - 1).sort(dim=1).values.cpu().numpy()
-        empty = (total[:, 0] == 0.0).cpu().numpy()
-    ids = np.zeros((len(found), draws), dtype=np.int32)
-    counts = np.zeros_like(ids)
-    for index, row in enumerate(found):
-        if not empty[index]:
-            distinct, repeated = np.unique(row, return_counts=True)
-            ids[index, : len(distinct)] = distinct
-            counts[index, : len(distinct)] = repeated
+
+def counted(places: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Draws (n, draws), ascending, as distinct ids (n, draws), ascending, and their counts; unused places,
+    and those of draws of -1, hold id 0, count 0."""
+    fresh = np.ones(places.shape, dtype=bool)
+    fresh[:, 1:] = places[:, 1:] != places[:, :-1]
+    slots = np.cumsum(fresh, axis=1) - 1
+    rows = np.broadcast_to(np.arange(len(places))[:, None], places.shape)
+    drawn = places >= 0
+    ids, counts = np.zeros_like(places), np.zeros_like(places)
+    ids[rows[drawn], slots[drawn]] = places[drawn]
+    np.add.at(counts, (rows[drawn], slots[drawn]), 1)
     return ids, counts

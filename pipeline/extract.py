@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from cache_schema.format.records import (
     CapturedSample,
     QuarantinedRow,
     Relation,
+    StoredRelation,
     TopK,
     labels_of,
     prompt_positions_of,
@@ -30,7 +32,7 @@ from pipeline.engine import Engine, RecordEngine, release_memory
 from pipeline.packing import Pack, make_pack, pack_samples
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample
-from pipeline.targets import TargetMaker
+from pipeline.targets import Asked, TargetMaker
 
 Captured = CapturedSample | QuarantinedRow
 
@@ -192,52 +194,71 @@ class Extractor:
         parts = [want.positions(self._spec) for want in wanted]
         if isinstance(self._engine, RecordEngine):
             given = self._engine.records([want.sample for want in wanted], parts)
-            return [self._assemble(want, None, own) for want, own in zip(wanted, given, strict=True)]
+            return [
+                self._assemble(want, own, (), all(np.isfinite(record.logprobs).all() for record in own))
+                for want, own in zip(wanted, given, strict=True)
+            ]
         assert self._maker is not None
         hidden = self._hidden_states(groups)
-        picked, labels, rows, positions = [], [], [], []
-        for want, states, own in zip(wanted, hidden, parts, strict=True):
+        asked = self._asked(wanted, parts, [len(states) for states in hidden])
+        made = self._maker.batch(torch.cat(hidden), asked).wait()
+        records = iter(_split(made.topk, [len(part) for own in parts for part in own]))
+        relations, sound = iter(made.relations), iter(made.images_finite)
+        ends = np.cumsum([sum(map(len, own)) for own in parts])
+        found: list[Captured] = []
+        for want, own, finite in zip(wanted, parts, np.split(made.finite, ends[:-1]), strict=True):
+            images = sum(want.owned) if "relation" in self._spec.targets else 0
+            good = np.concatenate([finite, list(islice(sound, images))]).all()
+            own_records = [next(records) for _ in own]
+            found.append(self._assemble(want, own_records, list(islice(relations, images)), bool(good)))
+        return found
+
+    def _asked(
+        self, wanted: Sequence[_Wanted], parts: Sequence[Sequence[NDArray[np.int32]]], lengths: Sequence[int]
+    ) -> Asked:
+        """What is asked of the hidden states of all samples, one after the other, of these lengths."""
+        none: NDArray[np.integer] = np.empty(0, dtype=np.int64)
+        places, labels, rows, positions = [none], [none], [none], [none]
+        images: list[NDArray[np.integer]] = []
+        for want, own, start in zip(wanted, parts, np.cumsum([0, *lengths[:-1]]), strict=True):
             ids = np.append(want.sample.input_ids[1:], IGNORE_INDEX)
             for part in own:
-                picked.append(states[torch.from_numpy(part).long().to(states.device)])
+                places.append(start + part)
                 labels.append(ids[part])
                 rows.append(np.full(len(part), want.sample.row))
                 positions.append(part)
-        records: Iterator[TopK] = iter(())
-        if picked:
-            whole = self._maker.topk(
-                torch.cat(picked),
-                np.concatenate(labels),
-                rows=np.concatenate(rows),
-                positions=np.concatenate(positions),
-            )
-            records = iter(_split(whole, [len(part) for part in positions]))
-        return [
-            self._assemble(want, states, [next(records) for _ in own])
-            for want, states, own in zip(wanted, hidden, parts, strict=True)
-        ]
+            if "relation" in self._spec.targets:
+                owned = zip(want.sample.images, want.owned, strict=True)
+                images += [start + image.positions for image, own_it in owned if own_it]
+        return Asked(
+            places=np.concatenate(places),
+            labels=np.concatenate(labels),
+            rows=np.concatenate(rows),
+            positions=np.concatenate(positions),
+            images=images,
+        )
 
-    def _assemble(self, want: _Wanted, hidden: Tensor | None, records: list[TopK]) -> Captured:
+    def _assemble(
+        self,
+        want: _Wanted,
+        records: Sequence[TopK],
+        relations: Sequence[Relation | StoredRelation],
+        finite: bool,
+    ) -> Captured:
+        """records, relations: those of the sample's parts and owned images, in order."""
         sample = want.sample
-        left = iter(records)
+        left, related = iter(records), iter(relations)
         response = next(left) if want.response is not None else None
         prompt = next(left) if want.prompt is not None else None
         images = []
-        relations: list[Relation] = []
         for image, key, owned in zip(sample.images, want.keys, want.owned, strict=True):
             visual = relation = None
             if owned and "visual" in self._spec.targets:
                 visual = replace(next(left), label_logprob=None)  # no text follows there
             if owned and "relation" in self._spec.targets:
-                assert self._maker is not None
-                assert hidden is not None
-                relation = self._maker.relation(
-                    hidden[torch.from_numpy(image.positions).long().to(hidden.device)]
-                )
-                relations.append(relation)
+                relation = next(related)
             images.append(CapturedImage(record=image, prefix_key=key, visual=visual, relation=relation))
-        finite = all(np.isfinite(record.logprobs).all() for record in records)
-        if not finite or not all(np.isfinite(relation.norm) for relation in relations):
+        if not finite:
             return QuarantinedRow(
                 row=sample.row,
                 sample_id=sample.sample_id,

@@ -1,25 +1,39 @@
 """The relation target of an image: R = Z Z^T of its raw logits, without ever forming Z where it is linear.
 
 For a linear head Z = s [H, 1] [W, b]^T, so R = s^2 [H, 1] (A^T A) [H, 1]^T with A = [W, b]. With
-C^T C = A^T A, the matrix G = s [H, 1] C^T (P, D) is an exact factor: R = G G^T. Its leading singular
-vectors, found by subspace iteration (Halko, Martinsson and Tropp, 2011, alg. 4.4), give the best factor
-of a rank.
+C^T C = A^T A, the matrix G = s [H, 1] C^T (P, D) is an exact factor: R = G G^T. What becomes of R: see
+pipeline.relation_batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.format.records import Relation
+from cache_schema.format.codecs.relation import encode_relation
+from cache_schema.format.records import Relation, StoredRelation
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
+from pipeline.relation_batch import MOST_COLUMNS, OVERSAMPLING, leading, quantised, residual_of
 
 _COLUMNS = 8192  # vocabulary entries a chunk where the logits are needed
-_FIRST_RANK = 64
-_OVERSAMPLING = 16
-_ROUNDS = 4  # with these the residual is within 5% of the best rank's on spectra as flat as i^-0.25
-_SLACK = 0.25  # the encoder rounds what it stores, so it is given a factor well within the bound
+_RANKS = (64, MOST_COLUMNS)  # of the factor of one image; then all
+_ALIKE = 128  # images whose numbers of tokens differ by less are worked on together
+_ENTRIES = 1 << 26  # of the Gram matrices worked on together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Images worked on together: their numbers in the batch, and their tokens."""
+
+    images: NDArray[np.int64]
+    tokens: NDArray[np.int64]
 
 
 class RelationMaker:
@@ -31,41 +45,144 @@ class RelationMaker:
         self._root = None if head.softcap is not None else root_of(head)
 
     def __call__(self, hidden: Tensor) -> Relation:
-        """The record of one image's hidden (P, D).
+        """The record of one image's hidden (P, D), not yet rounded.
 
-        relation `factor`: columns orthogonal and falling in norm, of the smallest tried rank (64, doubled
-        up to relation_max_rank) within a quarter of the bound. `exact`: the Gram matrix.
+        relation `factor`: columns orthogonal and falling in norm, 64 of them, 256 or all (at most
+        relation_max_rank), the fewest of these within a quarter of the bound. `exact`: the Gram matrix.
         """
         with torch.inference_mode():
-            if self._root is None:
-                return self._from_gram(_chunked_gram(self._head, hidden))
-            exact = self._exact_factor(hidden)
+            gram, unit = self._grams(hidden[None], hidden.new_ones((1, len(hidden)), dtype=torch.bool))
+            scale = float(unit) ** 2
             if self._spec.relation == "exact":
-                return self._from_gram(exact.double() @ exact.double().T)
+                norm = scale * float(torch.linalg.vector_norm(gram, dtype=torch.float64))
+                return Relation(residual=0.0, norm=norm, gram=(gram[0] * scale).cpu().numpy())
             factor, residual, norm = truncate(
-                exact, bound=_SLACK * self._spec.relation_bound, max_rank=self._spec.relation_max_rank
+                gram[0], bound=self._spec.relation_bound / 4, max_rank=self._spec.relation_max_rank
             )
-            return Relation(residual=residual, norm=norm, factor=factor.cpu().numpy())
+            factor *= float(unit)
+            return Relation(residual=residual, norm=scale * norm, factor=factor.cpu().numpy())
 
-    def _exact_factor(self, hidden: Tensor) -> Tensor:
-        """G (P, D) float32 with R = G G^T."""
-        assert self._root is not None
-        inputs = hidden.to(self._root.device).float()
-        if self._head.bias is not None:
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
-        exact: Tensor = inputs @ self._root
-        return exact
+    def batch(
+        self, states: Tensor, images: Sequence[NDArray[np.integer]]
+    ) -> list[tuple[Group, dict[str, Tensor]]]:
+        """The records of a batch's images as tensors on the device, group by group; see `records`.
 
-    def _from_gram(self, gram: Tensor) -> Relation:
-        """The record of R (P, P) float64 itself."""
-        norm = float(gram.norm())
+        states (M, D): hidden states of the batch; images: of each image its rows of them (P,). `finite` (B,):
+        whether an image's states are finite; others count as zeros.
+        """
+        found = []
+        with torch.inference_mode():
+            for group in groups_of([len(image) for image in images]):
+                index = np.zeros((len(group.images), int(group.tokens.max())), dtype=np.int64)
+                for place, image in enumerate(group.images):
+                    index[place, : group.tokens[place]] = images[image]
+                found.append((group, self._group(states, index, group.tokens)))
+        return found
+
+    def stored(self, hidden: Tensor, spec: TargetSpec) -> StoredRelation:
+        """The record of one image's hidden (P, D) as a build with another spec stores it."""
+        maker = copy(self)
+        maker._spec = spec
+        ((group, tensors),) = maker.batch(hidden, [np.arange(len(hidden))])
+        arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        ((record, _),) = maker.records(group, arrays)
+        return record if isinstance(record, StoredRelation) else encode_relation(record, spec)
+
+    def records(
+        self, group: Group, arrays: Mapping[str, NDArray[np.generic]]
+    ) -> list[tuple[Relation | StoredRelation, bool]]:
+        """The records of a group's images, and whether each is of finite states, from the host's arrays."""
+        found: list[tuple[Relation | StoredRelation, bool]] = []
+        for place, tokens in enumerate(group.tokens):
+            norm, finite = float(arrays["norm"][place]), bool(arrays["finite"][place])
+            record: Relation | StoredRelation
+            if "gram" in arrays:
+                gram = arrays["gram"][place, :tokens, :tokens].astype(np.float32)
+                record = Relation(residual=0.0, norm=norm, gram=gram)
+            elif "factor" in arrays:
+                rank = int(arrays["rank"][place])
+                factor = arrays["factor"][place, :tokens, :rank].astype(np.float32)
+                record = Relation(residual=float(arrays["residual"][place]), norm=norm, factor=factor)
+            else:
+                rank = int(arrays["rank"][place])
+                record = StoredRelation(
+                    tokens=int(tokens),
+                    residual=float(arrays["residual"][place]),
+                    norm=norm,
+                    scales=arrays["scales"][place, :rank].astype(np.float32),
+                    columns=arrays["columns"][place, :rank, :tokens].astype(np.uint16),
+                    triangle=np.zeros(0, np.float16),
+                )
+            found.append((record, finite))
+        return found
+
+    def _group(
+        self, states: Tensor, index: NDArray[np.int64], tokens: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
+        """The tensors of the images whose rows of `states` are index (B, P), the first `tokens` of each."""
+        count = on_device(tokens, states.device)
+        real = torch.arange(index.shape[1], device=states.device) < count[:, None]
+        hidden = states[on_device(index, states.device)]
+        finite = (hidden.isfinite().all(dim=2) | ~real).all(dim=1)
+        hidden = hidden.masked_fill(~(real & finite[:, None])[:, :, None], 0.0)
+        gram, unit = self._grams(hidden, real)
+        count, scale = count.to(gram.device), unit.double().square()
+        norm = torch.linalg.vector_norm(gram, dim=(1, 2), dtype=torch.float64) * scale
+        fields = {"finite": finite, "norm": norm}
         if self._spec.relation == "exact":
-            return Relation(residual=0.0, norm=norm, gram=gram.float().cpu().numpy())
-        values, vectors = torch.linalg.eigh(gram)
-        values = values.flip(0)[: self._spec.relation_max_rank].clamp(min=0.0)
-        factor = vectors.flip(1)[:, : len(values)] * values.sqrt()
-        residual = _residual(values, norm * norm)
-        return Relation(residual=residual, norm=norm, factor=factor.float().cpu().numpy())
+            return fields | {"gram": (gram * scale[:, None, None]).float()}
+        bound, most = self._spec.relation_bound, self._spec.relation_max_rank
+        if self._spec.precision == "full":
+            return fields | _factors_as_they_are(gram, unit, bound / 4, most)
+        stored = quantised(gram, count, bound=bound, max_rank=most)
+        stored["scales"] *= unit[:, None]
+        return fields | stored
+
+    def _grams(self, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """R / unit^2 (B, P, P) float32 of hidden (B, P, D), zero where not real (B, P), and unit (B,).
+
+        The unit is a power of two about the size of the exact factor, so that nothing overflows.
+        """
+        if self._root is None:
+            gram = _chunked_gram(self._head, hidden, real)
+            unit = _power_of_two(gram.abs().amax(dim=(1, 2)).sqrt())
+            gram = (gram / unit.double().square()[:, None, None]).float()
+        else:
+            inputs = hidden.to(self._root.device).float()
+            if self._head.bias is not None:
+                inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], dim=2)
+            exact = (inputs @ self._root) * real.to(inputs.device)[:, :, None]
+            unit = _power_of_two(exact.abs().amax(dim=(1, 2)))
+            exact /= unit[:, None, None]
+            gram = exact @ exact.mT
+        if gram.device.type == "mps":  # no float64 there
+            return gram.cpu(), unit.cpu()
+        return gram, unit
+
+
+def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A copy of the array on a device; nothing waits for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def groups_of(lengths: Sequence[int]) -> list[Group]:
+    """Images of about the same number of tokens together, as many as their Gram matrices allow."""
+    groups: list[list[int]] = []
+    for image in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups:
+            most = lengths[groups[-1][0]]
+            fits = (len(groups[-1]) + 1) * most**2 <= _ENTRIES
+            if fits and most - lengths[image] < _ALIKE:
+                groups[-1].append(image)
+                continue
+        groups.append([image])
+    return [
+        Group(images=np.array(group), tokens=np.array([lengths[image] for image in group]))
+        for group in groups
+    ]
 
 
 def root_of(head: Head) -> Tensor:
@@ -93,64 +210,51 @@ def root_of(head: Head) -> Tensor:
         return root.float().to(weight.device)
 
 
-def truncate(exact: Tensor, *, bound: float, max_rank: int) -> tuple[Tensor, float, float]:
-    """The leading part U (P, r) of an exact factor G (P, D), 1 - cos(G G^T, U U^T), and the norm of G G^T.
+def truncate(gram: Tensor, *, bound: float, max_rank: int) -> tuple[Tensor, float, float]:
+    """The leading part U (P, r) of R (P, P) float32, 1 - cos(R, U U^T), and the norm of R.
 
-    Columns of U are orthogonal and fall in norm. r grows from 64 until the residual is within `bound`, or
-    to max_rank. Residual and norm are right to about 1e-7, the rounding of float32 products.
+    Columns of U are orthogonal and fall in norm. r is 64, 256 or all, at most max_rank: the first with a
+    residual within `bound`.
     """
-    tokens, width = exact.shape
-    small = exact @ exact.T if tokens <= width else exact.T @ exact
-    energy = _sum_of_squares(small)
-    limit = min(tokens, width, max_rank)
-    rank = min(_FIRST_RANK, limit)
-    while True:
-        factor, sizes = _leading(exact, small, rank)
-        residual = _residual(sizes.square(), energy)
-        if residual <= bound or rank == limit:
-            return factor, residual, energy**0.5
-        rank = min(2 * rank, limit)
+    norm = float(torch.linalg.vector_norm(gram, dtype=torch.float64))
+    whole = gram[None] / (norm or 1.0)
+    limit = min(len(gram), max_rank)
+    for rank in sorted({min(rank, limit) for rank in (*_RANKS, limit)}):
+        if 3 * rank < len(gram):
+            factor = leading(whole, rank + OVERSAMPLING)
+            _, turn = torch.linalg.eigh(factor.double().mT @ factor.double())
+            factor = (factor.double() @ turn.flip(2))[:, :, :rank].float()
+        else:
+            values, vectors = torch.linalg.eigh(whole)
+            factor = (vectors.flip(2) * values.flip(1).clamp(min=0.0).sqrt()[:, None, :])[:, :, :rank]
+        residual = float(residual_of(whole, factor))
+        if residual <= bound:
+            break
+    return factor[0] * norm**0.5, residual, norm
 
 
-def _leading(exact: Tensor, small: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U (P, rank) and its column norms, by subspace iteration with G's smaller Gram matrix.
-
-    From a fixed start, so that equal images get equal records.
-    """
-    columns = min(rank + _OVERSAMPLING, len(small))
-    if 2 * columns >= len(small):
-        values, vectors = torch.linalg.eigh(small)
-        sizes, basis = values.flip(0)[:rank].clamp(min=0.0).sqrt(), vectors.flip(1)[:, :rank]
-        return (basis * sizes if len(small) == len(exact) else exact @ basis), sizes
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(len(small), columns, generator=generator).to(exact.device)
-    for _ in range(_ROUNDS):
-        basis = torch.linalg.qr(small @ basis).Q
-    if len(small) == len(exact):
-        left, sizes, _ = torch.linalg.svd(basis.T @ exact, full_matrices=False)
-        left = basis @ left
-    else:
-        left, sizes, _ = torch.linalg.svd(exact @ basis, full_matrices=False)
-    return (left * sizes)[:, :rank], sizes[:rank]
+def _factors_as_they_are(gram: Tensor, unit: Tensor, bound: float, max_rank: int) -> dict[str, Tensor]:
+    """`factor` (B, P, C), `rank` and `residual` (B,) of gram (B, P, P), image after image."""
+    found = [truncate(one, bound=bound, max_rank=max_rank) for one in gram]
+    most = max(factor.shape[1] for factor, _, _ in found)
+    padded = [torch.nn.functional.pad(factor, (0, most - factor.shape[1])) for factor, _, _ in found]
+    return {
+        "factor": torch.stack(padded) * unit[:, None, None],
+        "rank": torch.tensor([factor.shape[1] for factor, _, _ in found]),
+        "residual": torch.tensor([residual for _, residual, _ in found], dtype=torch.float64),
+    }
 
 
-def _sum_of_squares(matrix: Tensor) -> float:
-    """Summed in double precision, which not every device has."""
-    return float((matrix.cpu() if matrix.device.type == "mps" else matrix).double().square().sum())
+def _power_of_two(sizes: Tensor) -> Tensor:
+    """The power of two (B,) float32 that brings each size into [0.5, 1); 1 for 0."""
+    return torch.ldexp(torch.ones_like(sizes, dtype=torch.float32), torch.frexp(sizes).exponent)
 
 
-def _residual(values: Tensor, energy: float) -> float:
-    """1 - cos(R, its part with eigenvalues `values`) where the squared norm of R is `energy`."""
-    if energy == 0.0:
-        return 0.0
-    cosine: float = (sum(value * value for value in values.tolist()) / energy) ** 0.5
-    return max(0.0, 1.0 - cosine)
-
-
-def _chunked_gram(head: Head, hidden: Tensor) -> Tensor:
-    """R (P, P) float64 of a head that is not linear, from chunks of its logits."""
+def _chunked_gram(head: Head, hidden: Tensor, real: Tensor) -> Tensor:
+    """R (B, P, P) float64 of a head that is not linear, from chunks of its logits."""
+    count, tokens, width = hidden.shape
     device = torch.device("cpu") if hidden.device.type == "mps" else hidden.device
-    gram = torch.zeros(len(hidden), len(hidden), dtype=torch.float64, device=device)
+    gram = torch.zeros(count, tokens, tokens, dtype=torch.float64, device=device)
     for start in range(0, head.columns, _COLUMNS):
         end = min(start + _COLUMNS, head.columns)
         piece = Head(
@@ -160,6 +264,7 @@ def _chunked_gram(head: Head, hidden: Tensor) -> Tensor:
             softcap=head.softcap,
             logit_scale=head.logit_scale,
         )
-        logits = piece.logits(hidden)
-        gram += (logits @ logits.T).to(device)
+        logits = piece.logits(hidden.reshape(-1, width)).unflatten(0, (count, tokens))
+        logits = logits * real.to(logits.device)[:, :, None]
+        gram += (logits @ logits.mT).to(device)
     return gram

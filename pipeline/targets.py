@@ -1,9 +1,10 @@
-"""From final hidden states to targets, in one chunked pass; logits of a whole sequence are never kept."""
+"""From final hidden states to targets, in chunks; logits of a whole sequence are never kept."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,30 +12,101 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.records import IGNORE_INDEX, Relation, TopK
+from cache_schema.format.records import IGNORE_INDEX, Relation, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
-from pipeline.draws import tail_draws
-from pipeline.relation import RelationMaker
+from pipeline.block_statistics import BLOCK, block_statistics
+from pipeline.draws import counted, tail_places, uniforms
+from pipeline.relation import Group, RelationMaker, on_device
 
-_BLOCK = 64  # columns a block of the top-k search
-_TINY = 1e-30  # tails below this sum are recomputed relative to their own maximum
 _CACHE_BYTES = 2 << 20  # logits worked on at a time, so that passes over them stay in a CPU's cache
+_CHUNK_BYTES = 256 << 20  # logits of a chunk
+_MOST_CHUNK_BYTES = 1 << 30  # of an accelerator with much free memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is asked of a batch's hidden states (M, D).
+
+    places (N,): rows of them whose records are wanted. labels, rows, positions (N,): see `TargetMaker.topk`.
+    images: of each image whose relation is wanted its rows (P,).
+    """
+
+    places: NDArray[np.integer]
+    labels: NDArray[np.integer]
+    rows: NDArray[np.integer]
+    positions: NDArray[np.integer]
+    images: Sequence[NDArray[np.integer]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRecords:
+    """The records of a batch. finite (N,), images_finite (I,): whether the teacher's hidden states and logits
+    were finite numbers there; where not, the records mean nothing."""
+
+    topk: TopK
+    finite: NDArray[np.bool_]
+    relations: list[Relation | StoredRelation]
+    images_finite: NDArray[np.bool_]
+
+
+class PendingRecords:
+    """The records of a batch while they are made: `tensors` on the device, in a fixed order.
+
+    Copy all of them to the host, asynchronously if wished, and give the arrays to `records` once they are
+    there; that needs neither the device nor the hidden states. `wait` does both at once.
+    """
+
+    def __init__(
+        self,
+        maker: TargetMaker,
+        fields: Mapping[str, Tensor],
+        groups: Sequence[tuple[Group, Mapping[str, Tensor]]],
+    ) -> None:
+        self._maker = maker
+        self._names = list(fields)
+        self._groups = [(group, list(found)) for group, found in groups]
+        self.tensors: list[Tensor] = [*fields.values()]
+        for _, found in groups:
+            self.tensors += found.values()
+
+    def records(self, arrays: Sequence[NDArray[np.generic]]) -> BatchRecords:
+        """The records from the host's copies of `tensors`."""
+        left = iter(arrays)
+        fields = {name: next(left) for name in self._names}
+        finite = fields.pop("finite").astype(np.bool_)
+        count = sum(len(group.images) for group, _ in self._groups)
+        relations: list[tuple[Relation | StoredRelation, bool]] = [None] * count  # type: ignore[list-item]
+        for group, names in self._groups:
+            own = {name: next(left) for name in names}
+            for image, record in zip(group.images, self._maker.relation_records(group, own), strict=True):
+                relations[image] = record
+        return BatchRecords(
+            topk=self._maker.topk_record(fields),
+            finite=finite,
+            relations=[record for record, _ in relations],
+            images_finite=np.array([good for _, good in relations], dtype=np.bool_),
+        )
+
+    def wait(self) -> BatchRecords:
+        """The records, after waiting for the device."""
+        return self.records([tensor.cpu().numpy() for tensor in self.tensors])
 
 
 class TargetMaker:
-    """Makes the records of one teacher. Everything is computed and returned in float32 (sums of the
-    relation in float64); hidden states may be of any floating dtype.
+    """Makes the records of one teacher. Everything is computed and returned in float32; hidden states may be
+    of any floating dtype.
 
-    chunk_bytes: memory for a chunk of logits; off the CPU its temporary needs are twice as much again.
+    chunk_bytes: memory for a chunk of logits; None: 256 MB, on CUDA up to 1 GB where an eighth of the free
+    memory is more.
     """
 
-    def __init__(self, head: Head, spec: TargetSpec, *, chunk_bytes: int = 256 << 20) -> None:
+    def __init__(self, head: Head, spec: TargetSpec, *, chunk_bytes: int | None = None) -> None:
         if spec.top_k > head.columns:
             raise KdcacheError(f"top_k {spec.top_k} exceeds the teacher's {head.columns} tokens")
         self._head = head
         self._spec = spec
-        self._rows = max(1, chunk_bytes // (4 * head.columns))
+        self._rows = max(1, (chunk_bytes or _chunk_bytes(head.weight.device)) // (4 * head.columns))
         self._scratches: dict[str, Tensor] = {}
         self._relations = RelationMaker(head, spec) if "relation" in spec.targets else None
 
@@ -52,37 +124,86 @@ class TargetMaker:
         None: no label_logprob. rows, positions (N,): which dataset row and position each is, which decide
         the tail draws; needed when the spec asks for them. Ties may fall either way in the order of ids.
         """
-        parts = []
-        for start in range(0, len(hidden), self._rows):
-            piece = slice(start, start + self._rows)
-            parts.append(self._chunk(hidden[piece], None if labels is None else labels[piece]))
-        if not parts:
-            parts.append(self._empty(labels is not None))
-        fields = {name: _numpy([part[name] for part in parts]) for name in parts[0]}
-        samples = self._spec.tail_samples
-        if samples:
-            assert rows is not None
-            assert positions is not None
-            drawn = self._draw(hidden, fields["token_ids"], rows, positions)
-            fields["sampled_ids"], fields["sampled_counts"] = drawn
-        return TopK(**fields, temperatures=np.array(self._spec.temperatures, dtype=np.float32))
+        fields = self._fields(hidden, labels, rows, positions)
+        return self.topk_record({name: field.cpu().numpy() for name, field in fields.items()})
 
     def relation(self, hidden: Tensor) -> Relation:
-        """The relation record of one image's hidden (P, D). See pipeline.relation."""
+        """The relation record of one image's hidden (P, D), not rounded. See pipeline.relation."""
         assert self._relations is not None
         return self._relations(hidden)
 
-    def _chunk(self, hidden: Tensor, labels: NDArray[np.integer] | None) -> dict[str, Tensor]:
-        """The fields of at most self._rows positions, on the head's device."""
+    def batch(self, states: Tensor, asked: Asked) -> PendingRecords:
+        """Starts to make the records of a batch's hidden states (M, D); on CUDA nothing waits for the device.
+
+        Hidden states that are not finite count as zeros, and are told of.
+        """
         with torch.inference_mode():
-            logits = self._head.logits(hidden, self._scratch("logits", len(hidden)))
-            group = len(logits) if logits.device.type != "cpu" else max(1, _CACHE_BYTES // logits[0].nbytes)
-            parts = [self._group(part) for part in logits.split(group)]
-            fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            if labels is not None:
-                index = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(logits.device)
-                chosen = logits.gather(1, index.clamp(min=0)[:, None])[:, 0] - fields["logsumexp"]
-                fields["label_logprob"] = chosen.masked_fill(index == IGNORE_INDEX, 0.0)
+            hidden = states.index_select(0, on_device(asked.places.astype(np.int64), states.device))
+            finite = hidden.isfinite().all(dim=1)
+            hidden = hidden.masked_fill(~finite[:, None], 0.0)
+            fields = self._fields(hidden, asked.labels, asked.rows, asked.positions)
+            fields["finite"] = finite & fields["logsumexp"].isfinite().to(finite.device)
+        groups = []
+        if asked.images:
+            assert self._relations is not None
+            groups = self._relations.batch(states, asked.images)
+        return PendingRecords(self, fields, groups)
+
+    def topk_record(self, fields: Mapping[str, NDArray[np.generic]]) -> TopK:
+        """The record from the arrays of its fields on the host."""
+        kept = dict(fields)
+        if "places" in kept:
+            kept["sampled_ids"], kept["sampled_counts"] = counted(kept.pop("places").astype(np.int32))
+        return TopK(**kept, temperatures=np.array(self._spec.temperatures, dtype=np.float32))  # type: ignore[arg-type]
+
+    def relation_records(
+        self, group: Group, arrays: Mapping[str, NDArray[np.generic]]
+    ) -> list[tuple[Relation | StoredRelation, bool]]:
+        """See RelationMaker.records."""
+        assert self._relations is not None
+        return self._relations.records(group, arrays)
+
+    def _fields(
+        self,
+        hidden: Tensor,
+        labels: NDArray[np.integer] | None,
+        rows: NDArray[np.integer] | None,
+        positions: NDArray[np.integer] | None,
+    ) -> dict[str, Tensor]:
+        """The fields of a record as tensors on the head's device; `places` (N, M): the tail draws."""
+        device, spec = self._head.weight.device, self._spec
+        given: dict[str, Tensor] = {}
+        if labels is not None:
+            given["labels"] = on_device(np.asarray(labels, dtype=np.int64), device)
+        if spec.tail_samples:
+            assert rows is not None
+            assert positions is not None
+            numbers = uniforms(spec.tail_samples, seed=spec.seed, rows=rows, positions=positions)
+            given["numbers"] = on_device(numbers, device)
+        with torch.inference_mode():
+            starts = range(0, max(len(hidden), 1), self._rows)
+            pieces = [slice(start, start + self._rows) for start in starts]
+            parts = [
+                self._chunk(hidden[piece], **{name: values[piece] for name, values in given.items()})
+                for piece in pieces
+            ]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _chunk(
+        self, hidden: Tensor, labels: Tensor | None = None, numbers: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The fields of at most self._rows positions, on the head's device."""
+        logits = self._head.logits(hidden, self._scratch("logits", len(hidden)))
+        on_cpu = logits.device.type == "cpu"
+        group = max(1, _CACHE_BYTES // (4 * logits.shape[1])) if on_cpu else max(1, len(logits))
+        parts = [self._group(part) for part in logits.split(group)]
+        fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if labels is not None:
+            chosen = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] - fields["logsumexp"]
+            fields["label_logprob"] = chosen.masked_fill(labels == IGNORE_INDEX, 0.0)
+        if numbers is not None:
+            logits.scatter_(1, fields["token_ids"].long(), -math.inf).div_(self._spec.sample_temperature)
+            fields["places"] = tail_places(logits, numbers)
         return fields
 
     def _scratch(self, name: str, rows: int) -> Tensor | None:
@@ -98,27 +219,42 @@ class TargetMaker:
         return self._scratches[name][:rows]
 
     def _group(self, logits: Tensor) -> dict[str, Tensor]:
-        """The label-free fields of logits (n, V)."""
+        """The label-free fields of logits (n, V).
+
+        The k largest lie within the k blocks of the largest entries, so only those are searched. What lies
+        outside the k is summed from the other blocks and from what is left of these: never as a difference.
+        """
         k, vocab = self._spec.top_k, logits.shape[1]
-        values, ids = _top(logits, k)
+        fall, weights = (self._scratch(name, len(logits)) for name in ("fall", "weights"))
+        scratch = None if fall is None or weights is None else (fall, weights)
+        blocks = block_statistics(logits, self._spec.temperatures, scratch)
+        chosen = blocks.peak.topk(min(k, blocks.peak.shape[1]), dim=1, sorted=False).indices
+        columns = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
+        near = logits.gather(1, columns.clamp(max=vocab - 1))
+        if vocab % BLOCK:
+            near.masked_fill_(columns >= vocab, -math.inf)
+        values, places = near.topk(k, dim=1)
+        ids = columns.gather(1, places)
+        near.scatter_(1, places, -math.inf)
+        far = blocks.peak.scatter(1, chosen, -math.inf)
+        highest = torch.maximum(near.amax(dim=1), far.amax(dim=1))  # outside the k; -inf where nothing is
+        anchor = highest.masked_fill(highest == -math.inf, 0.0)[:, None]
+        near -= anchor
+        far -= anchor
         peak = values[:, :1]
-        shifted = torch.sub(logits, peak, out=self._scratch("shifted", len(logits)))  # (n, V), at most 0
-        scratch = self._scratch("weights", len(logits))
+        inside = values - peak
         fields: dict[str, Tensor] = {}
         tails = []
-        for temperature in self._spec.temperatures:
-            if temperature == 1.0:
-                weights = torch.exp(shifted, out=scratch)
-                moment = torch.linalg.vecdot(weights, shifted)
-            else:
-                weights = torch.div(shifted, temperature, out=scratch).exp_()
-            inside = weights.gather(1, ids).sum(dim=1)
-            weights.scatter_(1, ids, 0.0)
-            outside = weights.sum(dim=1)
-            total = inside + outside
-            tails.append(self._tail(outside, total, shifted, ids, temperature, full=k == vocab))
+        for temperature, mass in zip(self._spec.temperatures, blocks.mass, strict=True):
+            outside = (near / temperature).exp_().sum(dim=1)
+            outside += torch.linalg.vecdot((far / temperature).exp_(), mass)
+            lift = (highest - peak[:, 0]) / temperature
+            total = (inside / temperature).exp_().sum(dim=1) + outside * lift.exp()
+            tails.append(outside.log() + lift - total.log())
             if temperature == 1.0:
                 log_total = total.log()
+                low = blocks.peak - peak
+                moment = torch.linalg.vecdot(low.exp(), torch.addcmul(blocks.moment, mass, low))
                 fields["logsumexp"] = peak[:, 0] + log_total
                 fields["entropy"] = (log_total - moment / total).clamp(min=0.0)
         fields["token_ids"] = ids.int()
@@ -126,77 +262,10 @@ class TargetMaker:
         fields["tail_logprob"] = torch.stack(tails, dim=1)
         return fields
 
-    @staticmethod
-    def _tail(
-        outside: Tensor, total: Tensor, shifted: Tensor, ids: Tensor, temperature: float, *, full: bool
-    ) -> Tensor:
-        """log(mass outside the ids) (n,); where the sum is tiny, relative to the outside's own maximum."""
-        if full:
-            return torch.full_like(outside, -math.inf)
-        tail = outside.log() - total.log()
-        tiny = torch.nonzero(outside < _TINY)[:, 0]
-        if len(tiny):
-            rest = shifted[tiny].scatter(1, ids[tiny], -math.inf).div(temperature)
-            tail[tiny] = rest.logsumexp(dim=1) - total[tiny].log()
-        return tail
 
-    def _draw(
-        self,
-        hidden: Tensor,
-        ids: NDArray[np.int32],
-        rows: NDArray[np.integer],
-        positions: NDArray[np.integer],
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Draws from the tail of every position, (N, M) ids and counts."""
-        found = [np.empty((0, self._spec.tail_samples), dtype=np.int32)] * 2
-        for start in range(0, len(hidden), self._rows):
-            piece = slice(start, start + self._rows)
-            with torch.inference_mode():
-                logits = self._head.logits(hidden[piece])
-                outside = torch.from_numpy(ids[piece].astype(np.int64)).to(logits.device)
-                logits.scatter_(1, outside, -math.inf).div_(self._spec.sample_temperature)
-            drawn = tail_draws(
-                logits,
-                self._spec.tail_samples,
-                seed=self._spec.seed,
-                rows=rows[piece],
-                positions=positions[piece],
-            )
-            found = [np.concatenate([old, new]) for old, new in zip(found, drawn, strict=True)]
-        return found[0], found[1]
-
-    def _empty(self, labelled: bool) -> dict[str, Tensor]:
-        k, n_t = self._spec.top_k, len(self._spec.temperatures)
-        fields = {
-            "logsumexp": torch.empty(0),
-            "entropy": torch.empty(0),
-            "token_ids": torch.empty((0, k), dtype=torch.int32),
-            "logprobs": torch.empty((0, k)),
-            "tail_logprob": torch.empty((0, n_t)),
-        }
-        return fields | ({"label_logprob": torch.empty(0)} if labelled else {})
-
-
-def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of logits (n, V) in falling order, (n, k) values and ids.
-
-    The k largest lie within the k blocks of the largest maxima, so only those are searched.
-    """
-    n, vocab = logits.shape
-    blocks = vocab // _BLOCK
-    if blocks < 2 * k:
-        values, ids = logits.topk(k, dim=1)
-        return values, ids
-    maxima = logits[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(dim=2)
-    chosen = maxima.topk(k, dim=1, sorted=False).indices  # (n, k)
-    columns = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
-    if vocab % _BLOCK:
-        rest = torch.arange(blocks * _BLOCK, vocab, device=logits.device).expand(n, -1)
-        columns = torch.cat([columns, rest], dim=1)
-    values, places = logits.gather(1, columns).topk(k, dim=1)
-    return values, columns.gather(1, places)
-
-
-def _numpy(parts: list[Tensor]) -> NDArray[Any]:
-    joined: NDArray[Any] = torch.cat(parts).cpu().numpy()
-    return joined
+def _chunk_bytes(device: torch.device) -> int:
+    """Memory for a chunk of logits; the passes over it need about a tenth as much again."""
+    if device.type != "cuda":
+        return _CHUNK_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(_CHUNK_BYTES, min(_MOST_CHUNK_BYTES, free // 8))

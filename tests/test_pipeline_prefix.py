@@ -112,9 +112,11 @@ def test_sharing_changes_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         device="cpu",
     )
     made = []
-    relation = TargetMaker.relation
+    batch = TargetMaker.batch
     monkeypatch.setattr(
-        TargetMaker, "relation", lambda self, hidden: made.append(len(hidden)) or relation(self, hidden)
+        TargetMaker,
+        "batch",
+        lambda self, states, asked: made.extend(map(len, asked.images)) or batch(self, states, asked),
     )
     build(config, Silent())
     assert len(made) == 3, "computed once an image, not only stored once"

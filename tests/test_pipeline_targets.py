@@ -9,8 +9,7 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
-from pipeline import draws
-from pipeline.draws import tail_draws, uniforms
+from pipeline.draws import counted, tail_places, uniforms
 from pipeline.relation import truncate
 from pipeline.targets import TargetMaker
 
@@ -193,18 +192,17 @@ def test_draws_follow_the_tail_at_their_temperature() -> None:
         np.testing.assert_allclose(found / 40_000, expected[row], atol=0.012)
 
 
-def test_what_has_no_weight_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_weight_is_never_drawn() -> None:
     logits = torch.tensor([[-torch.inf, -torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
     for number, drawn in ((0.0, 2), (0.499, 2), (0.5, 4), (1.0 - 2.0**-53, 4)):
-        monkeypatch.setattr(draws, "uniforms", lambda *_, number=number, **__: np.full((1, 2), number))
-        ids, counts = tail_draws(logits, 2, seed=0, rows=np.array([0]), positions=np.array([0]))
+        numbers = torch.full((1, 2), number, dtype=torch.float64)
+        ids, counts = counted(tail_places(logits, numbers).numpy())
         assert (ids.tolist(), counts.tolist()) == ([[drawn, 0]], [[2, 0]])
 
 
 def test_an_empty_tail_draws_nothing() -> None:
-    ids, counts = tail_draws(
-        torch.full((1, 9), -torch.inf), 4, seed=0, rows=np.array([0]), positions=np.array([0])
-    )
+    nothing = torch.full((1, 9), -torch.inf)
+    ids, counts = counted(tail_places(nothing, torch.rand(1, 4, dtype=torch.float64)).numpy())
     assert not ids.any()
     assert not counts.any()
 
@@ -244,15 +242,16 @@ def test_truncation_is_nearly_the_best_of_its_rank() -> None:
     sizes = torch.arange(1, 301).float() ** -0.4
     exact = (left * sizes) @ torch.linalg.qr(torch.randn(400, 300, generator=generator)).Q.T
     energy = sizes.double().pow(4)
-    factor, residual, norm = truncate(exact, bound=1e-12, max_rank=64)
+    gram = exact @ exact.T
+    factor, residual, norm = truncate(gram, bound=1e-12, max_rank=64)
     best = 1.0 - float((energy[:64].sum() / energy.sum()).sqrt())
     assert factor.shape == (300, 64)
     assert best <= residual + 1e-6 <= 1.05 * best
     np.testing.assert_allclose(norm, float(energy.sum().sqrt()), rtol=1e-5)
     # a looser bound is content with less, a tighter one takes more
-    assert truncate(exact, bound=0.5, max_rank=256)[0].shape == (300, 64)
-    assert truncate(exact, bound=best / 3, max_rank=256)[0].shape[1] > 64
-    assert truncate(exact, bound=1e-12, max_rank=1000)[1] < 1e-6
+    assert truncate(gram, bound=0.5, max_rank=256)[0].shape == (300, 64)
+    assert truncate(gram, bound=best / 3, max_rank=256)[0].shape[1] > 64
+    assert truncate(gram, bound=1e-12, max_rank=1000)[1] < 1e-6
 
 
 def test_an_image_of_zeros_has_a_zero_relation() -> None:

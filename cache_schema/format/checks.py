@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from cache_schema.format.records import Relation, TopK
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.format.records import Relation, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
 
 
@@ -67,13 +70,19 @@ def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list
     return problems
 
 
-def relation_problems(record: Relation, tokens: int) -> list[str]:
+def relation_problems(record: Relation | StoredRelation, tokens: int) -> list[str]:
     """Every way in which the relation of an image of `tokens` visual tokens is unsound."""
-    matrix = record.factor if record.factor is not None else record.gram
-    if matrix is None or (record.factor is not None and record.gram is not None):
-        return ["neither or both of factor and gram are set"]
-    if matrix.ndim != 2 or len(matrix) != tokens:
-        return [f"a matrix of shape {matrix.shape} for {tokens} tokens"]
+    if isinstance(record, StoredRelation):
+        matrix: NDArray[Any] = record.scales
+        if record.tokens != tokens or record.columns.shape[1] != tokens:
+            return [f"columns of shape {record.columns.shape} for {tokens} tokens"]
+    else:
+        given = record.factor if record.factor is not None else record.gram
+        if given is None or (record.factor is not None and record.gram is not None):
+            return ["neither or both of factor and gram are set"]
+        if given.ndim != 2 or len(given) != tokens:
+            return [f"a matrix of shape {given.shape} for {tokens} tokens"]
+        matrix = given
     problems = []
     if not np.isfinite(matrix).all():
         problems.append("the matrix is not finite")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,25 @@ class Relation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRelation:
+    """One image as stored: `columns` (r, P) uint16, or float32 where nothing is rounded, with `scales`
+    (r,) float32; or, with r = 0, `triangle` (P (P + 1) / 2,) float16 or float32 with one scale.
+    """
+
+    tokens: int
+    residual: float
+    norm: float
+    scales: NDArray[np.float32]
+    columns: NDArray[Any]
+    triangle: NDArray[Any]
+
+    @property
+    def rank(self) -> int:
+        """Columns of the factor; 0 for a triangle."""
+        return len(self.columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
     """One image of a sample: where it comes from and which tokens stand for it.
 
@@ -90,7 +110,7 @@ class CapturedImage:
     record: ImageRecord
     prefix_key: str | None = None
     visual: TopK | None = None
-    relation: Relation | None = None
+    relation: Relation | StoredRelation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

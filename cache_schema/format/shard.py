@@ -19,7 +19,7 @@ from zarr.core.buffer import default_buffer_prototype
 from cache_schema.errors import CacheDamaged
 from cache_schema.format.codecs.relation import encode_relation, pack_relations
 from cache_schema.format.codecs.topk import Arrays, encode_topk, join_topk
-from cache_schema.format.records import CapturedImage, CapturedSample, QuarantinedRow, Relation, TopK
+from cache_schema.format.records import CapturedImage, CapturedSample, QuarantinedRow, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.statistics import relation_statistics, sample_statistics, topk_statistics
 
@@ -107,7 +107,7 @@ class _Targets:
         self.spec = spec
         self.blocks: dict[str, list[TopK]] = {"response": [], "visual": [], "prompt": []}
         self.lengths = dict.fromkeys(self.blocks, 0)
-        self.relations: list[Relation] = []
+        self.relations: list[StoredRelation] = []
         self.shared = 0
         self._prefixes: dict[str, tuple[int | None, int | None]] = {}
 
@@ -129,7 +129,9 @@ class _Targets:
         relation = None
         if image.relation is not None:
             relation = len(self.relations)
-            self.relations.append(image.relation)
+            given = image.relation
+            stored = given if isinstance(given, StoredRelation) else encode_relation(given, self.spec)
+            self.relations.append(stored)
         places = (self.add("visual", image.visual), relation)
         if key is not None:
             self._prefixes[key] = places
@@ -149,7 +151,7 @@ def encode_shard(
         statistics[kind] = topk_statistics(joined)
         if joined is not None:
             groups[kind] = encode_topk(joined, spec.precision)
-    stored = [encode_relation(relation, spec) for relation in targets.relations]
+    stored = targets.relations
     if stored:
         groups["relation"] = pack_relations(stored)
     statistics["relation"] = relation_statistics([r.rank for r in stored], [r.residual for r in stored])

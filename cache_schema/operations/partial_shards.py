@@ -12,11 +12,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.format.cache import Cache
-from cache_schema.format.codecs.relation import RelationBlock, StoredRelation, pack_relations
+from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.codecs.topk import Arrays, decode_topk, join_stored
 from cache_schema.format.records import (
     CapturedSample,
     QuarantinedRow,
+    StoredRelation,
     labels_of,
     prompt_positions_of,
     response_positions_of,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
+from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.codecs.topk import topk_rows
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import Precision, TargetSpec
@@ -178,12 +178,11 @@ def _measure_relations(
     stored: dict[Any, list[Any]] = {cell: [] for cell in grid}
     angles: dict[Any, list[float]] = {cell: [] for cell in grid}
     with task(progress, "comparing relations of images", len(survey.relations)):
-        for number, relation in enumerate(survey.relations):
-            exact = ours(survey.teacher.images[number])
+        for number, hidden in enumerate(survey.teacher.images):
+            exact = ours(hidden)
             of_student = theirs(student.image(number))
             for cell in grid:
-                spec = _relation_spec(config.build.spec, *cell)
-                record = encode_relation(exact if cell[0] == "exact" else relation, spec)
+                record = ours.stored(hidden, _relation_spec(config.build.spec, *cell))
                 stored[cell].append(record)
                 read: Relation = RelationBlock(pack_relations([record]))[0]
                 angles[cell].append(relation_angle(exact, read, of_student))

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cache_schema.format.codecs.relation import StoredRelation, pack_relations
+from cache_schema.format.codecs.relation import pack_relations
 from cache_schema.format.codecs.topk import Arrays, encode_topk, topk_rows
-from cache_schema.format.records import CapturedSample, TopK
+from cache_schema.format.records import CapturedSample, StoredRelation, TopK
 from cache_schema.format.shard import encode_shard, write_groups
 from cache_schema.format.spec import Precision, TargetSpec
 

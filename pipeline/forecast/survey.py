@@ -19,6 +19,7 @@ from cache_schema.format.records import (
     CapturedSample,
     QuarantinedRow,
     Relation,
+    StoredRelation,
     TopK,
     labels_of,
     prompt_positions_of,
@@ -80,7 +81,7 @@ class Survey:
     example: str = ""
     records: dict[str, TopK] = field(default_factory=dict)
     picked_records: dict[str, TopK] = field(default_factory=dict)
-    relations: list[Relation] = field(default_factory=list)
+    relations: list[Relation | StoredRelation] = field(default_factory=list)
     teacher: Picked = field(default_factory=lambda: Picked(positions={}, images=[]))
     student: Picked = field(default_factory=lambda: Picked(positions={}, images=[]))
     speed: Speed = field(default_factory=lambda: Speed(seconds=0.0, tokens=0, preparing=0.0, threads=1))

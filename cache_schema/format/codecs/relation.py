@@ -22,38 +22,18 @@ any finite float32 factor.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_schema.format.codecs.topk import Arrays
-from cache_schema.format.records import Relation
+from cache_schema.format.records import Relation, StoredRelation
 from cache_schema.format.spec import TargetSpec
 
 Float64 = NDArray[np.float64]
 
 _MOST_STEPS = 32767
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRelation:
-    """One image as stored: `columns` (r, P) uint16, or float32 where nothing is rounded, with `scales`
-    (r,) float32; or, with r = 0, `triangle` (P (P + 1) / 2,) float16 or float32 with one scale.
-    """
-
-    tokens: int
-    residual: float
-    norm: float
-    scales: NDArray[np.float32]
-    columns: NDArray[Any]
-    triangle: NDArray[Any]
-
-    @property
-    def rank(self) -> int:
-        """Columns of the factor; 0 for a triangle."""
-        return len(self.columns)
 
 
 def encode_relation(relation: Relation, spec: TargetSpec) -> StoredRelation:

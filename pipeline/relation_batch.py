@@ -1,0 +1,205 @@
+"""Relation records of a batch of images, rounded to steps on the device that made their Gram matrices.
+
+Two factors of R (P, P) are at hand, and the one that takes fewer bits is stored. Leading columns, by
+orthogonal iteration with Cholesky factors of small Gram matrices (Halko, Martinsson and Tropp, 2011) and
+Nystrom's formula; and the Cholesky factor of R, which needs no rank and whose half is zero, for spectra so
+flat that hundreds of columns would be needed. What both become follows cache_schema.format.codecs.relation.
+
+R counts with its norm alone: an error E of it moves 1 - cos by at most (|E| / |R|)^2 / 2, so float32 (1e-6
+of the norm) leaves 1e-12 where the bound is 1e-5. Cholesky factors are in float64, where no shift that
+matters is needed to keep them from breaking down. The residual is that of what is stored, taken from
+differences of normalised matrices, since 1 - cos as such has no digits left under 1e-7.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MOST_COLUMNS = 256
+"""Leading columns at most; a Cholesky factor of 729 tokens takes fewer bytes from there on."""
+
+OVERSAMPLING = 16
+_FEW_COLUMNS = 64
+_ROUNDS = 3
+_SLACK = 0.25  # leading columns must leave room for the rounding of what is stored
+_JITTER = 1e-3  # of the squared error that the bound allows, spent on keeping R positive definite
+_TRIES = 6
+_MOST_STEPS = 32767.0
+_ENTROPY = 2.85  # 2 pi e / 6: steps of a normal number of variance v take about log2(1 + 2 pi e v) / 2 bits
+
+
+def quantised(gram: Tensor, tokens: Tensor, *, bound: float, max_rank: int) -> dict[str, Tensor]:
+    """The stored factors of gram (B, P, P) float32, zero beyond the first `tokens` (B,) rows of each.
+
+    Of each image: `columns` (B, C, P) int16, the bits of uint16 steps, sorted so that the `rank` (B,) first
+    ones are those that count; `scales` (B, C); `residual` (B,), 1 - cos(R, U U^T) of U as stored. It is at
+    most `bound` unless max_rank forbids it. Nothing waits for the device: off the CPU every image goes
+    through all of it.
+    """
+    norm = torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    unit = torch.where(norm > 0, norm, 1.0)
+    whole = gram / unit.float()
+    most = min(whole.shape[1], max_rank)
+    if whole.device.type == "cpu" and most > _FEW_COLUMNS:
+        factor, triangular = _factors_by_need(whole, tokens, bound, max_rank)
+    else:
+        factor, triangular = _factors(whole, tokens, bound, max_rank, min(MOST_COLUMNS, most))
+    found = _steps(whole, factor, triangular, tokens, bound)
+    found["scales"] = found["scales"] * unit.sqrt()[:, 0].float()
+    return found
+
+
+def leading(whole: Tensor, columns: int) -> Tensor:
+    """U (B, P, columns) with U U^T near the best of its rank for `whole` (B, P, P) of norm 1 (or 0).
+
+    The columns are nearly orthogonal and fall in norm about as the eigenvalues do. From a fixed start, so
+    that equal images get equal records.
+    """
+    basis = _start(whole.shape[1], columns, whole.device).expand(len(whole), -1, -1)
+    for _ in range(_ROUNDS):
+        basis = _orthonormal(whole @ basis)
+    pushed = (whole @ basis).double()
+    inner = basis.double().mT @ pushed
+    root = _cholesky((inner + inner.mT) / 2, 1e-7)
+    factor: Tensor = torch.linalg.solve_triangular(root.mT, pushed, upper=True, left=False)
+    return factor.float()
+
+
+def residual_of(whole: Tensor, factor: Tensor) -> Tensor:
+    """1 - cos(R, U U^T) (B,) float64 of whole (B, P, P) of norm 1 and factor (B, P, C); 0 if both are 0."""
+    made = factor @ factor.mT
+    size = torch.linalg.vector_norm(made, dim=(1, 2), keepdim=True)
+    made.div_(torch.where(size > 0, size, 1.0)).sub_(whole)
+    apart: Tensor = torch.linalg.vector_norm(made, dim=(1, 2), dtype=torch.float64)
+    return apart.square() / 2
+
+
+def _factors_by_need(whole: Tensor, tokens: Tensor, bound: float, max_rank: int) -> tuple[Tensor, Tensor]:
+    """As `_factors`; only images that a few columns are not enough for go through all of it."""
+    few = leading(whole, min(_FEW_COLUMNS + OVERSAMPLING, whole.shape[1]))[:, :, :_FEW_COLUMNS]
+    left = torch.nonzero(residual_of(whole, few) > _SLACK * bound)[:, 0]
+    triangular = torch.zeros(len(whole), dtype=torch.bool)
+    if not len(left):
+        return few, triangular
+    most = min(MOST_COLUMNS, whole.shape[1], max_rank)
+    factor, triangular[left] = _factors(whole[left], tokens[left], bound, max_rank, most)
+    every = torch.nn.functional.pad(few, (0, factor.shape[2] - few.shape[2]))
+    every[left] = factor
+    return every, triangular
+
+
+def _factors(
+    whole: Tensor, tokens: Tensor, bound: float, max_rank: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    """The factor (B, P, C) of each image that takes fewer bits, and whether that is Cholesky's (B,)."""
+    width = whole.shape[1]
+    factor = leading(whole, min(columns + OVERSAMPLING, width))[:, :, :columns]
+    missing = residual_of(whole, factor)
+    if max_rank < width:
+        return factor, torch.zeros_like(missing, dtype=torch.bool)
+    places = torch.arange(width, device=whole.device)
+    real = places < tokens[:, None]  # (B, P)
+    jitter = (2 * bound * _JITTER / width) ** 0.5
+    triangle = _cholesky(whole.double(), jitter).float() * real[:, None, :] * real[:, :, None]
+    factor = torch.nn.functional.pad(factor, (0, width - columns))
+    bits = []
+    for one, cut in ((factor, False), (triangle, True)):
+        triangular = torch.full_like(missing, cut, dtype=torch.bool)
+        entries = _entries(tokens, triangular, width)
+        energy = one.square().sum(dim=1).double()
+        left = torch.full_like(missing, bound) if cut else (bound - missing).clamp(min=0.01 * bound)
+        level = _level(energy, entries, tokens, triangular, 2 * left)
+        ratio = energy.square() * tokens[:, None] / (entries.clamp(min=1) * level[:, None])
+        bits.append((entries * torch.log2(1 + _ENTROPY * ratio)).sum(dim=1))
+    triangular = ((missing > 0.9 * bound) | (bits[1] < bits[0])) & (whole.amax(dim=(1, 2)) > 0)
+    return torch.where(triangular[:, None, None], triangle, factor), triangular
+
+
+def _steps(
+    whole: Tensor, factor: Tensor, triangular: Tensor, tokens: Tensor, bound: float
+) -> dict[str, Tensor]:
+    """The factor in steps as coarse as the bound allows."""
+    energy = factor.square().sum(dim=1).double()  # (B, C), the e_c
+    places = torch.arange(factor.shape[2], device=whole.device)
+    order = torch.where(triangular[:, None], -places.double(), energy).argsort(
+        dim=1, descending=True, stable=True
+    )
+    energy = energy.gather(1, order)
+    factor = factor.gather(2, order[:, None, :].expand(-1, factor.shape[1], -1))
+    largest = factor.abs().amax(dim=1)
+    entries = _entries(tokens, triangular, factor.shape[2])
+    missing = residual_of(whole, factor)
+    target = (1.02 * missing).clamp(min=bound)
+    level = _level(energy, entries, tokens, triangular, 2 * (target - missing))
+
+    def at(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Steps (B, P, C), scales (B, C) and the residual (B,)."""
+        kept = (energy.square() > level[:, None]) | triangular[:, None]
+        scales = (6 * level[:, None] / (tokens[:, None] * energy.clamp(min=1e-300))).sqrt()
+        scales = torch.maximum(scales.clamp(max=1e30).float(), largest / _MOST_STEPS)
+        scales = torch.where(scales > 0, scales, 1.0)
+        steps = torch.round(factor / scales[:, None, :]) * kept[:, None, :]
+        return steps, scales, residual_of(whole, steps * scales[:, None, :])
+
+    best = torch.zeros_like(level)
+    for _ in range(_TRIES):  # exact for noise of many steps; a coarse column needs a nudge
+        _, _, residual = at(level)
+        good = residual <= target
+        best = torch.where(good, torch.maximum(best, level), best)
+        if whole.device.type == "cpu" and bool((good & (residual >= 0.97 * target)).all()):
+            break
+        level = level * (0.985 * target / residual.clamp(min=1e-300)).clamp(0.25, 2.0)
+    steps, scales, residual = at(torch.where(best > 0, best, level))
+    rank = ((steps != 0).any(dim=1) * (places + 1)).amax(dim=1).clamp(min=1)
+    whole_steps = steps.int()
+    zigzag = torch.where(whole_steps >= 0, 2 * whole_steps, -2 * whole_steps - 1).to(torch.int16)
+    return {"columns": zigzag.mT.contiguous(), "scales": scales, "rank": rank, "residual": residual}
+
+
+def _level(energy: Tensor, entries: Tensor, tokens: Tensor, triangular: Tensor, allowed: Tensor) -> Tensor:
+    """The squared error (B,) that each column may have for all to have `allowed`, those left out included.
+
+    energy, entries (B, C): e_c and the entries of each column that are not zero by form. Columns of a
+    triangle are all kept: they are not orthogonal, and those worth nothing round to zero by themselves.
+    """
+    square = energy.square()
+    share = (entries / tokens.clamp(min=1)[:, None]).cumsum(dim=1)
+    dropped = square.flip(1).cumsum(dim=1).flip(1) - square
+    each = (allowed[:, None] - dropped) / share
+    return torch.where(triangular, allowed / share[:, -1], each.amax(dim=1))
+
+
+def _entries(tokens: Tensor, triangular: Tensor, columns: int) -> Tensor:
+    """Entries (B, C) of each column that are not zero by form, float64."""
+    places = torch.arange(columns, device=tokens.device)
+    rest = (tokens[:, None] - places).clamp(min=0)
+    return torch.where(triangular[:, None], rest, tokens[:, None]).double()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis (B, P, C) of what `columns` span, as far as they span anything."""
+    wide = columns.double()
+    wide = wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp(min=1e-300)
+    root = _cholesky(wide.mT @ wide, 1e-12)
+    basis: Tensor = torch.linalg.solve_triangular(root.mT, wide, upper=True, left=False)
+    return basis.float()
+
+
+def _cholesky(matrix: Tensor, shift: float) -> Tensor:
+    """The lower Cholesky factor of matrix (B, N, N) + shift I."""
+    matrix.diagonal(dim1=1, dim2=2).add_(shift)
+    root: Tensor = torch.linalg.cholesky_ex(matrix).L
+    return root
+
+
+_starts: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _start(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows, columns) standard normal numbers, the same always, kept on the device."""
+    key = (rows, columns, device)
+    if key not in _starts:
+        generator = torch.Generator().manual_seed(0)
+        _starts[key] = torch.randn(rows, columns, generator=generator).to(device)
+    return _starts[key]
