@@ -107,7 +107,7 @@ def capture(extractor: Extractor, samples: Sequence[PreparedSample]) -> None:
         pass
 
 
-def seconds_a_sample(work: Callable[[], None], samples: int) -> tuple[float, float]:
+def seconds_per_sample(work: Callable[[], None], samples: int) -> tuple[float, float]:
     """(CPU seconds of this thread, wall seconds) a sample."""
     cpu, wall = time.thread_time(), time.perf_counter()
     work()
@@ -165,12 +165,12 @@ def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
         "build, wall": [],
     }
     for number in range(rounds + 1):
-        cpu, wall = seconds_a_sample(lambda: plain(engine, one), len(one))
+        cpu, wall = seconds_per_sample(lambda: plain(engine, one), len(one))
         times = {
             "plain": cpu,
-            "capture": seconds_a_sample(lambda: capture(alone, one), len(one))[0],
-            "plain, several": seconds_a_sample(lambda: plain(engine, many), len(many))[0],
-            "packed": seconds_a_sample(lambda: capture(packed, many), len(many))[0],
+            "capture": seconds_per_sample(lambda: capture(alone, one), len(one))[0],
+            "plain, several": seconds_per_sample(lambda: plain(engine, many), len(many))[0],
+            "packed": seconds_per_sample(lambda: capture(packed, many), len(many))[0],
             "plain, wall": wall,
             "build, wall": whole_build(teacher, single, folder / f"cache-{number}") / len(one),
         }

@@ -110,7 +110,11 @@ def reader(folder: Path, *, epochs: int = 3) -> dict[str, Any]:
     )
     cache = open_cache(url)
     stored = sum(file.bytes for commit in cache.commits.values() for file in commit.files)
-    result: dict[str, Any] = {"samples": len(cache), "positions": 859, "bytes_a_sample": stored // len(cache)}
+    result: dict[str, Any] = {
+        "samples": len(cache),
+        "positions": 859,
+        "bytes_per_sample": stored // len(cache),
+    }
     collator = collator_for(folder, cache, kind=WithoutPixels)
     for name in ("sample", "tensors"):
         memory, rates = [], []
@@ -139,7 +143,7 @@ def reader(folder: Path, *, epochs: int = 3) -> dict[str, Any]:
 
 def print_reader(result: dict[str, Any]) -> None:
     table(
-        f"reader: {result['positions']} positions, {result['bytes_a_sample']:,} bytes a sample",
+        f"reader: {result['positions']} positions, {result['bytes_per_sample']:,} bytes a sample",
         ("", "samples/s a core", "best epoch", "MB, 2nd quarter", "MB, last quarter"),
         [(name, *result[name].values()) for name in ("sample", "tensors")],
     )
@@ -252,13 +256,13 @@ def stream(folder: Path, *, turns: int = 20, steps: int = 1) -> dict[str, Any]:
     pairs = list(zip(cost["memory"], cost["cache"], strict=True))
     ratios = [memory[0] / cached[0] for memory, cached in pairs]
     return {
-        "seconds_a_step_from_memory": round(statistics.median(m[0] for m, _ in pairs), 4),
-        "seconds_a_step_from_cache": round(statistics.median(c[0] for _, c in pairs), 4),
+        "seconds_per_step_from_memory": round(statistics.median(m[0] for m, _ in pairs), 4),
+        "seconds_per_step_from_cache": round(statistics.median(c[0] for _, c in pairs), 4),
         "speed_from_cache_over_memory": round(statistics.median(ratios), 4),
         "quartiles": [round(value, 3) for value in statistics.quantiles(ratios, n=4)],
         # The loader's work included, as if there were no second core for it; robust on a busy machine.
         "processor_time_memory_over_cache": round(statistics.median(m[1] / c[1] for m, c in pairs), 4),
-        "processor_milliseconds_of_the_loader_a_sample": round(loader_cost(folder, cache) * 1e3, 2),
+        "loader_cpu_milliseconds_per_sample": round(loader_cost(folder, cache) * 1e3, 2),
     }
 
 
@@ -277,12 +281,12 @@ def print_stream(result: dict[str, Any]) -> None:
         ("from memory", "from the cache", "speed ratio", "quartiles", "CPU ratio", "loader, CPU ms a sample"),
         [
             (
-                f"{result['seconds_a_step_from_memory']:.3f} s",
-                f"{result['seconds_a_step_from_cache']:.3f} s",
+                f"{result['seconds_per_step_from_memory']:.3f} s",
+                f"{result['seconds_per_step_from_cache']:.3f} s",
                 f"{result['speed_from_cache_over_memory']:.3f}",
                 f"{low:.3f} to {high:.3f}",
                 f"{result['processor_time_memory_over_cache']:.3f}",
-                result["processor_milliseconds_of_the_loader_a_sample"],
+                result["loader_cpu_milliseconds_per_sample"],
             )
         ],
     )

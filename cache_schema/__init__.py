@@ -1,4 +1,4 @@
-"""The contract between teacher and student: what a cache holds and how it lies on disk.
+"""The contract between teacher and student: what a cache holds and how it is stored.
 
 Names are loaded when they are first used, so that `kdcache --help` and the error types need no numpy.
 """

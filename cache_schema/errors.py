@@ -18,7 +18,7 @@ def shown(text: str, limit: int = 200) -> str:
 
 
 class KdcacheError(Exception):
-    """An error meant for the user: its text is one line that names what, where and the remedy.
+    """An error for the user. Its text is one line: what, where and the remedy.
 
     Control characters in it are escaped, and its middle is cut where it has over 1,500 characters.
     """
@@ -57,6 +57,6 @@ class StoppedEarly(KdcacheError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as one line of at most 200 characters."""
+    """The message of a library's error, as one line of at most 200 characters."""
     lines = str(error).strip().splitlines()
     return shown(lines[0]) if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that work grants at its next safe point."""
+"""Ctrl-C and SIGTERM as a request to stop, granted at the next safe point."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; the next one acts as it did before.
+    """While entered, the first SIGINT or SIGTERM sets `asked`; a second one has its usual effect.
 
-    In a thread other than the main one, where Python takes no signals, `asked` stays False.
+    Outside the main thread, where Python handles no signals, `asked` stays False.
     """
 
     def __init__(self) -> None:

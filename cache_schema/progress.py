@@ -1,4 +1,4 @@
-"""How long work tells of itself, without knowing the terminal."""
+"""How long-running work reports its progress, independent of the terminal."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Progress(Protocol):
         """`done` is the absolute count so far; `fields` are short values to show beside the bar."""
 
     def message(self, line: str) -> None:
-        """A line for the reader that stays on the screen (a warning, a note)."""
+        """A line that stays on the screen (a warning, a note)."""
 
     def end(self) -> None:
-        """The task is over."""
+        """End the task."""
 
 
 @contextmanager
 def task(progress: Progress, what: str, total: int | None = None) -> Iterator[None]:
-    """A task from `begin` to `end`, which comes on errors too."""
+    """A task from `begin` to `end`; `end` is called on errors too."""
     progress.begin(what, total)
     try:
         yield
@@ -34,7 +34,7 @@ def task(progress: Progress, what: str, total: int | None = None) -> Iterator[No
 
 
 class Silent:
-    """The sink that shows nothing."""
+    """A sink that shows nothing."""
 
     def begin(self, what: str, total: int | None) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The training curves of the demo: distilled and plain student side by side, a panel a stage."""
+"""The training curves of the demo: distilled and plain student side by side, one panel per stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The easy-VQA set as LLaVA rows: 4,000 training and 1,000 test images of one coloured shape, with questions.
+"""The easy-VQA set as LLaVA rows: 4,000 training and 1,000 test images of one colored shape, with questions.
 
 Source: the PyPI package `easy-vqa` 1.0 (MIT). Its questions.json files hold [question, answer, image id].
 """
@@ -23,7 +23,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoData:
-    """Where `write_dataset` left its files."""
+    """The files that `write_dataset` wrote."""
 
     image_root: Path
     captions: Path
@@ -34,16 +34,16 @@ class DemoData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attributes:
-    """What the questions and answers about one image determine; None is unknown."""
+    """What the questions and answers about one image determine; None: unknown."""
 
     shape: str | None
     color: str | None
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """Ways to say it, for example ("red circle", "circle in red"); one way where an attribute is unknown.
+        """Phrases, for example ("red circle", "circle in red"); one phrase where an attribute is unknown.
 
-        No article: after `<image>` comes a word about the image, not the same "a" for all of them.
+        No article: the first word after `<image>` must depend on the image.
         """
         if self.shape and self.color:
             return f"{self.color} {self.shape}", f"{self.shape} in {self.color}"
@@ -76,7 +76,7 @@ def question_kind(answer: str) -> str:
 
 
 def attributes_of(questions: Sequence[tuple[str, str]]) -> Attributes:
-    """Shape and color from questions and answers alone: named, affirmed, or left when all else is denied."""
+    """Shape and color from questions and answers alone: named, affirmed, or the only one not denied."""
     known: dict[str, str] = {}
     denied: dict[str, set[str]] = {"shape": set(), "color": set()}
     for question, answer in questions:
@@ -85,7 +85,7 @@ def attributes_of(questions: Sequence[tuple[str, str]]) -> Attributes:
         answer_kind = question_kind(answer)
         if answer_kind != "yesno":
             known[answer_kind] = answer
-            known.update(mentioned)  # "what color is the circle?" tells the shape as well
+            known.update(mentioned)  # "what color is the circle?" gives the shape as well
             continue
         negated = "not" in words or "no" in words
         present = (answer == "yes") != negated

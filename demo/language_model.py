@@ -1,4 +1,4 @@
-"""What the demo's student starts from: a language model that has read text only, and a vision tower."""
+"""The parts of the demo's student: a language model trained on text only, and a vision tower."""
 
 from collections.abc import Sequence
 from pathlib import Path

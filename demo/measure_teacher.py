@@ -1,4 +1,4 @@
-"""What the demo teacher can do: free generation of every answer, and how sharp its distributions are."""
+"""Measures the demo teacher: accuracy of freely generated answers, and entropy of its distributions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def answer_accuracy(
     """Greedy free generation of every answer through the chat template; exact match.
 
     Returns:
-        By kind: accuracy, questions, majority (share of the commonest answer) and confidence (mean
+        By kind: accuracy, questions, majority (share of the most frequent answer) and confidence (mean
         probability of the first generated token).
     """
     was_training = model.training

@@ -1,4 +1,5 @@
-"""The demo: teacher, caches, distilled and plain student, each step through a command that a user would call.
+"""The demo: teacher, caches, distilled and plain student, each step through the command that a user would
+run.
 
 Finished steps are written to state.json in the run's folder and are not redone; Ctrl-C is safe at any time.
 """
@@ -33,7 +34,7 @@ STAGE_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo, chosen so that the student has visible head-room (see LOG.md)."""
+    """Sizes of the demo, chosen so that the student can visibly improve (see LOG.md)."""
 
     train_images: int = 1000
     test_images: int = 1000
@@ -73,7 +74,7 @@ class Story:
         return {name: step["seconds"] for name, step in self._state["steps"].items()}
 
     def step(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do `work` unless the step is finished; return its JSON-able result either way."""
+        """Do `work` unless the step is finished; return its JSON result either way."""
         done = self._state["steps"].get(name)
         if done is not None:
             notes.print(f"✓ {name}: done before ({done['seconds']:.0f} s)", markup=False)
@@ -103,11 +104,11 @@ def kdcache(arguments: Sequence[str]) -> Any:
     try:
         printed, _ = process.communicate()
     except StoppedEarly:
-        # Ctrl-C reaches the command too: let it save before the demo leaves.
+        # Ctrl-C reaches the command too: let it save before the demo exits.
         process.wait(timeout=120)
         raise
     if process.returncode == 3:
-        raise StoppedEarly("the step can go on; run the same command again")
+        raise StoppedEarly("stopped, everything is saved; run the same command again to continue")
     if process.returncode != 0:
         raise KdcacheError(
             f"kdcache {arguments[0]} ended with exit code {process.returncode}; its error is above"
@@ -145,7 +146,7 @@ def run_demo(config: DemoConfig, progress: Progress, settings: DemoSettings | No
     results["inspect"] = story.command("cache: inspect", "inspect", out / "cache-conversations")
     results["teacher"] = story.command("teacher: evaluate", "evaluate", "--model", teacher, *held_out)
 
-    # From here on nobody can read the teacher: what the students learn of it comes from the caches.
+    # From here on the teacher does not exist: students learn from the caches alone.
     story.step("teacher: remove its folder", lambda: shutil.rmtree(teacher, ignore_errors=True))
     for number in range(config.seed, config.seed + config.seeds):
         results["students"][str(number)] = _students(story, number, settings, held_out, progress)
@@ -159,7 +160,7 @@ def run_demo(config: DemoConfig, progress: Progress, settings: DemoSettings | No
 def _students(
     story: Story, seed: int, settings: DemoSettings, held_out: Sequence[str | Path], progress: Progress
 ) -> dict[str, Any]:
-    """Both students of one seed, from the same start, and how they do on the test images."""
+    """Trains both students of one seed from the same start, and evaluates them on the test images."""
     folder = story.folder / f"seed-{seed}"
     text_model = folder / "language-model"
     story.step(
@@ -233,7 +234,7 @@ def _language_model(story: Story, seed: int, settings: DemoSettings, out: Path, 
 
     from demo.language_model import conversation_texts, train_language_model
 
-    # The teacher is gone, but a cache carries its tokenizer.
+    # The teacher is gone, but a cache contains its tokenizer.
     words = out.with_name("tokenizer")
     open_cache(story.folder / "cache-conversations").write_assets(words)
     tokenizer = AutoTokenizer.from_pretrained(words)

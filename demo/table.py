@@ -1,4 +1,4 @@
-"""The demo's result table: how teacher and students answer, and how near the students come to the teacher."""
+"""The demo's result table: accuracy of teacher and students, and the students' distance to the teacher."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ IMAGE = "<image>"
 VOCABULARY_LIMIT = 512
 MAX_LENGTH = 2048
 
-# The blank before an answer is the answer's, so that a prompt's tokens are a prefix of the whole text's.
+# The space before an answer belongs to it, so that a prompt's tokens are a prefix of the whole text's.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}{{ 'USER: ' }}"
@@ -49,11 +49,11 @@ def training_texts(pictures: Sequence[Picture]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer; same texts, same tokenizer. All bytes are in it, so any text tokenizes."""
+    """Trains the tokenizer; deterministic. It contains all bytes, so it can encode any text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    # Untrimmed offsets keep an answer's leading blank inside the template's generation mark.
+    # Untrimmed offsets keep an answer's leading space inside the template's generation mark.
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_LIMIT,

@@ -2,8 +2,8 @@
 
 Five phases, each kept in the work folder and skipped when it is there with the same settings: the vision
 tower learns attributes; a language model learns the text; the projector learns captions; projector and
-language model learn captions and conversations, then many questions an image, tower frozen. The test split is
-for measuring only.
+language model learn captions and conversations, then many questions per image, tower frozen. The test split
+is used for measuring only.
 """
 
 import argparse
@@ -81,7 +81,8 @@ def instruction_batches(
 ) -> Iterator[tuple[list[int], list[Row]]]:
     """Batches of one kind each: captions (a tenth), single questions (half, twice the rows), conversations.
 
-    Single questions keep the model looking: in a conversation, earlier answers give later ones away.
+    Single questions keep the model looking at the image: in a conversation, earlier answers reveal later
+    ones.
     """
     for _ in range(steps):
         draw = rng.random()
@@ -105,7 +106,7 @@ def question_batches(
     """As `instruction_batches`, but mostly (seven tenths) many questions packed behind one image.
 
     About half of these name what is in the picture: most of the set's questions about a color name an absent
-    one, and a teacher that sees them as they come goes by that.
+    one, and a teacher trained on the raw distribution learns that bias.
     """
     for _ in range(steps):
         draw = rng.random()
@@ -201,7 +202,7 @@ class WorkFolder:
 
 
 class Lines:
-    """Progress as plain lines, one every ten seconds."""
+    """Progress as plain lines, one per ten seconds."""
 
     def __init__(self) -> None:
         self._what, self._total, self._began, self._told = "", 0, 0.0, 0.0
@@ -227,7 +228,7 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
     """Runs or resumes all phases, saves model and processor in `out`, and measures what was saved.
 
     Returns:
-        The record that stands in `out`/TRAINING.json.
+        The content of `out`/TRAINING.json.
     """
     folder = WorkFolder(work, progress)
     pictures = load_pictures("train")
@@ -328,7 +329,7 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
         batches = question_batches(seen, texts, settings.batch, steps, random.Random(seed))
         return lambda path: train_all_but_the_tower(name, start, path, batches, steps, rate, seed)
 
-    # A later phase's settings contain the earlier ones', so that a change is carried through.
+    # A later phase's settings contain the earlier ones', so that a change invalidates it too.
     chain: dict[str, Any] = {"seed": settings.seed, "tower": asdict(settings.tower)}
     tower_folder = folder.phase("tower", chain, make_tower)
     language = {"hidden_size": settings.hidden_size, "layers": settings.layers, "heads": settings.heads}

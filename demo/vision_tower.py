@@ -1,6 +1,6 @@
 """The demo teacher's first phase: a small SigLIP tower learns shape and color from the training images.
 
-The tower is trained once and then frozen, as in LLaVA-KD. The classification heads are thrown away.
+The tower is trained once and then frozen, as in LLaVA-KD. The classification heads are discarded.
 """
 
 import math
@@ -50,7 +50,7 @@ def normalized(images: Tensor) -> Tensor:
 def shifted(images: Tensor, generator: torch.Generator, *, reach: int = 12) -> Tensor:
     """Mirrors half of the images and moves each by up to `reach` pixels, filling with the image's background.
 
-    No turning and no brightness: triangles of the set point upwards and colors are the labels.
+    No rotation and no brightness: triangles point upwards and colors are labels.
     """
     batch, _, height, width = images.shape
     border = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=-1)
@@ -66,7 +66,7 @@ def shifted(images: Tensor, generator: torch.Generator, *, reach: int = 12) -> T
 
 
 def label_ids(attributes: Sequence[Attributes]) -> Tensor:
-    """Class ids (B, 2) of shape and color, UNKNOWN where the questions do not tell."""
+    """Class ids (B, 2) of shape and color, UNKNOWN where the questions do not determine them."""
 
     def class_id(values: Sequence[str], value: str | None) -> int:
         return UNKNOWN if value is None else values.index(value)

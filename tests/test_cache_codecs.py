@@ -300,7 +300,7 @@ def test_a_plan_is_a_permutation_in_shards() -> None:
     assert [plan.rows_of(i).tolist() for i in range(plan.shards)] == [[4, 0], [3, 1], [2]]
     with pytest.raises(ValueError, match="no shard 3"):
         plan.rows_of(3)
-    with pytest.raises(ValueError, match="different row numbers"):
+    with pytest.raises(ValueError, match="distinct row numbers"):
         Plan(rows=3, shard_size=2, order=np.array([0, 0, 1]))
 
 
@@ -341,7 +341,7 @@ def test_arrays_read_here_are_those_that_zarr_reads(precision, monkeypatch) -> N
     np.testing.assert_array_equal(read_groups(foreign)["visual"]["entropy"], np.arange(12.0).reshape(3, 4))
     for stored, path in ((files, "visual/logsumexp/c/1"), (foreign, "visual/entropy/c/1/1")):
         lacking = {name: data for name, data in stored.items() if name != path}
-        with pytest.raises(CacheDamaged, match="chunks of"):
+        with pytest.raises(CacheDamaged, match=r"of \d+ chunks are present"):
             read_groups(lacking)
     bent = bytearray(files["visual/logsumexp/c/1"])
     bent[20] ^= 1

@@ -73,9 +73,9 @@ def test_a_directory_with_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(KdcacheError, match=r"not empty.*notes.txt"):
         CacheWriter.open(tmp_path, make_manifest(KILL_SPEC))
-    with pytest.raises(KdcacheError, match="no cache there"):
+    with pytest.raises(KdcacheError, match="no cache here"):
         open_cache(tmp_path)
-    with pytest.raises(KdcacheError, match="no cache there"):
+    with pytest.raises(KdcacheError, match="no cache here"):
         open_cache(tmp_path / "nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -110,16 +110,16 @@ def test_what_is_not_as_the_spec_says_is_not_written(tmp_path: Path) -> None:
     def write(changed: list) -> None:
         writer.write_shard(0, changed, bad, engine={}, seconds=0.0)
 
-    with pytest.raises(ValueError, match="not the 4 of the plan"):
+    with pytest.raises(ValueError, match="not the 4 rows of the plan"):
         write(samples[1:])
     first = {n: getattr(samples[0], n) for n in samples[0].__dataclass_fields__}
     response = {n: getattr(first["response"], n) for n in first["response"].__dataclass_fields__}
     for change, message in (
         ({"logprobs": response["logprobs"] * float("nan")}, "logprobs is not finite"),
-        ({"logprobs": response["logprobs"][:, ::-1]}, "logprobs rise"),
+        ({"logprobs": response["logprobs"][:, ::-1]}, "logprobs increase"),
         ({"logprobs": response["logprobs"] - 1}, "do not sum to 1"),
         ({"token_ids": response["token_ids"] + 400}, "token ids outside 0..499"),
-        ({"token_ids": response["token_ids"] * 0}, "stands twice"),
+        ({"token_ids": response["token_ids"] * 0}, "occurs twice"),
         ({"token_ids": response["token_ids"][:, :3]}, "shapes"),
         ({"logsumexp": response["logsumexp"] * float("inf")}, "logsumexp is not finite"),
     ):

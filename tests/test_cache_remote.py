@@ -60,7 +60,7 @@ def place(request, tmp_path: Path) -> tuple[str, dict[str, Any]]:
 
 def test_built_verified_and_read(place, undisturbed: Path) -> None:
     url, options = place
-    with pytest.raises(KdcacheError, match="no cache there"):
+    with pytest.raises(KdcacheError, match="no cache here"):
         open_cache(url, storage_options=options)
     assert build_cache(url, SPEC, rows=ROWS, storage_options=options) == [0, 1, 2]
     assert build_cache(url, SPEC, rows=ROWS, storage_options=options) == []

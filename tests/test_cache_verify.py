@@ -111,7 +111,7 @@ def test_an_extra_file_in_a_committed_shard_is_found_and_set_aside(cache: Path) 
 
 
 def test_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(KdcacheError, match="no cache there"):
+    with pytest.raises(KdcacheError, match="no cache here"):
         verify(tmp_path)
 
 
@@ -154,7 +154,7 @@ def find_faults(cache: Path, count: int, seed: int) -> None:
         records = [path for path in before if path.parent.name == "commits"]
         for path in records or before:
             expected = path.relative_to(cache).as_posix() if path.exists() else "missing"
-            expected = "shards are not there" if path in records and not path.exists() else expected
+            expected = "shards are missing" if path in records and not path.exists() else expected
             assert any(expected in line for line in named), (number, path, named)
         if not all(path.parts[-2] == "quarantine" for path in before):
             with pytest.raises(KdcacheError):
@@ -202,5 +202,5 @@ def test_content_is_checked_and_all_problems_are_reported(tmp_path: Path, monkey
     lines = "\n".join(str(problem) for problem in verify(tmp_path).problems)
     assert f"row {samples[0].row}): logsumexp is not finite at position 0" in lines
     assert f"row {samples[1].row}): token ids outside 0..499" in lines
-    assert "samples and quarantine are not the rows of the plan" in lines
-    assert "4 of 5 shards are not there" in lines
+    assert "samples and quarantine do not match the rows of the plan" in lines
+    assert "4 of 5 shards are missing" in lines

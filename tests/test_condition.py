@@ -111,7 +111,7 @@ def test_rows_and_ids_from_a_file(tmp_path: Path) -> None:
     ids = tmp_path / "ids.txt"
     ids.write_text("cat-3\ndog-2\n", encoding="utf-8")
     assert np.flatnonzero(parse(f"ids:{ids}").mask(COLUMNS)).tolist() == [1, 2]
-    with pytest.raises(KdcacheError, match="one row number a line"):
+    with pytest.raises(KdcacheError, match="one row number per line"):
         parse(f"rows:{ids}")
     with pytest.raises(KdcacheError, match="cannot read"):
         parse(f"rows:{tmp_path / 'absent'}")

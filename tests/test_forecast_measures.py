@@ -241,9 +241,9 @@ def test_break_even_is_where_both_have_taken_as_long() -> None:
     work = workload_of(plan, keys, {True: 4, False: 0}, samples, ["visual"], sharing=1.0, packing=True)
     speed = Speed(seconds=4.0, tokens=160, preparing=0.001, threads=2)
     found = break_even(speed, work)
-    assert found["teacher_seconds_an_epoch"] == pytest.approx(100 * 40 * 4 / 160)
+    assert found["teacher_seconds_per_epoch"] == pytest.approx(100 * 40 * 4 / 160)
     assert found["capture_seconds"] == pytest.approx((100 * 40 - 50 * 30) * 4 / 160)
-    assert found["epochs"] * found["teacher_seconds_an_epoch"] == pytest.approx(found["capture_seconds"])
+    assert found["epochs"] * found["teacher_seconds_per_epoch"] == pytest.approx(found["capture_seconds"])
     slow = Speed(seconds=4.0, tokens=160, preparing=4.0, threads=2)  # decoding images is what takes long
     assert break_even(slow, work)["capture_seconds"] == pytest.approx(100 * 4.0 / 2)
 

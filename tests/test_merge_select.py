@@ -241,7 +241,7 @@ def test_nothing_selected_writes_nothing(tmp_path: Path, pictures: Path) -> None
 
 def test_scores_need_response_targets(tmp_path: Path, pictures: Path) -> None:
     make_cache(tmp_path / "a", pictures, rows=4, spec=replace(COMPACT, targets=("visual",)))
-    with pytest.raises(KdcacheError, match="confidence comes from them"):
+    with pytest.raises(KdcacheError, match="which confidence is computed from"):
         select(str(tmp_path / "a"), "confidence > 0.5", str(tmp_path / "b"))
 
 

@@ -254,7 +254,7 @@ def test_what_is_not_known_is_said_and_not_guessed() -> None:
         layout_of(Shape(width=9, height=9, count=0), ImageSettings({})),
     ):
         assert layout.note is not None
-        assert layout.note.endswith("not on the picture.")
+        assert layout.note.endswith("not over the image.")
         assert [layer.box for layer in layout.layers] == [None]
 
 

@@ -125,7 +125,10 @@ def test_the_numbers_are_those_of_the_cache(page: Path, cache: Cache) -> None:
     first, second = document["images"]
     assert (first["tokens"], first["layout"]["note"]) == (36, None)
     assert [layer["box"] for layer in first["layout"]["layers"]] == [[0, 0, 1, 1]]
-    assert "12 tokens are not what SiglipImageProcessor" in second["layout"]["note"]
+    assert (
+        "SiglipImageProcessor with the settings in the cache does not make 12 tokens"
+        in second["layout"]["note"]
+    )
     assert [layer["box"] for layer in second["layout"]["layers"]] == [None]
     assert [i for i, _ in second["visual"]["top"][3]] == sample.visual.token_ids[36 + 3, :5].tolist()
     levels = np.frombuffer(base64.b64decode(first["relation"]["columns"]), np.int8).reshape(-1, 36)
@@ -151,7 +154,7 @@ def test_without_pictures_or_targets(cache: Cache, tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written(cache: Cache, tmp_path: Path) -> None:
-    with pytest.raises(KdcacheError, match="name a file that can be written"):
+    with pytest.raises(KdcacheError, match="give a file that can be written"):
         write_html(cache, tmp_path, PageConfig(samples=1))
 
 

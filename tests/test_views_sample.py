@@ -131,7 +131,7 @@ def test_disagreements_are_marked_without_colour_too(cache: Cache) -> None:
     wrong = [entry for entry in document["response"] if not entry["agrees"]]
     assert wrong
     assert printed(cache, 0, None).count("✗") == len(wrong)
-    assert "the teacher says otherwise" in printed(cache, 0, None)
+    assert "the teacher disagrees" in printed(cache, 0, None)
     lines = [line for line in printed(cache, 0, None, width=80).splitlines() if "✗" in line]
     for entry, line in zip(wrong, lines, strict=True):
         assert f"{entry['label_probability']:.4f}" in line
@@ -147,7 +147,7 @@ def test_no_figure_of_a_sample_is_cut(cache: Cache, folder: Path, width: int) ->
 
 
 def test_a_terminal_of_no_width_to_speak_of_gets_a_page(cache: Cache, folder: Path) -> None:
-    assert "thesurestof" in "".join(printed(cache, 0, folder / "images", width=4).split())
+    assert "themostconfidentof" in "".join(printed(cache, 0, folder / "images", width=4).split())
 
 
 def test_text_of_the_dataset_cannot_steer_the_terminal(cache: Cache) -> None:

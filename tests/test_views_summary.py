@@ -97,28 +97,32 @@ def commit(record: CommitRecord, shard: int, second: float, took: float) -> Comm
 def test_the_pace_is_that_of_all_workers_without_pauses(cache: Cache) -> None:
     record, plan = cache.commits[0], replace(cache.plan, rows=400, shard_size=4, order=np.arange(400))
     one_by_one = [commit(record, shard, 10 * (shard + 1), 10) for shard in range(6)]
-    assert build_state(one_by_one, plan)["rows_a_second"] == pytest.approx(0.4)
+    assert build_state(one_by_one, plan)["rows_per_second"] == pytest.approx(0.4)
     assert build_state(one_by_one, plan)["seconds_left"] == pytest.approx((400 - 24) / 0.4)
     two_workers = [commit(record, shard, 10 * (shard // 2 + 1), 10) for shard in range(6)]
-    assert build_state(two_workers, plan)["rows_a_second"] == pytest.approx(0.8)
+    assert build_state(two_workers, plan)["rows_per_second"] == pytest.approx(0.8)
     after_a_night = [commit(record, 8, 80_000, 10), *one_by_one]
     state = build_state(after_a_night, plan)
-    assert state["rows_a_second"] == pytest.approx(0.4)
+    assert state["rows_per_second"] == pytest.approx(0.4)
     assert state["missing"] == [[6, 7], [9, 99]]
     assert seconds_since(state["last_commit"], datetime.fromtimestamp(1_700_080_030, UTC)) == 30
     faster_now = [commit(record, 10 + n, 90_000 + n, 1) for n in range(16)]
-    assert build_state([*one_by_one, *faster_now], plan)["rows_a_second"] == pytest.approx(4.0)
+    assert build_state([*one_by_one, *faster_now], plan)["rows_per_second"] == pytest.approx(4.0)
     for workers in (4, 32):  # one after the other, each with a shard of 100 seconds
         many = [commit(record, n, 100 + 100 * n / workers, 100) for n in range(max(24, 3 * workers))]
-        assert build_state(many, plan)["rows_a_second"] == pytest.approx(4 * workers / 100, rel=0.01)
+        assert build_state(many, plan)["rows_per_second"] == pytest.approx(4 * workers / 100, rel=0.01)
     nothing = build_state([], plan)
-    assert (nothing["rows_a_second"], nothing["seconds_left"], nothing["missing"]) == (None, None, [[0, 99]])
+    assert (nothing["rows_per_second"], nothing["seconds_left"], nothing["missing"]) == (
+        None,
+        None,
+        [[0, 99]],
+    )
 
 
 def test_many_stretches_are_not_all_named(cache: Cache) -> None:
     summary = summarise(cache)
     summary["built"]["missing"] = [[2 * n, 2 * n] for n in range(20)]
-    assert "12, 14 and 12 more stretches" in progress_of(summary)[1]
+    assert "12, 14 and 12 more ranges" in progress_of(summary)[1]
 
 
 def test_the_slowest_samples_of_all_shards(cache: Cache) -> None:

@@ -1,1 +1,1 @@
-"""What a person looks at: terminal, pages and pictures made of caches and runs."""
+"""Output for people: terminal, pages and plots made of caches and runs."""

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: two pixels a character, the upper half block."""
+"""Images in a terminal: two pixels per character, by the upper half block."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.text import Text
 
 Pixels = NDArray[np.uint8]
 
-HEAT = np.array(  # viridis at five points: dark to bright, readable without colour vision too
+HEAT = np.array(  # viridis at five points: dark to bright, readable for color-blind people too
     [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float64
 )
 SHADES = " .:-=+*#%@"
 
 
 def heat(values: NDArray[np.floating]) -> Pixels:
-    """(H, W, 3) colours of (H, W) values, stretched from the least to the greatest."""
+    """(H, W, 3) colors of (H, W) values, scaled from the smallest to the largest."""
     low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
     at = np.asarray(scaled, dtype=np.float64) * (len(HEAT) - 1)
@@ -27,14 +27,15 @@ def heat(values: NDArray[np.floating]) -> Pixels:
 
 
 def fitted(image: Image.Image, columns: int, lines: int) -> Pixels:
-    """The picture in its own proportions in at most columns x lines characters, (2 * lines', columns', 3)."""
+    """The image, with its aspect ratio kept, in at most columns x lines characters, (2 * lines', columns',
+    3)."""
     scale = min(columns / image.width, 2 * lines / image.height)
     width, height = max(round(image.width * scale), 1), max(round(image.height * scale / 2) * 2, 2)
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8)
 
 
 def half_blocks(pixels: Pixels, *, colour: bool) -> Text:
-    """(H, W, 3) pixels as H / 2 lines of W characters; without colour one shade of grey a character."""
+    """(H, W, 3) pixels as H / 2 lines of W characters; without color, one shade of gray per character."""
     if len(pixels) % 2:
         pixels = np.concatenate([pixels, pixels[-1:]])
     text = Text(no_wrap=True)

@@ -15,7 +15,7 @@ from views.terminal import results
 from views.token_text import printable
 
 VALUE = 48
-"""Characters of a value that are shown."""
+"""The number of characters of a value that are shown."""
 
 
 def print_difference(document: Mapping[str, Any], a: str, b: str, console: Console = results) -> None:
@@ -42,7 +42,7 @@ def print_difference(document: Mapping[str, Any], a: str, b: str, console: Conso
 def _identity(document: Mapping[str, Any]) -> tuple[bool, str]:
     good = document["same_identity"]
     allowed = [entry["key"] for entry in document["identity"] if entry["blocks"] == "allowed"]
-    text = "identity: the same" if good else "identity: not of the same teacher, data or targets"
+    text = "identity: the same" if good else "identity: another teacher, dataset or target spec"
     return good, text + (f", but for {', '.join(allowed)}, as allowed" if allowed else "")
 
 
@@ -65,11 +65,11 @@ def _samples(document: Mapping[str, Any]) -> tuple[bool, str]:
 def _targets(document: Mapping[str, Any]) -> tuple[bool, str]:
     good = document["targets_agree"]
     said = "agree" if good else "do not agree"
-    bounds = f"mean KL at most {document['kl_bound']:g} nats a position"
+    bounds = f"mean KL at most {document['kl_bound']:g} nats per position"
     if document["relation"]:
         bounds += f", mean 1 - cos at most {document['relation_bound']:g}"
     if not document["kl"] and not document["relation"]:
-        return good, "targets: none to compare"
+        return good, "targets: nothing to compare"
     return good, f"targets: {said} ({bounds})"
 
 
@@ -86,7 +86,7 @@ def _differences(document: Mapping[str, Any]) -> Table:
 
 
 def _engines(engines: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What differs between the engines of a and b: of one on each side, each fact by itself."""
+    """The differences between the engines of a and b; with one engine on each side, fact by fact."""
     if not engines:
         return []
     if len(engines["a"]) == len(engines["b"]) == 1:

@@ -1,4 +1,4 @@
-"""The figures of a cache's summary as a person reads them."""
+"""The figures of a cache's summary in readable form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from cache_schema.operations.build_state import seconds_since
 
 GAPS = 8
-"""Stretches of missing shards that are named."""
+"""The number of ranges of missing shards that are listed."""
 
 
 def count(number: int) -> str:
@@ -28,7 +28,7 @@ def size(number: float) -> str:
 
 
 def mass(share: float) -> str:
-    """A share of probability in percent, with as many nines as tell something."""
+    """A probability mass in percent, with as many nines as are significant."""
     if share > 0.9999995:
         return "> 99.9999%"
     return f"{share:.2%}" if share < 0.999 else f"{share:.4%}"
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 def bin_label(edges: Sequence[float], place: int) -> str:
-    """The bin between two edges; whole numbers as those it holds, the last one open where it is huge."""
+    """The label of the bin between two edges: integers as those it holds, the last one open-ended."""
     low, high = edges[place], edges[place + 1]
     if not all(float(edge).is_integer() for edge in edges):
         return f"{low:g} - {high:g}"
@@ -57,7 +57,7 @@ def bin_label(edges: Sequence[float], place: int) -> str:
 
 
 def units_of(part: str, counts: Mapping[str, int]) -> tuple[int, str]:
-    """How many things a part of the bytes on disk holds, and what they are."""
+    """The number and the kind of the items in a part of the bytes on disk."""
     if part == "relation":
         return counts.get("relations", 0), "images"
     if part == "samples":
@@ -90,7 +90,7 @@ def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if built["seconds"]:
         speed = summary["counts"].get("samples", 0) / built["seconds"]
-        lines.append(("capture", f"{duration(built['seconds'])}, {speed:.3g} samples/s of one worker"))
+        lines.append(("capture", f"{duration(built['seconds'])}, {speed:.3g} samples/s per worker"))
     lines += [
         (
             "engine",
@@ -106,8 +106,8 @@ def _template(name: str | None) -> str:
 
 
 def progress_of(summary: Mapping[str, Any], now: datetime | None = None) -> list[str]:
-    """A build that is not complete, in lines: how far, what is missing, how fast and how long still; at
-    the moment `now` also how long ago the last shard came."""
+    """An incomplete build in lines: progress, missing shards, speed and time left; with the time `now`, also
+    the age of the last shard."""
     built = summary["built"]
     lines = [
         f"{count(built['shards'])} of {count(built['of_shards'])} shards, "
@@ -116,10 +116,10 @@ def progress_of(summary: Mapping[str, Any], now: datetime | None = None) -> list
     if summary["bytes"]["when_complete"]:
         lines[0] += f"; about {size(summary['bytes']['when_complete'])} when complete"
     gaps = [f"{first}" if first == last else f"{first}-{last}" for first, last in built["missing"]]
-    more = f" and {count(len(gaps) - GAPS)} more stretches" if len(gaps) > GAPS else ""
+    more = f" and {count(len(gaps) - GAPS)} more ranges" if len(gaps) > GAPS else ""
     lines.append(f"missing shards: {', '.join(gaps[:GAPS])}{more}")
-    if built["rows_a_second"]:
-        pace = f"lately {built['rows_a_second']:.3g} rows/s: about {duration(built['seconds_left'])} left"
+    if built["rows_per_second"]:
+        pace = f"recently {built['rows_per_second']:.3g} rows/s: about {duration(built['seconds_left'])} left"
         if now is not None:
             pace += f"; last shard {duration(max(seconds_since(built['last_commit'], now), 0.0))} ago"
         lines.append(pace)

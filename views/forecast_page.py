@@ -1,4 +1,4 @@
-"""What `kdcache plan` found, in the terminal, and its curves as a picture."""
+"""The result of `kdcache plan` in the terminal, and its curves as a plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GOOD, _BAD = "green", "red"
 
 
 def print_forecast(document: Mapping[str, Any], console: Console = results) -> None:
-    """Prints what `pipeline.forecast.advice.forecast` made."""
+    """Prints the document of `pipeline.forecast.advice.forecast`."""
     for part in (
         _samples(document),
         *_positions(document),
@@ -38,9 +38,9 @@ def print_forecast(document: Mapping[str, Any], console: Console = results) -> N
 
 
 def draw_forecast(document: Mapping[str, Any], file: Path) -> None:
-    """Bytes of the whole dataset against degrees off, a line a kind of target and precision.
+    """Plots bytes of the whole dataset against degrees, one line per kind of target and precision.
 
-    KdcacheError when the file cannot be written or its kind is not one that can be drawn.
+    KdcacheError when the file cannot be written or its format is not supported.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,16 +59,16 @@ def draw_forecast(document: Mapping[str, Any], file: Path) -> None:
         axes.axhline(bound, linestyle="--", color="grey", linewidth=0.8, label=told)
     axes.set_xscale("log")
     axes.set_xlabel("GB for the whole dataset")
-    axes.set_ylabel("gradient off the dense one, degrees")
+    axes.set_ylabel("angle to the dense gradient, degrees")
     axes.legend(fontsize=8)
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
-        raise KdcacheError(f"cannot draw {file}: {error}; name a .png, .svg or .pdf file") from error
+        raise KdcacheError(f"cannot draw {file}: {error}; give a .png, .svg or .pdf file") from error
 
 
 def _bounds(document: Mapping[str, Any]) -> dict[float, list[str]]:
-    """Degrees allowed, and for which targets."""
+    """The allowed degrees and their targets."""
     bounds: dict[float, list[str]] = {}
     for name, angle in document["recommended"]["max_angle"].items():
         bounds.setdefault(angle, []).append(name)
@@ -88,8 +88,11 @@ def _samples(document: Mapping[str, Any]) -> Text:
     text.append(f" (drawn with seed {samples['seed']})", "not bold")
     if samples["bad"]:
         reasons = ", ".join(f"{reason} {number}" for reason, number in samples["bad"].items())
-        text.append(f"\n{sum(samples['bad'].values())} of {samples['drawn']} drawn rows are bad: ", "yellow")
-        text.append(f"{reasons}; for example {samples['example_of_bad']}", "yellow")
+        text.append(
+            f"\n{sum(samples['bad'].values())} of {samples['drawn']} sampled rows cannot be captured: ",
+            "yellow",
+        )
+        text.append(f"{reasons}; for example: {samples['example_of_bad']}", "yellow")
     text.append(
         f"\nteacher: {teacher['teacher']}, {teacher['parameters'] / 1e6:,.4g} M parameters, "
         f"vocabulary {count(teacher['vocabulary'])}, {teacher['engine']['dtype']} on "
@@ -115,7 +118,7 @@ def _positions(document: Mapping[str, Any]) -> list[Table]:
         seen, whole = (document[part]["positions"][kind] for part in ("samples", "dataset"))
         table = _table(
             f"{kind}: {count(seen)} positions, about {count(whole)} in the dataset",
-            *("top-k", "stored", "mass %", "B each", "KL stored", "KL unseen", "degrees", "dataset"),
+            *("top-k", "stored", "mass %", "B per position", "KL stored", "KL unseen", "degrees", "dataset"),
         )
         for row in rows:
             if row["target"] == kind:
@@ -163,7 +166,7 @@ def _relations(document: Mapping[str, Any]) -> Table | None:
 def _legend() -> Text:
     return Text(
         "degrees: between the gradient of the stored target and that of the dense one, for this student. "
-        "KL stored: nats that storing changes the record by. KL unseen: nats of KL(teacher || student) that "
+        "KL stored: nats by which storing changes the record. KL unseen: nats of KL(teacher || student) that "
         "the record does not show. mass: within the entries. Bytes: all fields, as the codecs write them.\n",
         "dim",
     )
@@ -172,17 +175,17 @@ def _legend() -> Text:
 def _dataset(document: Mapping[str, Any]) -> Table:
     data = document["dataset"]
     sharing = data["sharing"]
-    table = _table("the dataset, as a build would capture it", "", "")
-    table.add_row("rows", f"{count(data['rows'])}, {count(data['rows_text_only'])} of them text alone")
+    table = _table("the dataset as a build would capture it", "", "")
+    table.add_row("rows", f"{count(data['rows'])}, {count(data['rows_text_only'])} of them text-only")
     table.add_row("rows that can be captured", f"about {count(data['rows_captured'])}")
     told = f"about {count(data['stored_images'])} of {count(data['images'])} stored"
     if data["rows_with_image"]:
-        told += f"; {count(data['distinct_first_images'])} different first images"
+        told += f"; {count(data['distinct_first_images'])} distinct first images"
         equal = sharing["share_of_equal_prefixes"]
         if not sharing["allowed"]:
-            told += "; not shared: this teacher's images see what follows them"
+            told += "; not shared: with this teacher, images attend to what follows them"
         elif equal is not None:
-            told += f", {equal:.0%} of rows about the same one share it"
+            told += f", {equal:.0%} of the rows about one image share it"
     table.add_row("images", told)
     table.add_row("tokens", f"about {count(data['tokens'])}, {count(data['computed_tokens'])} to compute")
     table.add_row("shards", count(data["shards"]))
@@ -191,7 +194,7 @@ def _dataset(document: Mapping[str, Any]) -> Table:
 
 def _cost(document: Mapping[str, Any]) -> Table:
     chosen, speed = document["recommended"], document["speed"]
-    table = _table("what the recommended cache takes", "", "")
+    table = _table("the recommended cache", "", "")
     for part, number in chosen["bytes"].items():
         table.add_row(part, size(number))
     table.add_row("together", f"{size(chosen['total_bytes'])} ± {size(chosen['standard_error_bytes'])}")
@@ -205,13 +208,13 @@ def _cost(document: Mapping[str, Any]) -> Table:
 
 def _break_even(document: Mapping[str, Any]) -> Text:
     even = document["break_even"]
-    text = Text("against a teacher in memory: ", "bold")
+    text = Text("compared with a teacher in memory: ", "bold")
     text.append(
-        f"the teacher would take {duration(even['teacher_seconds_an_epoch'])} of each epoch of each stage "
-        f"that learns from it; the capture has paid for itself after {even['epochs']:.2f} such epochs. After "
-        f"3 it has saved {_signed(even['seconds_saved_after_3_epochs'])}. It keeps "
-        f"{size(even['teacher_bytes'])} of weights and {size(even['dense_logits_bytes_a_sample'])} of dense "
-        "logits a sample out of the training's memory.\n",
+        f"the teacher would take {duration(even['teacher_seconds_per_epoch'])} of each epoch of each "
+        f"distilled stage; the capture pays off after {even['epochs']:.2f} such epochs. After 3 it has "
+        f"saved {_signed(even['seconds_saved_after_3_epochs'])}. Training needs "
+        f"{size(even['teacher_bytes'])} of weights and {size(even['dense_logits_bytes_per_sample'])} of "
+        "dense logits per sample less memory.\n",
         "not bold",
     )
     return text

@@ -1,4 +1,4 @@
-"""Where the visual tokens of an image lie on it"""
+"""The layout of visual tokens over their image"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 Tokens = NDArray[np.int64]
 
 Box = tuple[float, float, float, float]
-"""left, top, right, bottom in fractions of the picture; below 0 and above 1 outside of it."""
+"""left, top, right, bottom in fractions of the image; below 0 and above 1 outside of it."""
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 GROUND = (127, 127, 127)
@@ -25,10 +25,11 @@ GROUND = (127, 127, 127)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layer:
-    """One grid of an image's tokens. tokens (rows, columns) int64: which of its P tokens each cell is.
+    """One grid of an image's tokens.
 
-    box: what of the picture the grid covers, None where it only arranges the tokens for the eye.
-    row_ends (rows,) or (0,): the tokens that end a row and show nothing (LLaVA-NeXT's newlines).
+    tokens (rows, columns) int64: which of its P tokens each cell is. box: the part of the image that the grid
+    covers, None where it only arranges the tokens for display. row_ends (rows,) or (0,): the tokens that end
+    a row and show no patch (LLaVA-NeXT's newlines).
     """
 
     name: str
@@ -41,7 +42,7 @@ class Layer:
 class Layout:
     """Every token of an image exactly once: in a layer, at the end of its rows, or `apart` (class tokens).
 
-    frame: the part of the picture to show, in fractions of it. note: why no grid lies on it, or None.
+    frame: the part of the image to show, in fractions. note: why there is no grid over the image, or None.
     """
 
     layers: tuple[Layer, ...]
@@ -52,8 +53,8 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What is known of an image before its layout: its size in pixels, its `count` of tokens, how many images
-    its sample has, and `runs`: the length of every unbroken run of its tokens, with the text before each."""
+    """The input of a layout: the image's size in pixels, its `count` of tokens, how many images its sample
+    has, and `runs`: the length of every contiguous run of its tokens, with the text before each."""
 
     width: int
     height: int
@@ -63,7 +64,7 @@ class Shape:
 
 
 class ImageSettings:
-    """The settings, among a cache's assets, that decide where tokens lie."""
+    """The settings, among a cache's assets, that decide the layout."""
 
     def __init__(self, assets: Mapping[str, bytes]) -> None:
         documents = {
@@ -77,7 +78,7 @@ class ImageSettings:
 
     @property
     def kind(self) -> str:
-        """The image processor's class without the ending that tells its speed."""
+        """The image processor's class without its "Fast" suffix."""
         named = str(
             self.pixels.get("image_processor_type") or self.pixels.get("feature_extractor_type") or ""
         )
@@ -90,7 +91,7 @@ class ImageSettings:
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """(height, width) in pixels of what the vision tower sees at once, None where it is not one size."""
+        """(height, width) in pixels of the vision tower's input, None where it is not fixed."""
         size = self.pixels.get("size") or {}
         crop = self.pixels.get("crop_size") if self.pixels.get("do_center_crop") else None
         for found in (crop, size):
@@ -102,35 +103,35 @@ class ImageSettings:
 
 
 def layout_of(shape: Shape, settings: ImageSettings) -> Layout:
-    """The layout of an image. Where the way of its processor is not known here, or what it would make does
-    not come to `count` tokens, they stand in a plain grid with box None and the note says why."""
+    """The layout of an image. Where its processor is unknown here, or its layout would not have `count`
+    tokens, the tokens are in a plain grid with box None, and the note says why."""
     known = _WAYS.get(settings.kind)
     if known is None:
         named = settings.kind or "the teacher's image processor"
-        return unlaid(shape.count, f"How {named} lays tokens over a picture is not known here")
+        return unlaid(shape.count, f"The token layout of {named} is unknown here")
     found = known(shape, settings)
     if found is None or _places(found) != list(range(shape.count)):
         return unlaid(
             shape.count,
-            f"{shape.count} tokens are not what {settings.kind} with the settings in the cache makes of "
+            f"{settings.kind} with the settings in the cache does not make {shape.count} tokens of "
             f"{shape.width} x {shape.height} pixels",
         )
     return found
 
 
 def unlaid(count: int, why: str) -> Layout:
-    """Tokens in their order, on nothing."""
+    """Tokens in order, not over the image."""
     columns = max(ceil(sqrt(count)), 1)
     cells = np.full(ceil(count / columns) * columns, -1, dtype=np.int64)
     cells[:count] = np.arange(count)
     layer = Layer(
         name="tokens in order", tokens=cells.reshape(-1, columns), box=None, row_ends=np.zeros(0, np.int64)
     )
-    return Layout(layers=(layer,), note=f"{why}: they stand here in their order, not on the picture.")
+    return Layout(layers=(layer,), note=f"{why}: tokens are shown in order, not over the image.")
 
 
 def framed(image: Image.Image, frame: Box) -> Image.Image:
-    """What of the picture lies in the frame, grey outside the picture."""
+    """The part of the image within the frame, gray outside the image."""
     box = tuple(round(part * side) for part, side in zip(frame, (image.width, image.height) * 2, strict=True))
     if box == (0, 0, image.width, image.height):
         return image
@@ -145,27 +146,27 @@ def _places(layout: Layout) -> list[int]:
 
 
 def _block(name: str, start: int, rows: int, columns: int, box: Box = WHOLE, *, ends: bool = False) -> Layer:
-    """`rows` x `columns` tokens from `start` on in reading order, with `ends` one more after every row."""
+    """`rows` x `columns` tokens from `start` on in reading order; with `ends`, one more after every row."""
     cells = start + np.arange(rows * (columns + ends), dtype=np.int64).reshape(rows, columns + ends)
     return Layer(name=name, tokens=cells[:, :columns], box=box, row_ends=cells[:, columns:].ravel())
 
 
 def _tiles(name: str, start: int, rows: int, columns: int, side: int) -> Layer:
-    """rows x columns tiles of side x side tokens, one tile after the other, as one grid over the picture."""
+    """rows x columns tiles of side x side tokens, one tile after the other, as one grid over the image."""
     cells = start + np.arange(rows * columns * side * side, dtype=np.int64)
     grid = cells.reshape(rows, columns, side, side).transpose(0, 2, 1, 3).reshape(rows * side, -1)
     return Layer(name=name, tokens=grid, box=WHOLE, row_ends=np.zeros(0, np.int64))
 
 
 def _square_around(width: int, height: int) -> Box:
-    """The square that holds the whole picture in its middle."""
+    """The square with the whole image in its center."""
     side = max(width, height)
     left, top = (side - width) / 2 / width, (side - height) / 2 / height
     return (-left, -top, 1 + left, 1 + top)
 
 
 def _one_grid(shape: Shape, settings: ImageSettings) -> Layout | None:
-    """One picture of a fixed size: CLIP, SigLIP, ViT in Llava, PaliGemma and Gemma 3."""
+    """One image of a fixed size: CLIP, SigLIP, ViT in Llava, PaliGemma and Gemma 3."""
     model = settings.config.get("model_type")
     if model not in ("llava", "vipllava", "paligemma", "gemma3") or settings.sides is None:
         return None
@@ -189,14 +190,15 @@ def _one_grid(shape: Shape, settings: ImageSettings) -> Layout | None:
 
 
 def _centre(shape: Shape, shortest: int, height: int, width: int) -> Box:
-    """What a crop of height x width leaves of the picture after its shorter side was made `shortest` long."""
+    """The part of the image that a center crop of height x width keeps after its shorter side was resized to
+    `shortest`."""
     scale = shortest / min(shape.width, shape.height)
     across, down = width / (shape.width * scale) / 2, height / (shape.height * scale) / 2
     return (0.5 - across, 0.5 - down, 0.5 + across, 0.5 + down)
 
 
 def _any_resolution(shape: Shape, settings: ImageSettings) -> Layout | None:
-    """LLaVA-NeXT and LLaVA-OneVision: the whole picture, then a finer grid without the padding's rows and
+    """LLaVA-NeXT and LLaVA-OneVision: the whole image, then a finer grid without the padding's rows and
     columns, each row ended by a newline token."""
     sides, pinpoints = settings.sides, settings.pixels.get("image_grid_pinpoints")
     onevision = settings.kind == "LlavaOnevisionImageProcessor"
@@ -230,7 +232,7 @@ def _any_resolution(shape: Shape, settings: ImageSettings) -> Layout | None:
 
 
 def best_resolution(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The (height, width) that keeps most of the picture's pixels, and of those the one with least waste."""
+    """The (height, width) that keeps most of the image's pixels, and of those the one with least padding."""
 
     def merit(point: Sequence[int]) -> tuple[int, int]:
         scale = min(point[1] / width, point[0] / height)
@@ -242,15 +244,15 @@ def best_resolution(height: int, width: int, pinpoints: Sequence[Sequence[int]])
 
 
 def _unpadding(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
-    """How many rows, and columns, of tokens at each side stand for padding alone."""
+    """The number of rows, and of columns, of tokens at each side that are padding only."""
     if width / height > columns / rows:
         return (rows - int(round(height * (columns / width), 7))) // 2, 0
     return 0, (columns - int(round(width * (rows / height), 7))) // 2
 
 
 def _unpadded_box(shape: Shape, best: Sequence[int], cells: tuple[int, int], padding: tuple[int, int]) -> Box:
-    """What of the picture the unpadded grid covers: the picture keeps its proportions in the best
-    resolution, in the middle of it."""
+    """The part of the image that the unpadded grid covers: the image keeps its aspect ratio, centered in the
+    best resolution."""
     down, across = best[0] / shape.height, best[1] / shape.width
     if across < down:
         size = min(ceil(shape.height * across), best[0]), best[1]
@@ -265,7 +267,7 @@ def _unpadded_box(shape: Shape, best: Sequence[int], cells: tuple[int, int], pad
 
 
 def _merged_patches(shape: Shape, settings: ImageSettings) -> Layout | None:
-    """Qwen-VL: the picture at about its own size, `merge_size` patches a side to a token."""
+    """Qwen-VL: the image at about its own size, `merge_size` patches per side for each token."""
     factor = int(settings.get("patch_size", 0)) * int(settings.get("merge_size", 0))
     size = settings.pixels.get("size") or {}
     least = settings.pixels.get("min_pixels") or size.get("shortest_edge")
@@ -285,7 +287,7 @@ def _merged_patches(shape: Shape, settings: ImageSettings) -> Layout | None:
 
 
 def _named_tiles(shape: Shape, settings: ImageSettings) -> Layout | None:
-    """Idefics3 and SmolVLM: the text before a tile names its row and column; the whole picture is last."""
+    """Idefics3 and SmolVLM: the text before a tile gives its row and column; the whole image is last."""
     length = int(settings.get("image_seq_len", 0))
     side = isqrt(length)
     if not length or side * side != length or any(count != length for count, _ in shape.runs):
@@ -302,7 +304,7 @@ def _named_tiles(shape: Shape, settings: ImageSettings) -> Layout | None:
 
 
 def _canvas_tiles(shape: Shape, settings: ImageSettings) -> Layout | None:
-    """InternVL: tiles in the arrangement nearest to the picture's proportions, then the whole picture."""
+    """InternVL: tiles in the arrangement nearest to the image's aspect ratio, then the whole image."""
     length, sides = int(settings.get("image_seq_length", 0)), settings.sides
     side = isqrt(length)
     if settings.config.get("model_type") != "internvl" or sides is None or not length or side**2 != length:

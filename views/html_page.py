@@ -1,4 +1,4 @@
-"""A cache as one page that carries all it needs: no network, no other file."""
+"""A cache as one self-contained page: no network, no other file."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def write_html(
     """Writes the page to the file `out` and returns it.
 
     The order `worst` is by the share of response positions where the label is not the teacher's likeliest
-    token, then by perplexity. only: rows and ids, in place of what `config` chooses. Without `image_root` the
-    patches stand alone. The relation of a patch is drawn from the strongest 48 columns of the factor, in 8
-    bits: for the eye.
+    token, then by perplexity. only: rows and ids, in place of what `config` chooses. Without `image_root`
+    only the patches are shown. The relation of a patch is drawn from the strongest 48 columns of the factor,
+    in 8 bits: for display only.
     """
     progress = progress or Silent()
     text = TokenText.of_assets(cache.assets)
@@ -76,18 +76,18 @@ def write_html(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(filled, encoding="utf-8")
     except OSError as error:
-        raise KdcacheError(f"{out}: {error.strerror or error}; name a file that can be written") from error
+        raise KdcacheError(f"{out}: {error.strerror or error}; give a file that can be written") from error
     return out
 
 
 def _choose(
     cache: Cache, config: PageConfig, only: Sequence[str | int], progress: Progress
 ) -> tuple[list[Sample], str]:
-    """The samples to show and the sentence that tells how they were chosen."""
+    """The samples to show and a sentence on how they were chosen."""
     samples, seed = config.samples, config.seed
     if only or config.order not in ("worst", "random"):
         named = only or [name.strip() for name in config.order.split(",")]
-        return [find_sample(cache, name) for name in named], "As asked for."
+        return [find_sample(cache, name) for name in named], "As requested."
     total = len(cache)
     if config.order == "random" or "response" not in cache.spec.targets:
         drawn = np.random.default_rng(seed).permutation(total)[:samples]
@@ -101,7 +101,7 @@ def _choose(
 
 
 def _ranked(cache: Cache, progress: Progress) -> Iterator[tuple[float, float, int]]:
-    """(disagreement, perplexity, -place in the cache) of every sample that has response positions."""
+    """(disagreement, perplexity, -index in the cache) of every sample that has response positions."""
     place = 0
     for number, shard in enumerate(cache.shards):
         block = cache.read_shard(shard, parts={"response"})
@@ -144,7 +144,7 @@ def _sample(
 
 
 def _onto_the_shown_part(image: dict[str, Any]) -> None:
-    """Boxes in fractions of the part of the picture that is shown, and the proportions of that part."""
+    """Boxes in fractions of the part of the image that is shown, and that part's aspect ratio."""
     left, top, right, bottom = image["layout"].pop("frame")
     across, down = right - left, bottom - top
     image["aspect"] = image["width"] * across / (image["height"] * down)
@@ -170,9 +170,9 @@ def _columns(relation: Relation) -> dict[str, Any]:
 
 
 def _picture(image: dict[str, Any], root: Path | None) -> tuple[str | None, str | None]:
-    """The picture as a data URI, and what is to be said of it."""
+    """The image as a data URI, and a note on it."""
     if root is None:
-        return None, "Give --image-root to see the picture."
+        return None, "Give --image-root to see the image."
     try:
         opened = open_image(root, image["path"])
     except RowRejected as rejected:
@@ -185,12 +185,12 @@ def _picture(image: dict[str, Any], root: Path | None) -> tuple[str | None, str 
     kind = "png" if small else "jpeg"
     seen.save(stream, kind, **({} if small else {"quality": 82}))
     changed = opened.sha256 != image["sha256"]
-    note = "Not the file that was captured: its digest differs." if changed else None
+    note = "This is not the captured file: its digest differs." if changed else None
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}", note
 
 
 def _json(document: Any) -> str:
-    """JSON that cannot end the element it stands in, nor open a comment there."""
+    """JSON that cannot close the element that contains it, nor open a comment in it."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -12,7 +12,7 @@ WIDTH, HEIGHT, MARGIN = 420, 150, 32
 WIDEST = 105
 LABELS = 9
 FEW = 5
-"""So few bars carry their labels and shares themselves."""
+"""Up to this number, bars have their own labels and shares."""
 PARTS = ("response", "visual", "prompt", "relation", "samples", "quarantine", "other")
 
 
@@ -20,7 +20,7 @@ def summary_html(summary: Mapping[str, Any]) -> str:
     """The part of the page above the samples, from `cache_schema.operations.summary.summarise`."""
     panels = [
         _panel(
-            "What it is", _table((), [[escape(name), escape(value)] for name, value in what_it_is(summary)])
+            "Contents", _table((), [[escape(name), escape(value)] for name, value in what_it_is(summary)])
         ),
         _panel("Bytes on disk", _bytes(summary)),
         *(_positions(kind, found) for kind, found in summary["positions"].items() if found["positions"]),
@@ -62,7 +62,7 @@ def _bytes(summary: Mapping[str, Any]) -> str:
         if not held:
             continue
         number, unit = units_of(part, counts)
-        each = f"{held / number:,.1f} B a {unit.removesuffix('s')}" if number else ""
+        each = f"{held / number:,.1f} B per {unit.removesuffix('s')}" if number else ""
         rows.append([part, size(held), f"{held / max(sizes['total'], 1):.1%}", each])
     sharing = summary["sharing"]
     note = ""
@@ -75,7 +75,7 @@ def _bytes(summary: Mapping[str, Any]) -> str:
 
 
 def _positions(kind: str, found: Mapping[str, Any]) -> str:
-    rows = [["mass the kept entries hold", mass(found["mean_covered_mass"])]]
+    rows = [["mass within the entries", mass(found["mean_covered_mass"])]]
     if found["mean_entropy"] is not None:
         rows.append(["entropy", f"{found['mean_entropy']:.3f} nats"])
     if found["labels"]:
@@ -101,11 +101,11 @@ def _odds(summary: Mapping[str, Any]) -> str:
     parts = []
     if summary["quarantine"]:
         rows = [[escape(reason), count(rows)] for reason, rows in summary["quarantine"].items()]
-        parts.append(_table(("in quarantine because", "rows"), rows, numbers=(1,)))
+        parts.append(_table(("reason for quarantine", "rows"), rows, numbers=(1,)))
     slow = [
-        [str(entry["shard"]), f"{entry['samples_a_second']:.3g}"]
+        [str(entry["shard"]), f"{entry['samples_per_second']:.3g}"]
         for entry in summary["slowest_shards"]
-        if entry["samples_a_second"] is not None
+        if entry["samples_per_second"] is not None
     ]
     if slow:
         parts.append(_table(("slowest shard", "samples/s"), slow, numbers=(1,)))
@@ -115,7 +115,7 @@ def _odds(summary: Mapping[str, Any]) -> str:
     longest = [[str(entry["row"]), count(entry["tokens"])] for entry in summary["longest_samples"]]
     if longest:
         parts.append(_table(("longest sample, row", "tokens"), longest, numbers=(1,)))
-    return _panel("Out of the ordinary", "".join(parts)) if parts else ""
+    return _panel("Outliers", "".join(parts)) if parts else ""
 
 
 def _panel(title: str, body: str) -> str:
@@ -123,7 +123,7 @@ def _panel(title: str, body: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; columns `numbers` stand to the right."""
+    """A table of HTML cells; columns `numbers` are right-aligned."""
 
     def cell(tag: str, place: int, text: str) -> str:
         return f"<{tag}{' class=number' if place in numbers else ''}>{text}</{tag}>"
@@ -134,7 +134,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 
 def _bars(histogram: Mapping[str, Sequence[float]], title: str) -> str:
-    """A bar chart of a histogram, from the first to the last bin that holds something."""
+    """A bar chart of a histogram, from the first to the last bin that is not empty."""
     edges, counts = histogram["edges"], [int(n) for n in histogram["counts"]]
     filled = [place for place, number in enumerate(counts) if number]
     if not filled:

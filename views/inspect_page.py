@@ -20,7 +20,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def print_summary_page(summary: Mapping[str, Any], console: Console = results) -> None:
-    """Prints what `cache_schema.operations.summary.summarise` made."""
+    """Prints the document of `cache_schema.operations.summary.summarise`."""
     console.print(_heading(summary))
     for part in (
         _what(summary),
@@ -54,7 +54,7 @@ def _heading(summary: Mapping[str, Any]) -> Text:
 
 
 def _what(summary: Mapping[str, Any]) -> Panel:
-    return Panel(_pairs(what_it_is(summary)), title="what it is", title_align="left")
+    return Panel(_pairs(what_it_is(summary)), title="contents", title_align="left")
 
 
 def _holdings(summary: Mapping[str, Any]) -> Panel:
@@ -96,7 +96,7 @@ def _positions(summary: Mapping[str, Any]) -> list[Panel]:
             facts.append(f"teacher's accuracy on the labels {found['label_accuracy']:.1%}")
             facts.append(f"perplexity {found['perplexity']:.4g}")
         title = f"{kind}: {count(found['positions'])} positions"
-        histogram = _histogram(found["covered_mass"], "mass the kept entries hold")
+        histogram = _histogram(found["covered_mass"], "mass within the entries")
         panels.append(Panel(Group("   ".join(facts), histogram), title=title, title_align="left"))
     return panels
 
@@ -116,17 +116,19 @@ def _relation(summary: Mapping[str, Any]) -> Panel | None:
 def _odds(summary: Mapping[str, Any]) -> Panel | None:
     lines: list[RenderableType] = []
     if summary["quarantine"]:
-        table = _table("in quarantine because", "rows")
+        table = _table("reason for quarantine", "rows")
         for reason, rows in summary["quarantine"].items():
             table.add_row(Text(printable(reason)), count(rows))
         lines.append(table)
     if summary["cut"]:
-        lines.append(f"{count(summary['cut'])} samples were too long and end with the last answer that fits")
+        lines.append(
+            f"{count(summary['cut'])} samples were too long and were cut after the last answer that fits"
+        )
     if summary["slowest_shards"]:
         shards = ", ".join(
-            f"{entry['shard']} ({entry['samples_a_second']:.3g}/s)"
+            f"{entry['shard']} ({entry['samples_per_second']:.3g}/s)"
             for entry in summary["slowest_shards"]
-            if entry["samples_a_second"] is not None
+            if entry["samples_per_second"] is not None
         )
         lines.append(f"slowest shards: {shards}")
     if summary["slowest_samples"]:
@@ -135,11 +137,11 @@ def _odds(summary: Mapping[str, Any]) -> Panel | None:
     if summary["longest_samples"]:
         rows = ", ".join(f"row {e['row']} ({count(e['tokens'])})" for e in summary["longest_samples"])
         lines.append(f"longest samples in tokens: {rows}")
-    return Panel(Group(*lines), title="out of the ordinary", title_align="left") if lines else None
+    return Panel(Group(*lines), title="outliers", title_align="left") if lines else None
 
 
 def _histogram(histogram: Mapping[str, Sequence[float]], what: str) -> Table:
-    """One bar a bin, from the first to the last bin that holds something."""
+    """One bar per bin, from the first to the last bin that is not empty."""
     edges, counts = histogram["edges"], [int(n) for n in histogram["counts"]]
     filled = [place for place, number in enumerate(counts) if number]
     table = _table(what, "", "share")

@@ -1,4 +1,4 @@
-"""Relation records made fit for the eye."""
+"""Relation records for display."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Float64 = NDArray[np.float64]
 
 
 def principal_factor(relation: Relation, rank: int) -> Float64:
-    """(P, r) factor of the record with at most `rank` columns, strongest first, each up to its sign."""
+    """(P, r) factor of the record with at most `rank` columns, strongest first, each up to sign."""
     if relation.factor is None:
         assert relation.gram is not None
         values, vectors = np.linalg.eigh(relation.gram.astype(np.float64))
@@ -24,8 +24,8 @@ def principal_factor(relation: Relation, rank: int) -> Float64:
 
 
 def similarity(factor: Float64) -> Float64:
-    """(P, P) cosine of the tokens' logits, in [-1, 1], after taking away their mean over the image, without
-    which every pair looks alike: the first eigenvalue of R holds nearly all of its energy."""
+    """(P, P) cosine of the tokens' logits, in [-1, 1], with their mean over the image removed; otherwise all
+    pairs look alike, since the first eigenvalue of R holds nearly all of its energy."""
     rows = factor - factor.mean(axis=0)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)

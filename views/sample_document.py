@@ -1,4 +1,4 @@
-"""One sample of a cache as a document: what every token is, and what the teacher says there."""
+"""One sample of a cache as a document: every token, and the teacher's distribution there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BEFORE = 24
 
 def find_sample(cache: Cache, row_or_id: int | str) -> Sample:
     """The sample of this row number, or else the first with this id; "12" may be either. KdcacheError when
-    there is none, telling of quarantine."""
+    there is none; it mentions quarantine."""
     found = cache.find(int(row_or_id)) if str(row_or_id).isdecimal() else []
     found = found or cache.find(str(row_or_id))
     if found:
@@ -43,7 +43,7 @@ def find_sample(cache: Cache, row_or_id: int | str) -> Sample:
 
 
 def recorded_images(cache: Cache) -> Path | None:
-    """The folder that the build took its images from, where it is (still) on this machine."""
+    """The folder from which the build read its images, if it exists on this machine."""
     folder = cache.manifest.dataset.get("image_root")
     return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
 
@@ -53,8 +53,8 @@ def sample_document(cache: Cache, row_or_id: int | str, *, top: int = TOP) -> di
 
     tokens: position, id, text, role (prompt, visual, response) of each, runs of visual tokens as one entry
     with `count`. response: a list over response positions; images: a list with `visual` over their tokens
-    and `layout`, which tells where on the picture they lie (`views.grid`).
-    rows_with_this_id: other rows that carry the same label.
+    and `layout`, their places on the image (`views.grid`).
+    rows_with_this_id: other rows with the same label.
     """
     sample = find_sample(cache, row_or_id)
     document = describe(cache, sample, TokenText.of_assets(cache.assets), top=top)
@@ -63,7 +63,7 @@ def sample_document(cache: Cache, row_or_id: int | str, *, top: int = TOP) -> di
 
 
 def describe(cache: Cache, sample: Sample, text: TokenText, *, top: int = TOP) -> dict[str, Any]:
-    """`sample_document` of a sample that is already at hand, without the other rows of its id."""
+    """`sample_document` of a sample already read, without the other rows of its id."""
     settings = ImageSettings(cache.assets)
     scores = None
     if sample.response is not None and len(sample.response):
@@ -168,7 +168,7 @@ def _image(
 
 
 def _shape(sample: Sample, image: ImageRecord, text: TokenText) -> Shape:
-    """What the layout of an image depends on."""
+    """The input of an image's layout."""
     cuts = np.flatnonzero(np.diff(image.positions) > 1) + 1
     runs = []
     for run in np.split(image.positions, cuts):
@@ -213,7 +213,7 @@ def _relation(relation: Relation) -> dict[str, Any]:
 def top_entries(
     record: TopK, text: TokenText, top: int, rows: slice = slice(None)
 ) -> list[list[dict[str, Any]]]:
-    """The `top` likeliest tokens at the positions `rows` of the record: id, text, probability."""
+    """The `top` most likely tokens at the positions `rows` of the record: id, text, probability."""
     ids = record.token_ids[rows, :top]
     probabilities = np.exp(record.logprobs[rows, :top].astype(np.float64))
     text.learn(ids.ravel())

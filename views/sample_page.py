@@ -1,4 +1,5 @@
-"""One sample in the terminal: its image, its conversation, and what the teacher says at every position."""
+"""One sample in the terminal: its image, its conversation, and the teacher's distribution at every
+position."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ PICTURE_SIDE = 40
 GAP = 3
 RELATION_RANK = 64
 LEAST_CENTRED_RANK = 4
-"""Of a lower rank hardly anything is left when the tokens' mean is taken away."""
+"""Below this rank, removing the tokens' mean leaves almost nothing."""
 
 NARROWEST_CELL = 6
 NOTHING: dict[str, Any] = {"text": "", "probability": 0.0}
@@ -43,8 +44,8 @@ LONGEST_WORD = 14
 def print_sample(
     cache: Cache, row_or_id: int | str, image_root: Path | None, console: Console = results
 ) -> None:
-    """Prints the sample to `console`. KdcacheError when there is no such sample; an image that is missing or
-    no longer the captured one is said on the page."""
+    """Prints the sample to `console`. KdcacheError when there is no such sample; a missing or changed image
+    is noted on the page."""
     sample = find_sample(cache, row_or_id)
     document = sample_document(cache, sample.row, top=3)
     console.print(_heading(document))
@@ -65,8 +66,8 @@ def print_sample(
         rows = document["response"]
         wrong = sum(not row["agrees"] for row in rows)
         console.print(
-            f"\n[bold]the teacher at {len(rows)} response positions, "
-            f"another token likelier than the label at {wrong}[/]"
+            f"\n[bold]the teacher at {len(rows)} response positions, another token more likely than the "
+            f"label at {wrong}[/]"
         )
         console.print(_response(rows, console.width))
     for number, image in enumerate(document["images"]):
@@ -100,7 +101,7 @@ def _picture(image: dict[str, Any], root: Path, side: int, console: Console) -> 
     seen = framed(opened.image, tuple(image["layout"]["frame"]))
     text = half_blocks(fitted(seen, side, side // 2), colour=_coloured(console))
     if opened.sha256 != image["sha256"]:
-        text.append("\nnot the file that was captured: its digest differs", "yellow")
+        text.append("\nnot the captured file: its digest differs", "yellow")
     return text
 
 
@@ -131,13 +132,13 @@ def _conversation(document: dict[str, Any]) -> Panel:
     for role, style in ROLE_STYLE.items():
         legend.append(f" {role}", style)
     if wrong:
-        legend.append("  ").append("the teacher says otherwise", WRONG_STYLE)
+        legend.append("  ").append("the teacher disagrees", WRONG_STYLE)
     return Panel(text, title=legend, title_align="left")
 
 
 def _response(rows: Sequence[dict[str, Any]], width: int) -> Table:
-    """A line a position; ✗ where the label is not the teacher's first. A narrow terminal leaves out the last
-    columns, never a part of a figure."""
+    """One line per position; ✗ where the label is not the teacher's most likely token. A narrow terminal
+    drops the last columns, never part of a number."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
     words = [row["label"] for row in rows] + [entry["text"] for row in rows for entry in row["top"]]
     longest = min(max((cell_len(visible(word)) for word in words), default=1), LONGEST_WORD)
@@ -170,7 +171,7 @@ def _response(rows: Sequence[dict[str, Any]], width: int) -> Table:
 
 
 def _print_visual(number: int, image: dict[str, Any], console: Console) -> None:
-    """The likeliest token of each patch where it lies; in a narrow terminal neighbours share a cell."""
+    """The most likely token of each patch at its place; in a narrow terminal neighbors share a cell."""
     layers = image["layout"]["layers"]
     if image["layout"]["note"]:
         console.print(Text(f"\nimage {number}: {printable(image['layout']['note'])}", "yellow"))
@@ -188,8 +189,8 @@ def _print_layer(
     while pool < columns and -(-columns // pool) * NARROWEST_CELL > console.width:
         pool += 1
     cell = max(min(console.width // -(-columns // pool) - 1, LONGEST_WORD), 1)
-    of = "" if pool == 1 else f", the surest of {pool} x {pool} patches"
-    console.print(f"\n[bold]the teacher's likeliest token at each patch of {named}{of}[/]")
+    of = "" if pool == 1 else f", the most confident of {pool} x {pool} patches"
+    console.print(f"\n[bold]the teacher's most likely token at each patch of {named}{of}[/]")
     lines: list[list[Text]] = []
     for top in range(0, rows, pool):
         lines.append([])

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 LINE_EVERY = 60.0
-"""Seconds between two lines of a task where stderr is no terminal."""
+"""Seconds between two lines of a task where stderr is not a terminal."""
 
 LOSSES = ("loss", "ce", "response", "visual", "prompt", "relation")
 
@@ -33,10 +33,10 @@ def print_json(document: Any) -> None:
 
 
 class Bar:
-    """A `cache_schema.progress.Progress` as a bar on stderr, with what the task says of itself beside it.
+    """A `cache_schema.progress.Progress` as a bar on stderr, with the task's own fields beside it.
 
-    Where stderr is no terminal, a task is a line when it begins, one a minute, and one when it ends. The
-    time left comes from the mean speed of the whole task, not counting what was done when it began.
+    Where stderr is not a terminal, a task prints a line when it starts, one per minute, and one when it ends.
+    The time left follows from the mean speed of the whole task, without work done before it started.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Bar:
         self._task: TaskID | None = None
         self._what = ""
         self._fields = ""
-        self._first: int | None = None  # what was done when the task began
+        self._first: int | None = None  # work done before the task started
         self._began = self._told = 0.0
 
     def begin(self, what: str, total: int | None) -> None:
@@ -82,7 +82,7 @@ class Bar:
             notes.print(f"{self._what}: {said}", markup=False, soft_wrap=True)
 
     def _left(self, done: int) -> str:
-        """How long the rest takes at the mean speed so far; empty where nothing tells."""
+        """The time left at the mean speed so far; empty if unknown."""
         assert self._bar is not None
         total, gained = self._bar.tasks[0].total, done - (self._first or 0)
         if total is None or gained <= 0:
@@ -106,14 +106,14 @@ class Bar:
 
 
 def print_summary(title: str, summary: dict[str, Any]) -> None:
-    """What a command did, one fact a line; nested facts are indented."""
+    """The result of a command, one fact per line; nested facts are indented."""
     results.print(title, style="bold", markup=False)
     for line in _facts(summary, 1):
         results.print(line, markup=False, soft_wrap=True)
 
 
 def print_training(result: dict[str, Any]) -> None:
-    """Each trained stage in a few lines; the whole of it is in result.json."""
+    """Each trained stage in a few lines; result.json has everything."""
     for stage in result.get("stages", [result]):
         losses = {name: value for name, value in stage["train"].items() if name in LOSSES and value}
         facts = {
@@ -128,7 +128,7 @@ def print_training(result: dict[str, Any]) -> None:
 
 
 def print_problems(problems: list[dict[str, str]]) -> None:
-    """Problems, each a line: the file, what is wrong with it, what to do."""
+    """Problems, one per line: the file, what is wrong, what to do."""
     for problem in problems:
         line = f"{problem['file']}: {problem['what']}; {problem['remedy']}"
         results.print(line, markup=False, soft_wrap=True)

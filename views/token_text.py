@@ -1,4 +1,4 @@
-"""Token ids to text a person can read, with the tokenizer that the cache carries."""
+"""Token ids to readable text, with the tokenizer in the cache."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ class TokenText:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, str] = {}
-        self._partial: set[int] = set()  # bytes that are no character by themselves
+        self._partial: set[int] = set()  # bytes that are not a character by themselves
         self._anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1:] if tokenizer else []
         self._anchor_text = self._decode([self._anchor])[0] if tokenizer else ""
 
     @classmethod
     def of_assets(cls, assets: Mapping[str, bytes]) -> TokenText:
-        """The tokenizer.json among a cache's assets; ids stay numbers where there is none."""
+        """The tokenizer.json among a cache's assets; without one, ids stay numbers."""
         content = assets.get("tokenizer.json")
         return cls(None if content is None else Tokenizer.from_buffer(content))
 
     def piece(self, token_id: int) -> str:
-        """The text of one token, its leading blank kept; of a part of a character the vocabulary's name."""
+        """The text of one token with its leading space; for a part of a character, its name in the
+        vocabulary."""
         if token_id not in self._known:
             self.learn([token_id])
         return self._known[token_id]
 
     def learn(self, token_ids: Iterable[int]) -> None:
-        """Decodes the ids that are new, all at once: much faster than one at a time."""
+        """Decodes the new ids together: much faster than one at a time."""
         new = sorted({i for i in map(int, token_ids) if i not in self._known})
         if self._tokenizer is None:
             self._known.update((token_id, f"#{token_id}") for token_id in new)
             return
-        # Alone, a token may lose its leading blank; behind another one it keeps it.
+        # Alone, a token may lose its leading space; after another one it keeps it.
         for token_id, text in zip(new, self._decode([[*self._anchor, i] for i in new]), strict=True):
             piece = text.removeprefix(self._anchor_text)
             if UNKNOWN in piece:
@@ -50,8 +51,8 @@ class TokenText:
             self._known[token_id] = piece
 
     def flow(self, token_ids: Sequence[int]) -> list[str]:
-        """One text a token, which joined read as the sequence: a character cut into several tokens stands
-        at its last one, the earlier ones are empty."""
+        """One text per token, which joined give the sequence: a character split into several tokens is at its
+        last one, the earlier ones are empty."""
         self.learn(token_ids)
         texts: list[str] = []
         cut: list[int] = []  # the tokens of a character that is not whole yet
@@ -76,11 +77,11 @@ class TokenText:
 
 
 def visible(text: str) -> str:
-    """One token on one line: its blanks and line ends as signs, other control characters as escapes."""
+    """One token on one line: spaces and line ends as symbols, other control characters as escapes."""
     return printable(text.translate(VISIBLE))
 
 
 def printable(text: str) -> str:
-    """The text with control characters other than the line end as escapes, so that no caption moves the
-    cursor or recolours the terminal."""
+    """The text with control characters other than line ends as escapes, so that no caption can move the
+    cursor or change the terminal's colors."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -20,7 +20,7 @@ from cache_schema.datasets.media import (
 from cache_schema.errors import RowRejected, shown
 
 IMAGE_MARK = "<image>"
-"""Where an image stands in the text of a row."""
+"""Marks the place of an image in the text of a row."""
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TOOL_ROLES = frozenset({"tool", "function", "function_call", "function_response", "observation", "ipython"})
@@ -38,9 +38,9 @@ class Conversation:
     """A row as a chat: what the templates render.
 
     messages: dictionaries `{"role": system|user|assistant, "content": [{"type": "image"} | {"type":
-    "text", "text": ...}, ...]}`: perhaps a system message, then user and assistant in turns, an answer
-    last; no content is without parts. images: paths, one an image part and in their order.
-    embedded: for paths under `embedded/`, the files that the row itself carries. extra: other keys.
+    "text", "text": ...}, ...]}`: an optional system message, then user and assistant alternating, ending with
+    an answer; every content has at least one part. images: paths, one an image part and in their order.
+    embedded: files that the row itself carries, by their path under `embedded/`. extra: other keys.
     supervised: for each answer whether it is to be learned; empty: all are.
     """
 
@@ -70,15 +70,15 @@ def label_of(raw: Any, row: int) -> str:
 
 
 def writable(text: str) -> str:
-    """`text` with `?` for the lone surrogates that JSON may hold and no file format can."""
+    """`text` with `?` in place of lone surrogates, which JSON allows and UTF-8 does not."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def conversation_of(raw: Any, row: int) -> Conversation:
     """A raw row of either form as a Conversation. RowRejected with a reason when it is malformed.
 
-    Model turns before the first question are skipped, and so is a last question without an answer.
-    Images that no `<image>` mark or image part places stand before the first question. Rows with video,
+    Assistant turns before the first question are skipped, and so is a final question without an answer.
+    Images without an `<image>` mark or image part are placed before the first question. Rows with video,
     sound, tools or thoughts are rejected: none of them would reach the teacher. Line ends become `\\n`.
     """
     try:
@@ -104,7 +104,7 @@ def _conversation_of(raw: Any, row: int) -> Conversation:
         raise RowRejected("broken_row", f"row {row} is {type(raw).__name__}, not an object")
     turns = next((found for key in ("conversations", "messages") if (found := parsed(raw.get(key)))), None)
     if not isinstance(turns, list) or not turns:
-        raise RowRejected("no_turns", f"row {row} has no turns under `conversations` or `messages`")
+        raise RowRejected("no_turns", f"row {row} has no turns in `conversations` or `messages`")
     _refuse_what_is_not_taken(raw, f"row {row}")
     messages: list[dict[str, Any]] = []
     placed: list[str | int | None] = []
@@ -125,7 +125,7 @@ def _conversation_of(raw: Any, row: int) -> Conversation:
     if messages and messages[-1]["role"] == "user":
         unanswered = messages.pop()
         if any(part["type"] == "image" for part in unanswered["content"]):
-            raise RowRejected("no_turns", f"row {row} ends with an image that no answer follows")
+            raise RowRejected("no_turns", f"row {row} ends with an image that is not followed by an answer")
     if not messages or messages[-1]["role"] != "assistant":
         raise RowRejected("no_turns", f"row {row} has no question with an answer")
     return Conversation(
@@ -278,7 +278,7 @@ def _split_marks(text: str, role: str, where: str, embedded: dict[str, bytes]) -
 def _place_images(
     placed: list[str | int | None], listed: list[str], messages: list[dict[str, Any]], row: int
 ) -> tuple[str, ...]:
-    """The path of every image part in order; `messages` gains parts for images without a place.
+    """The path of every image part in order; parts are added to `messages` for images without a place.
 
     placed: for each image part the path that it carries itself, or which of `listed` it shows: by its
     index, else by its turn.

@@ -47,8 +47,8 @@ def open_image(root: Path | str, path: str) -> OpenedImage:
     """Reads `path` under `root` and decodes it to RGB; a path from elsewhere that leads into `root` will do.
 
     The first frame of an animation, palettes and CMYK converted, alpha dropped as in LLaVA's
-    `convert("RGB")`, 16-bit and floating-point greys scaled to 8 bits. RowRejected with the reason
-    `outside_root` (absolute, a URL, or climbing out, through symbolic links too), `missing_image`,
+    `convert("RGB")`, 16-bit and floating-point grayscale scaled to 8 bits. RowRejected with the reason
+    `outside_root` (absolute, a URL, or outside the root, through symbolic links too), `missing_image`,
     `unreadable_image` (no regular file, or over LARGEST_FILE) or `broken_image` (no image, truncated, over
     LARGEST_IMAGE, or its decoder fails in any other way).
     """
@@ -63,8 +63,8 @@ def open_image(root: Path | str, path: str) -> OpenedImage:
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)  # the other way it copies every image
             image = _to_rgb(opened)
-    except UnidentifiedImageError as error:  # whose text names an address in memory
-        raise RowRejected("broken_image", f"{told} is no image of a known format") from error
+    except UnidentifiedImageError as error:  # its text contains a memory address
+        raise RowRejected("broken_image", f"{told} is not an image of a known format") from error
     except Exception as error:  # decoders raise whatever they like
         raise RowRejected("broken_image", f"{told}: {first_line(error)}") from error
     return OpenedImage(
@@ -77,10 +77,10 @@ def open_image(root: Path | str, path: str) -> OpenedImage:
 
 
 def unpack_embedded(root: Path | str, embedded: Mapping[str, bytes]) -> None:
-    """Writes images that a row carries itself to their paths under `root`, where those are not there yet.
+    """Writes images that a row itself carries to their paths under `root`, unless they exist.
 
-    Their names are digests of their content, so that any number of processes may do so at once.
-    KdcacheError when the folder refuses.
+    Their names are digests of their content, so any number of processes may do so at once. KdcacheError when
+    the folder cannot be written.
     """
     for relative_path, content in embedded.items():
         path = Path(root) / relative_path
@@ -113,7 +113,7 @@ def _read_inside(root: Path, name: str) -> tuple[str, bytes]:
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or not Unicode
         raise RowRejected("unreadable_image", f"{told}: {first_line(error)}") from error
     if not inside:
-        raise RowRejected("outside_root", f"{told} leads out of the image root {root}")
+        raise RowRejected("outside_root", f"{told} is outside the image root {root}")
     plain = not Path(name).is_absolute() and ".." not in Path(name).parts
     try:
         return (name if plain else path.relative_to(base).as_posix()), _read_file(path, told)
@@ -138,7 +138,7 @@ def _read_file(path: Path, told: str) -> bytes:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Mode RGB without pillow's clipping of deep greys (`I;16`, `I`, `F` would saturate at 255)."""
+    """Mode RGB without pillow's clipping of high bit depths (`I;16`, `I`, `F` would saturate at 255)."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
@@ -159,6 +159,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey(levels: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Image.Image:
-    """An RGB image from grey `levels` (height, width) in 0..255."""
+    """An RGB image from gray `levels` (height, width) in 0..255."""
     rounded = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
     return Image.fromarray(rounded).convert("RGB")

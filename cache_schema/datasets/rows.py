@@ -26,7 +26,7 @@ __all__ = ["Conversation", "Dataset", "open_dataset"]
 
 
 class Source(Protocol):
-    """Where raw rows come from."""
+    """A source of raw rows."""
 
     def read(self, row: int) -> Any:
         """The row as parsed JSON. RowRejected when it cannot be parsed."""
@@ -37,7 +37,7 @@ class Dataset:
     """Random access to the rows of a file or folder; safe to use from several threads.
 
     digest: sha256 of the file's bytes, or over the digests of several. first_images (rows,) int64: a hash of
-    each row's first image path (0: no image, or a malformed row), which planning groups by.
+    each row's first image path (0: no image, or a malformed row); the planner groups rows by it.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Dataset:
             yield self[row]
 
     def label_of(self, row: int) -> str:
-        """The row's `id`, or its number where it has none or cannot be read."""
+        """The row's `id`, or its row number if it has none or cannot be read."""
         try:
             return label_of(self.source.read(row), row)
         except RowRejected:

@@ -1,1 +1,1 @@
-"""The cache as it lies on disk: records, codecs, manifest, shards, store, writer and reader."""
+"""The cache on disk: records, codecs, manifest, shards, store, writer and reader."""

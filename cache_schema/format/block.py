@@ -25,7 +25,7 @@ from cache_schema.format.spec import TargetSpec
 
 
 class ShardBlock:
-    """The stored arrays of a shard, uncompressed but still encoded: a sample is decoded when asked for."""
+    """The stored arrays of a shard, uncompressed but still encoded: a sample is decoded on access."""
 
     def __init__(
         self, table: pa.Table, groups: Mapping[str, Arrays], spec: TargetSpec, parts: frozenset[str]

@@ -68,7 +68,7 @@ class Cache:
 
     @property
     def plan(self) -> Plan:
-        """Which rows stand in which shard."""
+        """Which rows are in which shard."""
         return self.manifest.plan
 
     @property
@@ -77,7 +77,7 @@ class Cache:
         return self.manifest.assets
 
     def write_assets(self, folder: Path) -> None:
-        """Write the assets as files into `folder`, which is made."""
+        """Write the assets as files into `folder`, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.assets.items():
             (folder / Path(name).name).write_bytes(data)
@@ -114,7 +114,7 @@ class Cache:
     def stored_shard(self, shard: int, parts: Collection[str]) -> tuple[pa.Table, dict[str, Arrays]]:
         """The table of samples and the arrays of the targets `parts`, by group and name, as stored."""
         if unknown := set(parts) - set(self.spec.targets):
-            raise ValueError(f"{self.url}: holds no {', '.join(sorted(unknown))} targets")
+            raise ValueError(f"{self.url}: has no {', '.join(sorted(unknown))} targets")
         record = self.commits[shard]
         base = f"targets/{shard:05d}-{record.attempt}.zarr/"
 
@@ -178,7 +178,7 @@ class Cache:
         return files | fetched
 
     def _from_blocks(self, wanted: Mapping[str, StoredFile]) -> dict[str, bytes]:
-        """Those of the files that the local block cache holds, checked."""
+        """Those of the files that the local file cache holds, verified."""
         if self._blocks is None:
             return {}
         here = self._blocks.get({file.sha256 for file in wanted.values()})
@@ -210,7 +210,7 @@ def _read_manifest(store: Store) -> Manifest:
         return Manifest.from_bytes(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
     except FileNotFoundError as error:
         raise KdcacheError(
-            f"{store.url}: no cache there (no {MANIFEST}); name the directory that `kdcache build` made"
+            f"{store.url}: no cache here (no {MANIFEST}); give the directory that `kdcache build` made"
         ) from error
 
 
@@ -221,7 +221,7 @@ def _read_commits(store: Store, manifest: Manifest) -> dict[int, CommitRecord]:
     for path, data in store.read_many({path: sizes[path] for path in paths}).items():
         record = CommitRecord.from_bytes(data, f"{store.url}/{path}")
         if record.path != path or record.cache != identity:
-            raise CacheDamaged(f"{store.url}/{path}: the record of another shard or cache; {REMEDY}")
+            raise CacheDamaged(f"{store.url}/{path}: it belongs to another shard or cache; {REMEDY}")
         commits[record.shard] = record
     return commits
 
@@ -232,5 +232,5 @@ def _is(data: bytes, file: StoredFile) -> bool:
 
 def _unreadable(store: Store, error: OSError) -> KdcacheError:
     return KdcacheError(
-        f"{store.url}: cannot be read ({error}); see to the connection or disk, then run again"
+        f"{store.url}: cannot be read ({error}); check the connection or disk, then run again"
     )

@@ -1,4 +1,4 @@
-"""What must hold of records, checked before they are written and again by `verify`."""
+"""Consistency checks of records, made before they are written and again by `verify`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cache_schema.format.spec import TargetSpec
 
 
 def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list[str]:
-    """Every way in which a block of positions is not what `spec` says; empty when it is sound.
+    """Every way in which a block of positions violates `spec`; empty when it is valid.
 
-    vocab_size: ids must lie below it; None: only above -1.
+    vocab_size: ids must be below it; None: only not negative.
     """
     positions = len(record)
     problems: list[str] = []
@@ -27,7 +27,7 @@ def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> lis
     if not np.array_equal(record.temperatures, np.array(spec.temperatures, np.float32)):
         problems.append(f"temperatures {record.temperatures.tolist()} are not {list(spec.temperatures)}")
     problems += [
-        f"{name} is {'there, against the spec' if name in spec.without else 'missing'}"
+        f"{name} is {'present, against the spec' if name in spec.without else 'missing'}"
         for name in ("logsumexp", "entropy")
         if (getattr(record, name) is None) != (name in spec.without)
     ]
@@ -37,10 +37,10 @@ def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> lis
             problems.append(f"{name} is not finite at {_first(~np.isfinite(values))}")
     bad = np.isnan(record.tail_logprob) | (record.tail_logprob > 1e-6)
     if bad.any():
-        problems.append(f"tail_logprob is no log of a mass at {_first(bad)}")
+        problems.append(f"tail_logprob is not the log of a probability at {_first(bad)}")
     rising = np.diff(record.logprobs, axis=1) > 0
     if rising.any():
-        problems.append(f"logprobs rise along the entries at {_first(rising)}")
+        problems.append(f"logprobs increase along the entries at {_first(rising)}")
     elif not problems and positions:
         at_one = spec.temperatures.index(1.0)
         mass = np.exp(record.logprobs).sum(axis=1) + np.exp(record.tail_logprob[:, at_one])
@@ -59,9 +59,9 @@ def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list
     ordered = np.sort(record.token_ids, axis=1)
     twice = ordered[:, 1:] == ordered[:, :-1]
     if twice.any():
-        problems.append(f"a token id stands twice in a position at {_first(twice)}")
+        problems.append(f"a token id occurs twice at a position: {_first(twice)}")
     if (record.sampled_ids is None) != (spec.tail_samples == 0):
-        problems.append(f"tail samples are {'missing' if spec.tail_samples else 'not asked for'}")
+        problems.append(f"tail samples are {'missing' if spec.tail_samples else 'present, against the spec'}")
     elif record.sampled_ids is not None and record.sampled_counts is not None:
         drawn = record.sampled_counts > 0
         outside = drawn & ((record.sampled_ids < 0) | (record.sampled_ids >= limit))
@@ -71,7 +71,7 @@ def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list
 
 
 def relation_problems(record: Relation | StoredRelation, tokens: int) -> list[str]:
-    """Every way in which the relation of an image of `tokens` visual tokens is unsound."""
+    """Every way in which the relation of an image of `tokens` visual tokens is invalid."""
     if isinstance(record, StoredRelation):
         matrix: NDArray[Any] = record.scales
         if record.tokens != tokens or record.columns.shape[1] != tokens:
@@ -87,9 +87,9 @@ def relation_problems(record: Relation | StoredRelation, tokens: int) -> list[st
     if not np.isfinite(matrix).all():
         problems.append("the matrix is not finite")
     if not (np.isfinite(record.norm) and record.norm >= 0.0):
-        problems.append(f"norm {record.norm} is no norm")
+        problems.append(f"{record.norm} is not a valid norm")
     if not -1e-6 <= record.residual <= 2.0:
-        problems.append(f"residual {record.residual} is no residual")
+        problems.append(f"{record.residual} is not a valid residual")
     return problems
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 
 class FileCache:
-    """A folder of files named by their SHA-256, the least recently used removed first.
+    """A folder of files named by their SHA-256; the least recently used are removed first.
 
-    Any number of processes may share one. What it returns is not checked: the reader compares every file
-    with its digest anyway, and calls `forget` for one that does not match. Just written files may exceed
-    `limit_bytes` until the next `put`.
+    Any number of processes may share one. Contents are not checked here: the reader compares every file with
+    its digest, and calls `forget` on a mismatch. New files may exceed `limit_bytes` until the next `put`.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -23,7 +22,7 @@ class FileCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, digests: Iterable[str]) -> dict[str, bytes]:
-        """Those of the files that are here, by digest."""
+        """The files that are present, by digest."""
         found = {}
         for digest in digests:
             with contextlib.suppress(FileNotFoundError):
@@ -32,7 +31,7 @@ class FileCache:
         return found
 
     def put(self, files: Mapping[str, bytes]) -> None:
-        """Keep files, by digest, and make room for them."""
+        """Store files by digest and evict others where needed."""
         for digest, data in files.items():
             part = self.folder / f".{digest}.{uuid.uuid4().hex[:8]}"
             part.write_bytes(data)

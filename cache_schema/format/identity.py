@@ -28,7 +28,7 @@ class Fingerprint:
 
     capture: what must be equal to resume (teacher weights and config, dtype, tokenizer, chat template,
     image processor, dataset rows, target spec). training: what must be equal to train from the cache.
-    recorded: only recorded, never compared with force (engine, library versions, device).
+    recorded: recorded only, differences never block (engine, library versions, device).
     """
 
     capture: dict[str, Any]
@@ -52,7 +52,8 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One value that is not the same on both sides, and what it blocks. `str` is a readable clause."""
+    """One value that differs between two fingerprints, and what the difference blocks. `str` gives a readable
+    clause."""
 
     key: str
     ours: Any

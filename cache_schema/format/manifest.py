@@ -22,13 +22,13 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which dataset rows stand in which shard, the same for every number of workers.
+    """Which dataset rows are in which shard, the same for every number of workers.
 
-    rows: that are planned. shard_size: rows a shard, the last may hold fewer. order (rows,) int64: plan
-    position -> dataset row, each at most once (all of them in a build; a selection keeps some). Shard i is
-    order[i * shard_size : (i + 1) * shard_size], or order[ends[i - 1] : ends[i]] where `ends` (shards,)
-    is given: a cache made of others takes their shards over whole, at whatever size they have.
-    digest: of all that, made once, since every commit record is held against it.
+    rows: the number of planned rows. shard_size: rows per shard; the last shard may hold fewer. order (rows,)
+    int64: plan position -> dataset row, each at most once (all of them in a build, some in a selection).
+    Shard i is order[i * shard_size : (i + 1) * shard_size], or order[ends[i - 1] : ends[i]] where `ends`
+    (shards,) is given: a cache made of others takes over whole shards of any size. digest: of all of that,
+    computed once, since every commit record is compared with it.
     """
 
     rows: int
@@ -42,24 +42,24 @@ class Plan:
             raise ValueError(f"plan: rows {self.rows} and shard_size {self.shard_size} must be at least 1")
         distinct = np.unique(self.order)
         if len(self.order) != self.rows or len(distinct) != self.rows or distinct[0] < 0:
-            raise ValueError(f"plan: order does not hold {self.rows} different row numbers")
+            raise ValueError(f"plan: order must hold {self.rows} distinct row numbers")
         if self.ends is not None:
             sizes = np.diff(self.ends, prepend=0)
             if self.ends[-1] != self.rows or (sizes < 1).any():
-                raise ValueError(f"plan: ends do not cut the {self.rows} rows into shards")
+                raise ValueError(f"plan: ends must divide the {self.rows} rows into shards")
         parts = [self.order] if self.ends is None else [self.order, self.ends]
         digests = [hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() for part in parts]
         object.__setattr__(self, "digest", digest_of([self.rows, self.shard_size, *digests]))
 
     @property
     def shards(self) -> int:
-        """How many shards the cache has when it is complete."""
+        """The number of shards of the complete cache."""
         return -(-self.rows // self.shard_size) if self.ends is None else len(self.ends)
 
     def rows_of(self, shard: int) -> NDArray[np.int64]:
-        """The dataset rows of a shard, in the order in which they stand there."""
+        """The dataset rows of a shard, in order."""
         if not 0 <= shard < self.shards:
-            raise ValueError(f"plan: no shard {shard}, there are {self.shards}")
+            raise ValueError(f"plan: no shard {shard} among {self.shards}")
         if self.ends is None:
             return self.order[shard * self.shard_size : (shard + 1) * self.shard_size]
         return self.order[self.ends[shard - 1] if shard else 0 : self.ends[shard]]
@@ -86,7 +86,7 @@ class Manifest:
     """What a cache is. Written once.
 
     assets: the teacher's tokenizer and processor files, name -> bytes. created: ISO 8601, UTC. dataset:
-    for the reader only (name, path as given, image root as given, ...).
+    informative only (name, path as given, image root as given, ...).
     """
 
     fingerprint: Fingerprint
@@ -99,7 +99,7 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """Digest of fingerprint, spec and plan: two builds with the same may share a cache."""
+        """Digest of fingerprint, spec and plan: builds with equal identity share a cache."""
         return digest_of([self.fingerprint.digest, self.spec.to_json(), self.plan_digest])
 
     @property
@@ -135,7 +135,7 @@ class Manifest:
         """The manifest of `manifest.json`. CacheDamaged when altered, KdcacheError for another format."""
         document = unseal(data, where)
         if document.get("format") != "kdcache":
-            raise KdcacheError(f"{where}: not the manifest of a kdcache cache; name another directory")
+            raise KdcacheError(f"{where}: not the manifest of a kdcache cache; give another directory")
         if document["format_version"] != FORMAT_VERSION:
             raise KdcacheError(
                 f"{where}: format version {document['format_version']}, this kdcache reads "
@@ -186,7 +186,7 @@ class CommitRecord:
 
     @property
     def path(self) -> str:
-        """Where the record stands, from the cache's root."""
+        """The record's path from the cache's root."""
         return commit_path(self.shard)
 
     def to_bytes(self) -> bytes:

@@ -23,7 +23,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
-    """The teacher's distribution at N positions: K entries and what lies outside them.
+    """The teacher's distribution at N positions: K entries and the tail outside them.
 
     token_ids (N, K) int32, most likely first; logprobs (N, K) float32, natural log of the full softmax
     at temperature 1, non-increasing along K. tail_logprob (N, n_T) float32: the log of the mass outside
@@ -32,7 +32,7 @@ class TopK:
     cache whose spec is `without` them.
     label_logprob (N,) float32: the log-probability of the token that follows; None where that token is
     not text (visual positions). sampled_ids, sampled_counts (N, M) int32: draws from the tail at
-    `sample_temperature`, unused places have count 0; None when not captured.
+    `sample_temperature`; unused slots have count 0; None when not captured.
     """
 
     token_ids: Int32
@@ -84,7 +84,7 @@ class StoredRelation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
-    """One image of a sample: where it comes from and which tokens stand for it.
+    """One image of a sample: its source and its placeholder tokens.
 
     path: relative to the image root, with forward slashes; sha256: hex digest of the file's bytes;
     width, height: pixels after decoding (EXIF applied). positions (P,) int32: every placeholder token of
@@ -100,11 +100,11 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedImage:
-    """An image as the capture hands it to the writer.
+    """An image as the capture passes it to the writer.
 
     prefix_key: hex digest of everything that decides the targets of a shared visual prefix, None when
-    prefixes are not shared. `visual` and `relation` may be None although asked for when an earlier
-    sample of the same shard carries the same prefix_key: the writer then points at that record.
+    prefixes are not shared. `visual` and `relation` may be None although asked for when an earlier sample of
+    the same shard has the same prefix_key: the writer then points at that record.
     """
 
     record: ImageRecord
@@ -115,14 +115,14 @@ class CapturedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedSample:
-    """One sample as the capture hands it to the writer.
+    """One sample as the capture passes it to the writer.
 
     row: its number in the dataset (its identity); sample_id: the dataset's label, may repeat.
     input_ids (T,) int32; label_spans (S, 2) int32: half-open token ranges that are supervised.
-    model_inputs: whatever else of the model's inputs comes from the ids (token types, ...), keyed as the
-    model names it, arrays without a batch dimension. answers_cut: answers that were left out at the end
-    because the sample was too long with them; only counted. seconds: what reading and preparing it took, 0
-    where that is not known; only told.
+    model_inputs: all other model inputs derived from the ids (token types, ...), keyed by the model's
+    argument name, arrays without a batch dimension. answers_cut: answers removed from the end because the
+    sample was too long; only counted. seconds: time spent on reading and preparing it, 0 if unknown;
+    informative only.
     """
 
     row: int
@@ -139,7 +139,7 @@ class CapturedSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuarantinedRow:
-    """A dataset row that could not be captured, and why (reason: a code; detail: a sentence)."""
+    """A dataset row that could not be captured. reason: a short code; detail: a sentence."""
 
     row: int
     sample_id: str
@@ -149,7 +149,7 @@ class QuarantinedRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sample as the cache hands it to a reader. A part that was not captured is None or empty.
+    """One sample of a cache. Parts that were not captured are None or empty.
 
     input_ids, labels (T,) int32 (labels: IGNORE_INDEX where not supervised). response_positions (R,),
     visual_positions (sum of P,), prompt_positions int32; `response`, `visual`, `prompt` hold their rows
@@ -172,7 +172,7 @@ class Sample:
 
 
 def labels_of(input_ids: Int32, label_spans: Int32) -> Int32:
-    """labels (T,) of input_ids (T,) with only the half-open `label_spans` (S, 2) supervised."""
+    """labels (T,) of input_ids (T,): only the half-open `label_spans` (S, 2) are supervised."""
     labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int32)
     for start, end in label_spans:
         labels[start:end] = input_ids[start:end]

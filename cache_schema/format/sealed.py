@@ -1,4 +1,4 @@
-"""JSON documents that carry their own digest, so that a single flipped bit in them is found."""
+"""JSON documents that carry their own digest, so that a single flipped bit is detected."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def seal(document: dict[str, Any]) -> bytes:
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """The document sealed in `data`, without its `digest`. CacheDamaged when a byte is not as sealed."""
+    """The document sealed in `data`, without its `digest`. CacheDamaged when any byte differs."""
     at = data.rfind(_KEY) + len(_KEY)
     digest = data[at : at + 64]
     if at < len(_KEY) or len(digest) < 64:
-        raise CacheDamaged(f"{where}: no digest in it; the file is truncated or altered")
+        raise CacheDamaged(f"{where}: it has no digest; the file is truncated or altered")
     if hashlib.sha256(data[:at] + _BLANK + data[at + 64 :]).hexdigest().encode() != digest:
         raise CacheDamaged(f"{where}: its bytes do not match its digest; the file is truncated or altered")
     document = json.loads(data)

@@ -68,7 +68,7 @@ SAMPLE_SCHEMA = pa.schema(
         ),
     ]
 )
-"""One row a sample. `*_start`: the first row of its targets in that group; null: not captured."""
+"""One row per sample. `*_start`: the first row of its targets in that group; null: not captured."""
 
 QUARANTINE_SCHEMA = pa.schema(
     [("row", pa.int64()), ("sample_id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
@@ -86,7 +86,7 @@ _PLAIN_TYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedShard:
-    """The files of a shard, path from the cache's root -> bytes, and what the commit record tells of it."""
+    """The files of a shard, path from the cache's root -> bytes, and the contents of its commit record."""
 
     tables: dict[str, bytes]
     targets: str
@@ -101,7 +101,7 @@ class EncodedShard:
 
 
 class _Targets:
-    """Collects the targets of a shard; equal prefixes are kept once."""
+    """Collects the targets of a shard; targets of equal prefixes are stored once."""
 
     def __init__(self, spec: TargetSpec) -> None:
         self.spec = spec
@@ -217,7 +217,7 @@ def _sample_row(sample: CapturedSample, targets: _Targets) -> dict[str, Any]:
 
 
 def response_count(label_spans: NDArray[np.int32]) -> int:
-    """How many response positions the spans make: a supervised token 0 has no position before it."""
+    """The number of response positions of the spans: a supervised token 0 has no position before it."""
     return int(sum(int(end) - max(int(start), 1) for start, end in label_spans if end > max(start, 1)))
 
 
@@ -284,8 +284,8 @@ def write_groups(groups: Mapping[str, Arrays], attributes: dict[str, Any]) -> di
 def read_groups(files: Mapping[str, bytes]) -> dict[str, Arrays]:
     """The arrays of a hierarchy, group -> name -> values.
 
-    The caller has seen to it that no file is missing: zarr would read a missing chunk as zeros. CacheDamaged
-    when a chunk is missing nevertheless, ValueError when one does not decode.
+    The caller must ensure that no file is missing: zarr reads a missing chunk as zeros. CacheDamaged when a
+    chunk is missing, ValueError when one does not decode.
     """
     groups: dict[str, Arrays] = {}
     for path, data in files.items():
@@ -296,7 +296,7 @@ def read_groups(files: Mapping[str, bytes]) -> dict[str, Arrays]:
 
 
 def _read_array(files: Mapping[str, bytes], base: str, metadata: dict[str, Any]) -> NDArray[Any]:
-    """An array as zarr would read it: a quarter of the time where it is encoded as `write_groups` does."""
+    """An array as zarr would read it, in a quarter of the time if it is encoded as by `write_groups`."""
     shape, inner = metadata["shape"], metadata["shape"][1:]
     if not _is_ours(metadata):
         return _read_by_zarr(files, base)
@@ -305,7 +305,7 @@ def _read_array(files: Mapping[str, bytes], base: str, metadata: dict[str, Any])
     count = -(-shape[0] // step) if values.size else 0
     chunks = [path for path in files if path.startswith(f"{base}/c/")]
     if len(chunks) != count:
-        raise CacheDamaged(f"{base}: {len(chunks)} chunks of {count} are there")
+        raise CacheDamaged(f"{base}: {len(chunks)} of {count} chunks are present")
     for number in range(count):
         encoded = files["/".join([base, "c", str(number), *("0" for _ in inner)])]
         place = values[number * step : (number + 1) * step]
@@ -335,7 +335,7 @@ def _is_ours(metadata: dict[str, Any]) -> bool:
 
 
 def _read_by_zarr(files: Mapping[str, bytes], base: str) -> NDArray[Any]:
-    """An array that another program has encoded in another way that zarr knows."""
+    """An array in any other encoding that zarr can read."""
     prototype = default_buffer_prototype()
     mine = {
         path: prototype.buffer.from_bytes(data) for path, data in files.items() if path.startswith(f"{base}/")
@@ -343,7 +343,7 @@ def _read_by_zarr(files: Mapping[str, bytes], base: str) -> NDArray[Any]:
     array = zarr.open_array(zarr.storage.MemoryStore(mine), path=base, mode="r", zarr_format=3)
     chunks = sum(path.startswith(f"{base}/c/") for path in files)
     if chunks != array.nchunks:
-        raise CacheDamaged(f"{base}: {chunks} chunks of {array.nchunks} are there")
+        raise CacheDamaged(f"{base}: {chunks} of {array.nchunks} chunks are present")
     values: NDArray[Any] = array[...]
     return values
 
@@ -354,6 +354,6 @@ def _chunks(values: NDArray[Any]) -> tuple[int, ...]:
 
 
 def _compressor(values: NDArray[Any]) -> BloscCodec:
-    # Whole bytes of floats and single bits of integers are what repeats: see benchmarks/codecs.py.
+    # Bytes of floats and bits of integers repeat across values: see benchmarks/codecs.py.
     shuffle = "shuffle" if values.dtype.kind == "f" else "bitshuffle"
     return BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=values.dtype.itemsize)

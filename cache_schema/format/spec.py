@@ -1,4 +1,4 @@
-"""The target spec: what of the teacher is kept, and how precisely."""
+"""The target spec: which targets are stored, and how precisely."""
 
 from __future__ import annotations
 

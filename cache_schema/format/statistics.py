@@ -1,4 +1,4 @@
-"""What a commit record tells of its shard, so that `inspect` need not read targets."""
+"""Statistics of a shard in its commit record, so that `inspect` need not read targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from cache_schema.format.records import CapturedSample, QuarantinedRow, TopK
 
 MASS_EDGES: tuple[float, ...] = (*(round(0.05 * i, 2) for i in range(20)), 0.99, 0.999, 1.0)
-"""Bin edges of the mass that the K entries hold: 20 bins of 0.05, the last split at 0.99 and 0.999."""
+"""Bin edges of the mass within the K entries: 20 bins of 0.05, the last split at 0.99 and 0.999."""
 
 RANK_EDGES: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1 << 30)
 """Bin edges of a relation's rank; rank 0 is a stored triangle."""
@@ -19,7 +19,7 @@ RANK_EDGES: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1
 
 def topk_statistics(record: TopK | None) -> dict[str, Any]:
     """positions; histogram of the covered mass over MASS_EDGES; sums of entropy (where there is one), of
-    the tail's mass and of the label's log-probability (nats); labels, how many of them are the first entry.
+    the tail's mass and of the label's log-probability (nats); labels; how many of them are the first entry.
 
     A label counts as first when its log-probability is that of the first entry, to float32 rounding.
     """
@@ -59,7 +59,7 @@ def sample_statistics(
     samples: Sequence[CapturedSample], quarantined: Sequence[QuarantinedRow]
 ) -> dict[str, Any]:
     """The five longest samples as [row, tokens], the five that took longest to prepare as [row, seconds],
-    supervised tokens, how many were cut, quarantine reasons."""
+    supervised tokens, the number of cut samples, quarantine reasons."""
     longest = sorted(((len(s.input_ids), s.row) for s in samples), reverse=True)[:5]
     slowest = sorted(((s.seconds, s.row) for s in samples if s.seconds > 0), reverse=True)[:5]
     return {

@@ -1,4 +1,4 @@
-"""Where a cache lies: a directory, or any fsspec URL. Writes are whole files; a file never changes."""
+"""Storage of a cache: a directory, or any fsspec URL. Writes are whole files; a file never changes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _CREATION = threading.Lock()
 
 
 class Store(Protocol):
-    """What a cache needs of the place where it lies. Paths are relative, with forward slashes.
+    """The storage operations that a cache needs. Paths are relative, with forward slashes.
 
     `list` gives path -> bytes of every file below a folder. `put` and `put_folder` return when the bytes
-    are durable; a reader never sees a part of a file. `create` is exclusive: False, and nothing changed,
-    when the path exists. OSError where the place fails (FileNotFoundError for a missing file).
+    are durable; a reader never sees a partial file. `create` is exclusive: False, and nothing changed,
+    when the path exists. OSError when the storage fails (FileNotFoundError for a missing file).
     """
 
     url: str
@@ -171,7 +171,7 @@ class ObjectStore:
     """An object store or other fsspec file system: no rename, so only `create` decides.
 
     `create` relies on the conditional put of the file system (`mode="create"` of fsspec: If-None-Match
-    on S3). Whether a store honours it cannot be known beforehand: `CacheWriter.open` tries it.
+    on S3). Whether a store supports it cannot be known beforehand: `CacheWriter.open` tries it.
     """
 
     def __init__(self, url: str, storage_options: dict[str, Any]) -> None:
@@ -239,7 +239,7 @@ class ObjectStore:
                 self._call("rm_file", self._at(path))
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """A method of the file system; whatever its driver raises comes as an OSError."""
+        """A method of the file system; any error of its driver becomes an OSError."""
         try:
             return getattr(self._fs, method)(*arguments, **options)
         except OSError:

@@ -1,4 +1,4 @@
-"""Writing a cache: shard by shard, each made real by its commit record alone."""
+"""Writing a cache: shard by shard; only the commit record makes a shard exist."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class CacheWriter:
         *,
         storage_options: Mapping[str, Any] | None = None,
     ) -> CacheWriter:
-        """Create the cache at `url`, or join the one that is there.
+        """Create the cache at `url`, or join an existing one.
 
-        IdentityMismatch when the cache there has another fingerprint, spec or plan; KdcacheError when
-        something else is there or the place cannot be written.
+        IdentityMismatch when the existing cache has another fingerprint, spec or plan; KdcacheError when
+        something else is there or it cannot be written.
         """
         return cls.join(open_store(url, storage_options), manifest)
 
@@ -58,7 +58,7 @@ class CacheWriter:
                 if store.create(MANIFEST, manifest.to_bytes()) and store.create(MANIFEST, b""):
                     raise KdcacheError(
                         f"{store.url}: this store cannot create files exclusively, so a cache is not safe "
-                        "there; build into a directory and copy it there when it is complete"
+                        "in it; build into a directory and copy it when it is complete"
                     )
             present = Manifest.from_bytes(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
         except OSError as error:
@@ -75,10 +75,10 @@ class CacheWriter:
         return self.store.exists(commit_path(shard))
 
     def pending(self, rank: int = 0, world_size: int = 1) -> Iterator[int]:
-        """Shards to make: those with i mod world_size = rank, then any that nobody has finished.
+        """Shards to build: those with i mod world_size = rank, then any that are not committed.
 
-        The store is asked again before each is handed out. Those of others come in an order of this
-        worker's own, so that idle workers seldom take the same one.
+        The store is checked again before each. Shards of other workers come in an order that depends on the
+        rank, so that idle workers rarely take the same one.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} workers")
@@ -128,10 +128,10 @@ class CacheWriter:
         return record if winner == record.attempt else None
 
     def _winner(self, record: CommitRecord) -> str | None:
-        """The attempt that is committed; unless it is ours, our files are removed.
+        """The committed attempt; if it is another one, our files are removed.
 
-        The answer is read back, not taken from `create`: an object store may carry out a request whose
-        reply is lost, and refuse its repetition.
+        The record is read back instead of trusting `create`: an object store may execute a request whose
+        reply is lost, and refuse its retry.
         """
         try:
             winner = CommitRecord.from_bytes(self.store.read(record.path), record.path).attempt
@@ -142,7 +142,7 @@ class CacheWriter:
         return winner
 
     def reopen(self, index: int) -> None:
-        """Set a shard aside so that it is captured anew (`--retry-quarantine`)."""
+        """Set a shard aside so that it is captured again (`--retry-quarantine`)."""
         set_aside(self.store, commit_path(index))
 
     def _record(
@@ -171,7 +171,7 @@ class CacheWriter:
         given = sorted([s.row for s in samples] + [q.row for q in quarantined])
         if given != sorted(planned):
             raise ValueError(
-                f"shard {index}: {len(given)} rows given that are not the {len(planned)} of the plan"
+                f"shard {index}: the {len(given)} rows given are not the {len(planned)} rows of the plan"
             )
         spec, seen = self.manifest.spec, set()
         for sample in samples:
@@ -193,7 +193,9 @@ class CacheWriter:
             for name, (record, count) in parts.items():
                 asked = name.split()[0] in spec.targets
                 if asked != (record is not None):
-                    raise ValueError(f"{where}: {name} targets are {'missing' if asked else 'not asked for'}")
+                    raise ValueError(
+                        f"{where}: {name} targets are {'missing' if asked else 'present, against the spec'}"
+                    )
                 if record is None:
                     continue
                 if count is not None and len(record) != count:
@@ -203,15 +205,15 @@ class CacheWriter:
             ends = np.append(sample.label_spans.ravel(), len(sample.input_ids))
             if (np.diff(ends) < 0).any() or (ends < 0).any():
                 raise ValueError(
-                    f"{where}: label spans {sample.label_spans.tolist()} do not ascend in the sample"
+                    f"{where}: label spans {sample.label_spans.tolist()} are not ascending within the sample"
                 )
 
 
 def set_aside(store: Store, commit: str) -> None:
-    """Move a commit record below `aside/`: its shard is no more, and can be made again.
+    """Move a commit record to `aside/`: its shard no longer exists and can be built again.
 
-    Its files stay, named by nothing, like those of any dead attempt; moving the record back brings the
-    shard back until `verify --repair` sweeps them.
+    Its files stay as leftovers; moving the record back restores the shard until `verify --repair` removes
+    them.
     """
     try:
         store.move(commit, f"aside/{uuid.uuid4().hex[:8]}/{commit}")
@@ -220,30 +222,30 @@ def set_aside(store: Store, commit: str) -> None:
 
 
 def store_failure(error: OSError, store: Store) -> KdcacheError:
-    """The user's line for what the place of a cache refused."""
+    """The error line for a failure of the cache's storage."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "the disk is full: free space there and run the same command again"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        remedy = "it cannot be written: make it writable or name another place"
+        remedy = "it cannot be written: make it writable or give another location"
     elif isinstance(error, NotADirectoryError | FileExistsError):
-        remedy = "it is not a directory: name another place"
+        remedy = "it is not a directory: give another location"
     else:
-        remedy = f"{error.strerror or error}: see to it and run the same command again"
+        remedy = f"{error.strerror or error}: correct this and run the same command again"
     return KdcacheError(f"{store.url}: {remedy}; every committed shard is intact")
 
 
 def _refuse_foreign(store: Store, manifest: Manifest) -> None:
-    """A place without a manifest must be empty, or be this very cache whose manifest was set aside."""
+    """Without a manifest, the location must be empty, or be this very cache with its manifest set aside."""
     for path in store.list():
         if path.split("/")[0] not in FOLDERS and not path.startswith(".manifest"):
             raise KdcacheError(
-                f"{store.url}: no cache, but not empty either ({path}); name an empty or a new directory"
+                f"{store.url}: not a cache and not empty ({path}); give an empty or a new directory"
             )
         if path.startswith("commits/") and not path.startswith("commits/."):
             record = CommitRecord.from_bytes(store.read(path), f"{store.url}/{path}")
             if record.cache != manifest.identity:
                 raise IdentityMismatch(
-                    f"{store.url}: no manifest there, and {path} is of a cache of another identity; "
+                    f"{store.url}: it has no manifest, and {path} belongs to a cache of another identity; "
                     "build with the same teacher, data and settings, or into another directory"
                 )
 
@@ -261,9 +263,10 @@ def _refuse_other_identity(store: Store, ours: Manifest, present: Manifest) -> N
         differences.append(
             f"plan: here {a.rows} rows in shards of {a.shard_size}, in the cache {b.rows} in shards of "
             f"{b.shard_size}"
-            + ("" if (a.rows, a.shard_size) != (b.rows, b.shard_size) else ", ordered otherwise")
+            + ("" if (a.rows, a.shard_size) != (b.rows, b.shard_size) else ", in another order")
         )
     raise IdentityMismatch(
-        f"{store.url}: a cache of another identity is there: {'; '.join(differences)}; build with the same "
+        f"{store.url}: a cache of another identity exists here: {'; '.join(differences)}; build with the "
+        "same "
         "teacher, data and settings, or into another directory"
     )

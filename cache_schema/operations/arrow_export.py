@@ -1,4 +1,4 @@
-"""A cache as a plain Parquet dataset, one row a sample, for notebooks, `datasets` and DuckDB."""
+"""A cache as a plain Parquet dataset, one row per sample, for notebooks, `datasets` and DuckDB."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cache_schema.progress import Progress, Silent, task
 
 KINDS = ("response", "visual", "prompt")
 ROWS = 64
-"""Samples a row group."""
+"""Samples per row group."""
 
 _MATRICES = ("token_ids", "logprobs", "tail_logprob")
 _NUMBERS = ("logsumexp", "entropy")
@@ -30,21 +30,20 @@ _SCORES = ("confidence", "disagreement", "perplexity")
 
 
 def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Write `cache` to the new folder `out` as out/data/train-*.parquet, one file a shard.
+    """Write `cache` to the new folder `out` as out/data/train-*.parquet, one file per shard.
 
     Columns: row, sample_id, tokens, input_ids, labels, images (list of path, sha256, width, height,
     positions); for each captured kind (response, visual, prompt) positions (N), token_ids and logprobs
-    (N, K), tail_logprob (N, n_T), logsumexp, entropy and, where there is one, label_logprob (N), all with
-    the kind's name before them; confidence, disagreement, perplexity of the response; relation_factor
-    (images, P, r) or relation_gram (images, P, P), relation_residual, relation_norm (images). Nested lists
-    throughout. The spec and the temperatures stand in the files' metadata under `kdcache`.
-    Targets are decoded: expect several times the size of the cache. KdcacheError when `out` is not empty;
-    it appears only when it is complete.
+    (N, K), tail_logprob (N, n_T), logsumexp, entropy and, where it exists, label_logprob (N), all prefixed
+    with the kind's name; confidence, disagreement, perplexity of the response; relation_factor (images, P, r)
+    or relation_gram (images, P, P), relation_residual, relation_norm (images). Nested lists throughout. The
+    spec and the temperatures are in the files' metadata under `kdcache`. Targets are decoded: expect several
+    times the size of the cache. KdcacheError when `out` is not empty. `out` appears only when it is complete.
     """
     progress = progress or Silent()
     source = open_cache(cache)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise KdcacheError(f"{out}: is there and not empty; name a new folder")
+        raise KdcacheError(f"{out}: exists and is not empty; give a new folder")
     part = out.parent / f".{out.name}.part"
     told = json.dumps({"spec": source.spec.to_json(), "dataset": source.manifest.dataset})
     files = 0
@@ -60,7 +59,9 @@ def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[st
             out.rmdir()
         part.rename(out)
     except OSError as error:
-        raise KdcacheError(f"{out}: {error.strerror or error}; make room or name another place") from error
+        raise KdcacheError(
+            f"{out}: {error.strerror or error}; free space or give another location"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in (out / "data").iterdir())
@@ -68,7 +69,7 @@ def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[st
 
 
 def _write_shard(cache: Cache, shard: int, path: Path, told: str) -> int:
-    """The number of files written: none for a shard without samples."""
+    """The number of files written: 0 for a shard without samples."""
     block = cache.read_shard(shard)
     if not len(block):
         return 0
@@ -102,7 +103,7 @@ def table_of(samples: Sequence[Sample], spec: TargetSpec) -> pa.Table:
 
 
 def _kind(samples: Sequence[Sample], kind: str, spec: TargetSpec) -> dict[str, pa.Array]:
-    """The columns of one kind of position; a sample without any has empty lists."""
+    """The columns of one kind of position; a sample without such positions has empty lists."""
     records: list[TopK | None] = [getattr(sample, kind) for sample in samples]
     columns = {
         f"{kind}_positions": _lists([getattr(sample, f"{kind}_positions") for sample in samples], np.int32)
@@ -147,7 +148,7 @@ def _relations(relations: Sequence[Sequence[Relation]], spec: TargetSpec) -> dic
 
 
 def _lists(arrays: Sequence[NDArray[Any]], dtype: type[np.generic], ndim: int = 1) -> pa.ListArray:
-    """Arrays of `ndim` dimensions as nested lists, one entry an array; their shapes may differ."""
+    """Arrays of `ndim` dimensions as nested lists, one entry per array; their shapes may differ."""
     flat = np.concatenate([np.zeros(0, dtype), *(np.asarray(a, dtype).ravel() for a in arrays)])
     values = pa.array(flat)
     if ndim == 2:

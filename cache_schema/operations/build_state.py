@@ -1,4 +1,4 @@
-"""How far a build is: its rows, the shards still missing, its pace and the time left"""
+"""The state of a build: its rows, the missing shards, its speed and the time left"""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from cache_schema.format.manifest import CommitRecord, Plan
 
 RECENT = 16
-"""Newest commit records that tell the pace, or more where many workers wrote them in less than two shards'
-time: workers may have come or gone since the build began."""
+"""Newest commit records from which the speed is computed, or more where many workers wrote them in less than
+two shards' time: workers may have joined or left since the build started."""
 
 
 def build_state(commits: Sequence[CommitRecord], plan: Plan) -> dict[str, Any]:
-    """Of a plan and the commit records of what exists so far, JSON values only.
+    """The state of a plan with the commit records so far, JSON values only.
 
-    missing: shards without a commit record as [first, last], both included. rows_a_second: of all workers
+    missing: shards without a commit record as [first, last], both included. rows_per_second: of all workers
     together, over the time in which the newest shards were captured (pauses do not count); seconds_left at
-    that pace. last_commit: ISO 8601, UTC, of the newest record. Both None where there is nothing to tell.
+    that speed. last_commit: ISO 8601, UTC, of the newest record. Both None if unknown.
     """
     rows = sum(_rows(record) for record in commits)
     newest = sorted(commits, key=lambda record: record.created)
@@ -34,7 +34,7 @@ def build_state(commits: Sequence[CommitRecord], plan: Plan) -> dict[str, Any]:
         "rows": rows,
         "of_rows": plan.rows,
         "missing": _gaps(sorted(record.shard for record in commits), plan.shards),
-        "rows_a_second": pace,
+        "rows_per_second": pace,
         "seconds_left": (plan.rows - rows) / pace if pace else None,
         "last_commit": newest[-1].created if newest else None,
         "seconds": round(sum(record.seconds for record in commits), 3),
@@ -42,7 +42,7 @@ def build_state(commits: Sequence[CommitRecord], plan: Plan) -> dict[str, Any]:
 
 
 def seconds_since(moment: str, now: datetime) -> float:
-    """Seconds from an ISO 8601 moment until now."""
+    """Seconds from an ISO 8601 time until now."""
     return (now - datetime.fromisoformat(moment)).total_seconds()
 
 
@@ -51,8 +51,8 @@ def _rows(record: CommitRecord) -> int:
 
 
 def _since(newest: Sequence[CommitRecord]) -> float:
-    """The moment from which on commits tell the pace. What was captured before it, for one of them, does not
-    count: or else the more workers there are, the slower they would look."""
+    """The time from which on commits count for the speed. Work that started before it does not count:
+    otherwise more workers would look slower."""
     if len(newest) <= RECENT:
         return float("-inf")
     longest = max(record.seconds for record in newest[-RECENT:])

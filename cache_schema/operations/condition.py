@@ -1,7 +1,7 @@
 """The condition of `select --where`: a small language of comparisons, read with `ast` and never executed.
 
 `tokens < 512 and confidence > 0.5`, `image == "coco/1.jpg" or "cat" in id`, `not (row in [1, 2, 3])`,
-`100 <= tokens < 200`, `rows:FILE` and `ids:FILE` (one row number or id a line).
+`100 <= tokens < 200`, `rows:FILE` and `ids:FILE` (one row number or id per line).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from cache_schema.errors import KdcacheError
 
 Mask = NDArray[np.bool_]
 Columns = Mapping[str, Any]
-"""Fields, all of one length: an array of numbers, a list of str, or a list of tuples of str."""
+"""Columns of equal length: an array of numbers, a list of str, or a list of tuples of str."""
 
 NUMBERS = {
     "row": "the dataset row number",
     "tokens": "length of the sample, images included",
     "images": "number of images",
     "response_tokens": "number of response positions",
-    "confidence": "mean probability of the teacher's likeliest token over the response positions",
-    "disagreement": "share of response positions whose label is not the teacher's likeliest token",
+    "confidence": "mean probability of the teacher's most likely token over the response positions",
+    "disagreement": "share of response positions whose label is not the teacher's most likely token",
     "perplexity": "of the teacher on the labels, exp of the mean negative log-likelihood",
 }
 TEXTS = {"id": "the dataset's label of the sample", "image": "path of any of its images"}
@@ -59,7 +59,7 @@ class Condition:
 
 
 def parse(text: str) -> Condition:
-    """The condition that `text` spells. KdcacheError with the place where it is not one."""
+    """The condition in `text`. KdcacheError with the invalid part."""
     kind, _, path = text.strip().partition(":")
     if kind in ("rows", "ids") and path:
         return _listed(text, kind, Path(path.strip()))
@@ -72,7 +72,7 @@ def parse(text: str) -> Condition:
 
 
 def _listed(text: str, kind: str, path: Path) -> Condition:
-    """Rows or ids from a file, one a line; blank lines do not count."""
+    """Rows or ids from a file, one per line; blank lines are ignored."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -88,13 +88,13 @@ def _listed(text: str, kind: str, path: Path) -> Condition:
         numbers = np.array([int(line) for line in lines], dtype=np.int64)
     except ValueError:
         raise KdcacheError(
-            f"--where {text}: {path} must hold one row number a line; ids:{path} reads ids"
+            f"--where {text}: {path} must hold one row number per line; ids:{path} reads ids"
         ) from None
     return Condition(text, frozenset({"row"}), lambda columns: np.isin(columns["row"], numbers))
 
 
 class _Compiler:
-    """Turns a syntax tree into a function of columns; whatever is not in the language is refused."""
+    """Turns a syntax tree into a function of columns; anything outside the language is refused."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -124,12 +124,12 @@ class _Compiler:
             inside = self.membership(left, right)
             return inside if isinstance(op, ast.In) else lambda columns: ~inside(columns)
         if type(op) not in _COMPARE:
-            raise self.refuse(right, "`is` compares nothing here, use ==")
+            raise self.refuse(right, "`is` is not supported, use ==")
         compare = _COMPARE[type(op)]
         if isinstance(left, ast.Name) and isinstance(right, ast.Name):
             a, b = self.field(left), self.field(right)
             if a in TEXTS or b in TEXTS:
-                raise self.refuse(right, "only numbers are compared with each other")
+                raise self.refuse(right, "only numbers can be compared with each other")
             return lambda columns: compare(columns[a], columns[b])
         if isinstance(left, ast.Name):
             name, value = self.field(left), self.constant(right)
@@ -143,7 +143,7 @@ class _Compiler:
         if name in NUMBERS:
             return lambda columns: compare(columns[name], value)
         if not isinstance(op, (ast.Eq, ast.NotEq)):
-            raise self.refuse(left, f"{name} is text: ==, != and `in` apply")
+            raise self.refuse(left, f"{name} is text: use ==, != or `in`")
         if isinstance(op, ast.NotEq):
             return lambda columns: ~_any_text(columns[name], lambda text: text == value)
         return lambda columns: _any_text(columns[name], lambda text: text == value)
@@ -159,7 +159,7 @@ class _Compiler:
         if isinstance(right, ast.Name) and isinstance(left, ast.Constant) and isinstance(left.value, str):
             name, part = self.field(right), left.value
             if name in NUMBERS:
-                raise self.refuse(right, f"{name} is a number and holds no text")
+                raise self.refuse(right, f"{name} is a number and contains no text")
             return lambda columns: _any_text(columns[name], lambda text: part in text)
         raise self.refuse(left, "`in` needs a field and a list, or a text and a field")
 
@@ -185,7 +185,7 @@ class _Compiler:
 
 
 def _any_text(values: Sequence[str | tuple[str, ...]], meets: Callable[[str], bool]) -> Mask:
-    """Per sample: does its text, or any of its texts, meet the test."""
+    """Per sample: whether its text, or any of its texts, meets the test."""
     return np.array(
         [meets(value) if isinstance(value, str) else any(map(meets, value)) for value in values], dtype=bool
     )

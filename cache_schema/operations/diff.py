@@ -1,4 +1,4 @@
-"""Are two caches of the same thing the same? Identity, samples, and how far their targets are apart."""
+"""Compares two caches: identity, samples, and the distance between their targets."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class KindDifference:
 
 @dataclass(slots=True, kw_only=True)
 class DiffReport:
-    """What is different. identity: fingerprint and spec, each as key, a, b, blocks; `blocks` is "nothing" of
-    what is only recorded and "allowed" of what the caller let differ. engines: those that wrote the shards of
-    a and of b, where they are not the same ones. only_in_*: row numbers.
+    """The differences. identity: of fingerprint and spec, each as key, a, b, blocks; `blocks` is "nothing"
+    for recorded values and "allowed" for those that the caller allows to differ. engines: those that wrote
+    the shards of a and of b, if they differ. only_in_*: row numbers.
 
     other_inputs: rows whose token ids, labels or image positions differ, so that their targets were not
     compared. kl: by kind. relation: images, mean and least cosine, worst row.
@@ -60,7 +60,7 @@ class DiffReport:
 
     @property
     def same_identity(self) -> bool:
-        """No difference in what decides the meaning of a target."""
+        """No difference in anything that decides the meaning of a target."""
         return all(difference["blocks"] in ("nothing", "allowed") for difference in self.identity)
 
     @property
@@ -75,7 +75,7 @@ class DiffReport:
         return self.same_identity and self.same_samples and self.targets_agree
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of everything; of long lists of rows the length and the first ten."""
+        """A JSON object; long lists of rows are given by their length and first ten."""
         document = asdict(self)
         for name in ("only_in_a", "only_in_b", "other_inputs"):
             rows = document[name]
@@ -87,10 +87,11 @@ class DiffReport:
 def diff(
     a: Cache, b: Cache, progress: Progress | None = None, config: DiffConfig | None = None
 ) -> DiffReport:
-    """Compare two caches row by row; shards and order may differ. Targets that only one has are not compared.
+    """Compare two caches row by row; shards and order may differ. Targets that only one of them has are not
+    compared.
 
-    KL is over the entries that both keep and one event for the rest (`divergence.kl`), so
-    different top_k are no difference by themselves. Engines and versions never are one.
+    KL is over the entries that both keep and one event for the rest (`divergence.kl`), so a different top_k
+    alone is no difference. Engines and versions never are one.
     """
     progress, config = progress or Silent(), config or DiffConfig()
     report = DiffReport(
@@ -118,7 +119,7 @@ def diff(
 
 
 def _engines(cache: Cache) -> list[dict[str, str]]:
-    """What wrote the shards, every engine with its versions once."""
+    """The engines that wrote the shards, each with its versions, once."""
     found = {tuple(sorted(record.engine.items())) for record in cache.commits.values()}
     return [dict(engine) for engine in sorted(found)]
 
@@ -162,7 +163,7 @@ def _same_inputs(a: Sample, b: Sample) -> bool:
 
 
 class _Found:
-    """What the pairs of samples gave, kept as small as the figures allow."""
+    """Running sums over the pairs of samples."""
 
     def __init__(self) -> None:
         self.kl: dict[str, list[np.ndarray[Any, np.dtype[np.float32]]]] = {kind: [] for kind in KINDS}

@@ -1,4 +1,4 @@
-"""How far two records of the same positions, or of the same image, are from each other."""
+"""The distance between two records of the same positions, or of the same image."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from cache_schema.format.records import Int32, Relation, TopK
 Float64 = NDArray[np.float64]
 
 LOG_NOTHING = -100.0
-"""Log-probability of an event that one side gives no mass at all: it keeps a KL finite."""
+"""Log-probability of an event to which one side gives no mass; it keeps the KL finite."""
 
 
 def kl(a: TopK, b: TopK) -> Float64:
     """KL(a || b) in nats at each of N positions, (N,) float64, temperature 1.
 
     The events are the ids that both keep, and one more for everything else: a lower bound of the KL
-    between the full distributions. The two may keep different numbers of entries. ValueError when they
-    have different N.
+    between the full distributions. Numbers of entries may differ. ValueError when N differs.
     """
     if len(a) != len(b):
         raise ValueError(f"KL of {len(a)} positions against {len(b)}")
@@ -34,7 +33,7 @@ def kl(a: TopK, b: TopK) -> Float64:
 
 
 def relation_cosine(a: Relation, b: Relation) -> float:
-    """cos(R_a, R_b) of two relation records of the same image, in [-1, 1]; factors stay factors."""
+    """cos(R_a, R_b) of two relation records of the same image, in [-1, 1]; factors are not multiplied out."""
     size_a, size_b = len(_matrix(a)), len(_matrix(b))
     if size_a != size_b:
         raise ValueError(f"relation of {size_a} tokens against {size_b}")

@@ -1,4 +1,4 @@
-"""One cache of several of the same teacher, without running it."""
+"""Merges several caches of the same teacher into one, without running the teacher."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def merge(caches: Sequence[str], out: str, progress: Progress | None = None) -> 
     """Write the samples of all `caches` as the cache `out`; whole shards are linked where possible.
 
     All must have the teacher, template, tokenizer and targets of the first (IdentityMismatch otherwise).
-    Parts of one build, with one plan, become that build: `build` can go on with it. Of the same dataset,
-    rows keep their numbers and a row that several hold is taken from the first. Of other datasets, rows
-    are numbered as if the data files followed one another: `dataset` in the manifest tells where each
-    begins. A row in quarantine stays there unless some cache holds it.
+    Parts of one build, with one plan, become that build, and `build` can continue it. For the same dataset,
+    rows keep their numbers, and a row in several caches is taken from the first. For different datasets, rows
+    are numbered as if the data files were concatenated: `dataset` in the manifest gives each start. A row in
+    quarantine stays there unless some cache holds it.
     """
     progress = progress or Silent()
     if len(caches) < 2:
-        raise KdcacheError("merge: name at least two caches")
+        raise KdcacheError("merge: give at least two caches")
     opened = [open_cache(cache) for cache in caches]
     for other in opened[1:]:
         _refuse_others(opened[0], other)
@@ -54,12 +54,12 @@ def _refuse_others(first: Cache, other: Cache) -> None:
     if found:
         raise IdentityMismatch(
             f"{first.url} and {other.url} are not of the same teacher and targets: {'; '.join(found)}; "
-            "only caches that differ in nothing but their rows can be merged"
+            "only caches that differ in their rows alone can be merged"
         )
 
 
 def _of_rows(key: str) -> bool:
-    """Whether a key of the fingerprint only tells which rows there are and how they were cut."""
+    """Whether a key of the fingerprint only concerns which rows there are and how they were cut."""
     return key.split(".")[0] in ("dataset", "rules")
 
 
@@ -68,7 +68,7 @@ def _named(key: str, found: Sequence[str]) -> bool:
 
 
 def _same_plan(caches: Sequence[Cache]) -> Shards:
-    """Every shard that any of them has, from the one with the fewest rows in quarantine."""
+    """Every shard that any of the caches has, taken from the one with the fewest rows in quarantine."""
     shards: Shards = {}
     for cache in caches:
         lost = _quarantine(cache)
@@ -86,7 +86,7 @@ def _same_plan(caches: Sequence[Cache]) -> Shards:
 
 
 def _new_plan(caches: Sequence[Cache], progress: Progress) -> tuple[Manifest, Shards]:
-    """The manifest and the shards of a cache that no single build would make."""
+    """The manifest and the shards of a cache that is not the result of one build."""
     first_rows = _first_rows(caches)
     offsets = [first_rows[_dataset(cache)] for cache in caches]
     rows = [_rows(cache) for cache in caches]
@@ -114,7 +114,7 @@ def _new_plan(caches: Sequence[Cache], progress: Progress) -> tuple[Manifest, Sh
             progress.update(number + 1)
     shards = arrange(pieces, max(cache.plan.shard_size for cache in caches))
     if not shards:
-        raise KdcacheError("merge: none of the caches holds a committed shard; finish a build first")
+        raise KdcacheError("merge: none of the caches has a committed shard; finish a build first")
     manifest = replace(
         caches[0].manifest,
         fingerprint=_fingerprint(caches),
@@ -147,12 +147,12 @@ def _quarantine(cache: Cache) -> dict[int, tuple[QuarantinedRow, ...]]:
 
 
 def _dataset(cache: Cache) -> str:
-    """The identity of a cache's dataset, as its fingerprint has it."""
+    """The identity of a cache's dataset, from its fingerprint."""
     return digest_of(cache.manifest.fingerprint.capture.get("dataset"))
 
 
 def _first_rows(caches: Sequence[Cache]) -> dict[str, int]:
-    """Where the rows of each dataset begin in the merged cache, in the order of the caches."""
+    """The first row of each dataset in the merged cache, in the order of the caches."""
     lengths: dict[str, int] = {}
     for cache in caches:
         lengths[_dataset(cache)] = max(_length(cache), lengths.get(_dataset(cache), 0))
@@ -161,13 +161,13 @@ def _first_rows(caches: Sequence[Cache]) -> dict[str, int]:
 
 
 def _length(cache: Cache) -> int:
-    """Rows of the dataset of a cache, at least what its plan needs."""
+    """The number of rows of a cache's dataset, at least as many as its plan needs."""
     told = cache.manifest.dataset.get("rows")
     return max(int(cache.plan.order.max()) + 1, told if isinstance(told, int) else 0)
 
 
 def _fingerprint(caches: Sequence[Cache]) -> Fingerprint:
-    """The first one's, with the datasets and rules of all where they differ."""
+    """The first cache's, with the datasets and rules of all where they differ."""
     first = caches[0].manifest.fingerprint
     capture = dict(first.capture)
     for key in ("dataset", "rules"):
@@ -179,7 +179,7 @@ def _fingerprint(caches: Sequence[Cache]) -> Fingerprint:
 
 
 def _about(caches: Sequence[Cache], first_rows: Mapping[str, int]) -> dict[str, Any]:
-    """What the manifest tells of the dataset: of several, each and where its rows begin."""
+    """The manifest's description of the dataset: for several, each with its first row."""
     told = {
         _dataset(cache): {key: value for key, value in cache.manifest.dataset.items() if key != "selected"}
         for cache in reversed(caches)

@@ -1,4 +1,5 @@
-"""Parts of shards of other caches, joined into one shard as stored: no target is decoded and coded again."""
+"""Parts of shards of other caches, joined into one shard as stored: targets are not decoded and encoded
+again."""
 
 from __future__ import annotations
 
@@ -38,9 +39,9 @@ KINDS = ("response", "visual", "prompt")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Piece:
-    """What is kept of one shard of one cache.
+    """The kept part of one shard of one cache.
 
-    keep: positions of the kept samples in the shard, ascending, and rows: their row numbers there.
+    keep: positions of the kept samples in the shard, ascending; rows: their row numbers there.
     quarantined: the kept rows of its quarantine. offset is added to every row number.
     """
 
@@ -53,7 +54,7 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """All samples of the shard are kept (its quarantine may not be)."""
+        """Whether all samples of the shard are kept (regardless of its quarantine)."""
         return len(self.keep) == self.cache.shard_length(self.shard)
 
     @property
@@ -84,7 +85,7 @@ def join_pieces(name: str, pieces: Sequence[Piece], spec: TargetSpec) -> Encoded
 
 @dataclass(slots=True)
 class _Joined:
-    """Samples and stored targets gathered for one shard."""
+    """Samples and stored targets collected for one shard."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     blocks: dict[str, list[tuple[Arrays, NDArray[np.int64]]]] = field(
@@ -98,7 +99,7 @@ class _Joined:
         table, groups = piece.cache.stored_shard(piece.shard, piece.cache.spec.targets)
         taken: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in KINDS}
         relations = RelationBlock(groups["relation"]) if "relation" in groups else None
-        visual: dict[int, int] = {}  # where shared targets stood -> where they stand now
+        visual: dict[int, int] = {}  # old place of shared targets -> new place
         related: dict[int, int] = {}
 
         def take(kind: str, start: int, count: int) -> int:
@@ -146,7 +147,7 @@ class _Joined:
             statistics[kind] = topk_statistics(record)
             if kind == "response" and record is not None and len(record):
                 labels = np.concatenate([s.input_ids[_response_of(s) + 1] for s in samples])
-                # Stored log-probabilities are rounded; the ids tell exactly.
+                # Stored log-probabilities are rounded; ids are exact.
                 statistics[kind]["label_is_first"] = int((record.token_ids[:, 0] == labels).sum())
         if self.relations:
             groups["relation"] = pack_relations(self.relations)

@@ -30,7 +30,8 @@ Shards = dict[int, list[Piece]]
 
 
 def arrange(pieces: Sequence[Piece], shard_size: int) -> Shards:
-    """Which pieces make which new shard: whole ones one each, the others together up to shard_size rows."""
+    """Groups pieces into new shards: a whole piece is one shard, the others are joined up to shard_size
+    rows."""
     shards: list[list[Piece]] = []
     open_pieces: list[Piece] = []
     for piece in pieces:
@@ -63,9 +64,10 @@ def plan_of(shards: Shards) -> Plan:
 def write_cache(
     out: str, manifest: Manifest, shards: Shards, what: str, progress: Progress
 ) -> dict[str, Any]:
-    """Writes or continues the cache `out` of these shards and tells what was done; no target is decoded.
+    """Writes or continues the cache `out` of these shards and returns a summary; no target is decoded.
 
-    KdcacheError when something else is at `out` or it cannot be written; CacheDamaged when a source is.
+    KdcacheError when something else is at `out` or it cannot be written; CacheDamaged when a source is
+    damaged.
     """
     writer = CacheWriter.open(out, manifest)
     ways: Counter[str] = Counter()
@@ -139,7 +141,7 @@ def _take_over(writer: CacheWriter, index: int, piece: Piece) -> str:
 
 
 def _changed_tables(piece: Piece, name: str) -> dict[str, bytes]:
-    """The tables of a shard that must be written anew, by their new path."""
+    """The tables of a shard that must be rewritten, by their new path."""
     changed = {}
     if piece.offset:
         table, _ = piece.cache.stored_shard(piece.shard, ())
@@ -159,8 +161,8 @@ def _part_bytes(files: Sequence[StoredFile]) -> dict[str, int]:
 
 
 def _link(cache: Cache, writer: CacheWriter, paths: Mapping[str, str]) -> bool:
-    """Hard-link files, path there -> path here: a file never changes, so two caches may hold the same one.
-    False, with nothing left behind, where the two places cannot share files."""
+    """Hard-link files, source path -> path here: files never change, so two caches may share one. False, with
+    nothing left behind, where the two locations cannot share files."""
     source, target = cache.store, writer.store
     if not (isinstance(source, LocalStore) and isinstance(target, LocalStore)):
         return False
@@ -186,7 +188,7 @@ def _link(cache: Cache, writer: CacheWriter, paths: Mapping[str, str]) -> bool:
 
 
 def _copy(cache: Cache, writer: CacheWriter, record: CommitRecord, paths: Mapping[str, str]) -> None:
-    """Copy files whose bytes are as committed, path there -> path here."""
+    """Copy files whose bytes are as committed, source path -> path here."""
     for file in record.files:
         if file.path in paths:
             data = cache.store.read(file.path)

@@ -1,4 +1,5 @@
-"""What the teacher's response targets say of a sample: how sure it is, and how far from the labels."""
+"""Scores of a sample from its response targets: the teacher's confidence and its agreement with the
+labels."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from cache_schema.format.records import Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """confidence: mean probability of the likeliest token over R response positions; disagreement: the
+    """confidence: mean probability of the most likely token over R response positions; disagreement: the
     share of them whose label is not that token; perplexity: of the labels, exp(-mean log-probability).
     All NaN where there is no response position.
     """
@@ -25,7 +26,7 @@ def scores_of(sample: Sample) -> Scores:
     """Scores of a sample whose response targets were read. ValueError when they were not."""
     response = sample.response
     if response is None or response.label_logprob is None:
-        raise ValueError(f"row {sample.row} carries no response targets")
+        raise ValueError(f"row {sample.row} has no response targets")
     if not len(response):
         return Scores(confidence=np.nan, disagreement=np.nan, perplexity=np.nan)
     labels = sample.labels[sample.response_positions + 1]

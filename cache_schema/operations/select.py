@@ -23,10 +23,9 @@ Columns = dict[str, list[Any]]
 def select(cache: str, where: str, out: str, progress: Progress | None = None) -> dict[str, Any]:
     """Write the samples of `cache` that meet `where` (see `condition`) as the cache `out`.
 
-    Rows keep their numbers; quarantine stays behind. Shards that are kept whole are hard-linked where
-    both lie on one file system (else copied), the others are joined as stored, so every decoded value
-    is the same bit by bit. Run again to continue. KdcacheError for a condition that cannot be read or
-    that no sample meets.
+    Rows keep their numbers; quarantine is not copied. Shards that are kept whole are hard-linked where
+    both lie on one file system (else copied), the others are joined as stored, so every decoded value is
+    bit-identical. Run again to continue. KdcacheError for an invalid condition or one that no sample meets.
     """
     progress = progress or Silent()
     condition = parse(where)
@@ -34,7 +33,7 @@ def select(cache: str, where: str, out: str, progress: Progress | None = None) -
     needs_targets = bool(condition.fields & FROM_TARGETS)
     if needs_targets and "response" not in source.spec.targets:
         named = ", ".join(sorted(condition.fields & FROM_TARGETS))
-        raise KdcacheError(f"{cache}: holds no response targets, and {named} comes from them")
+        raise KdcacheError(f"{cache}: has no response targets, which {named} is computed from")
     pieces = []
     with task(progress, "reading", len(source.shards)):
         for number, shard in enumerate(source.shards):
@@ -58,7 +57,7 @@ def select(cache: str, where: str, out: str, progress: Progress | None = None) -
 
 
 def columns_of(cache: Cache, shard: int, fields: Collection[str]) -> Columns:
-    """The fields of `condition` over the samples of a shard; response targets are read if needed."""
+    """The fields of `condition` for the samples of a shard; response targets are read if needed."""
     scored = sorted(set(fields) & FROM_TARGETS)
     columns: Columns = {name: [] for name in fields}
     block = cache.read_shard(shard, parts=("response",) if scored else ())
@@ -84,5 +83,5 @@ _FIELD = {
 
 
 def _array(values: list[Any]) -> Any:
-    """Numbers as an array; texts, and tuples of texts, as the list they are."""
+    """Numbers as an array; texts and tuples of texts as a list."""
     return values if values and isinstance(values[0], (str, tuple)) else np.array(values)

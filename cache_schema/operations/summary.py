@@ -1,4 +1,4 @@
-"""What a cache is and holds, from its manifest and commit records alone: no target is read."""
+"""A summary of a cache from its manifest and commit records alone: no target is read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHOWN = 5
 
 
 def summarise(cache: Cache) -> dict[str, Any]:
-    """The summary of `inspect`, JSON values only. Figures that no committed shard gives are None.
+    """The summary of `inspect`, JSON values only. Figures without any committed shard are None.
 
     bytes: of the files of committed shards, without manifest and commit records. Means are over
-    positions. label_accuracy: share of labels that are the teacher's likeliest token; perplexity: of the
-    teacher on the labels. covered_mass: what the K entries hold of the full distribution. cut: samples that
+    positions. label_accuracy: share of labels that are the teacher's most likely token; perplexity: of the
+    teacher on the labels. covered_mass: the probability mass within the K entries. cut: samples that
     a build cut short at a turn's end.
     """
     commits = [cache.commits[shard] for shard in cache.shards]
@@ -64,7 +64,7 @@ def summarise(cache: Cache) -> dict[str, Any]:
 
 
 def _teacher(cache: Cache) -> dict[str, Any]:
-    """What the fingerprint tells of the teacher, the template's text left out."""
+    """The teacher as described by the fingerprint, without the template's text."""
     fingerprint = cache.manifest.fingerprint
     capture = {key: value for key, value in fingerprint.capture.items() if key != "spec"}
     training = {key: value for key, value in fingerprint.training.items() if key != "chat_template"}
@@ -72,7 +72,7 @@ def _teacher(cache: Cache) -> dict[str, Any]:
 
 
 def _engines(commits: Sequence[CommitRecord]) -> list[dict[str, Any]]:
-    """The engines and versions that wrote shards, and how many each."""
+    """The engines and versions that wrote shards, with the number of shards each."""
     found = Counter(json.dumps(record.engine, sort_keys=True) for record in commits)
     return [{"engine": json.loads(engine), "shards": shards} for engine, shards in found.most_common()]
 
@@ -85,7 +85,7 @@ def _bytes(commits: Sequence[CommitRecord]) -> dict[str, int]:
 
 
 def _sharing(counts: Counter[str], sizes: dict[str, int]) -> dict[str, Any]:
-    """What is saved by keeping the targets of an equal visual prefix once, at the mean size of one."""
+    """The bytes saved by storing the targets of equal visual prefixes once, at their mean size."""
     kept = counts["images"] - counts["shared_images"]
     image_bytes = sizes.get("visual", 0) + sizes.get("relation", 0)
     return {
@@ -142,14 +142,14 @@ def _largest(commits: Sequence[CommitRecord], name: str) -> list[tuple[float, in
 
 
 def _slowest(commits: Sequence[CommitRecord]) -> list[dict[str, Any]]:
-    """The shards that took longest a sample."""
+    """The shards with the longest time per sample."""
     timed = [record for record in commits if record.counts["samples"]]
     timed.sort(key=lambda record: record.seconds / record.counts["samples"], reverse=True)
     return [
         {
             "shard": record.shard,
             "seconds": round(record.seconds, 3),
-            "samples_a_second": _ratio(record.counts["samples"], record.seconds),
+            "samples_per_second": _ratio(record.counts["samples"], record.seconds),
         }
         for record in timed[:SHOWN]
     ]

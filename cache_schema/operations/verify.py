@@ -1,4 +1,4 @@
-"""Is a cache whole? Every problem at once, each with its file and remedy; repair on request."""
+"""Verifies a cache: all problems at once, each with its file and remedy; repairs on request."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from cache_schema.format.writer import MANIFEST, set_aside
 from cache_schema.progress import Progress, Silent, task
 
 GRACE_SECONDS = 6 * 3600.0
-"""Files of an attempt without a commit record are swept when older than this: no capture of one shard is
-expected to stay that long between writing its files and committing."""
+"""Files of an attempt without a commit record are swept when older than this: no worker is expected to take
+that long between writing a shard's files and committing it."""
 
-REMAKE = "run `kdcache verify --repair`, then the same `kdcache build` again: it makes this shard anew"
-STRANGER = "no file of the committed shard"
+REMAKE = "run `kdcache verify --repair`, then the same `kdcache build` again: it captures this shard again"
+STRANGER = "not a file of the committed shard"
 _ATTEMPT = re.compile(r"^(?:samples|targets|quarantine)/\.?(\d{5,})-([0-9a-f]{12})\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Something that is not as it must be: the file, what, and what to do."""
+    """A problem: the file, what is wrong, what to do."""
 
     file: str
     what: str
@@ -45,8 +45,8 @@ class Problem:
 
 @dataclass(slots=True, kw_only=True)
 class VerifyReport:
-    """What `verify` found. shards, samples, quarantined: by the commit records. missing_shards: not built
-    (or their commit record is gone). leftovers: files of attempts that were never committed, harmless.
+    """The result of `verify`. shards, samples, quarantined: by the commit records. missing_shards: not built
+    (or their commit record is gone). leftovers: files of attempts that were never committed; harmless.
     """
 
     url: str
@@ -80,11 +80,11 @@ def verify(
     storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check every file of the cache at `url` and what it says.
+    """Check every file of the cache at `url` and its contents.
 
     repair: sets damaged shards aside (their commit records go below `aside/`, nothing is overwritten), so
-    that a resumed build makes them again, and removes the leftovers of dead attempts, those of shards set
-    aside by an earlier repair among them. KdcacheError when no cache is there.
+    that a resumed build makes them again, and removes the leftovers of dead attempts, including those of
+    shards set aside by an earlier repair. KdcacheError when no cache is there.
     """
     return _Verification(open_store(url, storage_options), progress or Silent()).run(repair)
 
@@ -102,7 +102,7 @@ class _Verification:
         files = self.store.list()
         if not any(path == MANIFEST or path.startswith("commits/") for path in files):
             raise KdcacheError(
-                f"{self.store.url}: no cache there; name the directory that `kdcache build` made"
+                f"{self.store.url}: no cache here; give the directory that `kdcache build` made"
             )
         self._check_manifest()
         self._read_records([path for path in files if path.startswith("commits/")])
@@ -123,7 +123,7 @@ class _Verification:
             self._problem(
                 MANIFEST,
                 what,
-                "run `kdcache verify --repair`, then the same `kdcache build` again: it is written anew",
+                "run `kdcache verify --repair`, then the same `kdcache build` again: it is written again",
             )
 
     def _read_records(self, paths: list[str]) -> None:
@@ -153,8 +153,8 @@ class _Verification:
                 del self.records[shard]
             if missing := self.report.missing_shards:
                 listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-                what = f"{len(missing)} of {len(planned)} shards are not there ({listed})"
-                self._problem("commits/", what, "run the same `kdcache build` again: it makes them")
+                what = f"{len(missing)} of {len(planned)} shards are missing ({listed})"
+                self._problem("commits/", what, "run the same `kdcache build` again: it captures them")
 
     def _check_shard(self, shard: int, record: CommitRecord, present: dict[str, int]) -> None:
         before = len(self.report.problems)
@@ -214,25 +214,25 @@ class _Verification:
                 if kind not in spec.targets or (kind == "visual" and not sample.images):
                     continue
                 if topk is None or len(topk) != positions[kind]:
-                    self._problem(base + kind, f"{where}: its targets are not there", REMAKE)
+                    self._problem(base + kind, f"{where}: its targets are missing", REMAKE)
                     continue
                 if kind != "visual":  # an image's rows may serve several samples
                     counts[f"{kind}_positions"] += len(topk)
                 for what in topk_problems(topk, spec, vocab_size):
                     self._problem(base + kind, f"{where}: {what}", REMAKE)
             if "relation" in spec.targets and len(sample.relations) != len(sample.images):
-                self._problem(base + "relation", f"{where}: not one relation an image", REMAKE)
+                self._problem(base + "relation", f"{where}: not one relation per image", REMAKE)
             for relation, image in zip(sample.relations, sample.images, strict=False):
                 for what in relation_problems(relation, len(image.positions)):
                     self._problem(base + "relation", f"{where}: {what}", REMAKE)
         if sorted(rows) != np.sort(manifest.plan.rows_of(record.shard)).tolist():
-            self._problem(record.path, "samples and quarantine are not the rows of the plan", REMAKE)
+            self._problem(record.path, "samples and quarantine do not match the rows of the plan", REMAKE)
         for kind, count in counts.items():
             if record.counts[kind] != count:
                 self._problem(record.path, f"{kind}: {record.counts[kind]} counted, {count} there", REMAKE)
 
     def _sort_the_rest(self, files: dict[str, int]) -> None:
-        """Files that no commit record names: leftovers of attempts, or strangers."""
+        """Files that no commit record lists: leftovers of attempts, or unknown files."""
         named = {file.path for record in self.records.values() for file in record.files}
         committed = {(r.shard, r.attempt) for r in self.records.values()}
         for path in files:
@@ -246,7 +246,7 @@ class _Verification:
             elif attempt:
                 self.report.leftovers.append(path)
             elif not path.startswith("commits/"):
-                self._problem(path, "no file of a cache", "move it elsewhere")
+                self._problem(path, "not a file of a cache", "move it elsewhere")
 
     def _repair(self, files: dict[str, int]) -> None:
         if self.manifest is None and MANIFEST in files:

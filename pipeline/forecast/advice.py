@@ -259,7 +259,7 @@ def _document(
             "seconds": survey.speed.seconds,
             "tokens_per_second": survey.speed.tokens / survey.speed.seconds,
             "samples_per_second": len(survey.samples) / survey.speed.seconds,
-            "preparing_seconds_a_sample": survey.speed.preparing,
+            "preparing_seconds_per_sample": survey.speed.preparing,
             "preparing_threads": survey.speed.threads,
         },
         "recommended": {
@@ -274,7 +274,7 @@ def _document(
         "break_even": {
             **even,
             "teacher_bytes": teacher["bytes"],
-            "dense_logits_bytes_a_sample": 4
+            "dense_logits_bytes_per_sample": 4
             * teacher["vocabulary"]
             * workload.tokens
             / max(workload.captured, 1),

@@ -174,7 +174,7 @@ def break_even(speed: Speed, workload: Workload) -> dict[str, float]:
     capture, epoch = speed.capture_seconds(workload), speed.epoch_seconds(workload)
     return {
         "capture_seconds": capture,
-        "teacher_seconds_an_epoch": epoch,
+        "teacher_seconds_per_epoch": epoch,
         "epochs": capture / epoch if epoch else 0.0,
         "seconds_saved_after_3_epochs": 3 * epoch - capture,
     }

@@ -121,7 +121,7 @@ function conversation(sample) {
   const wrong = sample.response.filter((entry) => !entry.agrees).length;
   const legend = el("p", { class: "faint" }, el("span", { class: "prompt" }, "prompt"), "  ",
     el("span", { class: "visual" }, "visual"), "  ", el("span", { class: "response" }, "response"), "  ",
-    `${sample.response.length} response positions, the teacher's likeliest token is another one at ${wrong}`);
+    `${sample.response.length} response positions, the teacher's most likely token is another one at ${wrong}`);
   if (present.length) choose(sample.response.findIndex((entry, n) => items[n] && !entry.agrees) >= 0
     ? sample.response.findIndex((entry, n) => items[n] && !entry.agrees) : present[0]);
   return el("div", { class: "panel look" }, el("div", {}, legend, flow), detail);
@@ -225,7 +225,7 @@ function picture(image, number) {
     legend.style.visibility = mode === "relation" || mode === "entropy" ? "visible" : "hidden";
     show(chosen);
   }
-  const modes = [["relation", "relation of the chosen patch", image.relation], ["words", "the teacher's likeliest tokens", image.visual],
+  const modes = [["relation", "relation of the chosen patch", image.relation], ["words", "the teacher's most likely tokens", image.visual],
     ["entropy", "entropy", image.visual], ["none", "picture only", true]].filter((entry) => entry[2]);
   if (!modes.some((entry) => entry[0] === mode)) mode = modes[0][0];
   const choice = el("select", { "aria-label": "What lies over the picture", onchange: () => { mode = choice.value; redraw(); } },

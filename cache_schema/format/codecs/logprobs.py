@@ -1,16 +1,16 @@
 """Log-probabilities of the K kept entries in 8 bits each, relative to the largest.
 
-The entries stand most likely first, so each position is a falling curve. It is stored as the nats from
-the first to the last entry (`drop`) and as levels between them, 0 at the first and 255 at the last, of
-which each step upwards is kept (`steps`):
+The entries are sorted, most likely first, so each position is a decreasing curve. It is stored as the nats
+from the first to the last entry (`drop`) and as levels between them, 0 at the first and 255 at the last,
+stored as differences (`steps`):
 
     level[k] = steps[0] + ... + steps[k - 1],   level[0] = 0
     fall[k]  = drop * (level[k] / 255) ** 2
     log p[k] = log(1 - exp(tail)) - log sum_j exp(-fall[j]) - fall[k]
 
-The square spends the levels where the mass is: the KL divergence of an error d at probability p is about
-p d^2 / 2. The last line places the curve by the stored tail: K entries and tail sum to 1 as they must,
-which takes away most of the error and spares storing the first entry.
+The square spends the levels where the probability is: the KL divergence of an error d at probability p is
+about p d^2 / 2. The last line normalises the curve by the stored tail: K entries and tail sum to 1. This
+removes most of the error, and the first entry need not be stored.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _SMALLEST = np.float32(2.0**-24)  # the smallest positive float16
 
 
 def encode_tail(tail_logprob: Float32) -> Float16:
-    """Log of a tail's mass as float16, -inf kept, anything else kept finite and below 0."""
+    """Log of a tail's mass as float16; -inf stays, all other values stay finite and below 0."""
     finite = np.clip(tail_logprob, -LARGEST, -_SMALLEST)
     return np.where(np.isneginf(tail_logprob), tail_logprob, finite).astype(np.float16)
 
 
 def encode_logprobs(logprobs: Float32) -> tuple[UInt8, Float16]:
-    """`steps` (K - 1, N) uint8 and `drop` (N,) float16, in nats, of logprobs (N, K), falling along K."""
+    """`steps` (K - 1, N) uint8 and `drop` (N,) float16, in nats, of logprobs (N, K), decreasing along K."""
     fall = logprobs[:, :1] - logprobs
     drop = np.minimum(fall[:, -1], LARGEST).astype(np.float16)
     unit = np.where(drop > 0, drop, np.float16(1)).astype(np.float32)

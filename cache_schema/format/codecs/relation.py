@@ -4,13 +4,13 @@ With orthogonal columns f_c of squared norm e_c, R ~= sum_c f_c f_c^T. Rounding 
 about e_c P s_c^2 / 6 to the squared error of R, leaving it out adds e_c^2. The fewest bits for a given
 error (reverse water filling, Cover and Thomas, Elements of Information Theory, 10.3.3) keep the columns
 with e_c^2 above a level and give each the same error, that level: s_c = sqrt(6 level / (P e_c)). So rank
-and precision follow from one number, which is chosen so that the residual meets the bound. Columns are
-stored as whole numbers of steps, whose small size the compressor turns into few bytes:
+and precision follow from one number, chosen so that the residual meets the bound. Columns are stored as
+integer multiples of the step, which are small and compress well:
 
     q = zigzag(n) = 2 n for n >= 0, -2 n - 1 for n < 0          (uint16)
     U[:, c] = scale[c] * n[:, c]
 
-The residual is that of what is stored. For R = F F^T + E with E orthogonal to F F^T (a truncated
+The residual is that of the stored record. For R = F F^T + E with E orthogonal to F F^T (a truncated
 eigendecomposition; E = 0 for an exact factor) and U in the span of F, <R, U U^T> = ||F^T U||^2, so that
 
     cos(R, U U^T) = ||F^T U||^2 / (||R|| ||U^T U||)
@@ -37,11 +37,11 @@ _MOST_STEPS = 32767
 
 
 def encode_relation(relation: Relation, spec: TargetSpec) -> StoredRelation:
-    """Store a factor (P, r) whose columns are orthogonal and fall in norm, or a Gram matrix (P, P).
+    """Store a factor (P, r) with orthogonal columns of decreasing norm, or a Gram matrix (P, P).
 
-    relation `factor`: about the fewest bytes whose residual as stored is at most spec.relation_bound;
-    where spec.relation_max_rank or the given factor does not reach it, about the residual that they reach.
-    precision `full`: float32 columns, the fewest within the bound. relation `exact`: the triangle.
+    relation `factor`: about the fewest bytes whose stored residual is at most spec.relation_bound; where
+    spec.relation_max_rank or the given factor cannot reach it, about the residual that they reach. precision
+    `full`: float32 columns, the fewest within the bound. relation `exact`: the triangle.
     """
     compact = spec.precision == "compact"
     if spec.relation == "exact":
@@ -67,7 +67,7 @@ def _encode_steps(factor: Float64, norm: float, bound: float) -> tuple[NDArray[n
     ranks = np.arange(1, len(energy) + 1)
     level = float(np.max((np.cumsum(energy) - np.square((1.0 - target) * norm)) / ranks))
     steps, scales, residual = np.zeros((len(factor), 1)), np.ones(1), 0.0
-    for _ in range(8):  # the level is exact for rounding noise of many steps; a coarse column needs a nudge
+    for _ in range(8):  # exact for the rounding noise of many steps; coarse columns need a correction
         kept = max(int((energy > level).sum()), 1)
         if energy[0] == 0.0 or level <= 0.0:
             break
@@ -127,7 +127,7 @@ def _factor_of(relation: Relation) -> NDArray[Any]:
 
 
 def _scaled(matrix: NDArray[Any]) -> tuple[Float64, float]:
-    """`matrix` over a power of two that brings its largest entry into (0.5, 1], and that power."""
+    """`matrix` divided by the power of two that brings its largest entry into (0.5, 1], and that power."""
     unit = 2.0 ** float(np.ceil(np.log2(float(np.abs(matrix).max(initial=0.0)) or 1.0)))
     return matrix.astype(np.float64) / unit, unit
 
@@ -183,7 +183,7 @@ class RelationBlock:
         return Relation(residual=stored.residual, norm=stored.norm, factor=factor)
 
     def stored(self, image: int) -> StoredRelation:
-        """The record of one image as it is stored, so that it can pass into another block unchanged."""
+        """The record of one image as it is stored, so that it can be copied to another block unchanged."""
         tokens = int(self._arrays["tokens"][image])
         return StoredRelation(
             tokens=tokens,

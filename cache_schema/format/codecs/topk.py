@@ -23,11 +23,11 @@ Arrays = dict[str, NDArray[Any]]
 Rows = slice | NDArray[np.int64]
 
 _POSITIONS_LAST = ("steps", "tail_logprob")
-"""Arrays whose last axis, not the first, runs over the positions."""
+"""Arrays whose last axis, not the first, is over positions."""
 
 
 def join_topk(records: Sequence[TopK]) -> TopK:
-    """One record of all positions, in order. Optional fields must be set in all or in none."""
+    """One record of all positions, in order. Optional fields must be set in all records or in none."""
     if len(records) == 1:
         return records[0]
     fields: dict[str, Any] = {"temperatures": records[0].temperatures}
@@ -88,8 +88,8 @@ def encode_topk(record: TopK, precision: Precision) -> Arrays:
 
 
 def prepare_topk(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
-    """A block whose `steps` have become `levels` (K, N) uint8: what `decode_topk` needs of every row is
-    done for all of them at once."""
+    """A block with `levels` (K, N) uint8 instead of `steps`: the part of `decode_topk` that is common to all
+    rows, done once."""
     prepared = dict(arrays)
     if "steps" in prepared:
         prepared["levels"] = levels_of(prepared.pop("steps"))
