@@ -27,6 +27,7 @@ def write_cache(
     vocab: int,
     top_k: int,
     size: int,
+    rank: int = 24,
 ) -> Path:
     """Samples of `visual` image tokens, `text` tokens of a question and `answer` supervised ones."""
     spec = TargetSpec(top_k=top_k)
@@ -48,7 +49,8 @@ def write_cache(
     )
     writer = CacheWriter.open(folder / "cache", manifest)
     pool = _pool(random, 4 * (visual + answer), vocab, top_k)
-    factor = (random.normal(size=(visual, 24)) * 0.7 ** np.arange(24) * 100).astype(np.float32)
+    scales = 0.7 ** np.minimum(np.arange(rank), 24) * 100
+    factor = (random.normal(size=(visual, rank)) * scales).astype(np.float32)
     gram = factor @ factor.T
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(min(rows, 32)):

@@ -54,6 +54,8 @@ from student.pixels import PixelInputs
 from student.stages import CE_ONLY
 from student.stream import Stream, StreamConfig
 
+IMAGE_SIZE, PATCH = 392, 28
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -149,15 +151,22 @@ def print_reader(result: dict[str, Any]) -> None:
     )
 
 
-def collator_for(folder: Path, cache: Cache, kind: type[Collator] = Collator) -> Collator:
+def collator_for(
+    folder: Path,
+    cache: Cache,
+    kind: type[Collator] = Collator,
+    *,
+    image_size: int = IMAGE_SIZE,
+    patch_size: int = PATCH,
+) -> Collator:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<image>": 0, "<unk>": 1}, unk_token="<unk>")),
         extra_special_tokens={"image_token": "<image>"},
     )
     processor = LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
+        image_processor=SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
         tokenizer=tokenizer,
-        patch_size=28,
+        patch_size=patch_size,
         vision_feature_select_strategy="full",
     )
     return kind(
@@ -172,7 +181,6 @@ def collator_for(folder: Path, cache: Cache, kind: type[Collator] = Collator) ->
 # ---- a step ----
 
 VOCAB, VISUAL, TEXT, ANSWER = 16_000, 196, 30, 100
-IMAGE_SIZE = 392
 MICRO = 1
 STUDENT = (192, 6)  # width and layers
 

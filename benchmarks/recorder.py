@@ -1,0 +1,272 @@
+"""Records the operations of a piece of torch code on any machine: shapes, bytes, floating-point operations,
+waits.
+
+The code runs on fake tensors of a device that need not exist, so that models of any size cost nothing. What
+the values of tensors decide cannot be known then: such an operation counts as a wait for the device, and a
+guess stands in for its result (a number is 0, a condition holds, every element of a mask is set, all elements
+are distinct).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+_TILE = 128
+"""Rows and columns of a tile of a matrix product: a product of fewer costs as much as one of so many."""
+_CROOKED = 6.0
+_FACTORS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "addmm_": 1, "baddbmm_": 1}
+"""Where the first factor of a product stands among the arguments."""
+_FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "set_",
+}
+_PICKS = {"gather", "index_select", "index", "embedding", "_unsafe_index"}
+_PUTS = {"scatter", "scatter_", "scatter_add_", "index_put_", "index_put", "index_add_", "index_copy_"}
+_WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique2",
+    "unique_dim",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "bincount",
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Operation:
+    """One operation of the device.
+
+    name: of aten, or of the kernel. dtype: of the factors of a product, else empty. flops: floating-point
+    operations of products, tiles filled up. bytes: read plus written. launches: kernels that the host starts.
+    waits: times that the host waits for the device.
+    """
+
+    name: str
+    dtype: str = ""
+    flops: int = 0
+    bytes: int = 0
+    launches: int = 1
+    waits: int = 0
+
+
+Recording = Counter[Operation]
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the operations under it. guesses: results of operations that values decide, by name."""
+
+    def __init__(self, guesses: dict[str, Callable[..., Any]] | None = None) -> None:
+        super().__init__()
+        self.operations: Recording = Counter()
+        self._guesses = {**_GUESSES, **(guesses or {})}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        waits = name in _WAITS or _boolean_index(name, args)
+        if name in self._guesses:
+            out = self._guesses[name](*args, **kwargs)
+        elif name == "index" and _boolean_index(name, args):
+            out = _index_all(*args)
+        else:
+            out = func(*args, **kwargs)
+        operation = _operation(func, name, args, kwargs, out, waits)
+        if operation is not None:
+            self.operations[operation] += 1
+        return out
+
+
+def _operation(func: Any, name: str, args: Any, kwargs: Any, out: Any, waits: bool) -> Operation | None:
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    if func.namespace == "prim" or (not waits and (name in _FREE or _is_view(func, inputs, outputs))):
+        return None
+    flops, dtype = 0, ""
+    count = flop_registry.get(func._overloadpacket)
+    if count is not None and inputs:
+        flops = int(count(*args, **kwargs, out_val=out) * _filling(name, args))
+        dtype = str(inputs[-1].dtype).removeprefix("torch.")
+    return Operation(
+        name=name,
+        dtype=dtype,
+        flops=flops,
+        bytes=_bytes(name, func, inputs, outputs),
+        launches=0 if name == "_local_scalar_dense" else 1,
+        waits=int(waits),
+    )
+
+
+def _bytes(name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    written = sum(_size(tensor) for tensor in outputs)
+    if name in _PICKS:
+        return 2 * written + sum(_size(tensor) for tensor in inputs[1:])
+    if name in _PUTS:
+        return sum(_size(tensor) for tensor in inputs[1:]) + 2 * _size(inputs[-1])
+    if name in {"zero_", "fill_", "zeros", "ones", "full", "arange", "new_zeros", "new_full", "zeros_like"}:
+        return written
+    if not outputs and func._schema.is_mutable:  # _foreach_ and fused optimizers
+        return 2 * sum(_size(tensor) for tensor in inputs)
+    return written + sum(_size(tensor) for tensor in inputs)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _filling(name: str, args: Any) -> float:
+    """How much larger a product of matrices is with its rows and columns filled up to whole tiles, times the
+    price of factors of two bytes whose rows do not begin on 16 bytes: these the matrix units cannot load."""
+    place = _FACTORS.get(name)
+    if place is None:
+        return 1.0
+    left, right = args[place], args[place + 1]
+    rows, columns = left.shape[-2], right.shape[-1]
+    full = [-(-size // _TILE) * _TILE for size in (rows, columns)]
+    filled: float = full[0] * full[1] / max(rows * columns, 1)
+    crooked = any(
+        factor.element_size() == 2 and max(factor.stride()[-2:]) * factor.element_size() % 16
+        for factor in (left, right)
+    )
+    return filled * (_CROOKED if crooked else 1.0)
+
+
+def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    if func._schema.is_mutable or not inputs or not outputs:
+        return False
+    known = {tensor.untyped_storage()._cdata for tensor in inputs}
+    return all(tensor.untyped_storage()._cdata in known for tensor in outputs)
+
+
+def _boolean_index(name: str, args: Any) -> bool:
+    if name not in {"index", "index_put_", "index_put", "_index_put_impl_"}:
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+def _index_all(tensor: Tensor, indices: list[Tensor | None]) -> Tensor:
+    mask = next(index for index in indices if index is not None)
+    return tensor.new_empty((mask.numel(), *tensor.shape[mask.dim() :]))
+
+
+def _scalar(tensor: Tensor) -> Any:
+    return True if tensor.dtype == torch.bool else 0 if not tensor.is_floating_point() else 0.0
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    return mask.new_empty((mask.numel(), mask.dim()), dtype=torch.int64)
+
+
+def _unique(tensor: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    flat = tensor.reshape(-1)
+    return flat.new_empty(len(flat)), torch.empty_like(tensor), flat.new_empty(len(flat))
+
+
+_GUESSES: dict[str, Callable[..., Any]] = {
+    "_local_scalar_dense": _scalar,
+    "nonzero": _nonzero,
+    "_unique2": _unique,
+    "equal": lambda *_: True,
+    "bincount": lambda values, weights=None, minlength=0: values.new_empty(minlength),
+}
+
+
+# ---- attention, which fake tensors of an absent device would take apart ----
+
+
+@torch.library.custom_op("kdcache_recorder::attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(query)
+
+
+@torch.library.custom_op("kdcache_recorder::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(query)
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _pull(ctx: Any, grad: Tensor) -> Any:
+    return _attention_backward(grad, *ctx.saved_tensors)
+
+
+_attention.register_autograd(_pull, setup_context=_keep)
+
+
+def _attention_flops(products: int) -> Callable[..., int]:
+    def count(*args: Any, out_val: Any = None, **_: Any) -> int:
+        query, key = args[-3], args[-2]
+        batch, heads, tokens, width = query.shape
+        return int(2 * products * batch * heads * tokens * key.shape[2] * width)
+
+    return count
+
+
+flop_registry[aten.addmm_] = flop_registry[aten.addmm]
+flop_registry[aten.baddbmm_] = flop_registry[aten.baddbmm]
+flop_registry[torch.ops.kdcache_recorder.attention] = _attention_flops(2)
+flop_registry[torch.ops.kdcache_recorder.attention_backward] = _attention_flops(5)
+
+
+class _FlashAttention(TorchFunctionMode):
+    """scaled_dot_product_attention as one kernel that keeps no matrix of scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key, value = args[:3] if len(args) > 2 else (args[0], kwargs["key"], kwargs["value"])
+            if torch.is_autocast_enabled(query.device.type):
+                dtype = torch.get_autocast_dtype(query.device.type)
+                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            return _attention(query, key, value)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def imagined(guesses: dict[str, Callable[..., Any]] | None = None) -> Iterator[Recorder]:
+    """Fake tensors, and a recorder of what is done to them. Only `Recorder.operations` is of use: no values
+    exist.
+
+    Their device is called "cpu", since torch's autograd asks a build without CUDA for CUDA's guards; code
+    that chooses by the device has to be told so by the caller. Copies to the host are therefore not seen.
+    """
+    recorder = Recorder(guesses)
+    with FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention(), recorder:
+        yield recorder

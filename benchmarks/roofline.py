@@ -1,0 +1,179 @@
+"""Foretells how long recorded operations take on a device, from the rates of a table.
+
+    python -m benchmarks.roofline [--device H200] [--json FILE]
+
+An operation takes the longer of its arithmetic and its traffic, and at least the shortest time of a kernel.
+The host starts kernels one after the other. Where nothing waits for the device, host and device run beside
+each other and the longer decides; code that waits runs them in turn. calibration.json holds the operations of
+version 0.1.0, which one H200 has measured: the table shows how far the model is off there. Not foretold:
+library start-up, caches, clocks that fall under load, other processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.recorder import Operation, Recording, imagined
+
+CALIBRATION = Path(__file__).with_name("calibration.json")
+SAMPLES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Rates that real work reaches, not those of the data sheet.
+
+    matmul: floating-point operations per second of matrix products by the dtype of their factors. memory:
+    bytes per second, read plus written. kernel: seconds that the smallest kernel takes. launch: seconds of
+    the host per kernel. wait: seconds of the host per wait, beyond the work waited for.
+    """
+
+    name: str
+    matmul: dict[str, float]
+    memory: float
+    kernel: float = 3e-6
+    launch: float = 10e-6
+    wait: float = 2e-5
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(name="H200", matmul={"bfloat16": 700e12, "float32": 45e12, "float64": 45e12}, memory=4.0e12),
+        Device(name="H100", matmul={"bfloat16": 700e12, "float32": 45e12, "float64": 45e12}, memory=2.8e12),
+        Device(name="A100", matmul={"bfloat16": 260e12, "float32": 18e12, "float64": 18e12}, memory=1.4e12),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Seconds of device and host, launches, waits, and the seconds of the products alone in bfloat16."""
+
+    device: float
+    host: float
+    floor: float
+    launches: int
+    waits: int
+    flops: int
+    bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """The longer of device and host; their sum where the host waits."""
+        return self.device + self.host if self.waits else max(self.device, self.host)
+
+
+def foretell(recording: Recording, device: Device) -> Forecast:
+    """The time that `recording` takes on `device`."""
+    busy = host = floor = 0.0
+    launches = waits = flops = moved = 0
+    for operation, count in recording.items():
+        rate = device.matmul.get(operation.dtype, device.matmul["float32"])
+        seconds = max(operation.flops / rate, operation.bytes / device.memory)
+        busy += count * max(seconds, operation.launches * device.kernel)
+        host += count * (operation.launches * device.launch + operation.waits * device.wait)
+        floor += count * operation.flops / device.matmul["bfloat16"]
+        launches += count * operation.launches
+        waits += count * operation.waits
+        flops += count * operation.flops
+        moved += count * operation.bytes
+    return Forecast(
+        device=busy, host=host, floor=floor, launches=launches, waits=waits, flops=flops, bytes=moved
+    )
+
+
+def calibration() -> list[dict[str, Any]]:
+    """What was measured of version 0.1.0, each with its recording: name, device, measured_ms, recording."""
+    cases = json.loads(CALIBRATION.read_text(encoding="utf-8"))
+    for case in cases:
+        case["recording"] = Counter({Operation(*fields): count for *fields, count in case.pop("operations")})
+    return list(cases)
+
+
+def recordings() -> dict[str, Recording]:
+    """The loss and the steps of a micro-batch of 16 samples at LLaVA-KD's shapes, by the present code."""
+    import torch
+
+    from benchmarks import _shapes
+    from student.losses import LossWeights
+    from student.model import DistilledStudent
+    from student.stages import CE_ONLY
+
+    with tempfile.TemporaryDirectory() as folder:
+        batch = _shapes.batch_of(Path(folder), _shapes.STUDENT, samples=SAMPLES, rank=64)
+
+    def record(weights: LossWeights, *, whole: bool) -> Recording:
+        with imagined() as recorder:
+            student = DistilledStudent(
+                _shapes.STUDENT.build(),
+                weights,
+                vocab_size=_shapes.VOCAB,
+                trainable=("projector", "language_model"),
+            ).train()
+            if not whole:
+                states = torch.empty(*batch.labels.shape, _shapes.STUDENT.width, requires_grad=True)
+                student.hidden_states = lambda _: states
+            recorder.operations.clear()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                parts = student(batch.inputs, batch.labels, batch.targets, batch.denominators)
+            parts.total.backward()
+            return recorder.operations
+
+    return {
+        f"loss of {SAMPLES} samples, DFT": record(LossWeights(), whole=False),
+        f"step of {SAMPLES} samples, SFT": record(CE_ONLY, whole=True),
+        f"step of {SAMPLES} samples, DFT from the cache": record(LossWeights(), whole=True),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=sorted(DEVICES), default="H200")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = [
+        {
+            **_row(f"0.1.0: {case['name']}", case["recording"], DEVICES[case["device"]]),
+            "measured_ms": case["measured_ms"],
+        }
+        for case in calibration()
+    ]
+    rows += [_row(name, recording, DEVICES[arguments.device]) for name, recording in recordings().items()]
+    print(f"{'':52} {'ms':>8} {'measured':>9} {'floor':>7} {'launches':>9} {'waits':>6}")
+    for row in rows:
+        measured = f"{row['measured_ms']:9.1f}" if "measured_ms" in row else f"{'-':>9}"
+        print(
+            f"{row['name']:52} {row['ms']:8.1f} {measured} {row['floor_ms']:7.1f} {row['launches']:9,} "
+            f"{row['waits']:6}"
+        )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _row(name: str, recording: Recording, device: Device) -> dict[str, Any]:
+    forecast = foretell(recording, device)
+    row = {
+        key: value
+        for key, value in asdict(forecast).items()
+        if key in ("launches", "waits", "flops", "bytes")
+    }
+    return {
+        "name": name,
+        "device": device.name,
+        "ms": round(forecast.seconds * 1e3, 2),
+        "device_ms": round(forecast.device * 1e3, 2),
+        "host_ms": round(forecast.host * 1e3, 2),
+        "floor_ms": round(forecast.floor * 1e3, 2),
+        **row,
+    }
+
+
+if __name__ == "__main__":
+    main()

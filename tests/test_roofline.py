@@ -1,0 +1,78 @@
+"""The cost model: what it counts, and how near it comes to what a device has measured."""
+
+import pytest
+import torch
+
+from benchmarks.recorder import imagined
+from benchmarks.roofline import DEVICES, calibration, foretell
+
+
+@pytest.mark.parametrize("case", calibration(), ids=lambda case: case["name"])
+def test_the_forecast_is_within_30_percent_of_the_measurement(case):
+    foretold = foretell(case["recording"], DEVICES[case["device"]]).seconds * 1e3
+    assert abs(foretold / case["measured_ms"] - 1) < 0.3
+
+
+def test_a_product_counts_its_operations_bytes_and_launch():
+    with imagined() as recorder:
+        left, right = torch.empty(256, 512), torch.empty(512, 384)
+        recorder.operations.clear()
+        left @ right
+    ((operation, count),) = recorder.operations.items()
+    assert (operation.name, operation.dtype, count) == ("mm", "float32", 1)
+    assert operation.flops == 2 * 256 * 512 * 384
+    assert operation.bytes == 4 * (256 * 512 + 512 * 384 + 256 * 384)
+    assert (operation.launches, operation.waits) == (1, 0)
+
+
+def test_views_cost_nothing_and_the_backward_pass_is_seen():
+    with imagined() as recorder:
+        weight = torch.empty(128, 128, requires_grad=True)
+        recorder.operations.clear()
+        weight.t().reshape(-1)[:64].view(8, 8)
+        assert sum(recorder.operations.values()) == 1  # the reshape of a transposed matrix copies
+        recorder.operations.clear()
+        (weight @ weight).sum().backward()
+    assert sum(count for operation, count in recorder.operations.items() if operation.name == "mm") == 3
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: (x > 0).nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.unique(),
+        lambda x: bool((x > 0).all()),
+        lambda x: torch.bincount(x.long()),
+    ],
+)
+def test_what_values_decide_counts_as_a_wait(wait):
+    with imagined() as recorder:
+        x = torch.empty(32)
+        recorder.operations.clear()
+        wait(x)
+    assert sum(operation.waits * count for operation, count in recorder.operations.items()) >= 1
+
+
+def test_attention_is_one_kernel_without_scores():
+    with imagined() as recorder:
+        query = torch.empty(2, 4, 100, 64, dtype=torch.bfloat16, requires_grad=True)
+        recorder.operations.clear()
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+    names = {operation.name: operation for operation in recorder.operations}
+    assert names["attention"].flops == 2 * 2 * 2 * 4 * 100 * 100 * 64
+    assert names["attention_backward"].flops == 5 * 2 * 2 * 4 * 100 * 100 * 64
+    assert names["attention"].bytes == 4 * 2 * (2 * 4 * 100 * 64)
+
+
+def test_code_that_waits_runs_host_and_device_in_turn():
+    with imagined() as recorder:
+        x = torch.empty(1024, 1024)
+        recorder.operations.clear()
+        x @ x
+        free = foretell(recorder.operations, DEVICES["H100"])
+        x.sum().item()
+        waiting = foretell(recorder.operations, DEVICES["H100"])
+    assert free.seconds == max(free.device, free.host)
+    assert waiting.seconds == waiting.device + waiting.host
