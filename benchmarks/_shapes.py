@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 from transformers.initialization import no_init_weights
 
-from benchmarks._random_cache import IMAGE_ID
+from benchmarks._random_cache import IMAGE_ID as IMAGE_ID
 
 VOCAB = 151_936
 """Rows of Qwen1.5's head."""
