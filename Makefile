@@ -12,7 +12,7 @@ VLLM_TORCH ?= torch==2.13.0
 ACCEPTANCE_DIR ?= acceptance-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-vllm check docs format lint types install bench acceptance demo-teacher clean
+.PHONY: demo test test-slow test-vllm check docs format lint types install bench bench-gpu acceptance demo-teacher clean
 
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
@@ -45,6 +45,10 @@ types: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# On a machine with a GPU: PARTS="loss step" runs some of it, SMALL=--small takes models for small cards.
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu $(if $(PARTS),--part $(PARTS)) $(SMALL)
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark in turn, each in a process of its own."""
+"""`make bench`: every benchmark that needs no GPU in turn, each in a process of its own."""
 
 import subprocess
 import sys
@@ -9,7 +9,9 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     """Run the benchmarks named on the command line, or all; the exit code is 1 when one failed."""
-    names = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
+    names = sys.argv[1:] or sorted(
+        path.stem for path in HERE.glob("*.py") if not path.stem.startswith(("_", "gpu"))
+    )
     failed = []
     for name in names:
         print(f"\n== {name} ==", flush=True)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from benchmarks import _shapes
 from models.device import device_name, peak_flops
+from models.parts import Part
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.stages import CE_ONLY
@@ -62,9 +63,10 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
         "student": shape.name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    sft = DistilledStudent(model, CE_ONLY, vocab_size=shape.vocab, trainable=("projector", "language_model"))
-    dft = DistilledStudent(
-        model, LossWeights(), vocab_size=shape.vocab, trainable=("projector", "language_model")
+    parts: tuple[Part, ...] = ("projector", "language_model")
+    sft, dft, alone = (
+        DistilledStudent(model, weights, vocab_size=shape.vocab, trainable=parts)
+        for weights in (CE_ONLY, LossWeights(), LossWeights())
     )
     hold_frozen(model, torch.bfloat16)
     sft.train()
@@ -87,9 +89,11 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
         *batch.labels.shape, shape.width, device=device, requires_grad=True
     )  # as autocast's last norm hands them out
 
+    alone.hidden_states = lambda _: states  # type: ignore[method-assign]
+
     def loss_alone() -> None:
-        parts = dft.loss(states, batch.labels, batch.targets, dft.head, batch.denominators)
-        parts.total.backward()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            alone(inputs, batch.labels, batch.targets, batch.denominators).total.backward()
         states.grad = None
 
     steps["SFT"] = lambda: step(sft)
@@ -192,7 +196,8 @@ def timed(steps: dict[str, Callable[[], Any]], repeats: int, samples: int) -> di
 def show(result: dict[str, Any]) -> None:
     """The table."""
     print(
-        f"{result['device']}, torch {result['torch']}, {result['student']}, {result['parameters']:,} parameters"
+        f"{result['device']}, torch {result['torch']}, {result['student']}, "
+        f"{result['parameters']:,} parameters"
     )
     print(f"{'':30} {'ms/sample':>10} {'host':>7} {'over SFT':>9} {'MFU':>6} {'peak GB':>8}")
     for name, row in result["steps"].items():

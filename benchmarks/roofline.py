@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recorder import Operation, Recording, imagined
+from benchmarks._recorder import Operation, Recording, imagined
 
 CALIBRATION = Path(__file__).with_name("calibration.json")
 SAMPLES = 16

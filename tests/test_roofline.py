@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.recorder import imagined
+from benchmarks._recorder import imagined
 from benchmarks.roofline import DEVICES, calibration, foretell
 
 
