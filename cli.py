@@ -13,6 +13,7 @@ import typer
 
 from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
 from cache_schema.operations.settings import DiffConfig
+from cache_schema.version import VERSION
 from demo.settings import DemoConfig
 from pipeline.settings import BuildConfig, ForecastConfig
 from student.settings import EvaluateConfig, NewStudentConfig, TrainConfig
@@ -40,8 +41,17 @@ def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable
     return lambda function: app.command(name)(with_options(function))
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kdcache {VERSION}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """`--debug` is read by `main` wherever it stands."""

@@ -98,8 +98,9 @@ class Story:
 def kdcache(arguments: Sequence[str]) -> Any:
     """Run a command in its own process; the progress goes to the terminal, the JSON on stdout is returned."""
     notes.print("$ kdcache " + " ".join(arguments), markup=False, soft_wrap=True, style="dim")
+    # -P: a file cli.py of the folder that the user is in is not run.
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli", *arguments, "--json"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-m", "cli", *arguments, "--json"], stdout=subprocess.PIPE, text=True
     )
     try:
         printed, _ = process.communicate()

@@ -22,6 +22,7 @@ from pipeline.extract import Captured, Extractor
 from pipeline.job import Job
 from pipeline.prefetch import Prefetch
 from pipeline.samples import PreparedSample, SamplePreparer
+from pipeline.settings import MAX_BAD, MAX_BAD_FROM
 
 _WINDOW_BYTES = 512 << 20  # pixels prepared at once; up to three windows are in memory
 
@@ -178,13 +179,14 @@ class CaptureLoop:
         bad = [result for result in shard.results.values() if isinstance(result, QuarantinedRow)]
         self._bad.update(row.reason for row in bad)
         self._good += len(shard.results) - len(bad)
-        total, limit = self._bad.total(), self._job.config.max_bad
-        if limit is not None and total > limit * (total + self._good):
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self._bad.most_common())
+        total, asked = self._bad.total(), self._job.config.max_bad
+        seen, limit = total + self._good, MAX_BAD if asked is None else asked
+        if total > limit * seen and (asked is not None or seen >= MAX_BAD_FROM):
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self._bad.most_common(5))
             example = f"; for example row {bad[0].row}: {bad[0].detail}" if bad else ""
             raise KdcacheError(
-                f"{total} of {total + self._good} rows so far cannot be captured ({reasons}), more than "
-                f"--max-bad {limit:g}{example}"
+                f"{total} of {seen} rows so far cannot be captured ({reasons}), more than --max-bad {limit:g}"
+                f"{example}; correct the cause, or go on with a higher --max-bad (1: whatever their share)"
             )
 
     # ---- writing, in a thread of its own ----

@@ -17,6 +17,10 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 OverLong = Literal["quarantine", "cut"]
 RelationChoice = float | Literal["exact"]
 
+MAX_BAD = 0.05
+MAX_BAD_FROM = 100
+"""Without --max-bad: the share of bad rows that stops a build, and the rows seen from which on it counts."""
+
 _TEACHER, _DATA, _VLLM, _RUN = "Teacher", "Data", "The engine vllm", "Run"
 _GRID, _BOUNDS = "What is tried", "What is asked of the recommended settings"
 
@@ -61,7 +65,10 @@ class BuildConfig:
     max_bad: Annotated[
         float | None,
         within(0.0, 1.0),
-        Help("Stop when more than this share of the rows cannot be captured.", _RUN),
+        Help(
+            "Stop when more than this share of the rows is bad. Default: 0.05 of 100 or more rows.",
+            _RUN,
+        ),
     ] = None
     retry_quarantine: Annotated[bool, Help("Try the rows in quarantine again.", _RUN)] = False
     rank: Annotated[

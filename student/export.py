@@ -11,6 +11,7 @@ import yaml
 
 from cache_schema.errors import KdcacheError
 from cache_schema.progress import Progress, task
+from cache_schema.version import VERSION
 from models.folder import load_model, load_processor
 from models.parts import part_of
 from student.folder import folder_digest, save_folder
@@ -80,6 +81,8 @@ def _card(model: Any, sizes: dict[str, int], history: list[dict[str, Any]]) -> s
         "",
         f"# {type(model).__name__} trained with kdcache",
         "",
+        f"Exported by kdcache {VERSION}.",
+        "",
         "| part | parameters |",
         "|---|---|",
         *(f"| {part.replace('_', ' ')} | {count:,} |" for part, count in sizes.items()),
@@ -114,6 +117,7 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
         f"- losses: {losses}",
         f"- cache: fingerprint `{identity['cache']['identity']}`, {identity['cache']['samples']} samples",
         f"- started from weights `{identity['student']}`",
+        "- versions: " + ", ".join(f"{name} {version}" for name, version in stage["versions"].items()),
         "",
         "| metric | value |",
         "|---|---|",

@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 
 from cache_schema.errors import KdcacheError
+from cache_schema.version import VERSION
 from student.checkpoint import refuse_other
 from student.folder import sync
 from student.settings import TrainConfig
@@ -27,7 +28,8 @@ TERMS = ("loss", "ce", "response", "visual", "prompt", "relation")
 
 def write_settings(config: TrainConfig, identity: Mapping[str, Any]) -> None:
     """Writes recipe.yaml: every setting as resolved, the identity and the versions it ran with."""
-    versions = {library.__name__: str(library.__version__) for library in (torch, transformers, accelerate)}
+    versions = {"kdcache": VERSION}
+    versions |= {library.__name__: str(library.__version__) for library in (torch, transformers, accelerate)}
     document = {**config.to_json(), "identity": dict(identity), "versions": versions}
     write_text(config.out / "recipe.yaml", yaml.safe_dump(document, sort_keys=False))
 

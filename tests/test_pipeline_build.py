@@ -588,6 +588,24 @@ def test_rows_with_their_own_images(setting: Setting, captured: Path, tmp_path: 
             assert (root / image.path).is_file()
 
 
+def test_half_a_dataset_does_not_vanish_quietly(setting: Setting, tmp_path: Path) -> None:
+    """Without --max-bad, 5 bad rows of 100 pass and 6 do not; below 100 rows any number passes."""
+    folder = setting[1]
+    good = [row for row in json.loads((folder / "data.json").read_text()) if "image" not in row]
+    bad = {"id": "bad", "conversations": []}
+    for rows, wrong, refused in ((100, 5, False), (100, 6, True), (99, 60, False)):
+        data = tmp_path / f"{rows}-{wrong}.json"
+        data.write_text(json.dumps([bad] * wrong + [good[i % len(good)] for i in range(rows - wrong)]))
+        spec = TargetSpec(targets=("response",))
+        config = replace(config_of(setting, tmp_path / data.stem, shard_size=rows, spec=spec), data=data)
+        if not refused:
+            assert build(config, Silent()).quarantined == {"no_turns": wrong}
+            continue
+        with pytest.raises(KdcacheError, match=r"6 of 100 .*no_turns 6\), more than --max-bad 0.05; .*\(1:"):
+            build(config, Silent())
+        assert build(replace(config, max_bad=1.0), Silent()).quarantined == {"no_turns": 6}
+
+
 def test_a_broken_dataset_stops_early(setting: Setting, tmp_path: Path) -> None:
     teacher, folder = setting
     target = tmp_path / "data"

@@ -16,6 +16,7 @@ from cache_schema.errors import CacheDamaged, KdcacheError
 from cache_schema.format.identity import Fingerprint, digest_of
 from cache_schema.format.sealed import seal, unseal
 from cache_schema.format.spec import TargetSpec
+from cache_schema.version import VERSION
 
 FORMAT_VERSION = 1
 
@@ -86,7 +87,8 @@ class Manifest:
     """What a cache is. Written once.
 
     assets: the teacher's tokenizer and processor files, name -> bytes. created: ISO 8601, UTC. dataset:
-    informative only (name, path as given, image root as given, ...).
+    informative only (name, path as given, image root as given, ...). kdcache_version: of the program that
+    began it; empty where it was not recorded.
     """
 
     fingerprint: Fingerprint
@@ -96,6 +98,7 @@ class Manifest:
     assets: dict[str, bytes] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    kdcache_version: str = VERSION
 
     @property
     def identity(self) -> str:
@@ -114,6 +117,7 @@ class Manifest:
                 "format": "kdcache",
                 "format_version": self.format_version,
                 "created": self.created,
+                "kdcache_version": self.kdcache_version,
                 "identity": self.identity,
                 "fingerprint": self.fingerprint.to_json() | {"digest_of_both": self.fingerprint.digest},
                 "spec": self.spec.to_json(),
@@ -153,6 +157,7 @@ class Manifest:
             assets=assets,
             dataset=document["dataset"],
             format_version=document["format_version"],
+            kdcache_version=document.get("kdcache_version", ""),
         )
 
 
@@ -172,6 +177,7 @@ class CommitRecord:
     cache: the manifest's identity. attempt: the id in the names of its files. counts: samples,
     quarantined, tokens, images, shared_images, response_positions, visual_positions, prompt_positions,
     relations. statistics: see `cache_schema.format.statistics`. seconds: of capture. created: ISO 8601, UTC.
+    kdcache_version: of the program that wrote the shard; empty where it was not recorded.
     """
 
     cache: str
@@ -183,6 +189,7 @@ class CommitRecord:
     engine: dict[str, str]
     seconds: float
     created: str
+    kdcache_version: str = VERSION
 
     @property
     def path(self) -> str:
@@ -199,6 +206,7 @@ class CommitRecord:
                 "shard": self.shard,
                 "attempt": self.attempt,
                 "created": self.created,
+                "kdcache_version": self.kdcache_version,
                 "seconds": self.seconds,
                 "engine": self.engine,
                 "counts": self.counts,
@@ -216,6 +224,7 @@ class CommitRecord:
         document["files"] = tuple(
             StoredFile(path=f["path"], bytes=f["bytes"], sha256=f["sha256"]) for f in document["files"]
         )
+        document.setdefault("kdcache_version", "")
         return cls(**{name: document[name] for name in cls.__dataclass_fields__})
 
 

@@ -18,6 +18,7 @@ from cache_schema.format.records import QuarantinedRow
 from cache_schema.operations.partial_shards import Piece
 from cache_schema.operations.reshard import Shards, arrange, plan_of, write_cache
 from cache_schema.progress import Progress, Silent, task
+from cache_schema.version import VERSION
 
 
 def merge(caches: Sequence[str], out: str, progress: Progress | None = None) -> dict[str, Any]:
@@ -120,6 +121,7 @@ def _new_plan(caches: Sequence[Cache], progress: Progress) -> tuple[Manifest, Sh
         fingerprint=_fingerprint(caches),
         plan=plan_of(shards),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        kdcache_version=VERSION,
         dataset=_about(caches, first_rows),
     )
     return manifest, shards

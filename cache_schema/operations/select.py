@@ -16,6 +16,7 @@ from cache_schema.operations.partial_shards import Piece
 from cache_schema.operations.reshard import arrange, plan_of, write_cache
 from cache_schema.operations.scores import scores_of
 from cache_schema.progress import Progress, Silent, task
+from cache_schema.version import VERSION
 
 Columns = dict[str, list[Any]]
 
@@ -51,6 +52,7 @@ def select(cache: str, where: str, out: str, progress: Progress | None = None) -
         source.manifest,
         plan=plan_of(shards),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        kdcache_version=VERSION,
         dataset=source.manifest.dataset | {"selected": where},
     )
     return {"of_samples": len(source)} | write_cache(out, manifest, shards, "writing", progress)

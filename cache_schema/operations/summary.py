@@ -38,6 +38,7 @@ def summarise(cache: Cache) -> dict[str, Any]:
         "cache": cache.url,
         "format_version": cache.manifest.format_version,
         "created": cache.manifest.created,
+        "kdcache_version": cache.manifest.kdcache_version,
         "identity": cache.manifest.identity,
         "teacher": _teacher(cache),
         "dataset": cache.manifest.dataset,
