@@ -22,9 +22,6 @@ from cache_schema.format.records import (
     Relation,
     StoredRelation,
     TopK,
-    labels_of,
-    prompt_positions_of,
-    response_positions_of,
 )
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
@@ -138,15 +135,13 @@ class Extractor:
             owned.append(key is None or (key not in seen and key not in claimed))
             if key is not None:
                 claimed.add(key)
-        response = response_positions_of(labels_of(sample.input_ids, sample.label_spans))
-        visual = np.concatenate([np.empty(0, np.int32), *(image.positions for image in sample.images)])
-        prompt = prompt_positions_of(len(sample), response, visual)
+        positions = sample.positions
         return _Wanted(
             sample=sample,
             keys=keys,
             owned=owned,
-            response=response if "response" in self._spec.targets else None,
-            prompt=prompt if "prompt" in self._spec.targets else None,
+            response=positions["response"] if "response" in self._spec.targets else None,
+            prompt=positions["prompt"] if "prompt" in self._spec.targets else None,
         )
 
     def _run(self, groups: Sequence[Sequence[_Wanted]]) -> list[Captured]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from cache_schema.datasets.conversations import Conversation
 from cache_schema.datasets.images import OpenedImage, open_image, unpack_embedded
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.format.records import ImageRecord
+from cache_schema.format.records import ImageRecord, labels_of, positions_by_kind
+from cache_schema.format.spec import Kind
 from pipeline.encode import Encoded, encode
 from pipeline.settings import OverLong
 from pipeline.templates import ChatTemplate, Rendered
@@ -54,6 +55,12 @@ class PreparedSample:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def positions(self) -> dict[Kind, NDArray[np.int32]]:
+        """Its positions by kind."""
+        labels = labels_of(self.input_ids, self.label_spans)
+        return positions_by_kind(labels, (image.positions for image in self.images))
 
     @property
     def pixel_bytes(self) -> int:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
-from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK
+from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK, positions_by_kind
+from cache_schema.format.spec import KINDS, Kind
 from models.inputs import open_recorded, pad
 from student.losses import Denominators, DistillationTargets, PositionTargets, RelationTargets
 from student.pixels import PixelInputs
@@ -124,7 +125,7 @@ class Collator:
             name: _position_targets(samples, length, name, self.sample_temperature)
             if name in self.targets
             else None
-            for name in ("response", "visual", "prompt")
+            for name in KINDS
         }
         relations = _relation_targets(samples, length) if "relation" in self.targets else ()
         return DistillationTargets(relations=relations, **kinds)
@@ -196,17 +197,13 @@ def respan(sample: Sample, placeholders: int, image_token_id: int) -> Sample:
         input_ids[positions] = image_token_id
         labels[positions] = IGNORE_INDEX
         images.append(replace(image, positions=positions))
-    visual = np.concatenate([image.positions for image in images]) if images else sample.visual_positions
     return replace(
         sample,
         input_ids=input_ids,
         labels=labels,
-        response_positions=(new_end[sample.response_positions] - 1).astype(np.int32),
-        visual_positions=visual,
+        positions=positions_by_kind(labels, (image.positions for image in images)),
         images=tuple(images),
-        visual=None,
-        prompt=None,
-        prompt_positions=np.zeros(0, dtype=np.int32),
+        records={**sample.records, "visual": None, "prompt": None},
         relations=[],
         model_inputs={},
     )
@@ -229,13 +226,12 @@ def _extra_inputs(samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
 
 
 def _position_targets(
-    samples: Sequence[Sample], length: int, kind: str, sample_temperature: float
+    samples: Sequence[Sample], length: int, kind: Kind, sample_temperature: float
 ) -> PositionTargets | None:
     """The TopK records of all samples, one after the other, with their places in hidden.reshape(B * T, D)."""
     records: list[tuple[int, NDArray[Any], TopK]] = []
     for place, sample in enumerate(samples):
-        record: TopK | None = getattr(sample, kind)
-        positions = getattr(sample, f"{kind}_positions")
+        record, positions = sample.records[kind], sample.positions[kind]
         if record is None or len(record) == 0:
             continue
         if len(record) != len(positions):

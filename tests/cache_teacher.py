@@ -14,7 +14,8 @@ from cache_schema.format.records import (
     QuarantinedRow,
     Relation,
     TopK,
-    prompt_positions_of,
+    labels_of,
+    positions_by_kind,
 )
 from cache_schema.format.shard import response_count
 from cache_schema.format.spec import TargetSpec
@@ -100,9 +101,8 @@ def make_sample(row: int, spec: TargetSpec, *, tokens: int = 9, share: bool = Fa
         start += tokens + 1
     responses = response_count(spans)
     ids = rng.integers(0, VOCAB, size=length).astype(np.int32)
-    visual_positions = np.concatenate([np.zeros(0, np.int32), *(i.record.positions for i in images)])
-    response_positions = np.concatenate([np.arange(a - 1, b - 1) for a, b in spans])
-    prompts = len(prompt_positions_of(length, response_positions, visual_positions))
+    kinds = positions_by_kind(labels_of(ids, spans), (image.record.positions for image in images))
+    prompts = len(kinds["prompt"])
     return CapturedSample(
         row=row,
         sample_id=f"id-{row // 2}",

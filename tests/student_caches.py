@@ -24,7 +24,7 @@ from cache_schema import (
 from cache_schema.datasets.images import open_image
 from cache_schema.format.identity import Fingerprint, tokenizer_digest
 from cache_schema.format.manifest import Manifest, Plan
-from cache_schema.format.records import labels_of, prompt_positions_of, response_positions_of
+from cache_schema.format.records import labels_of, positions_by_kind
 from tests.tiny_models import END, IMAGE, tiny_llava, write_png
 
 SPEC = TargetSpec(top_k=16, precision="full", temperatures=(1.0, 2.0))
@@ -159,8 +159,8 @@ def _sample(
     )
     spans = np.array([[len(ids) - len(answer), len(ids)]], np.int32)
     labels = labels_of(ids, spans)
-    response = response_positions_of(labels)
-    visual = records[0].positions if records else np.zeros(0, np.int32)
+    positions = positions_by_kind(labels, (record.positions for record in records))
+    response, visual, rest = positions["response"], positions["visual"], positions["prompt"]
     logits = _logits(model, ids, pixels, visual, len(tokenizer))
     images = tuple(
         CapturedImage(
@@ -170,7 +170,6 @@ def _sample(
         )
         for record in records
     )
-    rest = prompt_positions_of(len(ids), response, visual)
     following = np.append(ids[1:], 0)
     return CapturedSample(
         row=row,

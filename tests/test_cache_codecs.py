@@ -267,11 +267,11 @@ def test_spans_are_the_runs_of_positions(positions: set[int]) -> None:
 
 @given(st.lists(st.integers(0, 20), min_size=0, max_size=6, unique=True).map(sorted))
 def test_responses_are_counted_as_labels_are(edges: list[int]) -> None:
-    from cache_schema.format.records import labels_of, response_positions_of
+    from cache_schema.format.records import labels_of, positions_by_kind
 
     spans = np.array(edges[: len(edges) // 2 * 2], np.int32).reshape(-1, 2)
     ids = np.arange(21, dtype=np.int32)
-    assert response_count(spans) == len(response_positions_of(labels_of(ids, spans)))
+    assert response_count(spans) == len(positions_by_kind(labels_of(ids, spans), ())["response"])
 
 
 def test_documents_round_trip() -> None:

@@ -12,7 +12,7 @@ from cache_schema import (
     TopK,
     open_cache,
 )
-from cache_schema.format.records import CapturedSample, labels_of, response_positions_of
+from cache_schema.format.records import CapturedSample, labels_of, positions_by_kind
 from tests.cache_teacher import build_cache, capture, make_manifest
 
 SPECS = {
@@ -52,7 +52,7 @@ def assert_sample(found: Sample, given: CapturedSample, spec: TargetSpec) -> Non
     np.testing.assert_array_equal(found.input_ids, given.input_ids)
     labels = labels_of(given.input_ids, given.label_spans)
     np.testing.assert_array_equal(found.labels, labels)
-    np.testing.assert_array_equal(found.response_positions, response_positions_of(labels))
+    np.testing.assert_array_equal(found.response_positions, positions_by_kind(labels, ())["response"])
     assert len(found.images) == len(given.images)
     for a, b in zip(found.images, given.images, strict=True):
         assert (a.path, a.sha256, a.width, a.height) == (b.record.path, b.record.sha256, 24, 24)

@@ -17,8 +17,7 @@ from cache_schema.format.records import (
     Sample,
     TopK,
     labels_of,
-    prompt_positions_of,
-    response_positions_of,
+    positions_by_kind,
 )
 from cache_schema.format.shard import positions_of
 from cache_schema.format.spec import TargetSpec
@@ -52,23 +51,21 @@ class ShardBlock:
         row = self._rows[position]
         input_ids = self._input_ids.numbers(position)
         labels = labels_of(input_ids, self._label_spans.numbers(position).reshape(-1, 2))
-        response_positions = response_positions_of(labels)
         images = self._image_rows[self._images.slice(position)]
         records = tuple(_image_record(image) for image in images)
-        visual_positions = np.concatenate([np.zeros(0, np.int32), *(r.positions for r in records)])
-        prompt_positions = prompt_positions_of(len(input_ids), response_positions, visual_positions)
+        positions = positions_by_kind(labels, (record.positions for record in records))
         return Sample(
             row=row["row"],
             sample_id=row["sample_id"],
             input_ids=input_ids,
             labels=labels,
-            response_positions=response_positions,
-            visual_positions=visual_positions,
-            prompt_positions=prompt_positions,
+            positions=positions,
             images=records,
-            response=self._span("response", row["response_start"], len(response_positions)),
-            visual=self._visual(images, records),
-            prompt=self._span("prompt", row["prompt_start"], len(prompt_positions)),
+            records={
+                "response": self._span("response", row["response_start"], len(positions["response"])),
+                "visual": self._visual(images, records),
+                "prompt": self._span("prompt", row["prompt_start"], len(positions["prompt"])),
+            },
             relations=self._relations_of(images),
             model_inputs={entry["name"]: _array_of(entry) for entry in row["model_inputs"]},
         )

@@ -7,12 +7,14 @@ t + 1 given tokens 0..t.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cache_schema.format.spec import Kind
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -151,24 +153,50 @@ class QuarantinedRow:
 class Sample:
     """One sample of a cache. Parts that were not captured are None or empty.
 
-    input_ids, labels (T,) int32 (labels: IGNORE_INDEX where not supervised). response_positions (R,),
-    visual_positions (sum of P,), prompt_positions int32; `response`, `visual`, `prompt` hold their rows
-    in the order of those positions; visual positions of all images, in order.
+    input_ids, labels (T,) int32 (labels: IGNORE_INDEX where not supervised). positions: of every kind int32,
+    ascending; visual ones of all images, in order. records: by kind, in the order of those positions.
+    relations: one per image.
     """
 
     row: int
     sample_id: str
     input_ids: Int32
     labels: Int32
-    response_positions: Int32
-    visual_positions: Int32
-    prompt_positions: Int32
+    positions: Mapping[Kind, Int32]
     images: tuple[ImageRecord, ...]
-    response: TopK | None
-    visual: TopK | None
-    prompt: TopK | None
+    records: Mapping[Kind, TopK | None]
     relations: list[Relation]
     model_inputs: Mapping[str, NDArray[np.generic]]
+
+    @property
+    def response_positions(self) -> Int32:
+        """(R,) int32."""
+        return self.positions["response"]
+
+    @property
+    def visual_positions(self) -> Int32:
+        """(sum of P,) int32."""
+        return self.positions["visual"]
+
+    @property
+    def prompt_positions(self) -> Int32:
+        """(N,) int32."""
+        return self.positions["prompt"]
+
+    @property
+    def response(self) -> TopK | None:
+        """The records at response positions."""
+        return self.records["response"]
+
+    @property
+    def visual(self) -> TopK | None:
+        """The records at visual positions."""
+        return self.records["visual"]
+
+    @property
+    def prompt(self) -> TopK | None:
+        """The records at prompt positions."""
+        return self.records["prompt"]
 
 
 def labels_of(input_ids: Int32, label_spans: Int32) -> Int32:
@@ -179,14 +207,16 @@ def labels_of(input_ids: Int32, label_spans: Int32) -> Int32:
     return labels
 
 
-def response_positions_of(labels: Int32) -> Int32:
-    """Every t whose label t + 1 is supervised, ascending."""
-    return np.flatnonzero(labels[1:] != IGNORE_INDEX).astype(np.int32)
+def positions_by_kind(labels: Int32, images: Iterable[Int32]) -> dict[Kind, Int32]:
+    """The positions of each kind in a sample with labels (T,) and the visual tokens (P,) of its images.
 
-
-def prompt_positions_of(length: int, response: Int32, visual: Int32) -> Int32:
-    """Every position of 0..length-1 that is neither a response nor a visual position."""
-    rest = np.ones(length, dtype=bool)
+    response: every t whose label t + 1 is supervised; visual: the images' tokens, image after image; prompt:
+    every position that is neither.
+    """
+    response = np.flatnonzero(labels[1:] != IGNORE_INDEX).astype(np.int32)
+    visual = np.concatenate([np.zeros(0, np.int32), *images])
+    rest = np.ones(len(labels), dtype=bool)
     rest[response] = False
     rest[visual] = False
-    return np.flatnonzero(rest).astype(np.int32)
+    prompt = np.flatnonzero(rest).astype(np.int32)
+    return {"response": response, "visual": visual, "prompt": prompt}

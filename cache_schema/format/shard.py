@@ -20,7 +20,7 @@ from cache_schema.errors import CacheDamaged
 from cache_schema.format.codecs.relation import encode_relation, pack_relations
 from cache_schema.format.codecs.topk import Arrays, encode_topk, join_topk
 from cache_schema.format.records import CapturedImage, CapturedSample, QuarantinedRow, StoredRelation, TopK
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import KINDS, TargetSpec
 from cache_schema.format.statistics import relation_statistics, sample_statistics, topk_statistics
 
 _SPANS = pa.list_(pa.list_(pa.int32(), 2))
@@ -105,7 +105,7 @@ class _Targets:
 
     def __init__(self, spec: TargetSpec) -> None:
         self.spec = spec
-        self.blocks: dict[str, list[TopK]] = {"response": [], "visual": [], "prompt": []}
+        self.blocks: dict[str, list[TopK]] = {kind: [] for kind in KINDS}
         self.lengths = dict.fromkeys(self.blocks, 0)
         self.relations: list[StoredRelation] = []
         self.shared = 0

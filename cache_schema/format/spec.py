@@ -8,7 +8,12 @@ from typing import Annotated, Any, Literal, get_args
 from cache_schema.errors import WrongUsage
 from cache_schema.settings import Help, at_least, check, positive, within
 
-Target = Literal["response", "visual", "relation", "prompt"]
+Kind = Literal["response", "visual", "prompt"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""The kinds of positions. A position may be of two: the last visual token before an answer is a response
+position too."""
+
+Target = Literal[Kind, "relation"]
 Precision = Literal["compact", "full"]
 RelationForm = Literal["factor", "exact"]
 Field = Literal["logsumexp", "entropy"]

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache, open_cache
-from cache_schema.format.records import Relation, Sample, TopK
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.records import Relation, Sample
+from cache_schema.format.spec import KINDS, Kind, TargetSpec
 from cache_schema.operations.scores import scores_of
 from cache_schema.progress import Progress, Silent, task
 
-KINDS = ("response", "visual", "prompt")
 ROWS = 64
 """Samples per row group."""
 
@@ -102,12 +101,10 @@ def table_of(samples: Sequence[Sample], spec: TargetSpec) -> pa.Table:
     return pa.table(columns)
 
 
-def _kind(samples: Sequence[Sample], kind: str, spec: TargetSpec) -> dict[str, pa.Array]:
+def _kind(samples: Sequence[Sample], kind: Kind, spec: TargetSpec) -> dict[str, pa.Array]:
     """The columns of one kind of position; a sample without such positions has empty lists."""
-    records: list[TopK | None] = [getattr(sample, kind) for sample in samples]
-    columns = {
-        f"{kind}_positions": _lists([getattr(sample, f"{kind}_positions") for sample in samples], np.int32)
-    }
+    records = [sample.records[kind] for sample in samples]
+    columns = {f"{kind}_positions": _lists([sample.positions[kind] for sample in samples], np.int32)}
     names = [*_MATRICES, *(name for name in _NUMBERS if name not in spec.without)]
     names += ["label_logprob"] if kind != "visual" else []
     names += ["sampled_ids", "sampled_counts"] if spec.tail_samples else []

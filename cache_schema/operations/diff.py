@@ -10,12 +10,12 @@ import numpy as np
 
 from cache_schema.format.cache import Cache
 from cache_schema.format.identity import compare
-from cache_schema.format.records import Sample, TopK
+from cache_schema.format.records import Sample
+from cache_schema.format.spec import KINDS, Kind
 from cache_schema.operations.divergence import kl, relation_cosine
 from cache_schema.operations.settings import DiffConfig
 from cache_schema.progress import Progress, Silent, task
 
-KINDS = ("response", "visual", "prompt")
 LISTED = 10
 
 
@@ -174,8 +174,7 @@ class _Found:
 
     def add(self, a: Sample, b: Sample) -> None:
         for kind in KINDS:
-            x: TopK | None = getattr(a, kind)
-            y: TopK | None = getattr(b, kind)
+            x, y = a.records[kind], b.records[kind]
             if x is None or y is None or not len(x):
                 continue
             values = kl(x, y)
@@ -186,7 +185,7 @@ class _Found:
             self.cosines.append(relation_cosine(one, other))
             self.worst_relation = min(self.worst_relation, (self.cosines[-1], a.row))
 
-    def kind(self, kind: str) -> KindDifference:
+    def kind(self, kind: Kind) -> KindDifference:
         values = np.concatenate(self.kl[kind]).astype(np.float64)
         mean, row = self.worst[kind]
         return KindDifference(

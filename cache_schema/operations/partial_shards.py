@@ -20,8 +20,7 @@ from cache_schema.format.records import (
     QuarantinedRow,
     StoredRelation,
     labels_of,
-    prompt_positions_of,
-    response_positions_of,
+    positions_by_kind,
 )
 from cache_schema.format.shard import (
     QUARANTINE_SCHEMA,
@@ -31,10 +30,8 @@ from cache_schema.format.shard import (
     write_groups,
     write_table,
 )
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import KINDS, TargetSpec
 from cache_schema.format.statistics import relation_statistics, sample_statistics, topk_statistics
-
-KINDS = ("response", "visual", "prompt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,15 +106,12 @@ class _Joined:
 
         for row in table.take(piece.keep).to_pylist():
             spans = np.array(row["label_spans"], np.int32).reshape(-1, 2)
-            response = response_positions_of(labels_of(np.array(row["input_ids"], np.int32), spans))
             images = [positions_of(image["spans"]) for image in row["images"]]
+            kinds = positions_by_kind(labels_of(np.array(row["input_ids"], np.int32), spans), images)
             row["row"] += piece.offset
-            if row["response_start"] is not None:
-                row["response_start"] = take("response", row["response_start"], len(response))
-            if row["prompt_start"] is not None:
-                everywhere = np.concatenate([np.zeros(0, np.int32), *images])
-                rest = prompt_positions_of(row["tokens"], response, everywhere)
-                row["prompt_start"] = take("prompt", row["prompt_start"], len(rest))
+            for kind in ("response", "prompt"):
+                if row[f"{kind}_start"] is not None:
+                    row[f"{kind}_start"] = take(kind, row[f"{kind}_start"], len(kinds[kind]))
             for image, positions in zip(row["images"], images, strict=True):
                 start, relation = image["visual_start"], image["relation"]
                 self.shared += start in visual or relation in related
@@ -183,4 +177,5 @@ def _sample_of(row: Mapping[str, Any]) -> CapturedSample:
 
 
 def _response_of(sample: CapturedSample) -> NDArray[np.int32]:
-    return response_positions_of(labels_of(sample.input_ids, sample.label_spans))
+    labels = labels_of(sample.input_ids, sample.label_spans)
+    return positions_by_kind(labels, ())["response"]

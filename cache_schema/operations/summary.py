@@ -12,10 +12,10 @@ import numpy as np
 
 from cache_schema.format.cache import Cache
 from cache_schema.format.manifest import CommitRecord
+from cache_schema.format.spec import KINDS
 from cache_schema.format.statistics import MASS_EDGES, RANK_EDGES
 from cache_schema.operations.build_state import build_state
 
-KINDS = ("response", "visual", "prompt")
 SHOWN = 5
 
 

@@ -204,16 +204,10 @@ class _Verification:
             rows.append(sample.row)
             counts.update(tokens=len(sample.input_ids), images=len(sample.images))
             where = f"sample {position} (row {sample.row})"
-            parts = {"response": sample.response, "visual": sample.visual, "prompt": sample.prompt}
-            positions = {
-                "response": len(sample.response_positions),
-                "visual": len(sample.visual_positions),
-                "prompt": len(sample.prompt_positions),
-            }
-            for kind, topk in parts.items():
+            for kind, topk in sample.records.items():
                 if kind not in spec.targets or (kind == "visual" and not sample.images):
                     continue
-                if topk is None or len(topk) != positions[kind]:
+                if topk is None or len(topk) != len(sample.positions[kind]):
                     self._problem(base + kind, f"{where}: its targets are missing", REMAKE)
                     continue
                 if kind != "visual":  # an image's rows may serve several samples
@@ -227,9 +221,9 @@ class _Verification:
                     self._problem(base + "relation", f"{where}: {what}", REMAKE)
         if sorted(rows) != np.sort(manifest.plan.rows_of(record.shard)).tolist():
             self._problem(record.path, "samples and quarantine do not match the rows of the plan", REMAKE)
-        for kind, count in counts.items():
-            if record.counts[kind] != count:
-                self._problem(record.path, f"{kind}: {record.counts[kind]} counted, {count} there", REMAKE)
+        for name, count in counts.items():
+            if record.counts[name] != count:
+                self._problem(record.path, f"{name}: {record.counts[name]} counted, {count} there", REMAKE)
 
     def _sort_the_rest(self, files: dict[str, int]) -> None:
         """Files that no commit record lists: leftovers of attempts, or unknown files."""

@@ -14,7 +14,7 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.codecs.topk import topk_rows
 from cache_schema.format.records import Relation, TopK
-from cache_schema.format.spec import Precision, TargetSpec
+from cache_schema.format.spec import KINDS, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress, task
 from models.head import Head
@@ -56,7 +56,7 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
         seed=config.seed,
     )
     survey = surveyor.run(draw, student, progress)
-    kinds = [kind for kind in ("response", "visual", "prompt") if kind in survey.records]
+    kinds = [kind for kind in KINDS if kind in survey.records]
     targets = config.build.spec.targets
     missing = [
         name for name in targets if name not in kinds and not (name == "relation" and survey.relations)
@@ -287,10 +287,9 @@ def _document(
 def _standard_error(workload: Workload, by_part: Mapping[str, float]) -> float:
     """Of the total bytes, from having drawn only some rows. Parts that grow with the images err together."""
     of_images = sum(by_part.get(part, 0.0) for part in ("visual", "relation")) * workload.errors["images"]
-    rest = [of_images, by_part.get("visual", 0.0) * workload.errors.get("visual", 0.0)]
-    rest += [by_part.get(kind, 0.0) * workload.errors.get(kind, 0.0) for kind in ("response", "prompt")]
-    rest.append(by_part["samples"] * workload.errors["tokens"])
-    return float(np.sqrt(np.square(rest).sum()))
+    of_kinds = [by_part.get(kind, 0.0) * workload.errors.get(kind, 0.0) for kind in KINDS]
+    of_rows = by_part["samples"] * workload.errors["tokens"]
+    return float(np.sqrt(np.square([of_images, *of_kinds, of_rows]).sum()))
 
 
 def _teacher(model: torch.nn.Module, head: Head, folder: str, engine: dict[str, str]) -> dict[str, Any]:

@@ -21,11 +21,8 @@ from cache_schema.format.records import (
     Relation,
     StoredRelation,
     TopK,
-    labels_of,
-    prompt_positions_of,
-    response_positions_of,
 )
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import KINDS, TargetSpec
 from cache_schema.progress import Progress, task
 from models.folder import load_processor
 from models.head import Head
@@ -151,7 +148,7 @@ class Surveyor:
         self._seen: set[str] = set()
         self._positions = positions
         self._seed = seed
-        self._kinds = [kind for kind in ("response", "visual", "prompt") if kind in spec.targets]
+        self._kinds = [kind for kind in KINDS if kind in spec.targets]
         self._wanted: dict[int, list[NDArray[np.integer]]] = {}
         self._picks: dict[int, dict[str, NDArray[np.integer]]] = {}
         self._fresh: dict[int, list[int]] = {}  # row -> its images that no earlier row has
@@ -240,7 +237,7 @@ class Surveyor:
         fresh = [number for number, key in enumerate(keys) if key is None or key not in self._seen]
         self._seen.update(filter(None, keys))
         self._fresh[sample.row] = fresh
-        places = _positions_of(sample)
+        places = sample.positions
         images = [sample.images[number].positions for number in fresh]
         places["visual"] = np.concatenate([np.empty(0, np.int32), *images])
         generator = np.random.default_rng((self._seed, sample.row))
@@ -332,14 +329,3 @@ def sharing_of(job: Job, draw: Draw, seed: int, progress: Progress) -> float | N
 
 def _joined(states: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     return {kind: torch.cat(parts) for kind, parts in states.items() if parts}
-
-
-def _positions_of(sample: PreparedSample) -> dict[str, NDArray[np.int32]]:
-    """Positions of a sample by kind, as the capture takes them."""
-    response = response_positions_of(labels_of(sample.input_ids, sample.label_spans))
-    visual = np.concatenate([np.empty(0, np.int32), *(image.positions for image in sample.images)])
-    return {
-        "response": response,
-        "visual": visual,
-        "prompt": prompt_positions_of(len(sample), response, visual),
-    }
