@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from cache_schema import open_cache
-from cache_schema.datasets.rows import JsonSource
+from cache_schema.datasets.json_rows import JsonSource
 from cache_schema.errors import KdcacheError
 from cache_schema.format.spec import TargetSpec
 from cache_schema.operations.summary import summarise
