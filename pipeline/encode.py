@@ -13,23 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cache_schema.errors import RowRejected
+from cache_schema.errors import RowRejected, first_line
 from models.tokens import adds_special_tokens
 from pipeline.templates import Rendered
-
-# Whatever a processor raises on one strange row (a lone surrogate, an image 1 pixel wide) is that row's
-# fault; where every row fails, the build stops before it begins.
-_REFUSALS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StopIteration,
-    TypeError,
-    ValueError,
-)
 
 Span = tuple[int, int]
 Mask = NDArray[np.bool_]
@@ -127,8 +113,10 @@ def _call(processor: Any, images: Sequence[Image.Image], **texts: list[str]) -> 
                 **texts,
             )
         )
-    except _REFUSALS as error:
-        raise RowRejected("processor", f"the processor refuses the row: {error}") from error
+    except Exception as error:
+        # Whatever it raises on one strange row (a lone surrogate, an image 1 pixel wide) is that row's fault;
+        # where every row fails, the build stops before it begins.
+        raise RowRejected("processor", f"the processor refuses the row: {first_line(error)}") from error
     replacements = output.pop("text_replacement_offsets", None)  # of no use without images
     offsets = output.pop("offset_mapping")[0].numpy()
     ids = output.pop("input_ids")[0].numpy().astype(np.int32)

@@ -119,7 +119,7 @@ class SamplePreparer:
         raise RowRejected("over_long", f"{len(sample)} tokens with its images, more than {self._max_length}")
 
     def _prepare(self, conversation: Conversation, images: list[OpenedImage]) -> PreparedSample:
-        rendered = self._template.render(conversation.messages)
+        rendered = self._template.render(conversation.messages, conversation.supervised)
         encoded = encode(self._processor, rendered, [image.image for image in images])
         positions = self._image_positions(encoded, len(images))
         spans = self._label_spans(conversation, rendered, encoded)
@@ -164,24 +164,15 @@ class SamplePreparer:
     ) -> NDArray[np.int32]:
         """Token ranges (S, 2) of the answers, each checked to decode to what the template wrote."""
         spans, written = [], []
-        learned = conversation.supervised or (True,) * len(rendered.spans)
-        if len(learned) != len(rendered.spans):
-            raise RowRejected(
-                "turn_weight",
-                "the template marks other spans than answers, so none can be left out by its weight",
-            )
-        for (start, end), (first, last), learn in zip(rendered.spans, encoded.answers, learned, strict=True):
-            if first == last or not learn:
+        for (start, end), (first, last) in zip(rendered.spans, encoded.answers, strict=True):
+            if first == last:
                 continue
             expected = rendered.text[start:end]
             self._check_span(self._decode(encoded.ids[first:last]), expected)
             spans.append((first, last))
             written.append(expected)
-        wanted = [
-            answer
-            for number, answer in enumerate(conversation.answers)
-            if not conversation.supervised or learned[number]
-        ]
+        learned = conversation.supervised or (True,) * len(conversation.answers)
+        wanted = [answer for answer, learn in zip(conversation.answers, learned, strict=True) if learn]
         missing = _first_missing(wanted, written)
         if missing is not None:
             raise RowRejected("span_mismatch", f"the answer {missing[:60]!r} is not in the supervised text")
