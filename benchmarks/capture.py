@@ -36,9 +36,10 @@ from cache_schema.datasets.rows import open_dataset
 from cache_schema.progress import Silent
 from models.folder import load_processor
 from pipeline.capture import BuildConfig, build
-from pipeline.extract import Extractor, batches
-from pipeline.packing import Pack
+from pipeline.extract import Extractor
+from pipeline.packing import Pack, batches
 from pipeline.samples import PreparedSample, SamplePreparer
+from pipeline.shard_capture import ShardCapture
 from pipeline.templates import load_template
 from pipeline.transformers_engine import TransformersEngine, load_engine
 
@@ -103,8 +104,7 @@ def plain(engine: TransformersEngine, samples: Sequence[PreparedSample]) -> None
 
 def capture(extractor: Extractor, samples: Sequence[PreparedSample]) -> None:
     """The capture of samples that are prepared already."""
-    for _ in extractor.capture(samples, set()):
-        pass
+    ShardCapture(extractor).run(samples)
 
 
 def seconds_per_sample(work: Callable[[], None], samples: int) -> tuple[float, float]:

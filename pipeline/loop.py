@@ -1,4 +1,8 @@
-"""The capture loop: shards, windows of prepared samples, batches, and the writer, all at once."""
+"""The capture loop: shards, windows of prepared samples, batches, and the writer, all at once.
+
+The main thread does nothing but launch. Samples are prepared in threads, records come to the host in
+another (pipeline.extract), and one more finishes shards: it waits for their last records and writes them.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,14 @@ from cache_schema.format.records import CapturedSample, QuarantinedRow
 from cache_schema.format.writer import CacheWriter
 from cache_schema.interrupt import Interrupt
 from cache_schema.progress import Progress, task
+from pipeline.assemble import Captured
 from pipeline.engine import Engine, RecordEngine
-from pipeline.extract import Captured, Extractor
+from pipeline.extract import Extractor
 from pipeline.job import Job
 from pipeline.prefetch import Prefetch
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import MAX_BAD, MAX_BAD_FROM
+from pipeline.shard_capture import ShardCapture
 
 _WINDOW_BYTES = 512 << 20  # pixels prepared at once; up to three windows are in memory
 
@@ -43,8 +49,19 @@ class _Shard:
 
     index: int
     started: float
-    results: dict[int, Captured] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
+    capture: ShardCapture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Finished:
+    """A shard that was written (record None: another worker was first), or its samples to capture again.
+
+    captured: what came to the host at its end.
+    """
+
+    captured: list[Captured]
+    orphans: list[PreparedSample] = field(default_factory=list)
+    record: CommitRecord | None = None
 
 
 class CaptureLoop:
@@ -69,6 +86,7 @@ class CaptureLoop:
         self._elsewhere = 0  # rows of shards that others committed, or earlier runs
         self._bad: Counter[str] = Counter()  # of the whole cache, by reason
         self._good = 0
+        self._finishing: tuple[_Shard, Future[_Finished]] | None = None
 
     def run(self, rank: int, world_size: int, commits: list[CommitRecord]) -> None:
         """Captures until no shard is pending. commits: what the cache already has.
@@ -89,7 +107,7 @@ class CaptureLoop:
             Prefetch(windows) as ready,
         ):
             self._progress.update(self._elsewhere)
-            writing: Future[CommitRecord | None] | None = None
+            self._disk = disk
             shard: _Shard | None = None
             finished: set[int] = set()  # by others, while they were being prepared here
             try:
@@ -100,15 +118,18 @@ class CaptureLoop:
                         if self._writer.is_committed(window.shard):  # since it was prepared
                             finished.add(window.shard)
                             continue
-                        shard = _Shard(index=window.shard, started=time.monotonic())
+                        shard = _Shard(
+                            index=window.shard,
+                            started=time.monotonic(),
+                            capture=ShardCapture(self._extractor),
+                        )
                     self._capture(window, shard, interrupt)
                     if window.last:
-                        self._refuse_bad_data(shard)
-                        self._settle(writing)
-                        writing = disk.submit(self._write, shard)
+                        self._settle()
+                        self._finishing = shard, disk.submit(self._finish, shard)
                         shard = None
             finally:
-                self._settle(writing)  # also on the way out: a full disk is told, not hidden
+                self._settle()  # also on the way out: a full disk is told, not hidden
 
     # ---- preparing, in the prefetch thread ----
 
@@ -157,28 +178,40 @@ class CaptureLoop:
     # ---- capturing, in the main thread ----
 
     def _capture(self, window: Window, shard: _Shard, interrupt: Interrupt) -> None:
-        shard.results |= {row.row: row for row in window.rejected}
+        shard.capture.results |= {row.row: row for row in window.rejected}
         self._rows += len(window.rejected)
-        for captured in self._extractor.capture(window.samples, shard.seen):
-            for result in captured:
-                fresh = result.row not in shard.results
-                shard.results[result.row] = result
-                if fresh:
-                    self._rows += 1
-                    if isinstance(result, CapturedSample):
-                        self._samples += 1
-                        self._tokens += len(result.input_ids)
+        for captured in shard.capture.launch(window.samples):
+            self._count(captured)
             self._show()
             if interrupt.asked:
                 raise StoppedEarly(
                     "stopped on request; finished shards are kept: run the same command again to go on"
                 )
 
+    def _count(self, captured: list[Captured]) -> None:
+        self._rows += len(captured)
+        for result in captured:
+            if isinstance(result, CapturedSample):
+                self._samples += 1
+                self._tokens += len(result.input_ids)
+
+    # ---- finishing and writing, in a thread of its own ----
+
+    def _finish(self, shard: _Shard) -> _Finished:
+        """Writes a shard once its records are all there, unless samples of it must be captured again."""
+        captured = shard.capture.finish()
+        orphans = shard.capture.orphans()
+        if orphans:
+            return _Finished(captured=captured, orphans=orphans)
+        self._refuse_bad_data(shard)
+        return _Finished(captured=captured, record=self._write(shard))
+
     def _refuse_bad_data(self, shard: _Shard) -> None:
         """KdcacheError when the share of bad rows, of the cache so far and this shard, is over the limit."""
-        bad = [result for result in shard.results.values() if isinstance(result, QuarantinedRow)]
+        results = shard.capture.results
+        bad = [result for result in results.values() if isinstance(result, QuarantinedRow)]
         self._bad.update(row.reason for row in bad)
-        self._good += len(shard.results) - len(bad)
+        self._good += len(results) - len(bad)
         total, asked = self._bad.total(), self._job.config.max_bad
         seen, limit = total + self._good, MAX_BAD if asked is None else asked
         if total > limit * seen and (asked is not None or seen >= MAX_BAD_FROM):
@@ -189,10 +222,8 @@ class CaptureLoop:
                 f"{example}; correct the cause, or go on with a higher --max-bad (1: whatever their share)"
             )
 
-    # ---- writing, in a thread of its own ----
-
     def _write(self, shard: _Shard) -> CommitRecord | None:
-        rows = [shard.results[row] for row in self._job.plan.rows_of(shard.index).tolist()]
+        rows = [shard.capture.results[row] for row in self._job.plan.rows_of(shard.index).tolist()]
         return self._writer.write_shard(
             shard.index,
             [row for row in rows if isinstance(row, CapturedSample)],
@@ -201,11 +232,19 @@ class CaptureLoop:
             seconds=time.monotonic() - shard.started,
         )
 
-    def _settle(self, writing: Future[CommitRecord | None] | None) -> None:
-        """Waits for the shard that is being written; its errors are raised here."""
-        if writing is None:
+    def _settle(self) -> None:
+        """Waits for the shard that is being finished; its errors are raised here."""
+        if self._finishing is None:
             return
-        record = writing.result()
+        shard, future = self._finishing
+        self._finishing = None
+        while (finished := future.result()).orphans:
+            self._count(finished.captured)
+            for captured in shard.capture.launch(finished.orphans):
+                self._count(captured)
+            future = self._disk.submit(self._finish, shard)
+        self._count(finished.captured)
+        record = finished.record
         if record is None:
             self._progress.message("a shard was finished by another worker first; this one's copy is dropped")
         else:

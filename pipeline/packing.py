@@ -6,25 +6,52 @@ positions go on from the prefix's end, so its hidden states are those of the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_schema.format.spec import TargetSpec
 from pipeline.samples import PreparedSample
 
 _LONGEST = 3  # a pack is at most so many times its prefix: beyond, attention over other rests costs more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a capture wants of one sample: the positions whose records are asked for, kind by kind.
+
+    keys: the prefix key of every image, None where images are not shared. owned: for every image whether this
+    sample brings its visual and relation records.
+    """
+
+    keys: tuple[str | None, ...]
+    owned: tuple[bool, ...]
+    response: NDArray[np.int32] | None
+    prompt: NDArray[np.int32] | None
+
+    def positions(self, sample: PreparedSample, spec: TargetSpec) -> list[NDArray[np.int32]]:
+        """Position arrays in the order response, prompt, each owned image."""
+        parts = [part for part in (self.response, self.prompt) if part is not None]
+        if "visual" in spec.targets:
+            images = zip(sample.images, self.owned, strict=True)
+            parts += [image.positions for image, owned in images if owned]
+        return parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """Samples whose first `prefix` ids, and all of whose images, are the same (prefix 0: one sample)."""
+    """Samples whose first `prefix` ids, and all of whose images, are the same; of one sample prefix is 0.
+
+    wanted: what a capture wants of each sample; empty where nothing is captured.
+    """
 
     samples: tuple[PreparedSample, ...]
     prefix: int = 0
+    wanted: tuple[Wanted, ...] = ()
 
     def __len__(self) -> int:
         """Tokens of the packed sequence L."""
@@ -34,6 +61,24 @@ class Pack:
     def first(self) -> PreparedSample:
         """The sample that brings the prefix and the pixels."""
         return self.samples[0]
+
+    def __add__(self, other: Pack) -> Pack:
+        """The pack of both, which share all images; the prefix is as long as all their ids agree."""
+        agreed = [pack.prefix if len(pack.samples) > 1 else len(pack) for pack in (self, other)]
+        shortest = min(agreed)
+        differs = self.first.input_ids[:shortest] != other.first.input_ids[:shortest]
+        return Pack(
+            samples=self.samples + other.samples,
+            prefix=int(np.argmax(differs)) if differs.any() else shortest,
+            wanted=self.wanted + other.wanted,
+        )
+
+    def apart(self) -> list[Pack]:
+        """Each sample as a pack of its own."""
+        return [
+            replace(self, samples=(sample,), prefix=0, wanted=self.wanted[place : place + 1])
+            for place, sample in enumerate(self.samples)
+        ]
 
     def join(self, values: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
         """Per-sample arrays (..., T) as one (..., L): the prefix of the first, then every rest."""
@@ -66,37 +111,51 @@ class Pack:
         return visible
 
 
-def pack_samples(
-    samples: Sequence[PreparedSample], keys: Sequence[str | None], limit: int
-) -> list[list[int]]:
-    """Indices of samples, grouped into packs of at most `limit` tokens.
+def make_pack(samples: Iterable[PreparedSample]) -> Pack:
+    """The pack of samples that share all images."""
+    first, *others = (Pack(samples=(sample,)) for sample in samples)
+    for other in others:
+        first += other
+    return first
+
+
+def pack_samples(samples: Sequence[Pack], keys: Sequence[str | None], limit: int) -> list[Pack]:
+    """Packs of at most `limit` tokens, made of packs of one sample each.
 
     keys: what two samples must share to be packed (the key of the last image: it holds every earlier
-    image and the ids between); None: never packed.
+    image and the ids between); None: never packed. A pack stands where its first sample stood.
     """
-    groups: dict[str, list[list[int]]] = {}
-    found: list[list[int]] = []
-    for index, key in enumerate(keys):
-        if key is not None and key in groups:
-            members = groups[key][-1]
-            pack = make_pack([samples[i] for i in [*members, index]])
+    open_packs: dict[str, int] = {}  # key -> its newest pack
+    found: list[Pack] = []
+    for single, key in zip(samples, keys, strict=True):
+        if key is not None and key in open_packs:
+            pack = found[open_packs[key]] + single
             if len(pack) <= min(limit, _LONGEST * pack.prefix):
-                members.append(index)
+                found[open_packs[key]] = pack
                 continue
-        found.append([index])
         if key is not None:
-            groups.setdefault(key, []).append(found[-1])
+            open_packs[key] = len(found)
+        found.append(single)
     return found
 
 
-def make_pack(samples: Sequence[PreparedSample]) -> Pack:
-    """The pack of samples that share all images; the prefix is as long as their ids agree."""
-    if len(samples) == 1:
-        return Pack(samples=tuple(samples))
-    shortest = min(len(sample) for sample in samples)
-    first = samples[0].input_ids[:shortest]
-    differs = np.zeros(shortest, dtype=bool)
-    for sample in samples[1:]:
-        differs |= sample.input_ids[:shortest] != first
-    prefix = int(np.argmax(differs)) if differs.any() else shortest
-    return Pack(samples=tuple(samples), prefix=prefix)
+def batches(packs: Sequence[Pack], batch_tokens: int) -> list[list[int]]:
+    """Indices of packs, cut into batches of similar length, longest first, at most batch_tokens padded.
+
+    A pack over the budget is a batch of its own. Samples with and without images do not mix, nor do packs
+    of one and of several samples. Depends on the samples alone: every worker forms the same batches.
+    """
+
+    def kind(pack: Pack) -> tuple[bool, bool]:
+        return (not pack.first.images, len(pack.samples) == 1)
+
+    found: list[list[int]] = []
+    for index in sorted(range(len(packs)), key=lambda i: (kind(packs[i]), -len(packs[i]), i)):
+        if found:
+            longest = packs[found[-1][0]]
+            fits = len(longest) * (len(found[-1]) + 1) <= batch_tokens
+            if fits and kind(longest) == kind(packs[index]):
+                found[-1].append(index)
+                continue
+        found.append([index])
+    return found

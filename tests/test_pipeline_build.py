@@ -313,13 +313,13 @@ def test_windows_do_not_depend_on_the_machine(
 ) -> None:
     """Batches are formed inside a window: with other windows another machine's cache would differ."""
     found: list[list[int]] = []
-    whole = Extractor.capture
+    whole = Extractor.launch
 
-    def noted(self: Extractor, samples: Any, seen: set[str]) -> Any:
+    def noted(self: Extractor, samples: Any, claimed: set[str]) -> Any:
         found.append([sample.row for sample in samples])
-        return whole(self, samples, seen)
+        return whole(self, samples, claimed)
 
-    monkeypatch.setattr(Extractor, "capture", noted)
+    monkeypatch.setattr(Extractor, "launch", noted)
     monkeypatch.setattr(loop, "_WINDOW_BYTES", 40_000)
     windows = []
     for threads in (1, 2, 5):

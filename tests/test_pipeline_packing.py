@@ -14,8 +14,7 @@ from cache_schema.progress import Silent
 from models.folder import load_processor
 from models.tokens import image_token_id_of
 from pipeline.capture import BuildConfig, build
-from pipeline.extract import batches
-from pipeline.packing import Pack, make_pack, pack_samples
+from pipeline.packing import Pack, batches, make_pack, pack_samples
 from pipeline.prefix import packing_is_exact, prefix_keys
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.templates import load_template
@@ -68,12 +67,18 @@ def test_equal_samples_and_single_ones_are_packs_too() -> None:
 
 
 def test_packs_stay_within_their_limits() -> None:
-    samples = [a_sample([1] * 10 + [row] * 8) for row in range(2, 9)]
+    samples = [replace(a_sample([1] * 10 + [row] * 8), row=row - 2) for row in range(2, 9)]
+    singles = [Pack(samples=(sample,)) for sample in samples]
+
+    def grouped(keys: list[str | None], limit: int) -> list[list[int]]:
+        packs = pack_samples(singles, keys, limit)
+        assert all(pack == make_pack(pack.samples) for pack in packs)
+        return [[sample.row for sample in pack.samples] for pack in packs]
+
     keys = ["a"] * 6 + [None]
-    groups = pack_samples(samples, keys, limit=1000)
-    assert groups == [[0, 1], [2, 3], [4, 5], [6]], "30 tokens are 3 prefixes"
-    assert pack_samples(samples, keys, limit=20) == [[i] for i in range(7)]
-    assert pack_samples(samples, [None] * 7, limit=1000) == [[i] for i in range(7)]
+    assert grouped(keys, limit=1000) == [[0, 1], [2, 3], [4, 5], [6]], "30 tokens are 3 prefixes"
+    assert grouped(keys, limit=20) == [[i] for i in range(7)]
+    assert grouped([None] * 7, limit=1000) == [[i] for i in range(7)]
 
 
 def test_batches_hold_packs_of_one_kind_within_the_budget() -> None:

@@ -28,13 +28,14 @@ from models.folder import load_processor
 from models.head import Head
 from models.tokens import image_token_id_of
 from pipeline.engine import Engine
-from pipeline.extract import Extractor, batches
+from pipeline.extract import Extractor
 from pipeline.forecast.stand_in import Picked, Witness, require_same_tokens
 from pipeline.forecast.workload import MeasuredSample, Speed
 from pipeline.job import Job
-from pipeline.packing import Pack
+from pipeline.packing import Pack, batches
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample, SamplePreparer
+from pipeline.shard_capture import ShardCapture
 from pipeline.transformers_engine import load_engine
 
 _WINDOW_BYTES = 256 << 20  # pixels in memory at once
@@ -181,10 +182,9 @@ class Surveyor:
                 for sample in window:
                     self._pick(sample)
                 started = time.perf_counter()
-                captured = [one for batch in self._extractor.capture(window, set()) for one in batch]
+                results = ShardCapture(self._extractor).run(window)
                 seconds += time.perf_counter() - started
                 tokens += sum(map(len, window))
-                results = {one.row: one for one in captured}  # of a row that came twice the later one counts
                 good = [sample for sample in window if isinstance(results[sample.row], CapturedSample)]
                 theirs = self._student_states_of(student, good) if student is not None else {}
                 for sample in window:

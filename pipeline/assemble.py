@@ -1,0 +1,129 @@
+"""What a batch of packs asks of its hidden states, and the captured samples that its records make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.records import (
+    IGNORE_INDEX,
+    CapturedImage,
+    CapturedSample,
+    QuarantinedRow,
+    Relation,
+    StoredRelation,
+    TopK,
+)
+from cache_schema.format.spec import TargetSpec
+from pipeline.packing import Pack, Wanted
+from pipeline.samples import PreparedSample
+from pipeline.targets import Asked, BatchRecords
+
+Captured = CapturedSample | QuarantinedRow
+
+
+def asked_of(packs: Sequence[Pack], lengths: Sequence[int], spec: TargetSpec) -> Asked:
+    """What is asked of the hidden states of all samples of the packs, in a row, of these lengths."""
+    none: NDArray[np.integer] = np.empty(0, dtype=np.int64)
+    places, labels, rows, positions = [none], [none], [none], [none]
+    images: list[NDArray[np.integer]] = []
+    for (sample, want), start in zip(_wanted_of(packs), np.cumsum([0, *lengths[:-1]]), strict=True):
+        ids = np.append(sample.input_ids[1:], IGNORE_INDEX)
+        for part in want.positions(sample, spec):
+            places.append(start + part)
+            labels.append(ids[part])
+            rows.append(np.full(len(part), sample.row))
+            positions.append(part)
+        if "relation" in spec.targets:
+            owned = zip(sample.images, want.owned, strict=True)
+            images += [start + image.positions for image, own_it in owned if own_it]
+    return Asked(
+        places=np.concatenate(places),
+        labels=np.concatenate(labels),
+        rows=np.concatenate(rows),
+        positions=np.concatenate(positions),
+        images=images,
+    )
+
+
+def captured_of(packs: Sequence[Pack], made: BatchRecords, spec: TargetSpec) -> list[Captured]:
+    """The samples of the packs from the records of what they asked for."""
+    parts = [[len(part) for part in want.positions(sample, spec)] for sample, want in _wanted_of(packs)]
+    records = iter(_split(made.topk, [length for own in parts for length in own]))
+    relations, sound = iter(made.relations), iter(made.images_finite)
+    ends = np.cumsum([sum(own) for own in parts])
+    found: list[Captured] = []
+    for (sample, want), own, finite in zip(
+        _wanted_of(packs), parts, np.split(made.finite, ends[:-1]), strict=True
+    ):
+        images = sum(want.owned) if "relation" in spec.targets else 0
+        good = bool(np.concatenate([finite, list(islice(sound, images))]).all())
+        own_records, own_relations = list(islice(records, len(own))), list(islice(relations, images))
+        found.append(_assemble(sample, want, own_records, own_relations, good, spec))
+    return found
+
+
+def captured_by_engine(
+    packs: Sequence[Pack], given: Sequence[Sequence[TopK]], spec: TargetSpec
+) -> list[Captured]:
+    """The samples of the packs from the records that an engine gave of each."""
+    return [
+        _assemble(sample, want, own, (), all(np.isfinite(record.logprobs).all() for record in own), spec)
+        for (sample, want), own in zip(_wanted_of(packs), given, strict=True)
+    ]
+
+
+def _wanted_of(packs: Sequence[Pack]) -> list[tuple[PreparedSample, Wanted]]:
+    return [pair for pack in packs for pair in zip(pack.samples, pack.wanted, strict=True)]
+
+
+def _split(whole: TopK, lengths: Sequence[int]) -> list[TopK]:
+    """Consecutive pieces of a record."""
+    ends = np.cumsum(lengths)
+    return [topk_rows(whole, slice(end - n, end)) for n, end in zip(lengths, ends, strict=True)]
+
+
+def _assemble(
+    sample: PreparedSample,
+    want: Wanted,
+    records: Sequence[TopK],
+    relations: Sequence[Relation | StoredRelation],
+    finite: bool,
+    spec: TargetSpec,
+) -> Captured:
+    """records, relations: those of the sample's parts and owned images, in order."""
+    left, related = iter(records), iter(relations)
+    response = next(left) if want.response is not None else None
+    prompt = next(left) if want.prompt is not None else None
+    images = []
+    for image, key, owned in zip(sample.images, want.keys, want.owned, strict=True):
+        visual = relation = None
+        if owned and "visual" in spec.targets:
+            visual = replace(next(left), label_logprob=None)  # no text follows there
+        if owned and "relation" in spec.targets:
+            relation = next(related)
+        images.append(CapturedImage(record=image, prefix_key=key, visual=visual, relation=relation))
+    if not finite:
+        return QuarantinedRow(
+            row=sample.row,
+            sample_id=sample.sample_id,
+            reason="not_finite",
+            detail="the teacher's logits are not finite numbers",
+        )
+    return CapturedSample(
+        row=sample.row,
+        seconds=sample.seconds,
+        sample_id=sample.sample_id,
+        input_ids=sample.input_ids,
+        label_spans=sample.label_spans,
+        images=tuple(images),
+        response=response,
+        prompt=prompt,
+        model_inputs=sample.token_inputs,
+        answers_cut=sample.answers_cut,
+    )
