@@ -41,7 +41,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         weight = tl.exp(fall * tl.load(inverse_temperatures + t))
         tl.store(masses + t * plane + place, tl.sum(weight, axis=1), mask=there)
         if t == AT_ONE:
-            product = tl.where(weight > 0.0, weight * fall, 0.0)
+            product = weight * tl.maximum(fall, -1e30)  # 0 beyond the vocabulary
             tl.store(moments + place, tl.sum(product, axis=1), mask=there)
 
 

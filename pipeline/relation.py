@@ -20,7 +20,7 @@ from cache_schema.format.codecs.relation import encode_relation
 from cache_schema.format.records import Relation, StoredRelation
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
-from pipeline.relation_batch import MOST_COLUMNS, OVERSAMPLING, leading, quantised, residual_of
+from pipeline.relation_batch import MOST_COLUMNS, OVERSAMPLING, leading, quantised, residual_of, turned
 
 _COLUMNS = 8192  # vocabulary entries a chunk where the logits are needed
 _RANKS = (64, MOST_COLUMNS)  # of the factor of one image; then all
@@ -221,9 +221,7 @@ def truncate(gram: Tensor, *, bound: float, max_rank: int) -> tuple[Tensor, floa
     limit = min(len(gram), max_rank)
     for rank in sorted({min(rank, limit) for rank in (*_RANKS, limit)}):
         if 3 * rank < len(gram):
-            factor = leading(whole, rank + OVERSAMPLING)
-            _, turn = torch.linalg.eigh(factor.double().mT @ factor.double())
-            factor = (factor.double() @ turn.flip(2))[:, :, :rank].float()
+            factor = turned(leading(whole, rank + OVERSAMPLING))[:, :, :rank]
         else:
             values, vectors = torch.linalg.eigh(whole)
             factor = (vectors.flip(2) * values.flip(1).clamp(min=0.0).sqrt()[:, None, :])[:, :, :rank]

@@ -34,8 +34,8 @@ def quantised(gram: Tensor, tokens: Tensor, *, bound: float, max_rank: int) -> d
 
     Of each image: `columns` (B, C, P) int16, the bits of uint16 steps, sorted so that the `rank` (B,) first
     ones are those that count; `scales` (B, C); `residual` (B,), 1 - cos(R, U U^T) of U as stored. It is at
-    most `bound` unless max_rank forbids it. Nothing waits for the device: off the CPU every image goes
-    through all of it.
+    most `bound` unless max_rank or the 16 bits of a step forbid it. Nothing waits for the device: off the
+    CPU every image goes through all of it. Only with a max_rank under P one batched eigenproblem does.
     """
     norm = torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True, dtype=torch.float64)
     unit = torch.where(norm > 0, norm, 1.0)
@@ -44,8 +44,8 @@ def quantised(gram: Tensor, tokens: Tensor, *, bound: float, max_rank: int) -> d
     if whole.device.type == "cpu" and most > _FEW_COLUMNS:
         factor, triangular = _factors_by_need(whole, tokens, bound, max_rank)
     else:
-        factor, triangular = _factors(whole, tokens, bound, max_rank, min(MOST_COLUMNS, most))
-    found = _steps(whole, factor, triangular, tokens, bound)
+        factor, triangular = factors_of(whole, tokens, bound, max_rank, min(MOST_COLUMNS, most))
+    found = steps_of(whole, factor, triangular, tokens, bound)
     found["scales"] = found["scales"] * unit.sqrt()[:, 0].float()
     return found
 
@@ -66,6 +66,13 @@ def leading(whole: Tensor, columns: int) -> Tensor:
     return factor.float()
 
 
+def turned(factor: Tensor) -> Tensor:
+    """U Q (B, P, C) with orthogonal columns that fall in norm, Q orthogonal, of U (B, P, C)."""
+    wide = factor.double()
+    turn: Tensor = torch.linalg.eigh(wide.mT @ wide).eigenvectors
+    return (wide @ turn.flip(2)).float()
+
+
 def residual_of(whole: Tensor, factor: Tensor) -> Tensor:
     """1 - cos(R, U U^T) (B,) float64 of whole (B, P, P) of norm 1 and factor (B, P, C); 0 if both are 0."""
     made = factor @ factor.mT
@@ -76,28 +83,29 @@ def residual_of(whole: Tensor, factor: Tensor) -> Tensor:
 
 
 def _factors_by_need(whole: Tensor, tokens: Tensor, bound: float, max_rank: int) -> tuple[Tensor, Tensor]:
-    """As `_factors`; only images that a few columns are not enough for go through all of it."""
+    """As `factors_of`; only images that a few columns are not enough for go through all of it."""
     few = leading(whole, min(_FEW_COLUMNS + OVERSAMPLING, whole.shape[1]))[:, :, :_FEW_COLUMNS]
     left = torch.nonzero(residual_of(whole, few) > _SLACK * bound)[:, 0]
     triangular = torch.zeros(len(whole), dtype=torch.bool)
     if not len(left):
         return few, triangular
     most = min(MOST_COLUMNS, whole.shape[1], max_rank)
-    factor, triangular[left] = _factors(whole[left], tokens[left], bound, max_rank, most)
+    factor, triangular[left] = factors_of(whole[left], tokens[left], bound, max_rank, most)
     every = torch.nn.functional.pad(few, (0, factor.shape[2] - few.shape[2]))
     every[left] = factor
     return every, triangular
 
 
-def _factors(
+def factors_of(
     whole: Tensor, tokens: Tensor, bound: float, max_rank: int, columns: int
 ) -> tuple[Tensor, Tensor]:
     """The factor (B, P, C) of each image that takes fewer bits, and whether that is Cholesky's (B,)."""
     width = whole.shape[1]
-    factor = leading(whole, min(columns + OVERSAMPLING, width))[:, :, :columns]
-    missing = residual_of(whole, factor)
+    factor = leading(whole, min(columns + OVERSAMPLING, width))
     if max_rank < width:
-        return factor, torch.zeros_like(missing, dtype=torch.bool)
+        return turned(factor)[:, :, :columns], torch.zeros(len(whole), dtype=torch.bool, device=whole.device)
+    factor = factor[:, :, :columns]
+    missing = residual_of(whole, factor)
     places = torch.arange(width, device=whole.device)
     real = places < tokens[:, None]  # (B, P)
     jitter = (2 * bound * _JITTER / width) ** 0.5
@@ -116,7 +124,7 @@ def _factors(
     return torch.where(triangular[:, None, None], triangle, factor), triangular
 
 
-def _steps(
+def steps_of(
     whole: Tensor, factor: Tensor, triangular: Tensor, tokens: Tensor, bound: float
 ) -> dict[str, Tensor]:
     """The factor in steps as coarse as the bound allows."""

@@ -1,17 +1,24 @@
 """Targets against their definitions on full float64 logits."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.records import IGNORE_INDEX
+from cache_schema.format.codecs.relation import RelationBlock, pack_relations
+from cache_schema.format.records import IGNORE_INDEX, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
 from pipeline.draws import counted, tail_places, uniforms
-from pipeline.relation import truncate
-from pipeline.targets import TargetMaker
+from pipeline.relation import groups_of, truncate
+from pipeline.relation_batch import factors_of, quantised, steps_of
+from pipeline.targets import Asked, TargetMaker
 
 TEMPERATURES = (0.5, 1.0, 3.0)
 
@@ -258,3 +265,142 @@ def test_an_image_of_zeros_has_a_zero_relation() -> None:
     record = TargetMaker(a_head(vocab=90, width=8), TargetSpec()).relation(torch.zeros(6, 8))
     assert record.norm == record.residual == 0.0
     assert not record.factor.any()
+
+
+# ---- batches ----
+
+
+def asked_of(images: list[np.ndarray], places: int = 0) -> Asked:
+    numbers = np.arange(places)
+    return Asked(places=numbers, labels=numbers, rows=numbers, positions=numbers, images=images)
+
+
+def stored_grams(relations: list) -> list[np.ndarray]:
+    assert all(isinstance(relation, StoredRelation) for relation in relations)
+    read = RelationBlock(pack_relations(relations))
+    return [factor.astype(np.float64) @ factor.astype(np.float64).T for factor in (r.factor for r in read)]
+
+
+def test_the_kernel_is_what_torch_says() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "error", "-m", "tests.kernels_child"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_batch_is_what_its_parts_are() -> None:
+    head = a_head(**HEADS["biased"])
+    spec = TargetSpec(top_k=8, tail_samples=5)
+    states = some_hidden(90, 16)
+    places, images = np.array([3, 80, 3, 17]), [np.arange(20, 60), np.array([1, 2, 5]), np.arange(20, 60)]
+    labels, rows = np.array([7, IGNORE_INDEX, 9, 0]), np.array([4, 4, 5, 6])
+    maker = TargetMaker(head, spec)
+    found = maker.batch(
+        states, Asked(places=places, labels=labels, rows=rows, positions=places, images=images)
+    ).wait()
+    alone = maker.topk(states[torch.from_numpy(places)], labels, rows=rows, positions=places)
+    for name in TopK.__dataclass_fields__:
+        np.testing.assert_allclose(getattr(found.topk, name), getattr(alone, name), rtol=1e-5, atol=1e-5)
+    assert found.finite.all()
+    assert found.images_finite.all()
+    logits = dense_logits(head, states).numpy()
+    for image, relation, made in zip(images, found.relations, stored_grams(found.relations), strict=True):
+        gram = logits[image] @ logits[image].T
+        assert relation.residual <= spec.relation_bound
+        np.testing.assert_allclose(relation.residual, matrix_gap(gram, made), atol=1e-9)
+        np.testing.assert_allclose(relation.norm, np.linalg.norm(gram), rtol=1e-5)
+    first, _, again = found.relations
+    np.testing.assert_array_equal(first.columns, again.columns)
+    np.testing.assert_array_equal(first.scales, again.scales)
+
+
+def matrix_gap(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.square(one / np.linalg.norm(one) - other / np.linalg.norm(other)).sum() / 2)
+
+
+@pytest.mark.parametrize("targets", [("response",), ("relation",)])
+def test_what_is_not_finite_spoils_nothing_else(targets: tuple) -> None:
+    head = a_head(**HEADS["plain"])
+    states = some_hidden(30, 16)
+    images = [np.arange(0, 9), np.arange(9, 20), np.arange(20, 30)]
+    asked = asked_of(images if targets == ("relation",) else [], places=30)
+    maker = TargetMaker(head, TargetSpec(top_k=4, targets=targets))
+    clean = maker.batch(states, asked).wait()
+    states[11, 3], states[12, 0] = torch.nan, torch.inf
+    found = maker.batch(states, asked).wait()
+    assert np.flatnonzero(~found.finite).tolist() == [11, 12]
+    np.testing.assert_array_equal(found.topk.logprobs[found.finite], clean.topk.logprobs[found.finite])
+    if targets == ("relation",):
+        assert found.images_finite.tolist() == [True, False, True]
+        for image in (0, 2):
+            np.testing.assert_array_equal(found.relations[image].columns, clean.relations[image].columns)
+
+
+@pytest.mark.parametrize("form", [{"relation": "exact"}, {"precision": "full"}])
+def test_a_batch_of_relations_in_full(form: dict) -> None:
+    head = a_head(**HEADS["capped"])
+    states = some_hidden(60, 16)
+    images = [np.arange(0, 40), np.arange(40, 60)]
+    found = TargetMaker(head, TargetSpec(top_k=4, **form)).batch(states, asked_of(images)).wait()
+    logits = dense_logits(head, states).numpy()
+    for image, relation in zip(images, found.relations, strict=True):
+        gram = logits[image] @ logits[image].T
+        made = relation.gram if relation.factor is None else relation.factor @ relation.factor.T
+        assert matrix_gap(gram, made.astype(np.float64)) <= 1e-5
+        np.testing.assert_allclose(relation.norm, np.linalg.norm(gram), rtol=1e-5)
+
+
+PLACES = np.arange(1.0, 301.0)
+SPECTRA = {
+    "flat": PLACES**0,
+    "nearly flat": PLACES**-0.25,
+    "one large": np.where(PLACES == 1, 60.0, 1.0),
+    "slow": PLACES**-0.5,
+    "middle": PLACES**-1.0,
+    "fast": PLACES**-2.0,
+    "geometric": 0.8**PLACES,
+    "ill-conditioned": 10.0 ** -(PLACES / 15),
+    "rank 3": np.where(PLACES <= 3, PLACES**-1.0, 0.0),
+    "rank 1": np.where(PLACES <= 1, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("bound", [1e-3, 1e-5, 1e-7])
+def test_stored_relations_keep_their_bound_on_every_spectrum(bound: float, scale: float) -> None:
+    """On both routes: images that need little leave early on a CPU, none does on an accelerator."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(300, 300)))[0]
+    grams = [scale * (turn * values) @ turn.T for values in SPECTRA.values()]
+    given = torch.from_numpy(np.stack(grams)).float()
+    tokens = torch.full((len(grams),), 300)
+    by_need = quantised(given, tokens, bound=bound, max_rank=1024)
+    whole = given / torch.linalg.vector_norm(given, dim=(1, 2), keepdim=True)
+    at_once = steps_of(whole, *factors_of(whole, tokens, bound, 1024, 256), tokens, bound)
+    for found, unit in ((by_need, 1.0), (at_once, None)):
+        for image, gram in enumerate(grams):
+            rank = int(found["rank"][image])
+            stored = found["columns"][image, :rank].numpy().view(np.uint16).astype(np.int64)
+            steps = np.where(stored & 1, -(stored >> 1) - 1, stored >> 1)
+            factor = (steps * found["scales"][image, :rank, None].numpy().astype(np.float64)).T
+            gap = matrix_gap(gram, factor @ factor.T)
+            assert gap <= 1.01 * bound + 1e-12
+            np.testing.assert_allclose(float(found["residual"][image]), gap, rtol=0.01, atol=1e-12)
+            if unit is not None:
+                np.testing.assert_allclose(np.linalg.norm(factor @ factor.T), np.linalg.norm(gram), rtol=0.05)
+
+
+def test_a_bounded_rank_is_kept_and_the_residual_tells() -> None:
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(150, 150)))[0]
+    gram = torch.from_numpy(turn @ (PLACES[:150, None] ** -0.5 * turn.T)).float()[None]
+    found = quantised(gram, torch.tensor([150]), bound=1e-5, max_rank=70)
+    assert int(found["rank"]) == 70
+    best = 1 - np.sqrt((PLACES[:70] ** -1).sum() / (PLACES[:150] ** -1).sum())
+    assert best - 1e-6 <= float(found["residual"]) <= 1.1 * best
+
+
+def test_images_of_alike_sizes_are_worked_on_together() -> None:
+    groups = groups_of([729, 700, 256, 729, 10_000])
+    assert [group.images.tolist() for group in groups] == [[4], [0, 3, 1], [2]]
+    assert [group.tokens.tolist() for group in groups] == [[10_000], [729, 729, 700], [256]]
