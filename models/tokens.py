@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.identity import tokenizer_digest
+from cache_schema.format.identity import digest_of, tokenizer_digest
 
 _SPECIAL_ROLES = ("eos", "bos", "pad", "unk")
 
@@ -14,6 +16,35 @@ def digest_of_tokenizer(tokenizer: Any) -> str:
     """The digest of its vocabulary and special tokens that a cache holds and a student must have too."""
     special = {role: getattr(tokenizer, f"{role}_token", None) for role in _SPECIAL_ROLES}
     return tokenizer_digest(tokenizer.get_vocab(), special)
+
+
+def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
+    """A digest of every part of a fast tokenizer that decides which ids a text becomes, and the way back.
+
+    Of tokenizer.json, whatever version wrote it: `model` (all but the vocabulary, which
+    digest_of_tokenizer has, yet with the scores of a unigram model), `merges`, `normalizer`,
+    `pre_tokenizer`, `post_processor`, `decoder` and `added_tokens`. Truncation and padding are settings of
+    a call. Empty for a tokenizer without such a file.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    document = json.loads(backend.to_str())
+    model = dict(document["model"])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.pop("merges", [])]
+    if isinstance(model.get("vocab"), Mapping):
+        del model["vocab"]
+    names = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens")
+    parts = {"model": model, "merges": merges} | {name: document.get(name) for name in names}
+    return {name: digest_of(_without_defaults(part)) for name, part in parts.items()}
+
+
+def _without_defaults(value: Any) -> Any:
+    """Without what is off or empty, which versions of tokenizers write or leave out."""
+    if isinstance(value, dict):
+        kept = {key: _without_defaults(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item not in (None, False, "", [], {})}
+    return [_without_defaults(item) for item in value] if isinstance(value, list) else value
 
 
 def pad_token_id_of(tokenizer: Any) -> int:

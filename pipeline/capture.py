@@ -46,6 +46,11 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         known = present.fingerprint.capture
         # all but the weights is compared at once; they are, before anything is written
         writer = CacheWriter.open(config.out, job.manifest(known["sharing"], known["teacher_weights"]))
+        if "tokenizer_parts" not in known:
+            progress.message(
+                f"{config.out} is of an older version, which kept of a tokenizer the vocabulary and the special "
+                "tokens alone: they are the same, its merges and other parts could not be compared"
+            )
         if config.retry_quarantine:
             again = _with_quarantine(config.out, rank, world_size)
         if not again and len(writer.committed()) == job.plan.shards:
@@ -63,7 +68,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         teacher.engine,
         teacher.head,
         config.spec,
-        fingerprint=manifest.fingerprint.digest,
+        fingerprint=writer.manifest.fingerprint.digest,
         share=teacher.sharing,
         pack=teacher.packing,
         batch_tokens=config.batch_tokens,

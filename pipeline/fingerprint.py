@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from cache_schema.errors import KdcacheError
 from cache_schema.format.identity import Fingerprint, digest_of
 from cache_schema.format.spec import TargetSpec
-from models.tokens import digest_of_tokenizer, pad_token_id_of
+from models.tokens import digest_of_tokenizer, pad_token_id_of, tokenizer_parts
 from pipeline.templates import ChatTemplate
 
 ASSETS = (
@@ -83,7 +83,7 @@ def fingerprint_of(
     weights, dataset: digests. rules: what decides which rows are captured and how they are cut.
     """
     tokenizer = processor.tokenizer
-    vocabulary = digest_of_tokenizer(tokenizer)
+    vocabulary, parts = digest_of_tokenizer(tokenizer), tokenizer_parts(tokenizer)
     settings = json.loads(json.dumps(config.to_dict(), default=str))
     return Fingerprint(
         capture={
@@ -91,6 +91,7 @@ def fingerprint_of(
             "teacher_config": digest_of(_without_noise(settings)),
             "dtype": dtype,
             "tokenizer": vocabulary,
+            "tokenizer_parts": parts,
             "chat_template": digest_of(template.text),
             "image_processor": digest_of(json.loads(processor.image_processor.to_json_string())),
             "dataset": dataset,
@@ -100,6 +101,7 @@ def fingerprint_of(
         },
         training={
             "tokenizer": vocabulary,
+            "tokenizer_parts": parts,
             "vocab_size": len(tokenizer),
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": pad_token_id_of(tokenizer),

@@ -11,7 +11,7 @@ import torch
 from cache_schema.errors import IdentityMismatch
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import ImageRecord
-from models.tokens import digest_of_tokenizer
+from models.tokens import digest_of_tokenizer, tokenizer_parts
 from student.collate import Collator
 from student.pixels import PixelInputs
 from student.stages import Stage
@@ -71,6 +71,14 @@ def _token_problems(training: dict[str, Any], model: Any, processor: Any) -> lis
             f"tokenizer {ours[:12]} ({len(tokenizer)} tokens) here, {training['tokenizer'][:12]} "
             f"({training['vocab_size']} tokens) in the cache: token ids would mean other words; "
             "make the student with `kdcache new-student --like CACHE`"
+        )
+    theirs = training.get("tokenizer_parts")  # caches of older versions have none
+    mine = tokenizer_parts(tokenizer)
+    different = [name for name, digest in (theirs or {}).items() if mine.get(name) != digest]
+    if different and not problems:
+        problems.append(
+            f"the tokenizer's {', '.join(different)} are not those of the cache: texts would become other "
+            "token ids; make the student with `kdcache new-student --like CACHE`"
         )
     image_token = getattr(model.config, "image_token_id", None)
     if image_token != training["image_token_id"]:

@@ -154,6 +154,11 @@ class _Run:
             self.stage,
             adopt_template=config.adopt_template,
         )
+        if "tokenizer_parts" not in training:
+            self.progress.message(
+                f"{cache.url} is of an older version, which kept of a tokenizer the vocabulary and the special "
+                "tokens alone: its merges and other parts could not be compared with the student's"
+            )
         student.check_head(torch.tensor([self.processor.tokenizer.encode("What is in the image?")]))
         if config.adopt_template:
             self.processor.chat_template = training["chat_template"]

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 Blocks = Literal["resume", "training", "nothing"]
 
+ADDED_LATER = ("tokenizer_parts",)
+"""Values that caches of older versions do not hold: where one side lacks them, they cannot be compared."""
+
 
 def digest_of(document: Any) -> str:
     """SHA-256 in hex of `document` as canonical JSON (keys sorted, no spaces, UTF-8, no NaN)."""
@@ -65,7 +68,10 @@ class Difference:
 
 
 def compare(ours: Fingerprint, theirs: Fingerprint) -> list[Difference]:
-    """Every difference between two fingerprints, nested values by dotted key, blocking ones first."""
+    """Every difference between two fingerprints, nested values by dotted key, blocking ones first.
+
+    What only one side holds because the other is of an older version (ADDED_LATER) blocks nothing.
+    """
     classes: tuple[tuple[Blocks, dict[str, Any], dict[str, Any]], ...] = (
         ("resume", ours.capture, theirs.capture),
         ("training", ours.training, theirs.training),
@@ -73,7 +79,14 @@ def compare(ours: Fingerprint, theirs: Fingerprint) -> list[Difference]:
     )
     found = []
     for blocks, left, right in classes:
-        a, b = dict(_flatten(left)), dict(_flatten(right))
+        alone = [key for key in ADDED_LATER if (key in left) != (key in right)]
+        found += [
+            Difference(key=key, ours=left.get(key), theirs=right.get(key), blocks="nothing") for key in alone
+        ]
+        a, b = (
+            dict(_flatten({key: value for key, value in side.items() if key not in alone}))
+            for side in (left, right)
+        )
         found += [
             Difference(key=key, ours=a.get(key), theirs=b.get(key), blocks=blocks)
             for key in sorted(a.keys() | b.keys())

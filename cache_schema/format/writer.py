@@ -265,6 +265,8 @@ def _refuse_other_identity(store: Store, ours: Manifest, present: Manifest) -> N
             f"{b.shard_size}"
             + ("" if (a.rows, a.shard_size) != (b.rows, b.shard_size) else ", in another order")
         )
+    if not differences:  # a cache of an older version, the same in all that it holds
+        return
     raise IdentityMismatch(
         f"{store.url}: a cache of another identity exists here: {'; '.join(differences)}; build with the "
         "same "
