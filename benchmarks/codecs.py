@@ -28,7 +28,7 @@ from benchmarks._teachers import Teacher, language_teacher, relation_of_spectrum
 from cache_schema.format.codecs.ids import decode_ids, encode_ids
 from cache_schema.format.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
 from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
-from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_rows
+from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_at
 from cache_schema.format.records import TopK
 from cache_schema.format.shard import write_groups
 from cache_schema.format.spec import TargetSpec
@@ -170,7 +170,7 @@ def gradient_angles(
         states, sums = student(sigma), {name: Agreement() for name in tried}
         for rows in blocks:
             logits = (torch.from_numpy(teacher.logits(rows, of)) for of in (None, states))
-            parts = compare(*logits, {name: topk_rows(record, rows) for name, record in tried.items()})
+            parts = compare(*logits, {name: topk_at(record, rows) for name, record in tried.items()})
             for name, part in parts.items():
                 sums[name].add(part)
         return sums

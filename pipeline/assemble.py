@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import (
     IGNORE_INDEX,
     CapturedImage,
@@ -85,7 +85,7 @@ def _wanted_of(packs: Sequence[Pack]) -> list[tuple[PreparedSample, Wanted]]:
 def _split(whole: TopK, lengths: Sequence[int]) -> list[TopK]:
     """Consecutive pieces of a record."""
     ends = np.cumsum(lengths)
-    return [topk_rows(whole, slice(end - n, end)) for n, end in zip(lengths, ends, strict=True)]
+    return [topk_at(whole, slice(end - n, end)) for n, end in zip(lengths, ends, strict=True)]
 
 
 def _assemble(

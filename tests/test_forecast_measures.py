@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cache_schema.format.codecs.relation import encode_relation
-from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.manifest import Plan
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import TargetSpec
@@ -169,10 +169,10 @@ def test_the_angle_of_a_relation_is_that_of_its_gradient() -> None:
 def test_a_footprint_foretells_larger_shards(precision: str) -> None:
     head = a_head(vocab=5000)
     record = record_of(head, some_hidden(2400), 16)
-    small = topk_footprint(topk_rows(record, slice(400)), precision, 5000)
+    small = topk_footprint(topk_at(record, slice(400)), precision, 5000)
     for count, shards in ((2400, 1), (2400, 3)):
         parts = [
-            topk_rows(record, slice(start, start + count // shards))
+            topk_at(record, slice(start, start + count // shards))
             for start in range(0, count, count // shards)
         ]
         real = sum(topk_footprint(part, precision, 5000).total(len(part), 1) for part in parts)

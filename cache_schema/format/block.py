@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.format.codecs.relation import RelationBlock
-from cache_schema.format.codecs.topk import Arrays, Rows, decode_topk, prepare_topk
+from cache_schema.format.codecs.topk import Arrays, Places, decode_topk, prepare_topk
 from cache_schema.format.records import (
     ImageRecord,
     Relation,
@@ -91,8 +91,8 @@ class ShardBlock:
             return []
         return [self._relations[image["relation"]] for image in images]
 
-    def _decode(self, kind: str, rows: Rows) -> TopK:
-        return decode_topk(self._groups[kind], rows, self._temperatures)
+    def _decode(self, kind: str, places: Places) -> TopK:
+        return decode_topk(self._groups[kind], places, self._temperatures)
 
 
 class _Lists:

@@ -12,7 +12,7 @@ import torch
 
 from cache_schema.errors import KdcacheError
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
-from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import KINDS, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
@@ -128,7 +128,7 @@ def _measure_positions(
 ) -> tuple[list[dict[str, Any]], float]:
     """A row for each top-k and precision, and the student's mean KL at these positions."""
     whole, picked = survey.records[kind], survey.picked_records[kind]
-    part = topk_rows(whole, slice(_ENCODED))
+    part = topk_at(whole, slice(_ENCODED))
     stored: dict[tuple[int, Precision], TopK] = {}
     rows = []
     for k in config.top_ks:

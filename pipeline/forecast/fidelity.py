@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_rows
+from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_at
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import Precision
 from cache_schema.operations.divergence import relation_cosine
@@ -51,7 +51,7 @@ def covered(record: TopK, top_k: int) -> float:
     """The mean mass within the first top_k entries at temperature 1."""
     total = 0.0
     for start in range(0, len(record), _ROWS):
-        part = narrowed(topk_rows(record, slice(start, start + _ROWS)), top_k)
+        part = narrowed(topk_at(record, slice(start, start + _ROWS)), top_k)
         total += float(-np.expm1(_tail(part)).sum())
     return total / max(len(record), 1)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cache_schema.format.codecs.relation import pack_relations
-from cache_schema.format.codecs.topk import Arrays, encode_topk, topk_rows
+from cache_schema.format.codecs.topk import Arrays, encode_topk, topk_at
 from cache_schema.format.records import CapturedSample, StoredRelation, TopK
 from cache_schema.format.shard import encode_shard, write_groups
 from cache_schema.format.spec import Precision, TargetSpec
@@ -43,7 +43,7 @@ def topk_footprint(record: TopK, precision: Precision, vocab_size: int) -> Footp
     """The footprint of records as one group of a shard, every field counted."""
 
     def sizes(count: int) -> tuple[int, int, int]:
-        return _sizes(encode_topk(topk_rows(record, slice(count)), precision))
+        return _sizes(encode_topk(topk_at(record, slice(count)), precision))
 
     whole = _line(len(record), sizes)
     if not whole.vocabulary or len(record) < 2:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.codecs.topk import topk_rows
+from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import TopK
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
@@ -185,7 +185,7 @@ def agreement_at(
         with torch.inference_mode():
             logits = head.logits(hidden[rows])
             theirs = student.head.logits(student.at(kind, rows)).to(logits.device)
-            part = compare(logits, theirs, {key: topk_rows(record, rows) for key, record in records.items()})
+            part = compare(logits, theirs, {key: topk_at(record, rows) for key, record in records.items()})
         for key, agreement in part.items():
             sums[key].add(agreement)
         done(rows.stop)

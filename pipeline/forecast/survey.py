@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError, RowRejected
-from cache_schema.format.codecs.topk import join_topk, topk_rows
+from cache_schema.format.codecs.topk import join_topk, topk_at
 from cache_schema.format.records import (
     CapturedSample,
     QuarantinedRow,
@@ -268,7 +268,7 @@ class Surveyor:
                 continue
             whole = join_topk(records)
             self._blocks[kind].append(whole)
-            self._picked[kind].append(topk_rows(whole, self._picks[sample.row][kind]))
+            self._picked[kind].append(topk_at(whole, self._picks[sample.row][kind]))
             self._states[kind].append(kept[number])
             if theirs is not None:
                 self._student_states[kind].append(theirs[number])

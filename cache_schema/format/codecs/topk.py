@@ -20,7 +20,7 @@ from cache_schema.format.records import TopK
 from cache_schema.format.spec import Precision
 
 Arrays = dict[str, NDArray[Any]]
-Rows = slice | NDArray[np.int64]
+Places = slice | NDArray[np.int64]
 
 _POSITIONS_LAST = ("steps", "tail_logprob")
 """Arrays whose last axis, not the first, is over positions."""
@@ -39,13 +39,13 @@ def join_topk(records: Sequence[TopK]) -> TopK:
     return TopK(**fields)
 
 
-def topk_rows(record: TopK, rows: Rows | NDArray[np.integer[Any]]) -> TopK:
+def topk_at(record: TopK, places: Places | NDArray[np.integer[Any]]) -> TopK:
     """The record of some positions."""
     fields: dict[str, Any] = {"temperatures": record.temperatures}
     for name in TopK.__dataclass_fields__:
         if name != "temperatures":
             values = getattr(record, name)
-            fields[name] = None if values is None else values[rows]
+            fields[name] = None if values is None else values[places]
     return TopK(**fields)
 
 
@@ -89,31 +89,33 @@ def encode_topk(record: TopK, precision: Precision) -> Arrays:
 
 def prepare_topk(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
     """A block with `levels` (K, N) uint8 instead of `steps`: the part of `decode_topk` that is common to all
-    rows, done once."""
+    positions, done once."""
     prepared = dict(arrays)
     if "steps" in prepared:
         prepared["levels"] = levels_of(prepared.pop("steps"))
     return prepared
 
 
-def decode_topk(arrays: Mapping[str, NDArray[Any]], rows: Rows, temperatures: NDArray[np.float32]) -> TopK:
-    """The record of some rows (positions) of a block, as stored or prepared."""
+def decode_topk(
+    arrays: Mapping[str, NDArray[Any]], places: Places, temperatures: NDArray[np.float32]
+) -> TopK:
+    """The record at some positions of a block, as stored or prepared."""
 
     def floats(name: str) -> NDArray[np.float32] | None:
-        return arrays[name][rows].astype(np.float32) if name in arrays else None
+        return arrays[name][places].astype(np.float32) if name in arrays else None
 
-    tail = arrays["tail_logprob"][:, rows]
+    tail = arrays["tail_logprob"][:, places]
     if "vocabulary" in arrays:
         vocabulary = arrays["vocabulary"]
-        token_ids = decode_ids(vocabulary, arrays["ids"][rows])
+        token_ids = decode_ids(vocabulary, arrays["ids"][places])
         at_one = int(np.flatnonzero(temperatures == 1.0)[0])
-        levels = arrays["levels"][:, rows] if "levels" in arrays else levels_of(arrays["steps"][:, rows])
-        logprobs = decode_levels(levels, arrays["drop"][rows], tail[at_one])
-        sampled = decode_ids(vocabulary, arrays["sampled_ids"][rows]) if "sampled_ids" in arrays else None
+        levels = arrays["levels"][:, places] if "levels" in arrays else levels_of(arrays["steps"][:, places])
+        logprobs = decode_levels(levels, arrays["drop"][places], tail[at_one])
+        sampled = decode_ids(vocabulary, arrays["sampled_ids"][places]) if "sampled_ids" in arrays else None
     else:
-        token_ids, logprobs = arrays["token_ids"][rows], arrays["logprobs"][rows]
-        sampled = arrays["sampled_ids"][rows] if "sampled_ids" in arrays else None
-    counts = arrays["sampled_counts"][rows].astype(np.int32) if "sampled_counts" in arrays else None
+        token_ids, logprobs = arrays["token_ids"][places], arrays["logprobs"][places]
+        sampled = arrays["sampled_ids"][places] if "sampled_ids" in arrays else None
+    counts = arrays["sampled_counts"][places].astype(np.int32) if "sampled_counts" in arrays else None
     return TopK(
         token_ids=token_ids,
         logprobs=logprobs,
@@ -127,15 +129,15 @@ def decode_topk(arrays: Mapping[str, NDArray[Any]], rows: Rows, temperatures: ND
     )
 
 
-def join_stored(pieces: Sequence[tuple[Mapping[str, NDArray[Any]], Rows]]) -> Arrays:
-    """The block of some rows of several blocks, as stored: only the ids get a new dictionary, so the new
+def join_stored(pieces: Sequence[tuple[Mapping[str, NDArray[Any]], Places]]) -> Arrays:
+    """The block of some positions of several blocks, as stored: only the ids get a new dictionary, so the new
     block decodes to the same values bit by bit."""
     parts: dict[str, list[NDArray[Any]]] = {}
-    for arrays, rows in pieces:
+    for arrays, places in pieces:
         for name, values in arrays.items():
             if name == "vocabulary":
                 continue
-            cut = values[:, rows] if name in _POSITIONS_LAST else values[rows]
+            cut = values[:, places] if name in _POSITIONS_LAST else values[places]
             coded = "vocabulary" in arrays and name in ("ids", "sampled_ids")
             parts.setdefault(name, []).append(decode_ids(arrays["vocabulary"], cut) if coded else cut)
     joined = {
