@@ -12,24 +12,34 @@ VLLM_TORCH ?= torch==2.13.0
 ACCEPTANCE_DIR ?= acceptance-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-vllm check docs format lint types install bench bench-gpu acceptance demo-teacher clean
+.PHONY: demo test test-slow test-vllm check dist docs format lint types install bench bench-gpu acceptance demo-teacher clean
 
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
 
 # One thread a process: two multi-threaded torch processes slow each other down.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm" --durations 10
 
 test-slow: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow --timeout 1800
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow --timeout 1800 --durations 10
 
 # vLLM and its like share no environment with the rest: they pin what they need.
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest --timeout 600 tests/test_vllm.py \
 		tests/test_house.py::test_optional_engines_stay_unimported
 
-check: install lint types docs test
+# Every part, and at the end the seconds that each took.
+check: install
+	@times=; for part in lint types docs test; do \
+		began=$$(date +%s); $(MAKE) --no-print-directory $$part || exit 1; \
+		times="$$times, $$part $$(($$(date +%s) - began)) s"; \
+	done; echo "check:$${times#,}"
+
+# sdist and wheel in dist/, the wheel from the sdist. Without isolation: nothing is downloaded.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 # The site, in build/site; any warning (a dead link, a page outside the navigation) is an error.
 docs: install
@@ -84,4 +94,4 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/torchvision_folder.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(RUN_DIR) $(ACCEPTANCE_DIR) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(RUN_DIR) $(ACCEPTANCE_DIR) build dist *.egg-info

@@ -101,6 +101,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if on_cpu and not sharded and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise KdcacheError(
             "accelerate shards on accelerators only, and here is a CPU: launch without FSDP, with `torchrun "
-            "--nproc-per-node N -m cli train ...` for DDP"
+            "--nproc-per-node N --no-python kdcache train ...` for DDP"
         )
     return accelerator
