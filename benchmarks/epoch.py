@@ -26,7 +26,7 @@ from benchmarks._random_cache import write_cache
 from benchmarks.training import WithoutPixels, collator_for, table
 from cache_schema import open_cache
 from cache_schema.format.block import ShardBlock
-from student.collate import load_ahead
+from student.loader import load_ahead
 from student.stream import Stream, StreamConfig
 
 PARTS = 5

@@ -47,7 +47,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from benchmarks._memory import peak
 from benchmarks._random_cache import IMAGE_ID, write_cache
 from cache_schema import Cache, ImageRecord, open_cache
-from student.collate import Batch, Collator, load_ahead
+from student.collate import Batch, Collator
+from student.loader import load_ahead
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs

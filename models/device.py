@@ -8,6 +8,7 @@ import torch
 
 from cache_schema.errors import KdcacheError, first_line
 
+_LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
@@ -65,6 +66,13 @@ def is_one_of_several() -> bool:
 def rank_on_machine() -> int:
     """Which of the processes on this machine this one is, as its launcher says, or 0."""
     return next((number_in(name) for name in _LOCAL_RANK if name in os.environ), 0)
+
+
+def cores_per_process() -> int:
+    """The cores that this process may use, shared with the other processes that its launcher started here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = next((number_in(name) for name in _LOCAL_SIZE if name in os.environ), 1)
+    return max(1, cores // max(1, processes))
 
 
 def number_in(name: str) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from cache_schema.format.spec import KINDS, Kind
 from models.inputs import open_recorded, pad
 from student.losses import Denominators, DistillationTargets, PositionTargets, RelationTargets
 from student.pixels import PixelInputs
-from student.stream import Located, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,48 +126,6 @@ class Collator:
         }
         relations = _relation_targets(samples, length) if "relation" in self.targets else ()
         return DistillationTargets(relations=relations, **kinds)
-
-
-def load_ahead(
-    steps: Generator[Step], collator: Callable[[Sequence[Sample]], Batch], *, workers: int, ahead: int = 2
-) -> Generator[tuple[int, list[Batch]]]:
-    """(step, its micro-batches) in order, decoded and collated by `workers` threads, `ahead` steps early.
-
-    The order of what comes out does not depend on `workers`; 0 does the work in the calling thread. Threads
-    suffice: reading, decoding, resizing and array work all release the interpreter's lock.
-    """
-    if workers == 0:
-        for step in steps:
-            yield step.number, [collator(_samples(part)) for part in step.micro_batches]
-        return
-
-    def collate(part: Sequence[Located]) -> Batch:
-        return collator(_samples(part))
-
-    def feed() -> tuple[int, list[Future[Batch]]] | None:
-        step = next(steps, None)
-        if step is None:
-            return None
-        return step.number, [pool.submit(collate, part) for part in step.micro_batches]
-
-    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="loader")
-    feeder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder")
-
-    coming: deque[Future[tuple[int, list[Future[Batch]]] | None]] = deque(
-        feeder.submit(feed) for _ in range(ahead)
-    )
-    try:
-        while (entry := coming.popleft().result()) is not None:
-            coming.append(feeder.submit(feed))
-            yield entry[0], [future.result() for future in entry[1]]
-    finally:
-        feeder.shutdown(wait=True, cancel_futures=True)
-        pool.shutdown(wait=True, cancel_futures=True)
-        steps.close()
-
-
-def _samples(part: Sequence[Located]) -> list[Sample]:
-    return [located.sample() for located in part]
 
 
 def respan(sample: Sample, placeholders: int, image_token_id: int) -> Sample:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cache_schema.format.cache import Cache
 from cache_schema.progress import Progress, Silent, task
-from student.collate import Collator, load_ahead
+from student.collate import Collator
+from student.loader import load_ahead
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent
 from student.stream import Stream, StreamConfig
@@ -26,7 +27,7 @@ def measure_cache(
     device: torch.device,
     micro_batch: int = 8,
     samples: int | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     add_up: Callable[[Tensor], Tensor] = lambda sums: sums,

@@ -101,7 +101,11 @@ class TrainConfig:
     keep: Annotated[
         int, at_least(1), Help("Newest checkpoints that stay, beside the best one.", _RECORDS)
     ] = 2
-    workers: Annotated[int, at_least(0), Help("Threads that decode images.", _SPEED)] = 2
+    workers: Annotated[
+        int | None,
+        at_least(0),
+        Help("Threads that make batches. Default: this process's cores, less one, at most 8.", _SPEED),
+    ] = None
     window: Annotated[int, at_least(1), Help("Shards mixed by the shuffle.", _SPEED)] = 8
     trackers: Annotated[tuple[str, ...], Help("Trackers of accelerate.", _RECORDS, "tracker")] = (
         "tensorboard",

@@ -27,8 +27,9 @@ from models.folder import load_processor
 from models.tokens import pad_token_id_of
 from student.checkpoint import Checkpoint, Checkpoints, identity_of, refuse_other
 from student.checks import check_student
-from student.collate import Batch, Collator, load_ahead
+from student.collate import Batch, Collator
 from student.heldout import measure_cache, weighted
+from student.loader import load_ahead, on_device
 from student.losses import Denominators, LossParts
 from student.model import DistilledStudent, unsharded
 from student.pixels import PixelInputs
@@ -179,7 +180,10 @@ class _Run:
     def train(self) -> None:
         """Steps until the stage's end, an early stop, or a signal."""
         batches = load_ahead(
-            self.stream.read(self.step, self.total), self.collator, workers=self.config.workers
+            self.stream.read(self.step, self.total),
+            self.collator,
+            workers=self.config.workers,
+            pin=self.device.type == "cuda",
         )
         try:
             with task(self.progress, f"{self.stage.name}: training", self.total), Interrupt() as interrupt:
@@ -206,9 +210,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage.learning_rate_at(self.step, self.total)
         values = []
-        for place, batch in enumerate(micro_batches):
+        for place, moved in enumerate(on_device(micro_batches, self.device)):
             last = place == len(micro_batches) - 1
-            moved = batch.to(self.device)
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 parts = self.wrapped(moved.inputs, moved.labels, moved.targets, counts, self.ranks)
                 with self.stopwatch.lap("backward"):

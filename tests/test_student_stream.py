@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
-from student.collate import load_ahead
+from student.loader import load_ahead
 from student.stream import AHEAD, Stream, StreamConfig
 
 
