@@ -23,7 +23,7 @@ from views.terminal import Bar, print_json, print_problems, print_summary, print
 
 app = typer.Typer(
     name="kdcache",
-    help="Run a vision-language teacher once, keep what a student needs of it, train students from it.",
+    help="Run a vision-language teacher once, cache its distillation targets, train students from the cache.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -59,7 +59,7 @@ def _root(
 
 @command()
 def demo(config: DemoConfig, json_: Json = False) -> None:
-    """The whole story on real data: teacher, caches, distilled and plain student, a table at the end."""
+    """Run everything on real data: teacher, caches, distilled and plain student, a result table."""
     from demo.story import run_demo
     from demo.table import print_table
 
@@ -69,7 +69,7 @@ def demo(config: DemoConfig, json_: Json = False) -> None:
 
 @command()
 def plan(config: ForecastConfig, files: ForecastFiles, json_: Json = False) -> None:
-    """Measure on a few samples what a cache costs and loses, and recommend how to build it."""
+    """Measure on a few samples the size and the fidelity of a cache, and recommend a build command."""
     from pipeline.forecast.advice import forecast
     from pipeline.forecast.choice import write_command
     from views.forecast_page import draw_forecast, print_forecast
@@ -96,7 +96,7 @@ def inspect(
     config: PageConfig,
     sample: Annotated[
         str | None,
-        typer.Option(help="Look into one sample, or put it alone on the page: its row number or id."),
+        typer.Option(help="Show one sample, by row number or id."),
     ] = None,
     image_root: Annotated[
         Path | None, typer.Option(help="Folder of the images to show. Default: where the build had them.")
@@ -104,7 +104,7 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
     json_: Json = False,
 ) -> None:
-    """See what a cache is and holds, look into one sample, or write a page to browse."""
+    """Summarise a cache, show one sample, or write an HTML page to browse."""
     from cache_schema.format.cache import open_cache
     from cache_schema.operations.summary import summarise
     from views.html_page import write_html
@@ -128,7 +128,7 @@ def inspect(
 @command()
 def verify(
     cache: CachePath,
-    repair: Annotated[bool, typer.Option(help="Set damaged shards aside and sweep leftovers.")] = False,
+    repair: Annotated[bool, typer.Option(help="Set damaged shards aside and remove leftovers.")] = False,
     json_: Json = False,
 ) -> None:
     """Check every file, count and number of a cache and report all problems at once."""
@@ -150,7 +150,7 @@ def diff(
     config: DiffConfig,
     json_: Json = False,
 ) -> None:
-    """Are two caches of the same thing the same, by whatever engine? Exit code 1 when they differ."""
+    """Compare two caches of the same data, whatever the engines. Exit code 1 when they differ."""
     from cache_schema.format.cache import open_cache
     from cache_schema.operations.diff import diff as diff_caches
     from views.diff_page import print_difference
@@ -167,10 +167,10 @@ def merge(
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
-    """One cache of several of one teacher; a row that several hold is taken from the first.
+    """Merge caches of one teacher; a row in several caches is taken from the first.
 
-    Whole shards become hard links on one file system (they take no room, and stay when an old cache is
-    removed: no file is ever changed in place), copies elsewhere.
+    Whole shards become hard links on one file system (they take no space, and stay valid when the old cache
+    is removed, since files never change), copies elsewhere.
     """
     from cache_schema.operations.merge import merge as merge_caches
 
@@ -184,20 +184,20 @@ def select(
         str,
         typer.Option(
             help="Such as 'tokens < 512 and not (\"cat\" in image or confidence > 0.5)'; "
-            "or rows:FILE, ids:FILE with one a line."
+            "or rows:FILE, ids:FILE with one per line."
         ),
     ],
     out: Annotated[str, typer.Option(help="The new cache.")],
     json_: Json = False,
 ) -> None:
-    """A smaller cache: the samples that meet a condition.
+    """Make a smaller cache of the samples that meet a condition.
 
     Fields: row (in the dataset), id (its label), tokens (length), images (how many), image (path of any),
-    response_tokens; over the response positions confidence (mean probability of the teacher's likeliest
+    response_tokens; over the response positions confidence (mean probability of the teacher's most likely
     token), disagreement (share where that is not the label), perplexity (of the labels).
 
-    Whole shards become hard links on one file system (they take no room, and stay when the old cache is
-    removed: no file is ever changed in place), copies elsewhere; parts are written anew as stored.
+    Whole shards become hard links on one file system (they take no space, and stay valid when the old cache
+    is removed, since files never change), copies elsewhere; parts are rewritten as stored.
     """
     from cache_schema.operations.select import select as select_samples
 
@@ -210,7 +210,7 @@ def to_arrow(
     out: Annotated[Path, typer.Option(help="Folder of the Parquet files.")],
     json_: Json = False,
 ) -> None:
-    """A plain Parquet dataset of the cache, for notebooks, `datasets` and DuckDB."""
+    """Write the cache as a plain Parquet dataset, for notebooks, `datasets` and DuckDB."""
     from cache_schema.operations.arrow_export import to_arrow as export_arrow
 
     _show(export_arrow(cache, out, progress=Bar()), json_, "exported")
@@ -243,7 +243,7 @@ def train(
     cache: list[str] | None = None,
     stage: str | None = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A YAML or TOML recipe, or llava-kd for its three stages in a row.")
+        str | None, typer.Option(help="A YAML or TOML recipe, or llava-kd for its three stages.")
     ] = None,
     targets: Annotated[
         str | None, typer.Option(help="Only these of the stage's targets; none: cross entropy alone.")
@@ -256,9 +256,9 @@ def train(
     from student.train import train as train_stage
 
     if (stage is None) == (recipe is None):
-        raise typer.BadParameter("name either --stage or --recipe")
+        raise typer.BadParameter("give either --stage or --recipe")
     if recipe is not None and targets is not None:
-        raise typer.BadParameter("a recipe names the losses of its stages", param_hint="--targets")
+        raise typer.BadParameter("a recipe sets the losses of its stages", param_hint="--targets")
     every_cache, caches = by_stage("--cache", cache or [])
     every_root, roots = by_stage("--image-root", image_root)
     if stage is not None and not every_cache:
@@ -275,7 +275,8 @@ def train(
 
 @command()
 def evaluate(config: EvaluateConfig, json_: Json = False) -> None:
-    """Answer questions freely and count exact matches, by kind; with --cache also KL and relation loss."""
+    """Answer questions by greedy decoding and score exact matches by kind; with --cache also KL and relation
+    loss."""
     from student.evaluate import evaluate as evaluate_model
 
     _show(evaluate_model(config, Bar()), json_, "evaluation")
@@ -284,10 +285,10 @@ def evaluate(config: EvaluateConfig, json_: Json = False) -> None:
 @command()
 def export(
     model: Annotated[Path, typer.Option(help="Folder of a trained model: RUN/model.")],
-    out: Annotated[Path, typer.Option(help="Folder to hand over.")],
+    out: Annotated[Path, typer.Option(help="Folder of the exported model.")],
     json_: Json = False,
 ) -> None:
-    """A transformers folder with a model card, for transformers and vLLM."""
+    """Write a model folder with a model card, for transformers and vLLM."""
     from student.export import export as export_model
 
     _show(export_model(model, out, Bar()), json_, "exported")
@@ -299,7 +300,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="A .html or .png file; default: RUN/report.html.")] = None,
     json_: Json = False,
 ) -> None:
-    """Curves and tables of a training run."""
+    """Write curves and tables of a training run."""
     from student.report import report as report_run
 
     _show({"report": str(report_run(run, out))}, json_, "report")
@@ -310,7 +311,7 @@ def _show(document: dict[str, Any], json_: bool, title: str) -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    raise StoppedEarly(f"stopped by {signal.Signals(signum).name}; run the same command again to go on")
+    raise StoppedEarly(f"stopped by {signal.Signals(signum).name}; run the same command again to continue")
 
 
 def main() -> None:
@@ -331,7 +332,7 @@ def main() -> None:
 
 
 def _outcome(error: Exception) -> tuple[str, int]:
-    """What is said of an error, and the exit code."""
+    """The error line and the exit code of an exception."""
     if isinstance(error, StoppedEarly):
         return f"stopped: {error}", 3
     if isinstance(error, _UsageError):
@@ -340,7 +341,7 @@ def _outcome(error: Exception) -> tuple[str, int]:
     if isinstance(error, KdcacheError):
         return f"error: {error}", 2 if isinstance(error, WrongUsage) else 1
     name = type(error).__name__
-    return f"error: a fault of kdcache, not of its input ({name}: {error}); --debug shows the traceback", 1
+    return f"error: an internal error of kdcache ({name}: {error}); --debug shows the traceback", 1
 
 
 if __name__ == "__main__":

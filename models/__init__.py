@@ -1,1 +1,1 @@
-"""What teacher and student both know of a transformers vision-language model."""
+"""What teacher and student share about a transformers vision-language model."""

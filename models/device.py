@@ -1,4 +1,4 @@
-"""Which device this process works on, when several processes share a machine."""
+"""The device of this process, where several processes share a machine."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ _PEAKS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-"""Floating-point operations per second of dense products in 16 bits, as the makers' data sheets give them."""
+"""Floating-point operations per second of dense 16-bit products, from the vendors' data sheets."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What the data sheet of `device` promises for dense products in 16 bits, in operations per second."""
+    """The data sheet's rate of dense 16-bit products on `device`, in operations per second."""
     name = device_name(device)
     return next((peak for card, peak in _PEAKS.items() if card in name), None)
 
 
 def is_one_of_several() -> bool:
-    """Whether a launcher says which of the processes on this machine this one is."""
+    """Whether a launcher sets the local rank of this process."""
     return any(name in os.environ for name in _LOCAL_RANK)
 
 
 def rank_on_machine() -> int:
-    """Which of the processes on this machine this one is, as its launcher says, or 0."""
+    """The local rank of this process, from its launcher, or 0."""
     return next((number_in(name) for name in _LOCAL_RANK if name in os.environ), 0)
 
 
@@ -76,7 +76,7 @@ def cores_per_process() -> int:
 
 
 def number_in(name: str) -> int:
-    """The value of an environment variable. KdcacheError when it is no number."""
+    """The value of an environment variable. KdcacheError when it is not a number."""
     try:
         return int(os.environ[name])
     except ValueError as error:

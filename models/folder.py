@@ -16,7 +16,7 @@ logging.disable_progress_bar()  # progress is reported through Progress
 
 
 def require_model_folder(folder: Path | str, role: str = "model") -> Path:
-    """The folder. KdcacheError unless it holds the config.json of a model of transformers."""
+    """The folder. KdcacheError unless it has the config.json of a transformers model."""
     path = Path(folder)
     config = path / "config.json"
     if not path.is_dir():
@@ -26,7 +26,7 @@ def require_model_folder(folder: Path | str, role: str = "model") -> Path:
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except ValueError as error:
-        raise KdcacheError(f"{config} is not valid JSON: {error}; get it anew") from error
+        raise KdcacheError(f"{config} is not valid JSON: {error}; fetch it again") from error
     if isinstance(kind, str) and kind.startswith("tinyllava"):
         raise KdcacheError(
             f"{path} is a {kind} checkpoint; turn it into a transformers one with `kdcache convert`"
@@ -37,9 +37,9 @@ def require_model_folder(folder: Path | str, role: str = "model") -> Path:
 def load_model(
     folder: Path | str, dtype: torch.dtype | str = "auto", *, role: str = "model", **options: Any
 ) -> Any:
-    """The vision-language model in `folder`. KdcacheError when it is none or is incomplete.
+    """The vision-language model in `folder`. KdcacheError when it is not one or is incomplete.
 
-    dtype: `auto` is as saved. options: more of from_pretrained. role: what the message calls it.
+    dtype: `auto` is as saved. options: further arguments of from_pretrained. role: its name in the message.
     """
     path = require_model_folder(folder, role)
     try:
@@ -53,13 +53,13 @@ def load_model(
     if missing:
         raise KdcacheError(
             f"the weights in {path} lack {len(missing)} tensors of the {role} ({missing[0]}, ...): they "
-            "would be random; get or write the whole folder again"
+            "would be random; fetch or save the whole folder again"
         )
     return model
 
 
 def load_processor(folder: Path | str, role: str = "model") -> Any:
-    """The processor (tokenizer, image processor, chat template) in `folder`. KdcacheError that says what is
+    """The processor (tokenizer, image processor, chat template) in `folder`. KdcacheError naming what is
     missing."""
     path = require_model_folder(folder, role)
     try:

@@ -1,4 +1,4 @@
-"""The output head: what turns final hidden states into logits, and the proof that it does."""
+"""The output head, which turns final hidden states into logits, and its verification."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Head:
 
     hidden: after the last norm. weight (rows, D), bias (rows,) or None: the parameters themselves, so that
     gradients reach them; softcap None: no capping. Columns at or above `vocab_size`, the tokenizer's length,
-    are padding of the matrix, no tokens: targets never hold them, and the student's count in its softmax
-    alone, where their mass is an error to push down. None: every column is a token.
+    are padding of the matrix, not tokens: targets never contain them, and those of the student count in its
+    softmax only, where their mass is an error to reduce. None: every column is a token.
     """
 
     weight: Tensor
@@ -50,13 +50,13 @@ class Head:
 
     @property
     def rows(self) -> int:
-        """The number of logits, those of padding included."""
+        """The number of logits, including padding."""
         return self.weight.shape[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """(N, V) float32 logits of hidden (N, D): low-precision factors, float32 products and output.
 
-        No gradient is kept of it. out (N, V) float32 on the head's device: where to put them.
+        Without autograd. out (N, V) float32 on the head's device: the output buffer.
         """
         with torch.no_grad():
             logits = _product(hidden.to(self.weight.device), self.weight[: self.columns], out)
@@ -69,10 +69,10 @@ class Head:
         return logits
 
     def check_labels(self, labels: Tensor) -> None:
-        """ValueError when one of `labels`, which must not hold ignored ones, is no token."""
+        """ValueError when one of `labels`, which must not contain ignored ones, is not a token."""
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.columns:
             worst = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-            raise ValueError(f"label {worst} is no token: the head has {self.columns} tokens")
+            raise ValueError(f"label {worst} is not a token: the head has {self.columns} tokens")
 
     @classmethod
     def of(cls, model: Any, vocab_size: int | None = None) -> Head:
@@ -88,7 +88,7 @@ class Head:
     def from_config(
         cls, config: Any, weight: Tensor, bias: Tensor | None = None, vocab_size: int | None = None
     ) -> Head:
-        """The head with the form that a model's config names.
+        """The head as described by a model's config.
 
         Reads, of the text config, `final_logit_softcapping`, `logit_scale` (a factor) and `logits_scaling` (a
         divisor). KdcacheError when the matrix has fewer rows than the tokenizer has tokens.
@@ -96,7 +96,7 @@ class Head:
         if vocab_size is not None and len(weight) < vocab_size:
             raise KdcacheError(
                 f"the model's head has {len(weight)} rows but its tokenizer {vocab_size} tokens; the folder "
-                "mixes two models"
+                "contains parts of two models"
             )
         config = config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -120,11 +120,11 @@ def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
 def verified_head(head: Head, hidden: Sequence[Tensor], logits: Sequence[Tensor], *, model: str) -> Head:
     """The head that turns each of `hidden` (T, D) into the model's own `logits` (T, rows), as tried here.
 
-    A soft-cap that the config names counts only if the model really applies it (Gemma 3 with images does
-    not). The largest difference is held against the standard deviation of the model's own logits: an offset
-    that all logits share changes no distribution, so their spread, not their size, is the scale on which a
-    difference matters. KdcacheError when it is more than the dtype explains: then a bias, a cap, a scale or
-    a norm is not where it was looked for, and every target and loss would be wrong. model: for that message.
+    A soft-cap of the config is used only if the model really applies it (Gemma 3 with images does not). The
+    largest difference is compared with the standard deviation of the model's own logits: a common offset
+    changes no distribution, so their spread, not their magnitude, is the relevant scale. KdcacheError when it
+    is more than the dtype explains: then a bias, a cap, a scale or a norm was missed, and every target and
+    loss would be wrong. model: its name in the message.
     """
     tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
     found = []
@@ -138,7 +138,7 @@ def verified_head(head: Head, hidden: Sequence[Tensor], logits: Sequence[Tensor]
             return candidate
     raise KdcacheError(
         f"{model}: hidden states and head differ from its own logits by {min(found):.2g} of their spread: "
-        "this architecture's head is not understood, so nothing was captured or trained"
+        "this architecture's head is not supported, so nothing was captured or trained"
     )
 
 
@@ -146,7 +146,7 @@ def read_head(folder: Path, config: Any, *, vocab_size: int, dtype: torch.dtype,
     """The head of the model in `folder`, read from its safetensors without building the model: its lm_head,
     or the embeddings where they are tied to it.
 
-    config: the whole model's, of transformers. KdcacheError where no such weight, or more than one, is there.
+    config: the whole model's, of transformers. KdcacheError where there is no such weight, or more than one.
     """
     places: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -156,7 +156,7 @@ def read_head(folder: Path, config: Any, *, vocab_size: int, dtype: torch.dtype,
     if len(names) != 1:
         raise KdcacheError(
             f"{len(names)} weights in the safetensors of {folder} can be the head ({', '.join(names)}); one "
-            "lm_head.weight or, tied, one embed_tokens.weight is needed: take --engine transformers"
+            "lm_head.weight or, if tied, one embed_tokens.weight is needed: use --engine transformers"
         )
 
     def read(name: str) -> Tensor:

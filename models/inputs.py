@@ -1,4 +1,4 @@
-"""Inputs of a model: padding, joining, and images that must be those that were recorded."""
+"""Inputs of a model: padding, joining, and images verified against their recorded digests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cache_schema.format.records import ImageRecord
 def pad(
     rows: Sequence[NDArray[np.generic]], length: int, value: int, dtype: type[np.generic] | None = None
 ) -> Tensor:
-    """(B, length) of `rows` (T,), filled up at their ends with `value`; dtype: None: as the rows have."""
+    """(B, length) of `rows` (T,), right-padded with `value`; dtype: None: that of the rows."""
     padded = np.full((len(rows), length), value, dtype=dtype or rows[0].dtype)
     for place, row in enumerate(rows):
         padded[place, : len(row)] = row
@@ -43,7 +43,7 @@ def join(values: Sequence[Tensor]) -> Tensor:
 
 def open_recorded(root: Path | str, record: ImageRecord, *, recorded: str) -> Image.Image:
     """The image of `record`, decoded. RowRejected as `open_image`, and `changed_image` when the file's digest
-    is not the record's; recorded: where that one comes from."""
+    is not the record's; recorded: the source of that digest, for the message."""
     opened = open_image(root, record.path)
     if opened.sha256 != record.sha256:
         raise RowRejected(

@@ -8,7 +8,7 @@ from typing import Literal
 Part = Literal["projector", "language_model", "vision_tower"]
 
 NESTED_TOWERS = ("siglip_vision_model", "clip_vision_model")
-"""Model types of towers whose weights vLLM, and older transformers, want below `vision_model.`."""
+"""Model types of towers whose weights vLLM and older transformers expect below `vision_model.`."""
 
 _VISION = ("vision_tower", "vision_model", "visual", "vision_encoder")
 _PROJECTOR = (

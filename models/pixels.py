@@ -1,4 +1,4 @@
-"""Pixels of images as an image processor makes them, by a table where it maps every byte on its own."""
+"""Pixel values as an image processor makes them, by a lookup table where it maps each byte independently."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PixelTable:
 
     @classmethod
     def of(cls, processor: Any) -> PixelTable | None:
-        """The table of a processor; None where it does more to images, or gives other bits on trial."""
+        """The table of a processor; None where it does more to images, or differs in a trial."""
         if not _maps_bytes(processor):
             return None
         table = cls(processor.image_processor)

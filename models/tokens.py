@@ -1,4 +1,4 @@
-"""Token ids as teacher and student must agree on them."""
+"""Token ids and special tokens, on which teacher and student must agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPECIAL_ROLES = ("eos", "bos", "pad", "unk")
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str:
-    """The digest of its vocabulary and special tokens that a cache holds and a student must have too."""
+    """The digest of vocabulary and special tokens, which must be equal for cache and student."""
     special = {role: getattr(tokenizer, f"{role}_token", None) for role in _SPECIAL_ROLES}
     return tokenizer_digest(tokenizer.get_vocab(), special)
 
@@ -56,14 +56,12 @@ def pad_token_id_of(tokenizer: Any) -> int:
 
 
 def image_token_id_of(config: Any) -> int:
-    """The id that the model replaces by image features. KdcacheError when the config names none."""
+    """The id that the model replaces by image features. KdcacheError when the config has none."""
     for name in ("image_token_id", "image_token_index"):
         value = getattr(config, name, None)
         if isinstance(value, int):
             return value
-    raise KdcacheError(
-        f"the config of {config.model_type} names no image token; give a vision-language model"
-    )
+    raise KdcacheError(f"the config of {config.model_type} has no image token; give a vision-language model")
 
 
 def adds_special_tokens(tokenizer: Any, text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Statistics of blocks of logits in one pass: what top-k, log-sum-exp, entropy and tails are made from.
+"""Statistics of blocks of logits in one pass, from which top-k, log-sum-exp, entropy and tails follow.
 
 Of every block of 64 entries its largest, and relative to it the sum of exp(z / T) for each temperature T and
 that of exp(z) z. On CUDA and ROCm one kernel of pipeline.block_kernel; torch elsewhere.

@@ -27,10 +27,10 @@ __all__ = ["BuildConfig", "BuildSummary", "build"]
 
 
 def build(config: BuildConfig, progress: Progress) -> BuildSummary:
-    """Captures every row of the dataset that is not in the cache yet.
+    """Captures every row of the dataset that is not yet in the cache.
 
-    Any number of workers may run it over one cache, and any run continues what is there. KdcacheError in
-    one line when it cannot go on; StoppedEarly after Ctrl-C or SIGTERM. Finished shards are kept always.
+    Any number of workers may run it on one cache, and any run continues the cache. KdcacheError in one line
+    when it cannot continue; StoppedEarly after Ctrl-C or SIGTERM. Finished shards are always kept.
     """
     started = time.monotonic()
     config = replace(config, spec=spec_for_engine(config))
@@ -48,8 +48,8 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         writer = CacheWriter.open(config.out, job.manifest(known["sharing"], known["teacher_weights"]))
         if "tokenizer_parts" not in known:
             progress.message(
-                f"{config.out} is of an older version, which kept of a tokenizer the vocabulary and the special "
-                "tokens alone: they are the same, its merges and other parts could not be compared"
+                f"{config.out} is of an older version, which holds only vocabulary and special tokens of a "
+                "tokenizer: these are equal; its merges and other parts could not be compared"
             )
         if config.retry_quarantine:
             again = _with_quarantine(config.out, rank, world_size)
@@ -80,40 +80,39 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
 
 
 def spec_for_engine(config: BuildConfig) -> TargetSpec:
-    """The spec of what the engine of `config` can really give.
+    """The spec of what the engine of `config` can provide.
 
     Log-probabilities give entries, label and a tail at temperature 1; they do not give logits, so neither
-    relations nor log-sum-exp, nor the entropy of what lies outside the entries: the spec is `without` these.
+    relations nor log-sum-exp, nor the entropy of the tail: the spec is `without` these.
     WrongUsage in one line where engine, mode and targets do not go together.
     """
     spec = config.spec
     if config.engine == "transformers":
         if config.engine_mode != "hidden":
-            raise WrongUsage("--engine-mode logprobs is a mode of vLLM: add --engine vllm, or leave it out")
+            raise WrongUsage("--engine-mode logprobs is a mode of vLLM: add --engine vllm, or omit it")
         return spec
     for name in ("quantization", "device_map"):
         if getattr(config, name) is not None:
             option = "--" + name.replace("_", "-")
-            raise WrongUsage(f"{option} is of the engine transformers alone; leave it out with --engine vllm")
+            raise WrongUsage(f"{option} belongs to the engine transformers; omit it with --engine vllm")
     if config.engine_mode == "hidden":
         return spec
     wanted = [name for name in ("visual", "relation") if name in spec.targets]
     if wanted:
         raise WrongUsage(
-            f"--engine-mode logprobs gives no logits, so it cannot capture {' and '.join(wanted)}; take "
+            f"--engine-mode logprobs gives no logits, so it cannot capture {' and '.join(wanted)}; use "
             "--engine-mode hidden, or --targets response (or response,prompt)"
         )
     if spec.temperatures != (1.0,) or spec.tail_samples:
         what = "--tail-samples" if spec.tail_samples else "tails at other --temperatures than 1"
         raise WrongUsage(
-            f"--engine-mode logprobs gives no logits, which {what} need; take --engine-mode hidden, or leave "
-            "it out"
+            f"--engine-mode logprobs gives no logits, which {what} need; use --engine-mode hidden, or omit it"
         )
     return replace(spec, without=("logsumexp", "entropy"))
 
 
 def _tell_other_versions(commits: list[CommitRecord], engine: Mapping[str, str], progress: Progress) -> None:
-    """A warning where this run differs from the one that wrote the newest shard, in what is only recorded."""
+    """Warns where this run differs, in recorded values, from the one that wrote the newest shard."""
     if not commits:
         return
     before = max(commits, key=lambda commit: commit.created).engine

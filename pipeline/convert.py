@@ -1,8 +1,8 @@
-"""`convert`: a TinyLLaVA or LLaVA-KD checkpoint becomes a Llava folder of transformers.
+"""`convert`: converts a TinyLLaVA or LLaVA-KD checkpoint to a Llava folder of transformers.
 
 The names of the tensors are those of TinyLLaVA Factory (`vision_tower._vision_tower`,
-`connector._connector.0/.2`, `language_model`), in one state dict or split over three folders. The values
-are not touched, except that a head without a free row gains one for the image token.
+`connector._connector.0/.2`, `language_model`), in one state dict or split over three folders. Values are not
+changed, except that a head without a free row gains one for the image token.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
 def convert(checkpoint: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """Writes `out` (new or empty) and loads it once to see that every tensor found its place.
+    """Writes `out` (new or empty) and loads it once to verify that every tensor has its place.
 
-    Returns parameters, tensors, dtype, image_token_id and image_tokens. KdcacheError where the checkpoint
-    is not such a one, is incomplete, or has parts that Llava does not have (other connectors or towers).
+    Returns parameters, tensors, dtype, image_token_id and image_tokens. KdcacheError where the checkpoint is
+    of another kind, is incomplete, or has parts that Llava does not have (other connectors or towers).
     """
     settings = _read_settings(checkpoint)
     if out.exists() and any(out.iterdir()):
-        raise KdcacheError(f"{out} is not empty; name a new folder")
+        raise KdcacheError(f"{out} is not empty; give a new folder")
     with task(progress, "converting", 3):
         state = _load_state(checkpoint)
         progress.update(1)
@@ -102,7 +102,7 @@ def _load_state(checkpoint: Path) -> dict[str, Tensor]:
         for part in _SPLIT:
             tensors = _load_tensors(checkpoint / part)
             if tensors is None:
-                raise KdcacheError(f"{checkpoint} holds neither whole weights nor {part}/; it is incomplete")
+                raise KdcacheError(f"{checkpoint} has neither whole weights nor {part}/; it is incomplete")
             for name, tensor in tensors.items():
                 whole[_whole_name(part, name)] = tensor
     state: dict[str, Tensor] = {}
@@ -141,7 +141,7 @@ def _load_tensors(folder: Path) -> dict[str, Tensor] | None:
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise KdcacheError(
-                f"{path} cannot be read: {str(error).splitlines()[0][:200]}; get it anew"
+                f"{path} cannot be read: {str(error).splitlines()[0][:200]}; fetch it again"
             ) from error
     return tensors or None
 
@@ -152,7 +152,7 @@ def _llava_config(checkpoint: Path, settings: dict[str, Any], state: dict[str, T
     vision = _part_config(checkpoint / "vision_tower", settings.get("vision_config"))
     if vision.model_type not in ("siglip_vision_model", "clip_vision_model"):
         raise KdcacheError(
-            f"{checkpoint} has a {vision.model_type} tower; only SigLIP and CLIP towers are converted"
+            f"{checkpoint} has a {vision.model_type} tower; only SigLIP and CLIP towers are supported"
         )
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = any(name.startswith("vision_tower.vision_model.head.") for name in state)
@@ -179,7 +179,7 @@ def _part_config(folder: Path, settings: dict[str, Any] | None) -> Any:
         if "connector_type" not in own:  # some split checkpoints repeat the whole config there
             settings = own
     if not settings or settings.get("model_type") not in CONFIG_MAPPING:
-        raise KdcacheError(f"the checkpoint's config says nothing usable of its {folder.name}")
+        raise KdcacheError(f"the checkpoint's config does not describe its {folder.name}")
     noise = ("model_name_or_path", "model_name_or_path2", "_name_or_path", "transformers_version")
     return CONFIG_MAPPING[settings["model_type"]](**{k: v for k, v in settings.items() if k not in noise})
 
@@ -205,7 +205,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _make_room(state: dict[str, Tensor], config: LlavaConfig, tokens: int) -> None:
-    """Gives the embedding and the head a row for the image token where the vocabulary has none to spare.
+    """Gives the embedding and the head a row for the image token where the vocabulary has no free one.
 
     The row is the mean of the others: its embedding is never read, and its logit is an ordinary one.
     """
@@ -226,7 +226,7 @@ def _processor(
     vision = config.vision_config
     if settings.get("image_aspect_ratio", "square") not in ("square", "pad"):
         raise KdcacheError(
-            f"{checkpoint} cuts images ({settings['image_aspect_ratio']}); only square and pad are converted"
+            f"{checkpoint} crops images ({settings['image_aspect_ratio']}); only square and pad are supported"
         )
     siglip = vision.model_type == "siglip_vision_model"
     options: dict[str, Any] = {"do_pad": settings.get("image_aspect_ratio") == "pad"}

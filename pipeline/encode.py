@@ -1,4 +1,4 @@
-"""One call of a processor, and where in its token ids the images and the answers ended up."""
+"""One call of a processor, and the places of images and answers in its token ids."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """What a processor made of a conversation.
+    """The output of a processor for a conversation.
 
-    ids (T,) int32. images: for each image a mask (T,) of the tokens that took its mark's place; marks: what
-    the template had written there. answers:
-    for each span of the text its token range, empty where no token touches it. rest: every other model
-    input but the attention mask, with a batch dimension of 1.
+    ids (T,) int32. images: for each image a mask (T,) of the tokens that replaced its mark; marks: the
+    template's text there. answers: for each span of the text its token range, empty where no token touches
+    it. rest: every other model input but the attention mask, with a batch dimension of 1.
     """
 
     ids: NDArray[np.int32]
@@ -41,7 +40,7 @@ class Encoded:
 def encode(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) -> Encoded:
     """Runs a processor on one rendered conversation. RowRejected (`processor`) when it refuses.
 
-    A processor that takes a `suffix` belongs to a prefix language model (PaliGemma), which sees its
+    A processor that takes a `suffix` belongs to a prefix language model (PaliGemma), which attends to its
     prompt in both directions: the text from the first answer on becomes the suffix.
     """
     if _takes_suffix(type(processor)):  # type: ignore[arg-type]
@@ -63,7 +62,7 @@ def encode(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) ->
 
 @cache
 def _takes_suffix(processor: type) -> bool:
-    """By its signature, or in transformers 5.16 by what it declares of its text arguments."""
+    """By its signature, or in transformers 5.16 by its declared text arguments."""
     if "suffix" in inspect.signature(processor.__call__).parameters:
         return True
     declared = getattr(processor, "valid_processor_kwargs", None)
@@ -75,11 +74,11 @@ def _encode_prefix_model(processor: Any, rendered: Rendered, images: Sequence[Im
     """The prompt as prefix, the rest as suffix, to which the processor adds an end token: the last
     answer's own."""
     if not rendered.spans:
-        raise RowRejected("no_supervised_tokens", "the template leaves no token of an answer to learn from")
+        raise RowRejected("no_supervised_tokens", "the template leaves no token of an answer as a label")
     begin = rendered.spans[0][0]
     found = _call(processor, images, text=[rendered.text[:begin]], suffix=[rendered.text[begin:]])
     suffix = found.rest["token_type_ids"][0].numpy() == 1
-    # Offsets count anew in the suffix; tokens of the prefix are moved out of the way.
+    # Offsets restart in the suffix; tokens of the prefix are excluded.
     offsets = np.where(suffix[:, None], found.offsets, -1)
     answers = [_touching(offsets, (start - begin, end - begin)) for start, end in rendered.spans]
     answers[-1] = (answers[-1][0], len(found.ids))
@@ -130,7 +129,7 @@ def _cut(text: str, span: Span) -> str:
 
 
 def _inside(offsets: NDArray[np.int64], span: Span) -> Mask:
-    """Tokens (T,) that lie wholly in a character span; those of no width lie nowhere."""
+    """Tokens (T,) that are entirely within a character span; those of width 0 are nowhere."""
     inside: Mask = (offsets[:, 0] >= span[0]) & (offsets[:, 1] <= span[1]) & (offsets[:, 0] < offsets[:, 1])
     return inside
 

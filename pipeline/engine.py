@@ -1,4 +1,5 @@
-"""What the capture asks of a teacher: final hidden states and their head, or log-probabilities alone."""
+"""The interface of a teacher to the capture: final hidden states and their head, or log-probabilities
+alone."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from pipeline.samples import PreparedSample
 class Engine(Protocol):
     """A loaded teacher that gives hidden states.
 
-    Nothing is promised about batch composition beyond rounding: float32 hidden states of a sample agree
+    Results do not depend on batch composition beyond rounding: float32 hidden states of a sample agree
     between batches to about 1e-6 relative, not bit by bit.
     """
 
@@ -33,14 +34,14 @@ class Engine(Protocol):
         """Names and versions to record with every shard."""
 
     def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
-        """One (T, D) tensor a sample, after the final norm, in the teacher's dtype, on its device."""
+        """One (T, D) tensor per sample, after the final norm, in the teacher's dtype, on its device."""
 
     @property
     def can_pack(self) -> bool:
         """Whether packed_hidden_states may be tried; the capture then probes that it is exact."""
 
     def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
-        """For every pack one (T, D) tensor a sample, as hidden_states gives them."""
+        """For every pack one (T, D) tensor per sample, as from hidden_states."""
 
 
 @runtime_checkable
@@ -58,7 +59,7 @@ class RecordEngine(Protocol):
 
 
 def release_memory() -> None:
-    """Gives back what a deleted engine or a failed batch held."""
+    """Frees the memory of a deleted engine or a failed batch."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()

@@ -35,8 +35,8 @@ class Extractor:
 
     head: turns the engine's hidden states into logits; None for an engine that gives records itself.
     share: images with equal prefix keys (under `fingerprint`) get their visual and relation records once.
-    pack: conversations about the same images are also computed as one sequence (needs share).
-    batch_tokens: padded tokens of a batch; it halves by itself when memory runs out, and stays so.
+    pack: conversations about the same images are also computed as one sequence (needs share). batch_tokens:
+    padded tokens per batch; halved for the rest of the run when memory runs out.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class Extractor:
         )
 
     def _run(self, packs: list[Pack]) -> list[Launched]:
-        """One batch of packs. On exhausted memory its halves, and the budget shrinks; its halves, too, when
-        the engine refuses one of the samples, until that one is alone."""
+        """One batch of packs. When memory runs out, it is split in halves and the budget shrinks. It is also
+        split when the engine refuses a sample, until that sample is alone."""
         try:
             return [self._launch(packs)]
         except RowRejected as error:
@@ -112,7 +112,7 @@ class Extractor:
         longest = max(map(len, packs))
         if len(packs) > 1:
             self.batch_tokens = max(longest, min(self.batch_tokens, longest * len(packs)) // 2)
-        detail = f"{longest} tokens do not fit into memory on their own"
+        detail = f"{longest} tokens do not fit into memory, even alone"
         return self._apart(packs, RowRejected("out_of_memory", detail))
 
     def _apart(self, packs: list[Pack], error: RowRejected) -> list[Launched]:
@@ -149,7 +149,7 @@ class Extractor:
 
     @staticmethod
     def _hidden_states(engine: Engine, packs: Sequence[Pack]) -> list[Tensor]:
-        """One (T, D) a sample, in order."""
+        """One (T, D) per sample, in order."""
         if all(len(pack.samples) == 1 for pack in packs):
             return engine.hidden_states([pack.first for pack in packs])
         return [hidden for pack in engine.packed_hidden_states(packs) for hidden in pack]
@@ -160,7 +160,7 @@ class Extractor:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch failed for want of memory, on an accelerator or on the CPU."""
+    """Whether torch ran out of memory, on an accelerator or on the CPU."""
     text = str(error)
     return (
         isinstance(error, torch.OutOfMemoryError)

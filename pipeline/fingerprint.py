@@ -28,7 +28,7 @@ ASSETS = (
     "config.json",
     "generation_config.json",
 )
-"""The teacher's small files that a cache carries, so that students are made without the teacher."""
+"""The teacher's small files that a cache contains, so that students are made without the teacher."""
 
 _HASH_THREADS = 4
 _CONFIG_NOISE = frozenset({"_name_or_path", "transformers_version", "architectures"})
@@ -118,7 +118,7 @@ def fingerprint_of(
 
 
 def image_tokens(processor: Any, image_token_id: int) -> int | None:
-    """Placeholder tokens of an image when images of all shapes have as many, else None."""
+    """Placeholder tokens per image if it is the same for all image shapes, else None."""
     counts = set()
     for size in ((96, 96), (160, 96), (96, 224)):
         images = [[Image.new("RGB", size)]]
@@ -133,7 +133,7 @@ def read_assets(folder: Path) -> dict[str, bytes]:
 
 
 def _without_noise(settings: Any) -> Any:
-    """Config values without those that say nothing about the model."""
+    """Config values without those that do not affect the model."""
     if isinstance(settings, dict):
         return {key: _without_noise(value) for key, value in settings.items() if key not in _CONFIG_NOISE}
     return [_without_noise(item) for item in settings] if isinstance(settings, list) else settings

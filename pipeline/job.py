@@ -1,4 +1,4 @@
-"""All of a build that is known before the teacher's weights are loaded."""
+"""Everything about a build that is known before the teacher's weights are loaded."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pipeline.shard_plan import plan_rows
 from pipeline.templates import ChatTemplate, load_template
 from pipeline.transformers_engine import require_bitsandbytes
 
-_PROBES = 64  # rows looked at for those that can probe the teacher
+_PROBES = 64  # rows tried to find probes of the teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A dataset, its plan, and a teacher as far as its small files tell."""
+    """A dataset, its plan, and what a teacher's small files describe."""
 
     config: BuildConfig
     dataset: Dataset
@@ -114,7 +114,7 @@ class Job:
     def probe(self) -> PreparedSample:
         """A capturable sample, the first in plan order that has an image, or else any.
 
-        KdcacheError when none of the rows looked at can be captured: then the data or its root is wrong.
+        KdcacheError when none of the rows tried can be captured: then the data or its root is wrong.
         """
         order, images = self.plan.order, self.dataset.first_images
         looked_at = [*order[images[order] != 0][:_PROBES], *order[images[order] == 0][:_PROBES]]
@@ -144,7 +144,8 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
     first_images = dataset.first_images[:rows]
     if first_images.any() and not config.image_root.is_dir():
         raise KdcacheError(
-            f"image root {config.image_root} is not a folder; give the one that image paths start in"
+            f"image root {config.image_root} is not a folder; give the folder that image paths are relative "
+            "to"
         )
     max_length = config.max_length
     longest = getattr(teacher_config.get_text_config(), "max_position_embeddings", None)

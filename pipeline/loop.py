@@ -45,7 +45,7 @@ class Window:
 
 @dataclass(slots=True)
 class _Shard:
-    """A shard under way."""
+    """A shard in progress."""
 
     index: int
     started: float
@@ -91,7 +91,7 @@ class CaptureLoop:
     def run(self, rank: int, world_size: int, commits: list[CommitRecord]) -> None:
         """Captures until no shard is pending. commits: what the cache already has.
 
-        StoppedEarly after Ctrl-C or SIGTERM; KdcacheError when too many rows are bad or the disk refuses.
+        StoppedEarly after Ctrl-C or SIGTERM; KdcacheError when too many rows are bad or writing fails.
         """
         plan = self._job.plan
         for commit in commits:
@@ -129,14 +129,14 @@ class CaptureLoop:
                         self._finishing = shard, disk.submit(self._finish, shard)
                         shard = None
             finally:
-                self._settle()  # also on the way out: a full disk is told, not hidden
+                self._settle()  # also on errors: a full disk must be reported
 
     # ---- preparing, in the prefetch thread ----
 
     def _windows(self, shards: Iterator[int]) -> Iterator[Window]:
         """The rows of every shard, in windows of limited size, prepared by several threads.
 
-        Where a window ends is decided by its rows alone, so that every machine forms the same batches.
+        The end of a window depends on its rows alone, so that every machine forms the same batches.
         """
         with ThreadPoolExecutor(self._job.config.prepare_threads) as pool:
             for shard in shards:
@@ -158,7 +158,7 @@ class CaptureLoop:
                             samples, rejected, pixels = [], [], 0
 
     def _prepare(self, row: int) -> PreparedSample | QuarantinedRow:
-        """One row; every thread has a processor of its own, because tokenizers are not to be shared."""
+        """One row; every thread has its own processor, because tokenizers are not thread-safe."""
         preparer: SamplePreparer | None = getattr(self._threads, "preparer", None)
         if preparer is None:
             preparer = self._threads.preparer = copy.deepcopy(self._job.preparer)
@@ -185,7 +185,7 @@ class CaptureLoop:
             self._show()
             if interrupt.asked:
                 raise StoppedEarly(
-                    "stopped on request; finished shards are kept: run the same command again to go on"
+                    "stopped on request; finished shards are kept: run the same command again to continue"
                 )
 
     def _count(self, captured: list[Captured]) -> None:
@@ -246,7 +246,7 @@ class CaptureLoop:
         self._count(finished.captured)
         record = finished.record
         if record is None:
-            self._progress.message("a shard was finished by another worker first; this one's copy is dropped")
+            self._progress.message("another worker finished this shard first; this copy is discarded")
         else:
             self._bytes += sum(file.bytes for file in record.files)
             self._committed.add(record.shard)

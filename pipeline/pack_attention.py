@@ -1,4 +1,4 @@
-"""Attention over packs, part by part: rests that do not see each other are never multiplied."""
+"""Attention over packs, part by part: parts that do not attend to each other are never multiplied."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _packs: ContextVar[tuple[Pack, ...]] = ContextVar("packs")
 @contextmanager
 def attention_by_parts(config: Any, packs: Sequence[Pack]) -> Iterator[None]:
     """Within it, layers of the text model with this `config` attend as `Pack.visible` says, for a batch of
-    these packs. Not promised: other masks, biases, caps or sinks than a plain decoder has; the probe of
-    packing finds models that have them."""
+    these packs. Not supported: masks, biases, caps or sinks beyond those of a plain decoder; the probe of
+    packing detects such models."""
     AttentionInterface.register(_NAME, _attend)
     before = config._attn_implementation
     token = _packs.set(tuple(packs))

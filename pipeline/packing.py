@@ -1,7 +1,7 @@
 """Packs: conversations about one image as one sequence, their common beginning computed once.
 
-A pack is [prefix, rest of sample 1, rest of sample 2, ...]. A rest sees the prefix and itself, and its
-positions go on from the prefix's end, so its hidden states are those of the sample on its own.
+A pack is [prefix, rest of sample 1, rest of sample 2, ...]. A rest attends to the prefix and itself, and its
+positions continue from the prefix's end, so its hidden states are those of the sample alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Pack:
 
     @property
     def first(self) -> PreparedSample:
-        """The sample that brings the prefix and the pixels."""
+        """The sample whose prefix and pixels are used."""
         return self.samples[0]
 
     def __add__(self, other: Pack) -> Pack:
@@ -86,7 +86,7 @@ class Pack:
         return np.concatenate([values[0][..., : self.prefix], *rests], axis=-1)
 
     def split(self, hidden: Tensor) -> list[Tensor]:
-        """(L, D) of the packed sequence as one (T, D) a sample."""
+        """(L, D) of the packed sequence as one (T, D) per sample."""
         if len(self.samples) == 1:
             return [hidden[: len(self)]]
         found, start = [], self.prefix
@@ -97,7 +97,7 @@ class Pack:
         return found
 
     def visible(self, length: int) -> NDArray[np.bool_]:
-        """(length, length): whether query i sees key j; padding sees only itself."""
+        """(length, length): whether query i attends to key j; padding attends only to itself."""
         part = np.zeros(length, dtype=np.int64)
         start = self.prefix
         for number, sample in enumerate(self.samples, start=1):

@@ -1,4 +1,4 @@
-"""Preparing what comes next while the teacher works on what is there."""
+"""Prepares the next items while the teacher works on the current ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 class Prefetch(Generic[Item]):
     """Iterates `source` in a thread of its own, `depth` items ahead. Use it in a `with` block.
 
-    What the source raises is raised here, in its place. Leaving the block stops the thread.
+    Exceptions of the source are raised here, in order. Leaving the block stops the thread.
     """
 
     def __init__(self, source: Iterator[Item], depth: int = 1) -> None:

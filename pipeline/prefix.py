@@ -1,6 +1,6 @@
 """Shared visual prefixes: whether a teacher allows them, and which images have the same targets.
 
-Under causal attention an image's hidden states depend only on what stands before its end, so rows about
+Under causal attention an image's hidden states depend only on what precedes its end, so rows about
 the same image with the same text before it share their visual and relation targets.
 """
 
@@ -40,8 +40,8 @@ def prefix_is_independent(engine: Engine, sample: PreparedSample) -> bool:
 def packing_is_exact(engine: Engine, sample: PreparedSample) -> bool:
     """Whether a pack of two samples about one image gives the hidden states of each on its own.
 
-    False too for an engine that cannot pack, a model that cannot be run so, and where token types steer the
-    attention, of which a pack's mask knows nothing.
+    False too for an engine or a model that cannot pack, and where token types change the attention, which a
+    pack's mask ignores.
     """
     if not engine.can_pack or "token_type_ids" in sample.token_inputs:
         return False
@@ -69,13 +69,14 @@ def _changed_after_images(sample: PreparedSample) -> PreparedSample:
 
 
 def _end_of_images(sample: PreparedSample) -> int:
-    """Where the last image ends, with what its processor writes around it: no text can differ before."""
+    """The end of the last image, with the processor's text around it: no text can differ before it."""
     end = int(sample.images[-1].positions[-1]) + 1
     return max([end, *(expansion.end for expansion in sample.expansions)])
 
 
 def _other_ids(sample: PreparedSample, end: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
-    """Ids to put in the place of those from `end` on: ordinary ones of the sample, each another than was."""
+    """Replacement ids for those from `end` on: ordinary ids of the sample, each different from the
+    original."""
     images = {int(position) for image in sample.images for position in image.positions}
     ordinary = np.unique([int(i) for t, i in enumerate(sample.input_ids) if t not in images])
     places = np.searchsorted(ordinary, sample.input_ids[end:])
@@ -84,7 +85,7 @@ def _other_ids(sample: PreparedSample, end: int) -> np.ndarray[tuple[int, ...], 
 
 
 def prefix_keys(sample: PreparedSample, fingerprint: str) -> list[str]:
-    """One hex digest an image: of everything that its hidden states depend on.
+    """One hex digest per image, of everything that its hidden states depend on.
 
     The teacher (by `fingerprint`), the ids through the image's end, the files and token counts of this
     and every earlier image, and how many images the row has (some processors cut single images finer).

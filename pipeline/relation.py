@@ -1,7 +1,7 @@
-"""The relation target of an image: R = Z Z^T of its raw logits, without ever forming Z where it is linear.
+"""The relation target of an image: R = Z Z^T of its raw logits, without forming Z for a linear head.
 
 For a linear head Z = s [H, 1] [W, b]^T, so R = s^2 [H, 1] (A^T A) [H, 1]^T with A = [W, b]. With
-C^T C = A^T A, the matrix G = s [H, 1] C^T (P, D) is an exact factor: R = G G^T. What becomes of R: see
+C^T C = A^T A, the matrix G = s [H, 1] C^T (P, D) is an exact factor: R = G G^T. For the use of R see
 pipeline.relation_batch.
 """
 
@@ -22,15 +22,15 @@ from cache_schema.format.spec import TargetSpec
 from models.head import Head
 from pipeline.relation_batch import MOST_COLUMNS, OVERSAMPLING, leading, quantised, residual_of, turned
 
-_COLUMNS = 8192  # vocabulary entries a chunk where the logits are needed
+_COLUMNS = 8192  # vocabulary entries per chunk where the logits are needed
 _RANKS = (64, MOST_COLUMNS)  # of the factor of one image; then all
-_ALIKE = 128  # images whose numbers of tokens differ by less are worked on together
-_ENTRIES = 1 << 26  # of the Gram matrices worked on together
+_ALIKE = 128  # images whose numbers of tokens differ by less are processed together
+_ENTRIES = 1 << 26  # of the Gram matrices processed together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Images worked on together: their numbers in the batch, and their tokens."""
+    """Images processed together: their numbers in the batch, and their tokens."""
 
     images: NDArray[np.int64]
     tokens: NDArray[np.int64]

@@ -1,6 +1,6 @@
 """Relation records of a batch of images, rounded to steps on the device that made their Gram matrices.
 
-Two factors of R (P, P) are at hand, and the one that takes fewer bits is stored. Leading columns, by
+There are two factors of R (P, P); the one that takes fewer bits is stored. Leading columns, by
 orthogonal iteration with Cholesky factors of small Gram matrices (Halko, Martinsson and Tropp, 2011) and
 Nystrom's formula; and the Cholesky factor of R, which needs no rank and whose half is zero, for spectra so
 flat that hundreds of columns would be needed. What both become follows cache_schema.format.codecs.relation.
@@ -151,7 +151,7 @@ def steps_of(
         return steps, scales, residual_of(whole, steps * scales[:, None, :])
 
     best = torch.zeros_like(level)
-    for _ in range(_TRIES):  # exact for noise of many steps; a coarse column needs a nudge
+    for _ in range(_TRIES):  # exact for noise of many steps; coarse columns need a correction
         _, _, residual = at(level)
         good = residual <= target
         best = torch.where(good, torch.maximum(best, level), best)

@@ -1,4 +1,4 @@
-"""From a dataset row to a teacher's inputs: token ids, supervised spans, images and where they stand."""
+"""From a dataset row to a teacher's inputs: token ids, supervised spans, images and their positions."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Expansion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedSample:
-    """A row as the processor made it.
+    """A row as prepared by the processor.
 
     input_ids (T,) int32 with every image expanded; label_spans (S, 2) int32, half-open and ascending.
     token_inputs: further inputs of shape (T,) (token types). pixel_inputs: everything else the processor
-    made (pixels, grids, sizes), with the leading dimensions that the model expects. answers_kept: how
-    many of the conversation's answers are in it; answers_cut: how many were cut off at its end. expansions:
-    one an image. seconds: what reading and preparing it took.
+    made (pixels, grids, sizes), with the leading dimensions that the model expects. answers_kept: how many of
+    the conversation's answers are in it; answers_cut: how many were removed from its end. expansions: one per
+    image. seconds: time spent on reading and preparing it.
     """
 
     row: int
@@ -87,7 +87,7 @@ class SamplePreparer:
     ) -> None:
         if not processor.tokenizer.is_fast:
             raise KdcacheError(
-                "the teacher's tokenizer is a slow one, which cannot tell where a token stands in the text; "
+                "the teacher's tokenizer is a slow one, which gives no character offsets; "
                 "save the teacher with a fast tokenizer (tokenizer.json)"
             )
         self._processor = processor
@@ -178,9 +178,7 @@ class SamplePreparer:
             raise RowRejected("span_mismatch", f"the answer {missing[:60]!r} is not in the supervised text")
         found = np.array(spans, dtype=np.int32).reshape(-1, 2)
         if not (found[:, 1] > 1).any():  # nothing before the very first token predicts it
-            raise RowRejected(
-                "no_supervised_tokens", "the template leaves no token of an answer to learn from"
-            )
+            raise RowRejected("no_supervised_tokens", "the template leaves no token of an answer as a label")
         return found
 
     def _check_span(self, decoded: str, expected: str) -> None:
@@ -199,7 +197,7 @@ class SamplePreparer:
         return text
 
     def _bare(self, text: str) -> str:
-        """Without blanks, which tokenizers add and drop, and the end token, which some processors add."""
+        """Without whitespace, which tokenizers add and drop, and the end token, which some processors add."""
         return "".join(text.split()).removesuffix(self._tokenizer.eos_token or "\0")
 
 

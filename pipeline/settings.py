@@ -1,4 +1,4 @@
-"""What a build and a plan are asked to do, and what a build reports when it is over."""
+"""Settings of `build` and `plan`, and the summary of a build."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_BAD_FROM = 100
 """Without --max-bad: the share of bad rows that stops a build, and the rows seen from which on it counts."""
 
 _TEACHER, _DATA, _VLLM, _RUN = "Teacher", "Data", "The engine vllm", "Run"
-_GRID, _BOUNDS = "What is tried", "What is asked of the recommended settings"
+_GRID, _BOUNDS = "Settings to try", "Bounds of the recommended settings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class BuildConfig:
         int, at_least(1), Help("Padded tokens per batch; halved when memory runs out.", _RUN)
     ] = 16384
     shard_size: Annotated[
-        int, at_least(1), Help("Rows per shard, the unit that is written and resumed.", _RUN)
+        int, at_least(1), Help("Rows per shard, the unit of writing and resuming.", _RUN)
     ] = 512
     max_length: Annotated[
         int, at_least(1), Help("Longest sample in tokens, image tokens included.", _DATA)
@@ -117,7 +117,7 @@ class ForecastConfig:
     )
     relations: Annotated[
         tuple[Annotated[float, within(0.0, 1.0, "()")] | Literal["exact"], ...],
-        Help("Bounds of 1 - cos to try for relation factors, and the word exact.", _GRID, "relation"),
+        Help("Bounds of 1 - cos to try for relation factors, or exact.", _GRID, "relation"),
     ] = (1e-3, 1e-4, 1e-5, 1e-6)
     student: Annotated[
         Path | None, Help("Folder of a student to try. Default: the teacher with noise.", _GRID)
@@ -130,14 +130,16 @@ class ForecastConfig:
     ] = 2048
     max_angle: Annotated[
         Mapping[Target, Annotated[float, within(0.0, 180.0, "(]")]],
-        Help("Degrees that a stored target's gradient may be off; 5,visual=15 for one target.", _BOUNDS),
+        Help(
+            "Largest angle in degrees between stored and dense gradient; 5,visual=15 for one target.", _BOUNDS
+        ),
     ] = field(default_factory=lambda: dict.fromkeys(TARGETS, 5.0))
-    max_kl: Annotated[float, positive, Help("Mean nats that storing may change a record by.", _BOUNDS)] = 1e-4
-    seed: Annotated[int, at_least(0), Help("Seed of the draw and of the noise.", _GRID)] = 0
+    max_kl: Annotated[float, positive, Help("Largest mean KL in nats due to storage.", _BOUNDS)] = 1e-4
+    seed: Annotated[int, at_least(0), Help("Seed of sampling and of the noise.", _GRID)] = 0
 
     def __post_init__(self) -> None:
         lists = ("top_ks", "precisions", "relations")
-        check(self, {f"{name} is empty: name at least one": not getattr(self, name) for name in lists})
+        check(self, {f"{name} is empty: give at least one": not getattr(self, name) for name in lists})
 
     @property
     def widest(self) -> TargetSpec:

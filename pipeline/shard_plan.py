@@ -1,4 +1,4 @@
-"""The plan: which rows stand in which shard."""
+"""The plan: which rows are in which shard."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cache_schema.format.manifest import Plan
 
 
 def plan_rows(first_images: NDArray[np.int64], *, shard_size: int, seed: int) -> Plan:
-    """A plan in which rows with the same first image stand side by side in one shard.
+    """A plan in which rows with the same first image are adjacent in one shard.
 
-    first_images (rows,) int64: the image's key, 0 for none. Rows without an image stand alone. Groups are
-    shuffled by `seed`, so that every shard is a fair sample of the data. A group over shard_size begins
-    with a shard and is split; so is one that no single row is left to make room for.
+    first_images (rows,) int64: the image's key, 0 for none. Rows without an image are groups of one. Groups
+    are shuffled by `seed`, so that every shard is a representative sample of the data. A group over
+    shard_size starts with a shard and is split; so is one for which no single rows are left as padding.
     """
     rows = len(first_images)
     members, starts = _groups(first_images)
@@ -22,7 +22,7 @@ def plan_rows(first_images: NDArray[np.int64], *, shard_size: int, seed: int) ->
     shuffled = generator.permutation(len(sizes))
     alone = shuffled[sizes[shuffled] == 1]
     together = shuffled[sizes[shuffled] > 1]
-    # Groups and single rows in the proportion of the whole, so that no shard is all of one kind.
+    # Groups and single rows in overall proportion, so that no shard is all of one kind.
     turn = (len(alone) + 1) / (len(together) + 1)
     order = np.empty(rows, dtype=np.int64)
     filled = used = 0  # rows placed, single rows used

@@ -1,4 +1,4 @@
-"""Before vLLM captures anything: does it say the same as transformers? One engine after the other."""
+"""Compares vLLM with transformers before anything is captured, one engine after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.samples import PreparedSample
 from pipeline.targets import TargetMaker
 
 LARGEST_KL = {"float32": 1e-4}
-"""Mean KL in nats that two engines of one teacher may be apart; another dtype: _OTHER_KL."""
+"""Allowed mean KL in nats between two engines of one teacher; for another dtype: _OTHER_KL."""
 
 _OTHER_KL = 1e-2
 _LARGEST_RELATION = {"float32": 1e-4}
@@ -29,7 +29,7 @@ _OTHER_RELATION = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What an engine says of samples: for each the record of all positions, and its images' relations."""
+    """An engine's output for samples: for each the record of all positions, and its images' relations."""
 
     records: list[TopK]
     relations: list[list[Relation]]
@@ -38,7 +38,7 @@ class Finding:
 def finding_of(
     engine: Engine | RecordEngine, head: Head | None, spec: TargetSpec, samples: Sequence[PreparedSample]
 ) -> Finding:
-    """What `engine` says of `samples`, as numpy arrays alone, so that nothing of the engine stays alive.
+    """The output of `engine` for `samples`, as numpy arrays only, so that nothing of the engine stays alive.
 
     head: of an engine that gives hidden states, else None.
     """
@@ -83,8 +83,8 @@ def require_agreement(
         ]
         for difference in filter(None, found):
             raise KdcacheError(
-                f"transformers and {engine} do not agree on this teacher: at row {sample.row}, {difference}; "
-                "take --engine transformers"
+                f"transformers and {engine} do not agree on this teacher: at row {sample.row}, "
+                f"{difference}; use --engine transformers"
             )
 
 

@@ -19,14 +19,14 @@ from pipeline.block_statistics import BLOCK, block_statistics
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.relation import Group, RelationMaker, on_device
 
-_CACHE_BYTES = 2 << 20  # logits worked on at a time, so that passes over them stay in a CPU's cache
+_CACHE_BYTES = 2 << 20  # logits processed at a time, so that passes over them stay in a CPU's cache
 _CHUNK_BYTES = 256 << 20  # logits of a chunk
 _MOST_CHUNK_BYTES = 1 << 30  # of an accelerator with much free memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is asked of a batch's hidden states (M, D).
+    """The requests for a batch's hidden states (M, D).
 
     places (N,): rows of them whose records are wanted. labels, rows, positions (N,): see `TargetMaker.topk`.
     images: of each image whose relation is wanted its rows (P,).
@@ -122,7 +122,7 @@ class TargetMaker:
 
         labels (N,): the token that follows, IGNORE_INDEX where none does (its label_logprob is then 0);
         None: no label_logprob. rows, positions (N,): which dataset row and position each is, which decide
-        the tail draws; needed when the spec asks for them. Ties may fall either way in the order of ids.
+        the tail draws; needed when the spec asks for them. The order of ids with equal logits is not defined.
         """
         fields = self._fields(hidden, labels, rows, positions)
         return self.topk_record({name: field.cpu().numpy() for name, field in fields.items()})
@@ -135,7 +135,7 @@ class TargetMaker:
     def batch(self, states: Tensor, asked: Asked) -> PendingRecords:
         """Starts to make the records of a batch's hidden states (M, D); on CUDA nothing waits for the device.
 
-        Hidden states that are not finite count as zeros, and are told of.
+        Hidden states that are not finite count as zeros, and are reported.
         """
         with torch.inference_mode():
             hidden = states.index_select(0, on_device(asked.places.astype(np.int64), states.device))

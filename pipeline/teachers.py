@@ -68,7 +68,7 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
     """vLLM, after a few samples have gone through transformers and before they go through it."""
     config = job.config
     samples = job.probes(config.spot_check)
-    with task(progress, "asking transformers about a few samples"):
+    with task(progress, "running a few samples in transformers"):
         ours, softcap = _ask_transformers(job, samples)
         release_memory()
     with task(progress, "loading the teacher into vLLM"):
@@ -110,8 +110,8 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
 
 
 def _ask_transformers(job: Job, samples: list[PreparedSample]) -> tuple[Finding, float | None]:
-    """What transformers says of the samples, and the soft-cap that its model really applies; the model is
-    gone when this returns."""
+    """The output of transformers for the samples, and the soft-cap that its model really applies; the model
+    is freed on return."""
     engine = _load_transformers(job)
     head = engine.verified_head(samples[:1])
     return finding_of(engine, head, job.config.spec, samples), head.softcap

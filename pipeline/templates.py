@@ -63,7 +63,7 @@ class ChatTemplate:
 
     @property
     def marked(self) -> bool:
-        """Whether the template says itself, by `{% generation %}`, what the assistant writes."""
+        """Whether the template marks the assistant's text by `{% generation %}`."""
         return _MARK.search(self.text) is not None
 
     def render(self, messages: Sequence[Mapping[str, Any]], supervised: Sequence[bool] = ()) -> Rendered:
@@ -339,7 +339,7 @@ def _shipped(name: str) -> str:
 
 
 def _takes_parts(template: ChatTemplate) -> bool:
-    """Whether the text of a part comes out as it is: not refused, and not as the list's Python form."""
+    """Whether the text of a part is rendered as it is: not refused, and not as a Python list."""
     chat = [
         {"role": role, "content": [{"type": "text", "text": text}]}
         for role, text in (("user", "Asked?"), ("assistant", "Answered."))

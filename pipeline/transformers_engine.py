@@ -37,7 +37,7 @@ class TransformersEngine:
         self._base = model.base_model
         if self._base is model:
             raise KdcacheError(
-                f"{type(model).__name__} has no base model under its head; it cannot be a teacher"
+                f"{type(model).__name__} has no base model below its head; it cannot be a teacher"
             )
         self._head = Head.of(model, vocab_size)
 
@@ -70,7 +70,7 @@ class TransformersEngine:
 
     @property
     def can_pack(self) -> bool:
-        """See Engine: only where every layer attends to all that came before."""
+        """See Engine: only where every layer attends to all earlier positions."""
         kinds = set(getattr(self._model.config.get_text_config(), "layer_types", None) or ["full_attention"])
         return kinds == {"full_attention"} and self._model.config._attn_implementation in ("sdpa", "eager")
 
@@ -117,7 +117,7 @@ class TransformersEngine:
         return [logits[index, : len(sample)] for index, sample in enumerate(samples)]
 
     def verified_head(self, samples: Sequence[PreparedSample]) -> Head:
-        """The head, as it proves itself on `samples`. See models.head.verified_head."""
+        """The head, verified on `samples`. See models.head.verified_head."""
         hidden, own = self.hidden_states(samples), self.logits(samples)
         return verified_head(self._head, hidden, own, model=type(self._model).__name__)
 
@@ -188,7 +188,7 @@ def require_bitsandbytes(quantization: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise KdcacheError(
             f"a teacher in {quantization} needs the package bitsandbytes; install it (pip install "
-            "bitsandbytes), or leave the quantization out"
+            "bitsandbytes), or omit --quantization"
         )
     # one line a layer and call, for every dtype but float16
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -31,7 +31,7 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; on a CPU only
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # leaves the threads that prepare images where they are
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # does not pin the threads that prepare images
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # room for the token that log-probabilities cost beside the prompt
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -49,11 +49,11 @@ _START_ERRORS = (
     RuntimeError,
     TypeError,
     ValueError,
-)  # whatever a model class raises over a config or tokenizer that it does not expect
+)  # errors of a model class for an unexpected config or tokenizer
 
 
 def require_vllm() -> None:
-    """KdcacheError that says how to get vLLM, where it is not installed."""
+    """KdcacheError with install instructions if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise KdcacheError(
             "--engine vllm needs vLLM, which is not installed; in an environment of its own: "
@@ -69,7 +69,7 @@ class _Prompts:
         self._image_root = image_root
 
     def of(self, samples: Sequence[PreparedSample]) -> list[dict[str, Any]]:
-        """One prompt a sample. RowRejected when an image is no longer what was prepared."""
+        """One prompt per sample. RowRejected when an image has changed since it was prepared."""
         opened: dict[str, Any] = {}
         prompts: list[dict[str, Any]] = []
         for sample in samples:
@@ -135,7 +135,7 @@ class VllmHidden:
 
 
 class VllmLogprobs:
-    """The engine that gives log-probabilities of the tokenizer's vocabulary, and nothing of the logits."""
+    """The engine that gives log-probabilities of the tokenizer's vocabulary, without logits."""
 
     def __init__(
         self, llm: Any, prompts: _Prompts, description: Mapping[str, str], *, top_k: int, vocab_size: int
@@ -198,10 +198,10 @@ def record_of(
 ) -> TopK:
     """The record of N positions at temperature 1.
 
-    token_ids, logprobs (N, K), most likely first. label_logprob (N,): 0 where no token follows. The tail
-    is 1 minus the entries' mass, which float32 knows to about 1e-6 of the whole, but never more than the
-    tokens outside can hold at the last entry's probability each: -inf means too little to be seen. There
-    is no log-sum-exp and no entropy.
+    token_ids, logprobs (N, K), most likely first. label_logprob (N,): 0 where no token follows. The tail is 1
+    minus the entries' mass, which float32 resolves to about 1e-6 of the whole, but at most the last entry's
+    probability times the number of tokens outside; -inf: too small to be seen. There is no log-sum-exp and no
+    entropy.
     """
     mass = np.exp(logprobs.astype(np.float64))
     most = (vocab_size - logprobs.shape[1]) * mass[:, -1]
@@ -220,21 +220,21 @@ def record_of(
 
 
 def _asked(llm: Any, ask: Callable[[], Iterable[Any]]) -> list[Any]:
-    """What vLLM answers. RowRejected when it takes one of the prompts not; KdcacheError when it fails later,
-    after which it is not to be asked again."""
+    """vLLM's outputs. RowRejected when it refuses a prompt; KdcacheError when it fails later, after which it
+    must not be used again."""
     try:
         return list(ask())
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) or llm.llm_engine.has_unfinished_requests():
             raise KdcacheError(
-                f"vLLM failed while it ran: {first_line(error)}; run the same command again, and where "
-                "memory ran out with a lower --batch-tokens or --memory-share"
+                f"vLLM failed while it ran: {first_line(error)}; run the same command again; if memory ran "
+                "out, with a lower --batch-tokens or --memory-share"
             ) from error
         raise RowRejected("engine", f"vLLM refuses the row: {first_line(error)}") from error
 
 
 def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any]) -> None:
-    """RowRejected unless vLLM read exactly the ids that the processor made."""
+    """RowRejected unless vLLM uses exactly the processor's token ids."""
     for sample, output in zip(samples, outputs, strict=True):
         theirs = np.array(output.prompt_token_ids, dtype=np.int64)
         if not np.array_equal(theirs, sample.input_ids):
@@ -243,16 +243,16 @@ def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any])
             at = int(other[0]) if len(other) else shared
             raise RowRejected(
                 "engine_ids",
-                f"vLLM reads {len(theirs)} tokens where the processor makes {len(sample)}; from {at} "
+                f"vLLM has {len(theirs)} tokens, the processor {len(sample)}; from {at} "
                 f"on {theirs[at : at + 3].tolist()} in place of {sample.input_ids[at : at + 3].tolist()}",
             )
 
 
 def claim_device(device: str) -> str:
-    """Leaves one accelerator in sight, which vLLM then takes: that of `device`, or each of several workers
+    """Leaves one accelerator visible, which vLLM then uses: that of `device`, or each of several workers
     on a machine its own. Returns what `device` is called from then on.
 
-    To be called before anything has looked for accelerators. KdcacheError where there is no such device.
+    Must be called before accelerators are enumerated. KdcacheError where there is no such device.
     """
     kind, _, asked = device.partition(":")
     if kind == "cpu" or not (asked.isdigit() or is_one_of_several()):
@@ -316,8 +316,8 @@ def start_vllm(
         llm = vllm.LLM(**options)
     except _START_ERRORS as error:
         raise KdcacheError(
-            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {first_line(error)}; take "
-            "--engine transformers, or --debug to see more"
+            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {first_line(error)}; use "
+            "--engine transformers, or --debug for details"
         ) from error
     if mode == "logprobs":
         _keep_vocabulary(llm, vocab_size)
@@ -381,6 +381,6 @@ def _keep_vocabulary(llm: Any, vocab_size: int) -> None:
 
     if llm.apply_model(cut) != [1]:
         raise KdcacheError(
-            "vLLM's model has not exactly one place where logits are made, so the head cannot be cut at the "
-            "tokenizer's length; take --engine-mode hidden"
+            "vLLM's model has not exactly one logits processor, so the head cannot be cut at the "
+            "tokenizer's length; use --engine-mode hidden"
         )

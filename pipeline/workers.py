@@ -1,4 +1,4 @@
-"""Which of several workers this process is."""
+"""The rank of this process among several workers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,5 @@ def place_among_workers(rank: int | None, world_size: int | None) -> tuple[int, 
         else:
             return 0, 1
     if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise WrongUsage(
-            f"rank {rank} of world size {world_size}: give both, the rank counted from 0 below the world size"
-        )
+        raise WrongUsage(f"rank {rank} of world size {world_size}: give both, with 0 <= rank < world size")
     return rank, world_size

@@ -18,7 +18,7 @@ _MARKS = re.compile(r"[;/\[\]\"{}()=+\\_<>@`?!:,]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """A question with the references of its annotators (at least one) and what the model said."""
+    """A question with its reference answers (at least one) and the model's answer."""
 
     kind: str
     references: tuple[str, ...]
@@ -26,7 +26,7 @@ class Answered:
 
 
 def plain(text: str) -> str:
-    """Lower case, single blanks, no full stop at the end: what exact match compares."""
+    """Lower case, single spaces, no final full stop: the form compared by exact match."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
@@ -51,7 +51,7 @@ def score(answered: Sequence[Answered]) -> dict[str, Any]:
     exact_match: share of predictions that are one of the references. majority: the score of always
     giving the kind's most frequent reference. yes_no: over questions whose first reference is yes or no, with
     `yes` as the positive class; a prediction counts by its first word, and one that is neither is wrong.
-    vqa_soft: over questions with several references. Parts without a question are left out.
+    vqa_soft: over questions with several references. Parts without a question are omitted.
     """
     kinds = sorted({each.kind for each in answered})
     result: dict[str, Any] = _exact(answered)

@@ -38,8 +38,8 @@ def new_student(config: NewStudentConfig) -> dict[str, Any]:
 
     The projector is drawn from the seed as torch draws linear layers. With `like`, tokenizer, image token,
     feature layer, select strategy, chat template and (where the tower's folder has none) image processor are
-    those of the cache's teacher. KdcacheError when a folder is not what it should be or the language model
-    does not cover the tokenizer.
+    those of the cache's teacher. KdcacheError when a folder is of another kind or the language model does not
+    cover the tokenizer.
     """
     out, like = config.out, config.like
     if out.exists() and any(out.iterdir()):
@@ -124,11 +124,11 @@ def _load_tower(folder: Path) -> Any:
 
 def _load(kind: Any, folder: Path, what: str) -> Any:
     if not (folder / "config.json").is_file():
-        raise KdcacheError(f"{folder} does not hold {what}: it has no config.json")
+        raise KdcacheError(f"{folder} is not {what}: it has no config.json")
     try:
         return kind.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise KdcacheError(f"{folder} does not hold {what}: {' '.join(str(error).split())[:200]}") from error
+        raise KdcacheError(f"{folder} is not {what}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _words(cache: Cache | None, language_model: Path, folder: Path) -> tuple[Any, str | None, Path | None]:
@@ -143,7 +143,7 @@ def _words(cache: Cache | None, language_model: Path, folder: Path) -> tuple[Any
     except (OSError, ValueError, ImportError) as error:
         text = " ".join(str(error).split())[:200]
         raise KdcacheError(f"the processor files in the cache {cache.url} do not load: {text}") from error
-    # Captions of pre-training are captured without a chat; the teacher's own template is then the one to use.
+    # Captions of pre-training are captured without a chat; the teacher's own template is used then.
     template = processor.chat_template
     if training["template_name"] != "plain":
         template = training["chat_template"]
@@ -164,7 +164,7 @@ def _image_processor(vision_tower: Path, assets: Path | None) -> Any:
 
 
 def _refuse_other_words(language: Any, folder: Path, tokenizer: Any, cache: Cache) -> None:
-    """The language model must have learnt the tokens of the cache, at the same ids."""
+    """The language model must know the tokens of the cache, at the same ids."""
     rows = language.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise KdcacheError(

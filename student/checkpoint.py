@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a folder that exists whole or not at all, and is refused by any other run."""
+"""Checkpoints of a run: a folder that exists completely or not at all, and is refused by any other run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def identity_of(config: TrainConfig, cache: Cache) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Everything that a run needs to go on.
+    """Everything that a run needs to continue.
 
     step: optimizer steps done, which is the position in the stream too. weights: the trained parameters by
     name (the frozen ones are the student's own, whose digest is in `identity`). optimizer: its state
@@ -66,7 +66,7 @@ class Checkpoint:
 class Checkpoints:
     """The folder `checkpoints/` of a run.
 
-    keep: how many of the newest stay, and the best one beside them.
+    keep: the number of newest checkpoints kept, in addition to the best one.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -86,7 +86,7 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint, *, best: int | None = None) -> Path:
         """Writes to a temporary folder, syncs and renames; then removes what is older than `keep` allows.
 
-        A step that is already saved is left as it is. KdcacheError when the disk refuses.
+        A step that is already saved stays unchanged. KdcacheError when writing fails.
         """
         out = self.path(checkpoint.step)
         try:
@@ -102,7 +102,7 @@ class Checkpoints:
     def load(self, step: int) -> Checkpoint:
         """A saved checkpoint on the CPU. KdcacheError when a file of it is missing or altered."""
         folder = self.path(step)
-        remedy = f"remove {folder} to go on from the one before it"
+        remedy = f"remove {folder} to continue from the previous one"
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             for name, expected in state["files"].items():
@@ -126,7 +126,7 @@ class Checkpoints:
         )
 
     def sweep(self, *, best: int | None = None) -> None:
-        """Removes what killed runs left half-written or had no time to remove."""
+        """Removes partial and obsolete checkpoints of killed runs."""
         if self.folder.is_dir():
             self._prune(best)
             for path in self.folder.glob(".*"):
@@ -174,8 +174,8 @@ def refuse_other(identity: Mapping[str, Any], saved: Mapping[str, Any], where: P
     ]
     if different:
         raise IdentityMismatch(
-            f"{where} belongs to another run: {'; '.join(different)}; give the same settings to go on, or "
-            "another --out to begin anew"
+            f"{where} belongs to another run: {'; '.join(different)}; give the same settings to continue, "
+            "or another --out to start again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Before training: is this cache about this student's tokens, images and template?"""
+"""Checks before training: student and cache must agree in tokens, images and template."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def check_student(
 ) -> int | None:
     """None when the student's tokenizer, image token, template and visual tokens are the cache's.
 
-    Where only the number of visual tokens differs and the stage reads no target that hangs on them, the
-    student's number is returned: each image's placeholders are then to be replaced by so many
-    (`Collator.placeholders`). Any other difference: IdentityMismatch, all of them in one line, each with
-    both values and the remedy.
+    Where only the number of visual tokens differs and the stage reads no target that depends on it, the
+    student's number is returned: each image's placeholders are then replaced by that many
+    (`Collator.placeholders`). Any other difference: IdentityMismatch, all in one line, each with both values
+    and the remedy.
     """
     training = cache.manifest.fingerprint.training
     problems = _token_problems(training, model, processor)
@@ -69,7 +69,7 @@ def _token_problems(training: dict[str, Any], model: Any, processor: Any) -> lis
     if ours != training["tokenizer"]:
         problems.append(
             f"tokenizer {ours[:12]} ({len(tokenizer)} tokens) here, {training['tokenizer'][:12]} "
-            f"({training['vocab_size']} tokens) in the cache: token ids would mean other words; "
+            f"({training['vocab_size']} tokens) in the cache: token ids would have other meanings; "
             "make the student with `kdcache new-student --like CACHE`"
         )
     theirs = training.get("tokenizer_parts")  # caches of older versions have none
@@ -116,17 +116,18 @@ def _target_problems(cache: Cache, stage: Stage) -> list[str]:
             )
     elif losses.temperature not in spec.temperatures:
         problems.append(
-            f"temperature {losses.temperature} is asked, the cache holds tails at {list(spec.temperatures)}; "
+            f"temperature {losses.temperature} is requested, the cache holds tails at "
+            f"{list(spec.temperatures)}; "
             "use one of those or build the cache with it"
         )
     return problems
 
 
 def _template_problems(training: dict[str, Any], processor: Any) -> list[str]:
-    """What a user's chat would look like against what the student learns from."""
+    """Differences between the student's chat template and the cache's."""
     theirs = training["chat_template"]
     if training["template_name"] == "plain" or processor.chat_template == theirs:
-        return []  # captions of pre-training are no chat
+        return []  # captions of pre-training are not chats
     here = "no chat template"
     if processor.chat_template is not None:
         here = processor.apply_chat_template(_PROBE, tokenize=False)
@@ -142,7 +143,7 @@ def _template_problems(training: dict[str, Any], processor: Any) -> list[str]:
 def _visual_tokens(
     cache: Cache, model: Any, processor: Any, image_root: Path
 ) -> list[tuple[ImageRecord, int]]:
-    """(image, tokens the student makes of it) for one image of each of the first sizes met."""
+    """(image, tokens the student makes of it) for one image of each of the first few image sizes."""
     collator = Collator(
         pixels=PixelInputs(processor),
         image_root=image_root,
@@ -168,8 +169,8 @@ def _visual_tokens(
     counts = []
     with torch.inference_mode():
         for beside, number in found.values():
-            together = tokens(beside)  # LLaVA-OneVision cuts an image only when it is alone
-            whole = len(together) == len(beside)  # others answer for each tile, cut alone or not
+            together = tokens(beside)  # LLaVA-OneVision tiles an image only when it is alone
+            whole = len(together) == len(beside)  # others return features per tile, alone or not
             counts.append((beside[number], together[number] if whole else sum(tokens([beside[number]]))))
     return counts
 

@@ -47,20 +47,18 @@ class Question:
 
 
 def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
-    """Scores (`student.answers.score`), rows that could not be asked (`skipped`), seconds; `teacher`: the
+    """Scores (`student.answers.score`), rows that could not be used (`skipped`), seconds; `teacher`: the
     means of `measure_cache` when a cache is given. The same on every run with the same device and batch."""
     started = time.perf_counter()
     device = torch.device(choose_device(config.device))
     processor = load_processor(config.model)
-    # On a CPU float32 is the quick one, whatever the weights are saved in.
+    # On a CPU float32 is fastest, whatever dtype the weights are saved in.
     model = load_model(config.model, torch.float32 if device.type == "cpu" else "auto").to(device).eval()
     if processor.chat_template is None:
-        raise KdcacheError(
-            f"{config.model} has no chat template to ask questions with; see `new-student --like`"
-        )
+        raise KdcacheError(f"{config.model} has no chat template; see `new-student --like`")
     questions, skipped = _questions(config, processor, progress)
     if not questions:
-        raise KdcacheError(f"no row of {config.data} can be asked: {dict(skipped)}; check --image-root")
+        raise KdcacheError(f"no row of {config.data} can be used: {dict(skipped)}; check --image-root")
     answers = _Answerer(model, processor, config).answer(questions, progress)
     answered = [
         Answered(kind=question.kind, references=question.references, prediction=answer)
@@ -98,7 +96,7 @@ def _questions(
         except RowRejected as error:
             skipped[error.reason] += 1
     if skipped:
-        progress.message(f"{skipped.total()} of {len(rows)} rows cannot be asked: {dict(skipped)}")
+        progress.message(f"{skipped.total()} of {len(rows)} rows cannot be used: {dict(skipped)}")
     return questions, skipped
 
 
@@ -138,8 +136,8 @@ def _asked(conversation: Conversation, processor: Any) -> Iterator[Question]:
 
 
 class _Answerer:
-    """Greedy answers in batches; a prompt's beginning, up to its last image, is computed once for all the
-    questions of a batch that share it."""
+    """Greedy answers in batches; a prompt's prefix, up to its last image, is computed once for all questions
+    of a batch that share it."""
 
     def __init__(self, model: Any, processor: Any, config: EvaluateConfig) -> None:
         self.model, self.processor, self.config = model, processor, config
@@ -147,12 +145,12 @@ class _Answerer:
         self.tokenizer.padding_side = "left"
         for name in ("temperature", "top_p", "top_k"):
             setattr(model.generation_config, name, None)
-        # Other families compute positions from grids, which a cached beginning would cut through.
+        # Other families compute positions from grids, which a cached prefix would split.
         self.shares = isinstance(processor, LlavaProcessor)
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], progress: Progress) -> list[str]:
-        """One answer a question, in their order."""
+        """One answer per question, in order."""
         answers = [""] * len(questions)
         order = sorted(
             range(len(questions)), key=lambda i: (questions[i].images, len(questions[i].prompt), i)
@@ -162,7 +160,7 @@ class _Answerer:
             while start < len(order):
                 batch = order[start : start + self.config.batch_size]
                 pictured = [i for i in batch if questions[i].images]
-                if len(pictured) < len(batch):  # those without an image come first and stay among themselves
+                if len(pictured) < len(batch):  # those without an image come first, in batches of their own
                     batch = [i for i in batch if not questions[i].images]
                 for i, text in zip(batch, self._batch([questions[i] for i in batch]), strict=True):
                     answers[i] = text
@@ -184,7 +182,7 @@ class _Answerer:
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def _inputs(self, questions: list[Question]) -> dict[str, Any]:
-        """What the processor makes of whole prompts."""
+        """The processor's inputs of whole prompts."""
         made = self.processor(
             text=[question.prompt for question in questions],
             images=[self._images(question.images) for question in questions] if questions[0].images else None,
@@ -195,7 +193,7 @@ class _Answerer:
         return dict(made.to(self.model.device, self.model.dtype))
 
     def _shared_inputs(self, questions: list[Question]) -> dict[str, Any]:
-        """Whole prompts, and the key-value cache of their beginnings."""
+        """Whole prompts, and the key-value cache of their prefixes."""
         paths = sorted({path for question in questions for path in question.images})
         pixels = self.processor.image_processor(images=self._images(paths), return_tensors="pt")[
             "pixel_values"
@@ -206,7 +204,7 @@ class _Answerer:
         for question, ids in zip(questions, self._token_ids(questions, pixels), strict=True):
             image_token = self.processor.image_token_id
             cut = len(ids) - ids[::-1].index(image_token)
-            if cut == len(ids):  # nothing left to ask with: generate needs a token
+            if cut == len(ids):  # nothing left: generate needs at least one token
                 return self._inputs(questions)
             groups.append(beginnings.setdefault((tuple(ids[:cut]), question.images), len(beginnings)))
             endings.append(ids[cut:])
@@ -248,7 +246,7 @@ class _Answerer:
 def _distance(
     config: EvaluateConfig, url: str, model: Any, processor: Any, device: torch.device, progress: Progress
 ) -> dict[str, float]:
-    """How far the model is from the cache's teacher."""
+    """The distance of the model to the cache's teacher."""
     cache = open_cache(url)
     stage = DFT.only(tuple(cache.spec.targets))
     check_student(cache, model, processor, config.image_root, stage, adopt_template=True)

@@ -1,4 +1,4 @@
-"""Export: a folder that transformers and vLLM load, with a model card that says how it was made."""
+"""Export: a folder that transformers and vLLM load, with a model card that documents its training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from student.run_folder import read_result, write_text
 def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -> dict[str, Any]:
     """Writes `out`: safetensors, configuration, processor, chat template, generation config and README.md.
 
-    model: a model folder, or the folder of a finished run, whose stages and metrics then stand in the
-    card. dtype: of the weights, a torch name or `auto` for as they are. Returns sizes and digest.
+    model: a model folder, or the folder of a finished run, whose stages and metrics are then in the card.
+    dtype: of the weights, a torch name or `auto` for as they are. Returns sizes and digest.
     """
     run = _run_of(model)
     folder = model if run is None else run / "model"
@@ -51,7 +51,7 @@ def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -
 
 
 def _run_of(model: Path) -> Path | None:
-    """The run that made the model, where its folder still shows it."""
+    """The run that made the model, if its folder shows it."""
     for folder in (model, model.parent):
         if (folder / "recipe.yaml").is_file() and (folder / "model" / "config.json").is_file():
             return folder
@@ -97,7 +97,7 @@ def _card(model: Any, sizes: dict[str, int], history: list[dict[str, Any]]) -> s
     for number, stage in enumerate(history, start=1):
         lines += ["", f"## Stage {number}: {stage['stage']['name']}", "", *_stage_lines(stage)]
     if not history:
-        lines += ["", "How it was trained is not known: it was exported from a model folder without its run."]
+        lines += ["", "The training is unknown: the model was exported from a folder without its run."]
     return "\n".join(lines) + "\n"
 
 

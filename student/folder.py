@@ -1,4 +1,4 @@
-"""A student's folder: which parts train, its digest, and writing it so that others accept it."""
+"""A student's folder: which parts train, its digest, and writing it in a form that other libraries load."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from models.parts import NESTED_TOWERS, Part, nested_tower_name, part_of
 
 
 def freeze(model: nn.Module, trainable: tuple[Part, ...]) -> list[str]:
-    """Lets the parameters of `trainable` require gradients and no others; their names.
+    """Makes exactly the parameters of `trainable` require gradients; returns their names.
 
-    Of a language model with adapters only these do. KdcacheError when a part has no parameter: the model is
-    of a family whose parts are not known.
+    Of a language model with adapters only the adapters do. KdcacheError when a part has no parameter: the
+    model's family is unknown.
     """
     names = []
     adapted = any(".lora_" in name for name, _ in model.named_parameters())
@@ -53,7 +53,7 @@ def folder_digest(folder: Path | str) -> str:
 
 
 def save_folder(model: Any, processor: Any, out: Path) -> None:
-    """Writes model and processor to `out`, whole or not at all, replacing what is there.
+    """Writes model and processor to `out`, completely or not at all, replacing its content.
 
     SigLIP and CLIP towers keep `vision_tower.vision_model.` in their keys, which transformers reads as well
     as without and vLLM requires (transformers 5 alone drops it).

@@ -1,4 +1,4 @@
-"""How near the student is to its teacher on a cache that it does not learn from."""
+"""The distance of the student to its teacher on a held-out cache."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def measure_cache(
 ) -> dict[str, float]:
     """Means over the first `samples` samples (None: all) of what `collator.targets` gives.
 
-    ce, response_kl, visual_kl, prompt_kl: nats a token; relation: 1 - cos an image; response_top1,
-    visual_top1: share of positions where the student's likeliest token is the teacher's; and the counts
-    samples, tokens. Keys without any position are left out. add_up sums a tensor over the ranks, which
-    share the samples. The model is in eval mode meanwhile.
+    ce, response_kl, visual_kl, prompt_kl: nats per token; relation: 1 - cos per image; response_top1,
+    visual_top1: share of positions where the student's most likely token is the teacher's; and the counts
+    samples, tokens. Keys without any position are omitted. add_up sums a tensor over the ranks, which share
+    the samples. The model is in eval mode meanwhile.
     """
     progress = progress or Silent()
     batch = micro_batch * world_size
@@ -55,7 +55,7 @@ def measure_cache(
         for step, batches in load_ahead(stream.read(0, steps), collator, workers=workers):
             for made in batches:
                 counts = counts + made.denominators
-                moved = made.to(device)  # an idle batch too: with sharded weights the other ranks wait for it
+                moved = made.to(device)  # an idle batch too: with sharded weights the other ranks need it
                 parts, same = student.measure(moved.inputs, moved.labels, moved.targets)
                 terms = (parts.ce, parts.response, parts.visual, parts.prompt, parts.relation)
                 sums += torch.stack([*terms, same.response, same.visual]).cpu().double()

@@ -13,7 +13,7 @@ from models.parts import part_of
 
 
 def add_adapters(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> None:
-    """Puts a LoRA adapter on every linear layer of the language model but the head, in place.
+    """Adds a LoRA adapter to every linear layer of the language model except the head, in place.
 
     A layer's weight becomes W + (alpha / rank) B A with A (rank, in) drawn from `seed` and B (out, rank)
     zero. KdcacheError when peft is not installed.
@@ -32,7 +32,7 @@ def add_adapters(model: Any, *, rank: int, alpha: float, dropout: float, seed: i
 
 
 def merge_adapters(model: Any) -> None:
-    """Adds every adapter to the weight it belongs to and takes it away, in place."""
+    """Merges every adapter into its weight and removes it, in place."""
     adapted = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
     for name, module in list(model.named_modules()):
         if isinstance(module, adapted):

@@ -28,7 +28,7 @@ _SUMS = Denominators(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """At how many positions the student's likeliest token is the teacher's."""
+    """The number of positions where the student's most likely token is the teacher's."""
 
     response: Tensor
     visual: Tensor
@@ -64,7 +64,7 @@ class DistilledStudent(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """The layers that accelerate's FSDP shards on their own: those of the language model. A rank without
-        an image never calls the tower's, and the others would wait for it."""
+        an image never calls the tower's layers, and the others would wait."""
         kinds: dict[bool, set[str]] = {True: set(), False: set()}
         for name, module in self.model.named_modules():
             kinds[part_of(f"{name}.") == "language_model"].add(type(module).__name__)
@@ -140,7 +140,7 @@ class DistilledStudent(nn.Module):
 
     @torch.no_grad()
     def load_trained(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes over the trainable parameters of a checkpoint, which must be exactly these."""
+        """Loads the trainable parameters of a checkpoint, which must be exactly these."""
         ours = self.trained()
         if ours.keys() != weights.keys():
             different = sorted(ours.keys() ^ weights.keys())
@@ -164,15 +164,15 @@ class DistilledStudent(nn.Module):
 
     @torch.no_grad()
     def check_head(self, input_ids: Tensor) -> None:
-        """Proves on input_ids (1, T) that hidden states and head give the model's own logits, with or without
-        the soft-cap that the configuration names. KdcacheError when neither does."""
+        """Verifies on input_ids (1, T) that hidden states and head give the model's own logits, with or
+        without the soft-cap that the configuration names. KdcacheError when neither does."""
         hidden = self.hidden_states({"input_ids": input_ids})[0]  # (T, D)
         own = self.model(input_ids=input_ids, use_cache=False).logits[0]
         head = verified_head(self.head, [hidden], [own], model=type(self.model).__name__)
         self.caps_logits = head.softcap is not None
 
     def _touch(self, parts: LossParts, hidden: Tensor) -> LossParts:
-        """Adds 0 of what this batch did not use, so that every rank has a gradient for every parameter."""
+        """Adds 0 times the unused parameters, so that every rank has a gradient for every parameter."""
         unused = [
             parameter.sum()
             for name, parameter in self.model.named_parameters()
@@ -189,7 +189,7 @@ def unsharded(tensor: Tensor) -> Tensor:
 
 
 def _full_precision(device: torch.device) -> Any:
-    """The losses choose their own precision: autocast would take their fp32 products down."""
+    """The losses choose their own precision: autocast would reduce that of their fp32 products."""
     return (
         torch.autocast(device.type, enabled=False)
         if torch.is_autocast_enabled(device.type)
@@ -198,7 +198,7 @@ def _full_precision(device: torch.device) -> Any:
 
 
 def _same(hidden: Tensor, head: Head, token_ids: Tensor) -> Tensor:
-    """How many of hidden (N, D) have token_ids (N,) as their likeliest token, in bounded memory."""
+    """The number of hidden (N, D) whose most likely token is token_ids (N,), in bounded memory."""
     same = torch.zeros((), device=hidden.device)
     for start in range(0, len(hidden), _AGREEMENT_ROWS):
         stop = start + _AGREEMENT_ROWS

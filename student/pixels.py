@@ -16,16 +16,16 @@ _TEXT = ("input_ids", "attention_mask", "labels")
 
 
 class PixelInputs:
-    """What a model is given of images, by its processor; may be called from any thread.
+    """A model's image inputs, made by its processor; may be called from any thread.
 
-    The whole processor is asked, not its image processor: some families cut an image only when the
-    processor says so (InternVL), or only when a sample has no other image (LLaVA-OneVision). Where
-    models.pixels has a table for the processor, it is used instead.
+    The whole processor is called, not only its image processor: some families tile an image only through the
+    processor (InternVL), or only when a sample has no other image (LLaVA-OneVision). Where models.pixels has
+    a table for the processor, it is used instead.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._threads = threading.local()  # a tokenizer is not to be shared between threads
+        self._threads = threading.local()  # tokenizers are not thread-safe
         self._table = PixelTable.of(processor)
 
     def __call__(self, samples: Sequence[Sequence[Any]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: the student with its parts frozen or adapted, and the processes."""
+"""Preparation of a run: the student with its parts frozen or adapted, and the accelerator."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def save_trained(
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """An Accelerator as `accelerate launch` configured it.
 
-    KdcacheError when it refuses, or when FSDP is asked for on a CPU, where accelerate would quietly run DDP.
+    KdcacheError when it refuses, or when FSDP is asked for on a CPU, where accelerate would silently run DDP.
     """
     # A second stage in the same process may ask for another precision, which the shared state forbids.
     AcceleratorState._reset_state()
-    # A tower's last layers lie behind the features that are taken, and text has no image.
+    # A tower's last layers come after the selected features, and text-only batches skip the tower.
     unused = "vision_tower" in config.resolved_stage.trainable
-    # Told nothing, accelerate takes the processes of a machine without accelerator for strangers.
+    # Without this, accelerate does not connect the processes of a machine without accelerator.
     cpu = choose_device(config.device) == "cpu"
     try:
         accelerator = Accelerator(
@@ -100,7 +100,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and not sharded and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise KdcacheError(
-            "accelerate shards on accelerators only, and here is a CPU: launch without FSDP, with `torchrun "
+            "accelerate shards on accelerators only, and this is a CPU: launch without FSDP, with `torchrun "
             "--nproc-per-node N --no-python kdcache train ...` for DDP"
         )
     return accelerator

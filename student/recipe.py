@@ -1,4 +1,4 @@
-"""Stages in a row: each begins with the model that the one before it left, finished ones are skipped."""
+"""Recipes: each stage starts from the model of the previous one; finished stages are skipped."""
 
 from __future__ import annotations
 

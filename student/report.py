@@ -1,4 +1,4 @@
-"""A page about a training run: what it came to, curves of every term, what was held out, how the time went"""
+"""A page about a training run: final values, curves of every term, held-out measurements, time"""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _NAMES = {
     "response_kl": "KL, response",
     "visual_kl": "KL, visual",
     "prompt_kl": "KL, prompt",
-    "response_top1": "likeliest token is the teacher's, response",
-    "visual_top1": "likeliest token is the teacher's, visual",
+    "response_top1": "most likely token is the teacher's, response",
+    "visual_top1": "most likely token is the teacher's, visual",
 }
 OF_THE_RUN = 3
-"""Lines at the head of the final table that stand under no heading."""
+"""Lines at the top of the final table, without a heading."""
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:light-dark(#fbfaf7,#16181b);--ink:light-dark(#1d2126,#e6e4df);
@@ -77,9 +77,9 @@ class StageRun:
 def report(run: Path, out: Path | None = None) -> Path:
     """Writes the report of a run, or of a recipe's folder of runs, and returns its path.
 
-    out: a `.png` holds the curves and below them the final table, anything else is one HTML page with
-    nothing outside it, which also tells each stage's settings; default: report.html in the run. It works
-    while the run goes on. KdcacheError when there is no run, or `out` cannot be written.
+    out: a `.png` holds the curves and below them the final table, anything else is one self-contained HTML
+    page, which also lists each stage's settings; default: report.html in the run. It also works while the run
+    is in progress. KdcacheError when there is no run, or `out` cannot be written.
     """
     stages = _stages(run)
     figure = draw_curves([StageCurves(name=s.name, train=s.train, held_out=s.held_out) for s in stages])
@@ -92,7 +92,7 @@ def report(run: Path, out: Path | None = None) -> Path:
         else:
             write_text(target, _page(run, stages, figure))
     except OSError as error:
-        raise KdcacheError(f"{target}: {error.strerror or error}; name a file that can be written") from error
+        raise KdcacheError(f"{target}: {error.strerror or error}; give a file that can be written") from error
     return target
 
 
@@ -121,17 +121,17 @@ def _stage(folder: Path) -> StageRun:
 
 
 def final_table(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
-    """What the stages came to: a name and a text a stage in every line; a line without texts is a heading."""
+    """The final values: one name and one text per stage in every line; a line without texts is a heading."""
     lines: list[tuple[str, list[str]]] = [
         ("state", ["finished" if stage.result else "not finished" for stage in stages]),
         ("steps", [f"{_last(stage.train).get('step', 0):,}" for stage in stages]),
         (
-            "samples a second",
+            "samples per second",
             [_figure(_last(stage.train).get("samples_per_second"), ".1f") for stage in stages],
         ),
     ]
     for heading, names, ends in (
-        ("training, mean since the line before", TERMS, [_terms_in_use(stage.train) for stage in stages]),
+        ("training, mean since the previous line", TERMS, [_terms_in_use(stage.train) for stage in stages]),
         ("held out", _HELD_OUT, [_last(stage.held_out) for stage in stages]),
     ):
         found = [(_NAMES[name], [_figure(end.get(name), ".4f") for end in ends]) for name in names]

@@ -1,4 +1,4 @@
-"""The curves of a training run as one figure: a row a quantity, a column a stage"""
+"""The curves of a training run as one figure: one row per quantity, one column per stage"""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WIDTH, HEIGHT = 4.6, 2.1
 """Inches of a panel."""
 
 BESIDE = 3
-"""Panels of one stage that stand beside each other."""
+"""Panels side by side for one stage."""
 
 Lines = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCurves:
-    """The journal of one stage: its lines of training and of what is held out, as metrics.jsonl has them."""
+    """The journal of one stage: its training and held-out lines, as in metrics.jsonl."""
 
     name: str
     train: Lines
@@ -41,20 +41,20 @@ class Quantity:
 
 QUANTITIES = (
     Quantity("loss", "loss", ("loss",)),
-    Quantity("cross entropy, nats a token", "ce", ("ce",)),
+    Quantity("cross entropy, nats per token", "ce", ("ce",)),
     Quantity("KL at response positions, nats", "response", ("response_kl",)),
     Quantity("KL at visual positions, nats", "visual", ("visual_kl",)),
     Quantity("KL at prompt positions, nats", "prompt", ("prompt_kl",)),
     Quantity("relation, 1 - cos", "relation", ("relation",)),
-    Quantity("likeliest token is the teacher's", None, ("response_top1", "visual_top1")),
+    Quantity("most likely token is the teacher's", None, ("response_top1", "visual_top1")),
     Quantity("learning rate", "lr"),
     Quantity("gradient norm", "grad_norm"),
 )
 
 
 def draw_curves(stages: Sequence[StageCurves]) -> Figure:
-    """The figure: of several stages a row a quantity, of one stage three panels a row. A quantity that no
-    stage has is left out."""
+    """The figure: for several stages one row per quantity, for one stage three panels per row. Quantities
+    that no stage has are omitted."""
     shown = [quantity for quantity in QUANTITIES if any(_has(quantity, stage) for stage in stages)]
     columns = len(stages) if len(stages) > 1 else min(BESIDE, max(len(shown), 1))
     cells = [(quantity, stage) for quantity in shown for stage in stages]
@@ -81,13 +81,12 @@ def draw_curves(stages: Sequence[StageCurves]) -> Figure:
 
 
 def _curve(lines: Lines, name: str | None) -> list[tuple[float, float]]:
-    """(step, value) of the lines that carry this name."""
+    """(step, value) of the lines with this name."""
     return [(line["step"], line[name]) for line in lines if name and line.get(name) is not None]
 
 
 def _trained(quantity: Quantity, stage: StageCurves) -> list[tuple[float, float]]:
-    """The curve of the training lines; none of a term that is never anything but 0, which is not in the
-    stage's loss."""
+    """The curve of the training lines; none for a term that is always 0, which is not in the stage's loss."""
     found = _curve(stage.train, quantity.train)
     return found if any(value for _, value in found) else []
 

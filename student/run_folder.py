@@ -27,7 +27,7 @@ TERMS = ("loss", "ce", "response", "visual", "prompt", "relation")
 
 
 def write_settings(config: TrainConfig, identity: Mapping[str, Any]) -> None:
-    """Writes recipe.yaml: every setting as resolved, the identity and the versions it ran with."""
+    """Writes recipe.yaml: every setting as resolved, the identity and the library versions."""
     versions = {"kdcache": VERSION}
     versions |= {library.__name__: str(library.__version__) for library in (torch, transformers, accelerate)}
     document = {**config.to_json(), "identity": dict(identity), "versions": versions}
@@ -60,7 +60,7 @@ def finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
@@ -70,9 +70,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Journal:
-    """metrics.jsonl, one JSON object a line, and the same to accelerate's trackers.
+    """metrics.jsonl, one JSON object per line, and the same to accelerate's trackers.
 
-    Lines after `step`, of a run that was killed after its last checkpoint, are dropped when it goes on.
+    Lines after `step`, of a run that was killed after its last checkpoint, are dropped when it continues.
     Only the main process writes.
     """
 
@@ -106,7 +106,7 @@ class Journal:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that a kill cut off is left out."""
+    """The lines of a run's metrics.jsonl; a truncated last line of a killed run is omitted."""
     path = out / "metrics.jsonl"
     if not path.exists():
         return []
@@ -148,7 +148,7 @@ class Meter:
         return {**shown, "samples/s": f"{self._rate(self._samples):.1f}", "data wait": f"{wait:.0%}"}
 
     def close(self) -> dict[str, Any]:
-        """The means since the last call, and begins anew."""
+        """The means since the last call; resets them."""
         spent = {
             name: value - self._seconds.get(name, 0.0) for name, value in self._stopwatch.seconds.items()
         }
@@ -172,5 +172,5 @@ class Meter:
 
 
 def time_line(seconds: Mapping[str, float]) -> str:
-    """How the time was spent, for a reader."""
+    """The shares of time, as a line of text."""
     return "time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares(seconds).items())

@@ -1,4 +1,4 @@
-"""What a user decides about training and evaluation."""
+"""Settings of training and evaluation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TrainConfig:
         Path, Help("Folder that the cache's image paths start from; STAGE=FOLDER for one stage of a recipe.")
     ]
     out: Annotated[Path, Help("Folder of the run; a recipe makes one folder per stage in it.")]
-    resume: Annotated[bool, Help("Go on from the newest checkpoint in --out.")] = False
+    resume: Annotated[bool, Help("Continue from the newest checkpoint in --out.")] = False
     seed: Annotated[int, at_least(0), Help("Seed of the order of samples and of dropout.")] = 0
     epochs: Epochs | None = None
     max_steps: MaxSteps | None = None
@@ -157,7 +157,7 @@ class EvaluateConfig:
     batch_size: Annotated[int, at_least(1), Help("Questions answered at a time.")] = 64
     limit: Annotated[int | None, at_least(1), Help("Only LIMIT rows, drawn by --seed.")] = None
     max_new_tokens: Annotated[int, at_least(1), Help("Longest answer in tokens.")] = 32
-    seed: Annotated[int, at_least(0), Help("Seed of the draw.")] = 0
+    seed: Annotated[int, at_least(0), Help("Seed of sampling.")] = 0
     device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     predictions: Annotated[Path | None, Help("JSONL file for every answer.")] = None
 

@@ -1,4 +1,4 @@
-"""Stages as data: what trains, which losses count, how fast. DPT, SFT, DFT and any other are values."""
+"""Stages as data: trained parts, losses, learning rate, batch. DPT, SFT, DFT and any other are values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CE_ONLY = LossWeights(response=0.0, visual=0.0, relation=0.0)
 """Plain supervised training: no target is read."""
 
 
-_STAGE = "In place of the stage's own settings"
+_STAGE = "Overrides of the stage"
 
 Epochs = Annotated[float, positive, Help("Passes over the cache.", _STAGE)]
 MaxSteps = Annotated[int, at_least(1), Help("Optimizer steps, in place of epochs.", _STAGE)]
@@ -127,7 +127,7 @@ RECIPES: Mapping[str, tuple[Stage, ...]] = {"llava-kd": (DPT, SFT, DFT), "llava"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeStage:
-    """A stage in a recipe, with the data it learns from where the recipe says so."""
+    """A stage in a recipe, with its data where the recipe sets them."""
 
     stage: Stage
     cache: str | None = None
@@ -137,7 +137,7 @@ class RecipeStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Stages in a row: each begins with the model that the one before it left."""
+    """Consecutive stages: each starts from the model of the previous one."""
 
     name: str
     stages: tuple[RecipeStage, ...]
@@ -215,7 +215,7 @@ def _recipe_from(document: Any, path: Path) -> Recipe:
         stages.append(RecipeStage(stage=stage_from(settings, where), **data))
     names = [entry.stage.name for entry in stages]
     if not names or len(set(names)) != len(names):
-        raise WrongUsage(f"stage names must differ from one another, not {names}")
+        raise WrongUsage(f"stage names must be distinct, not {names}")
     return Recipe(name=str(document.get("name", path.stem)), stages=tuple(stages))
 
 

@@ -1,7 +1,7 @@
 """The order of samples and how they are read: a function of (seed, epoch, index) alone, in whole blocks.
 
-Nothing here depends on the number of ranks or loader workers but the slice that a rank reads, so the
-position in the stream is one integer, the step, on any world size.
+Only the slice that a rank reads depends on the number of ranks, nothing on loader workers. So the position in
+the stream is one integer, the step, for any world size.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ AHEAD = 2
 class StreamConfig:
     """The order of an epoch.
 
-    global_batch: samples a step, all ranks together. window: how many shards the shuffle mixes at a time;
-    memory holds about `window` + AHEAD decoded shards a rank. A cache of at most `window` shards is
+    global_batch: samples per step over all ranks. window: how many shards the shuffle mixes at a time;
+    memory holds about `window` + AHEAD decoded shards per rank. A cache of at most `window` shards is
     permuted freely. group_by_modality: a batch is either all with or all without images, but for the last
     ones of an epoch. shuffle off: ascending order, for evaluation.
     """
@@ -50,7 +50,7 @@ class StreamConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """A sample in its decoded block; it is built where it is needed, in a loader worker."""
+    """A sample in its decoded block; it is built in a loader worker."""
 
     block: ShardBlock
     place: int
@@ -61,7 +61,7 @@ class Located:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one rank reads for one optimizer step: micro-batches, of which the last may be empty."""
+    """The samples of one rank for one optimizer step: micro-batches, of which the last may be empty."""
 
     number: int
     micro_batches: tuple[tuple[Located, ...], ...]
@@ -74,7 +74,7 @@ class Stream:
     samples are sorted by length, longest first, so that ranks and micro-batches are alike and padding is
     small; the loss does not depend on that order. All ranks have the same number of micro-batches.
 
-    Not promised: a true permutation of a cache larger than the window. A shard's samples are spread over
+    Not guaranteed: a uniform permutation of a cache larger than the window. A shard's samples are spread over
     the next `window` shards' worth of steps.
     """
 
@@ -91,7 +91,7 @@ class Stream:
         assert micro_batch >= 1, micro_batch
         assert 0 <= rank < world_size, (rank, world_size)
         if len(cache) == 0:
-            raise KdcacheError(f"cache {cache.url} holds no sample yet; let `kdcache build` finish a shard")
+            raise KdcacheError(f"cache {cache.url} has no samples yet; let `kdcache build` finish a shard")
         index = cache.index()
         self._cache = cache
         self._config = config
@@ -162,7 +162,7 @@ class Stream:
         return batch[self._rank :: self._world_size]
 
     def _cut(self, located: list[Located], batch: int, epoch: int) -> tuple[tuple[Located, ...], ...]:
-        """Micro-batches, filled up with empty ones to the number that the busiest rank has."""
+        """Micro-batches, padded with empty ones to the largest number of any rank."""
         busiest = -(-len(self.batches(epoch)[batch]) // self._world_size)
         size = self._micro_batch
         return tuple(tuple(located[i : i + size]) for i in range(0, busiest, size))

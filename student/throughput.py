@@ -1,4 +1,4 @@
-"""Running a student fast on a device: frozen parts in the compute dtype, no masks where none is needed, and
+"""Speed of a student on a device: frozen parts in the compute dtype, no masks where none is needed, and
 the floating-point operations of a step."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def needs_mask(hidden_states: Any, inputs: Inputs) -> bool:
     hidden_states: a function of `inputs`, which hold input_ids and attention_mask (B, T) with padding at the
     right. Under causal attention nothing before the padding sees it, and without a mask torch takes its fused
     kernels. True where states differ by more than 2% of their spread (bidirectional attention, positions
-    counted from the mask), and where no row has padding: then nothing can be told.
+    counted from the mask), and where no row has padding, which decides nothing.
     """
     real = inputs["attention_mask"].bool()
     if bool(real.all()) or bool((real[:, 1:] & ~real[:, :-1]).any()):

@@ -1,4 +1,4 @@
-"""Where the time of training goes."""
+"""The breakdown of training time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LAPS = ("data wait", "forward", "loss", "backward", "optimizer")
 class Stopwatch:
     """Seconds by name, added up over laps.
 
-    On an accelerator work is queued, so a lap by the host's clock would only time its launch: there a lap
-    waits for the device at both ends, and only laps of steps that `step(measured=True)` began count, so
-    that waiting costs little. On a CPU every lap counts.
+    On an accelerator work is queued, so the host's clock would only measure its launch: there a lap waits for
+    the device at both ends, and only laps of steps started by `step(measured=True)` count, so that waiting
+    costs little. On a CPU every lap counts.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -25,7 +25,7 @@ class Stopwatch:
         self._counts = not self._waits
 
     def step(self, *, measured: bool) -> None:
-        """Begins a step whose laps count on an accelerator only if `measured`."""
+        """Starts a step whose laps count on an accelerator only if `measured`."""
         self._counts = measured or not self._waits
 
     @contextmanager

@@ -59,7 +59,7 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     identity = identity_of(config, cache)
     done = finished(config.out, identity)
     if done is not None:
-        progress.message(f"stage {config.stage.name} in {config.out} is finished; nothing to do")
+        progress.message(f"stage {config.stage.name} in {config.out} is finished: nothing to do")
         return {**done, "already_done": True}
     run = _Run(config, cache, identity, progress)
     try:
@@ -70,7 +70,7 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
 
 
 class _Run:
-    """One stage under way: everything that its steps share."""
+    """One stage in progress: the state that its steps share."""
 
     def __init__(
         self, config: TrainConfig, cache: Cache, identity: dict[str, Any], progress: Progress
@@ -137,7 +137,7 @@ class _Run:
             return None
         if not self.config.resume:
             raise KdcacheError(
-                f"{self.config.out} holds a run at step {newest[0]}: add --resume to go on, or choose "
+                f"{self.config.out} holds a run at step {newest[0]}: add --resume to continue, or choose "
                 "another --out"
             )
         saved = self.checkpoints.load(newest[0])
@@ -157,8 +157,8 @@ class _Run:
         )
         if "tokenizer_parts" not in training:
             self.progress.message(
-                f"{cache.url} is of an older version, which kept of a tokenizer the vocabulary and the special "
-                "tokens alone: its merges and other parts could not be compared with the student's"
+                f"{cache.url} is of an older version, which recorded only vocabulary and special tokens of a "
+                "tokenizer: its merges and other parts could not be compared with the student's"
             )
         student.check_head(torch.tensor([self.processor.tokenizer.encode("What is in the image?")]))
         if config.adopt_template:
@@ -271,7 +271,7 @@ class _Run:
             self._save()
 
     def _evaluate(self, url: str) -> None:
-        """Measures the held-out cache and keeps the best step in mind."""
+        """Measures the held-out cache and records the best step."""
         config, cache = self.config, open_cache(url)
         targets = () if self.collator.placeholders else cache.spec.targets
         measured = measure_cache(
@@ -305,11 +305,11 @@ class _Run:
         where = self._save()
         raise StoppedEarly(
             f"stopped at step {self.step} of {self.total}, saved in {where}; run the same command with "
-            "--resume to go on"
+            "--resume to continue"
         )
 
     def _save(self) -> Path:
-        """Writes a checkpoint of this step; the main process does, the others wait."""
+        """Writes a checkpoint of this step in the main process; the others wait."""
         scaler = self.accelerator.scaler
         self.memory |= {"samples": self.meter.samples, "seconds": self.stopwatch.seconds}
         checkpoint = Checkpoint(

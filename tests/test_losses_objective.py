@@ -234,7 +234,7 @@ def test_settings_that_make_no_sense_are_all_named():
         DistillationLoss(ALL)(hidden, labels[:, 1:], None, Head(weight=weight), Denominators())
     labels[0, 4] = 23
     narrow = Head(weight=weight, vocab_size=20)
-    with pytest.raises(ValueError, match="label 23 is no token: the head has 20 tokens"):
+    with pytest.raises(ValueError, match="label 23 is not a token: the head has 20 tokens"):
         DistillationLoss(ALL)(hidden, labels, None, narrow, Denominators.of(labels, None))
     for wrong, message in (
         ({"weight": weight[0]}, "weight must be"),

@@ -397,9 +397,9 @@ def test_cross_entropy_equals_torch(head):
         ours = cross_entropy(hidden, weight, labels, weights=weights, bias=bias, memory_budget=budget, **head)
         close([ours.detach()], [weighed.detach()], 1e-12)
         close(gradients(ours, leaves), torch.autograd.grad(weighed, leaves, retain_graph=True), 1e-12)
-    with pytest.raises(ValueError, match="label 23 is no token: the head has 23 tokens"):
+    with pytest.raises(ValueError, match="label 23 is not a token: the head has 23 tokens"):
         cross_entropy(hidden, weight, torch.tensor([23] * 6))
-    with pytest.raises(ValueError, match="label -1 is no token"):
+    with pytest.raises(ValueError, match="label -1 is not a token"):
         cross_entropy(hidden, weight, torch.tensor([-1] * 6))
 
 

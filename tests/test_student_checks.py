@@ -109,7 +109,9 @@ def test_missing_targets_and_temperatures_are_refused(world, tmp_path):
     ):
         check(world, cache=cache)
     hot = replace(DFT.only(("response",)), losses=replace(DFT.only(("response",)).losses, temperature=2.0))
-    with pytest.raises(IdentityMismatch, match=r"temperature 2.0 is asked, the cache holds tails at \[1.0\]"):
+    with pytest.raises(
+        IdentityMismatch, match=r"temperature 2.0 is requested, the cache holds tails at \[1.0\]"
+    ):
         check(world, cache=cache, stage=hot)
     drawn = replace(hot, losses=replace(hot.losses, temperature=1.0, tail="sampled"))
     with pytest.raises(IdentityMismatch, match="needs draws, the cache holds 0"):

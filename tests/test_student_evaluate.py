@@ -212,7 +212,7 @@ def test_kinds_and_references_come_from_the_rows(world, tmp_path, data):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["references"] for line in lines] == [["yes"], ["circle"], ["x", "y"]]
     path.write_text(json.dumps(rows[3:]))
-    with pytest.raises(KdcacheError, match=r"no row of .* can be asked"):
+    with pytest.raises(KdcacheError, match=r"no row of .* can be used"):
         evaluate(EvaluateConfig(model=world.student, data=path, image_root=data.image_root), Silent())
 
 
@@ -403,7 +403,7 @@ def test_a_language_model_with_other_words_is_refused(world, tmp_path, options, 
 def test_folders_that_are_something_else_are_refused(world, tmp_path):
     words = tiny_language_model(tmp_path / "words", tokenizer=tiny_tokenizer())
     for tower, language in ((words, words), (world.student, tmp_path), (tmp_path, words)):
-        with pytest.raises(KdcacheError, match=r"not a vision tower|does not hold"):
+        with pytest.raises(KdcacheError, match=r"not a vision tower|is not a (causal language|vision) model"):
             new_student(vision_tower=tower, language_model=language, out=tmp_path / "new")
 
 
@@ -481,7 +481,7 @@ def test_a_report_is_one_file_with_every_stage(trained, tmp_path):
     assert f"<td class=number>{held_out['response_kl']:.4f}</td>" in page, "the final table"
     picture = report(out / "3-dft", tmp_path / "curves.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(KdcacheError, match="name a file that can be written"):
+    with pytest.raises(KdcacheError, match="give a file that can be written"):
         report(out, tmp_path)
     with pytest.raises(KdcacheError, match="holds no training run"):
         report(tmp_path)
@@ -505,16 +505,19 @@ def test_training_and_held_out_share_a_panel():
     one = draw_curves([StageCurves(name="dpt", train=train, held_out=held_out)])
     assert curves_of(one) == {
         "loss": {"training": [(1, 9.0), (2, 4.5), (3, 3.0)]},
-        "cross entropy, nats a token": {"training": [(1, 4.0), (2, 2.0), (3, 4 / 3)], "held out": [(3, 1.5)]},
-        "likeliest token is the teacher's": {"held out, response": [(3, 0.25)]},
+        "cross entropy, nats per token": {
+            "training": [(1, 4.0), (2, 2.0), (3, 4 / 3)],
+            "held out": [(3, 1.5)],
+        },
+        "most likely token is the teacher's": {"held out, response": [(3, 0.25)]},
         "learning rate": {"training": [(1, 0.1), (2, 0.1), (3, 0.1)]},
     }
     never = [{"step": 3, "response_top1": 0.0}]
     at_zero = draw_curves([StageCurves(name="dpt", train=[], held_out=never)])
-    assert curves_of(at_zero) == {"likeliest token is the teacher's": {"held out, response": [(3, 0.0)]}}
+    assert curves_of(at_zero) == {"most likely token is the teacher's": {"held out, response": [(3, 0.0)]}}
     stage = StageRun(name="dpt", settings={}, result={}, train=train, held_out=never)
-    assert dict(final_table([stage]))["likeliest token is the teacher's, response"] == ["0.0000"]
+    assert dict(final_table([stage]))["most likely token is the teacher's, response"] == ["0.0000"]
     assert "relation, 1 - cos" not in dict(final_table([stage])), "not in this stage's loss"
     two = draw_curves([StageCurves(name=name, train=train, held_out=[]) for name in ("dpt", "sft")])
-    assert len(two.axes) == 6, "a row a quantity, a column a stage"
+    assert len(two.axes) == 6, "one row per quantity, one column per stage"
     assert draw_curves([StageCurves(name="new", train=[], held_out=[])]).axes[0].texts[0].get_text()

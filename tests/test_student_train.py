@@ -219,7 +219,7 @@ def test_a_finished_run_is_not_repeated(world, tmp_path):
     assert not train(config, progress)["already_done"]
     before = (tmp_path / "model/model.safetensors").stat().st_mtime_ns
     assert train(config, progress)["already_done"]
-    assert "is finished; nothing to do" in said[-1]
+    assert "is finished: nothing to do" in said[-1]
     assert (tmp_path / "model/model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(KdcacheError, match=r"seed is 1 now and was 0"):
         train(replace(config, seed=1), Silent())

@@ -212,9 +212,9 @@ def _break_even(document: Mapping[str, Any]) -> Text:
     text.append(
         f"the teacher would take {duration(even['teacher_seconds_per_epoch'])} of each epoch of each "
         f"distilled stage; the capture pays off after {even['epochs']:.2f} such epochs. After 3 it has "
-        f"saved {_signed(even['seconds_saved_after_3_epochs'])}. Training needs "
+        f"saved {_signed(even['seconds_saved_after_3_epochs'])}. It saves training "
         f"{size(even['teacher_bytes'])} of weights and {size(even['dense_logits_bytes_per_sample'])} of "
-        "dense logits per sample less memory.\n",
+        "dense logits per sample.\n",
         "not bold",
     )
     return text

@@ -1,1 +1,1 @@
-"""What a cache of a dataset would cost and lose, measured before it is built."""
+"""Size, time and fidelity of a cache of a dataset, measured before it is built."""

@@ -1,4 +1,4 @@
-"""`kdcache plan`: what a cache would cost and lose at several settings, measured on a few samples."""
+"""`kdcache plan`: size, time and fidelity of a cache at several settings, measured on a few samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ENCODED = 32768  # positions of a kind whose bytes are measured
 
 
 def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
-    """The whole answer as a JSON object.
+    """The result as a JSON object.
 
     KdcacheError in one line when the teacher, the data or the student cannot be used, or when no row that
     was drawn can be captured; rows that cannot are counted by reason.
@@ -64,10 +64,10 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
     if len(missing) == len(targets):
         raise KdcacheError(
             f"none of the {len(draw.rows)} samples that were drawn has {' or '.join(targets)} targets; draw "
-            "more (--samples) or ask for other --targets"
+            "more (--samples) or choose other --targets"
         )
     for name in missing:
-        progress.message(f"no sample has {name} targets: nothing is said about them")
+        progress.message(f"no sample has {name} targets: they are not measured")
     workload = workload_of(
         job.plan,
         job.dataset.first_images,
@@ -112,7 +112,7 @@ def _within_vocabulary(config: ForecastConfig, vocab: int, progress: Progress) -
     if not kept:
         raise KdcacheError(f"every top-k of {list(config.top_ks)} exceeds the teacher's {vocab} tokens")
     if len(kept) < len(set(config.top_ks)):
-        progress.message(f"numbers of entries above the teacher's {vocab} tokens are left out")
+        progress.message(f"numbers of entries above the teacher's {vocab} tokens are skipped")
     return replace(config, top_ks=kept)
 
 
@@ -126,7 +126,7 @@ def _measure_positions(
     footprints: dict[Any, Footprint],
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], float]:
-    """A row for each top-k and precision, and the student's mean KL at these positions."""
+    """One row per top-k and precision, and the student's mean KL at these positions."""
     whole, picked = survey.records[kind], survey.picked_records[kind]
     part = topk_at(whole, slice(_ENCODED))
     stored: dict[tuple[int, Precision], TopK] = {}
@@ -170,7 +170,7 @@ def _measure_relations(
     footprints: dict[Any, Footprint],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """A row for each relation form and precision; none without images."""
+    """One row per relation form and precision; none without images."""
     if not survey.relations:
         return []
     ours, theirs = exact_relations(head), exact_relations(student.head)
@@ -285,7 +285,8 @@ def _document(
 
 
 def _standard_error(workload: Workload, by_part: Mapping[str, float]) -> float:
-    """Of the total bytes, from having drawn only some rows. Parts that grow with the images err together."""
+    """Standard error of the total bytes from sampling rows. Errors of parts that grow with the images are
+    correlated."""
     of_images = sum(by_part.get(part, 0.0) for part in ("visual", "relation")) * workload.errors["images"]
     of_kinds = [by_part.get(kind, 0.0) * workload.errors.get(kind, 0.0) for kind in KINDS]
     of_rows = by_part["samples"] * workload.errors["tokens"]

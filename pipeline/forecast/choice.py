@@ -1,4 +1,4 @@
-"""Which of the settings that were measured to build with, and the command that does it."""
+"""The choice among the measured settings, and the build command."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def choose(
     """The smallest setting whose angles and KL are within the bounds at every kind of target.
 
     positions: rows of `target`, `top_k`, `precision`, `angle`, `kl`, `dataset_bytes`; relations: rows of
-    `relation`, `precision`, `angle`, `dataset_bytes`. Top-k and relation are chosen apart, the
-    precision is of both. Where no setting is within the bounds: the nearest, and `misses` says by what.
+    `relation`, `precision`, `angle`, `dataset_bytes`. Top-k and relation are chosen separately, the precision
+    for both. Where no setting is within the bounds: the nearest, with `misses`.
     """
     found = []
     for precision in dict.fromkeys(row["precision"] for row in positions or relations):
@@ -54,7 +54,7 @@ def choose(
 
 
 def _best(settings: Sequence[tuple[Any, list[Row]]], max_angle: Angles, max_kl: float) -> list[Row]:
-    """The rows of the smallest setting that misses no bound, or else of the one that comes nearest."""
+    """The rows of the smallest setting within all bounds, or else of the nearest one."""
 
     def rank(setting: tuple[Any, list[Row]]) -> tuple[Any, ...]:
         rows = setting[1]
@@ -91,8 +91,8 @@ def chosen_spec(spec: TargetSpec, choice: Mapping[str, Any]) -> TargetSpec:
 
 
 def build_arguments(config: BuildConfig) -> list[str]:
-    """The words after `kdcache` that build with these settings; what has its default value is left out,
-    but not what was chosen."""
+    """The arguments of `kdcache` that build with these settings; default values are omitted, except for
+    chosen ones."""
     spec = config.spec
     words = ["build", "--teacher", str(config.teacher), "--data", str(config.data)]
     words += ["--image-root", str(config.image_root), "--out", config.out]
@@ -114,12 +114,12 @@ def build_arguments(config: BuildConfig) -> list[str]:
 def write_command(file: Path, arguments: Sequence[str]) -> None:
     """Saves the command: `.sh` as a script that takes further options, else one argument a line.
 
-    KdcacheError when the file cannot be written, or an argument cannot stand on one line.
+    KdcacheError when the file cannot be written, or an argument contains a line break.
     """
     if file.suffix == ".sh":
         text = f'#!/bin/sh\nexec {shlex.join(["kdcache", *arguments])} "$@"\n'
     elif any("\n" in word for word in arguments):
-        raise KdcacheError(f"an argument holds a line break, which {file} cannot: name a .sh file")
+        raise KdcacheError(f"an argument contains a line break, which {file} cannot hold: give a .sh file")
     else:
         text = "".join(f"{word}\n" for word in arguments)
     try:

@@ -1,4 +1,4 @@
-"""What a stored record loses, against the exact target and against the whole distribution."""
+"""The error of a stored record, relative to the exact target and to the full distribution."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _NOTHING = 1e-300  # keeps the log of a mass that a float cannot hold finite
 
 
 def narrowed(record: TopK, top_k: int) -> TopK:
-    """The record of the same positions with the first top_k of its K entries; the rest joins every tail.
+    """The record of the same positions with the first top_k of its K entries; the rest is added to every
+    tail.
 
     Equal to a capture with top_k up to rounding. Without tail draws, which belong to one K alone.
     """
@@ -57,13 +58,13 @@ def covered(record: TopK, top_k: int) -> float:
 
 
 def as_stored(record: TopK, precision: Precision) -> TopK:
-    """The record as a reader of a cache gets it."""
+    """The record as read from a cache."""
     return decode_topk(encode_topk(record, precision), slice(None), record.temperatures)
 
 
 @dataclass(slots=True)
 class Agreement:
-    """Sums over positions of what a record tells a student, beside what the whole distribution tells it.
+    """Sums over positions that compare a record's gradient with that of the full distribution.
 
     g = q - p is the gradient in the logits (V,) of KL(teacher || student), s that of the record's KL with
     one event for all that lies outside its entries. dot: <g, s>; dense: |g|^2; sparse: |s|^2. dense_kl:
@@ -84,7 +85,7 @@ class Agreement:
 
     @property
     def angle(self) -> float:
-        """Degrees between g and s, of all positions at once; 0 where the student has nothing to learn."""
+        """Degrees between g and s over all positions together; 0 where both are zero."""
         size = (self.dense * self.sparse) ** 0.5
         return float(np.degrees(np.arccos(min(1.0, self.dot / size)))) if size else 0.0
 
@@ -95,7 +96,7 @@ class Agreement:
 
     @property
     def unseen_kl(self) -> float:
-        """Mean nats of KL(teacher || student) that the record does not show."""
+        """Mean nats of KL(teacher || student) that the record cannot see."""
         return (self.dense_kl - self.record_kl) / max(self.positions, 1)
 
 
@@ -146,8 +147,8 @@ def compare(teacher: Tensor, student: Tensor, records: Mapping[Any, TopK]) -> di
 
 
 def noise_of_kl(kl_at: Callable[[float], float], wanted: float, start: float, rounds: int) -> float:
-    """The size of a noise at which kl_at(size) is within 1% of `wanted` nats, from a first guess above 0;
-    the nearest of those tried when `rounds` tries are not enough. 0.0 where no noise moves the distribution.
+    """The noise scale at which kl_at(scale) is within 1% of `wanted` nats, from an initial guess above 0; the
+    nearest one after `rounds` tries. 0.0 where noise does not change the distribution.
 
     A KL grows with the noise, about with its square while it is small; the size is found between the
     nearest on either side.
@@ -175,7 +176,7 @@ def noise_of_kl(kl_at: Callable[[float], float], wanted: float, start: float, ro
 def relation_angle(exact: Relation, stored: Relation, student: Relation) -> float:
     """Degrees between the gradients of 1 - cos(R_s, R) in R_s for R the exact and the stored relation.
 
-    The gradient points along the part of R that is orthogonal to R_s. 0 where the student is already there.
+    The gradient points along the part of R that is orthogonal to R_s. 0 where they are equal.
     """
     near, told = relation_cosine(student, exact), relation_cosine(student, stored)
     size = ((1.0 - near * near) * (1.0 - told * told)) ** 0.5

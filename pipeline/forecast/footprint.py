@@ -1,4 +1,4 @@
-"""Bytes of targets as the codecs really write them, and what larger shards of the same take."""
+"""Bytes of targets as the codecs write them, extrapolated to larger shards."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class Footprint:
     """Bytes of a group of targets in a shard, as a line through those of half and of all that was encoded.
 
     items: positions, images or samples that were encoded. each: bytes that one more of them takes, which is
-    less than the mean: a compressor learns, and array metadata is written once. fixed: bytes that a shard has
-    whatever it holds. vocabulary: bytes of the dictionary of ids, which grows with the items to the power
-    `growth` (measured: how many more ids the second half brought) until it holds every id, at `limit` bytes.
+    less than the mean: compression improves with size, and array metadata is written once. fixed: bytes of a
+    shard independent of its content. vocabulary: bytes of the dictionary of ids, which grows with the items
+    to the power `growth` (measured: how many more ids the second half brought) until it holds every id, at
+    `limit` bytes.
     """
 
     items: int
@@ -32,7 +33,7 @@ class Footprint:
     limit: float = 0.0
 
     def total(self, items: float, shards: int) -> float:
-        """Bytes of `items` in `shards` equal shards; 0 where there is nothing."""
+        """Bytes of `items` in `shards` equal shards; 0 if there are none."""
         if not self.items or items <= 0.0:
             return 0.0
         dictionary = min(self.vocabulary * float(items / shards / self.items) ** self.growth, self.limit)
@@ -67,7 +68,7 @@ def table_footprint(samples: Sequence[CapturedSample], spec: TargetSpec, *, shar
     for sample in samples:
         images = [
             replace(image, visual=None, relation=None, prefix_key=image.record.sha256 if sharing else None)
-            for image in sample.images  # a key is as long as a digest, and as hard to compress
+            for image in sample.images  # a key is a digest: its length, and incompressible
         ]
         bare.append(replace(sample, response=None, prompt=None, images=tuple(images)))
     empty = sum(map(len, encode_shard("", [], [], spec).files.values()))

@@ -1,4 +1,4 @@
-"""Students to try a record on before any student is trained: the teacher with noise, or a given model."""
+"""Students for testing records before any training: the teacher with noise, or a given model."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class NoisyTeacher:
             self._find_size("visual", torch.cat(picked.images))
 
     def at(self, kind: str, rows: slice) -> Tensor:
-        """See StandIn. The noise of a position does not depend on which others are asked for with it."""
+        """See StandIn. The noise of a position does not depend on the other positions requested."""
         return self._noisy(kind, self._picked.positions[kind], rows, self._sizes[kind])
 
     def image(self, number: int) -> Tensor:
@@ -145,7 +145,8 @@ class NoisyTeacher:
         return hidden[rows].float() + size * torch.from_numpy(noise).to(hidden.device)
 
     def _find_size(self, kind: str, hidden: Tensor) -> None:
-        """Finds the size of a kind's noise on some of its hidden states (N, D), and mends it on them all."""
+        """Finds the noise scale of a kind on some of its hidden states (N, D), and refines it on all of
+        them."""
         few = hidden[:: max(1, len(hidden) // _TRIED)]
 
         def kl_at(states: Tensor, size: float) -> float:
@@ -208,7 +209,8 @@ def require_same_tokens(sample: PreparedSample, theirs: PreparedSample, student:
     """KdcacheError unless the student's processor makes the teacher's token ids."""
     if not np.array_equal(sample.input_ids, theirs.input_ids):
         raise KdcacheError(
-            f"{student} does not read row {sample.row} as the teacher does ({len(theirs)} tokens instead of "
+            f"{student} does not tokenize row {sample.row} as the teacher does ({len(theirs)} tokens "
+            "instead of "
             f"{len(sample)}, or other ids); give a student with the teacher's tokenizer and image tokens"
         )
 
@@ -218,5 +220,5 @@ def _code(kind: str) -> int:
 
 
 def _numbers(shape: Sequence[int], key: Sequence[int]) -> NDArray[np.float32]:
-    """Standard normal numbers of a shape, decided by the key alone."""
+    """Standard normal numbers of a shape, determined by the key alone."""
     return np.random.default_rng(key).standard_normal(tuple(shape), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Samples drawn at random and captured as a build would, with some hidden states kept to measure against."""
+"""Samples drawn at random and captured as a build would, with some hidden states kept for comparison."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Draw:
 
 
 def draw_rows(job: Job, samples: int, seed: int) -> Draw:
-    """At most `samples` rows of the plan, each as likely as any other, in the order of the plan: rows about
-    one image are written side by side, which compresses better."""
+    """At most `samples` rows of the plan, uniformly drawn, in plan order: rows about one image are adjacent,
+    which compresses better."""
     generator = np.random.Generator(np.random.Philox(seed))
     places = generator.choice(job.plan.rows, min(samples, job.plan.rows), replace=False)
     rows = job.plan.order[np.sort(places)]
@@ -68,7 +68,7 @@ def draw_rows(job: Job, samples: int, seed: int) -> Draw:
 
 @dataclass(slots=True, kw_only=True)
 class Survey:
-    """What was gathered. records: of all positions by kind; picked_records: of those whose hidden states
+    """The collected data. records: of all positions by kind; picked_records: of those whose hidden states
     were kept, in the same order. relations: of the images whose hidden states were kept, as captured.
     students: the student's hidden states at the same places, where a student was given.
     """
@@ -91,7 +91,7 @@ class Survey:
 
 
 class GivenModel:
-    """A student of the teacher's tokens, loaded to be run over the teacher's samples."""
+    """A student with the teacher's tokens, loaded to run on the teacher's samples."""
 
     def __init__(self, folder: Path, job: Job) -> None:
         processor = load_processor(folder)
@@ -115,7 +115,7 @@ class GivenModel:
         self.head: Head = self.engine.verified_head([self.prepare(job.probe())])
 
     def prepare(self, sample: PreparedSample) -> PreparedSample:
-        """The teacher's sample with the student's pixels. KdcacheError when its tokens are others."""
+        """The teacher's sample with the student's pixels. KdcacheError when its tokens differ."""
         try:
             theirs = self._preparer.prepare(self._job.dataset[sample.row])
         except RowRejected as error:
@@ -217,7 +217,7 @@ class Surveyor:
         return found
 
     def _windows(self, rows: NDArray[np.int64], found: Survey) -> Iterator[tuple[list[PreparedSample], int]]:
-        """(prepared samples, rows tried so far), so many at once as their pixels allow."""
+        """(prepared samples, rows tried so far), as many at a time as their pixels allow."""
         window: list[PreparedSample] = []
         for tried, row in enumerate(rows.tolist(), start=1):
             try:
@@ -254,7 +254,7 @@ class Surveyor:
         self._picks[sample.row], self._wanted[sample.row] = picks, parts
 
     def _keep(self, sample: CapturedSample, theirs: list[Tensor] | None, found: Survey) -> None:
-        """Takes over what is wanted of a captured sample; theirs: the student's hidden states."""
+        """Collects what is wanted of a captured sample; theirs: the student's hidden states."""
         fresh = [sample.images[number] for number in self._fresh.pop(sample.row)]
         of_kind = {
             "response": [sample.response],

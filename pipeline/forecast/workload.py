@@ -1,4 +1,4 @@
-"""From what some samples took to what a whole dataset takes: bytes, time, and when the capture pays off."""
+"""Extrapolates from samples to the whole dataset: bytes, time, and when the capture pays off."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.forecast.footprint import Footprint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSample:
-    """What is counted of one captured sample. prefix: tokens through the end of its last image."""
+    """The counts of one captured sample. prefix: tokens through the end of its last image."""
 
     tokens: int
     prefix: int
@@ -28,10 +28,10 @@ class MeasuredSample:
 class Workload:
     """A dataset as a build would capture it, estimated from samples drawn at random.
 
-    rows, with_image, text_only: of the plan. captured: rows expected not to be bad. groups: distinct first
-    images, counted once a shard. stored_images: images whose targets are stored. positions: by kind.
+    rows, with_image, text_only: of the plan. captured: rows expected to be captured. groups: distinct first
+    images, counted once per shard. stored_images: images whose targets are stored. positions: by kind.
     tokens: of all captured rows; computed_tokens: without the prefixes that are computed once for several.
-    errors: the standard error, as a share of the count, that drawing only some rows brings.
+    errors: the standard error from sampling rows, as a share of the count.
     """
 
     rows: int
@@ -145,7 +145,7 @@ def bytes_by_part(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What the samples took. seconds: of the teacher and its targets, for `tokens` tokens; preparing: of
+    """The time of the samples. seconds: of the teacher and its targets, for `tokens` tokens; preparing: of
     decoding and processing one sample, in one of `threads` threads that work meanwhile."""
 
     seconds: float
@@ -169,8 +169,9 @@ class Speed:
 
 
 def break_even(speed: Speed, workload: Workload) -> dict[str, float]:
-    """After how many epochs beside a teacher in memory the capture has taken less time, and what each later
-    epoch saves. Reading the cache is counted as free: its reader runs beside the training step."""
+    """The number of epochs after which the capture has taken less time than a teacher in memory, and the
+    saving of each later epoch. Reading the cache is counted as free: its reader runs beside the training
+    step."""
     capture, epoch = speed.capture_seconds(workload), speed.epoch_seconds(workload)
     return {
         "capture_seconds": capture,
@@ -188,7 +189,7 @@ def _groups(plan: Plan, first_images: NDArray[np.int64]) -> int:
     """Distinct first images, counted once in every shard that has them: a shard shares with no other."""
     keys = first_images[plan.order]
     fresh = np.ones(len(keys), dtype=bool)
-    fresh[1:] = keys[1:] != keys[:-1]  # the plan puts equal ones side by side
+    fresh[1:] = keys[1:] != keys[:-1]  # the plan puts equal ones next to each other
     fresh[:: plan.shard_size] = True
     return int((fresh & (keys != 0)).sum())
 

@@ -1,10 +1,10 @@
-"""The losses as functions of hidden states and head: no logits of all positions are ever held.
+"""The losses as functions of hidden states and head: the logits of all positions are never held.
 
 Shared by all: hidden (N, D) and lm_head_weight (V, D) of any floating dtype, logits = hidden weight^T + bias
 (V,), then softcap * tanh(logits / softcap) where given. Columns at or above vocab_size are padding: they
-count in the student's softmax, where their mass is its error, but no target, label or Gram matrix holds them.
-Sums are formed in float32 (float64 where an argument is), whatever the dtype. Differentiable once, in hidden,
-weight and bias; a frozen head costs no gradient memory. memory_budget: bytes of logits at a time.
+count in the student's softmax, where their mass is its error, but no target, label or Gram matrix contains
+them. Sums are formed in float32 (float64 where an argument is), whatever the dtype. Differentiable once, in
+hidden, weight and bias; a frozen head costs no gradient memory. memory_budget: bytes of logits at a time.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def sparse_kl(
 
     target: any object with the fields of TopK as tensors: token_ids (N, K), logprobs (N, K),
     tail_logprob (N, n_T), temperatures (n_T,); for `sampled` also sampled_ids, sampled_counts (N, M) and, if
-    not 1, sample_temperature. weights (N,), constants, 1/N when None; a position of weight 0 is not looked
-    at. Returns a float32 (float64) scalar. With q = softmax(logits / T), p the teacher's softmax at T, S the
-    K ids and a subscript "tail" for the sum outside them:
+    not 1, sample_temperature. weights (N,), constants, 1/N when None; positions of weight 0 are skipped.
+    Returns a float32 (float64) scalar. With q = softmax(logits / T), p the teacher's softmax at T, S the K
+    ids and a subscript "tail" for the sum outside them:
 
-    bucket        KL = sum_S p (log p - log q) + p_tail (log p_tail - log q_tail). At K = V the dense KL.
-    renormalize   KL = sum_S p' (log p' - log q'), p' = p / sum_S p, q' = q / sum_S q. Blind to the tail.
-    drop          KL = sum_S p (log p - log q). No divergence: it can be negative, and is least elsewhere.
-    sampled       KL(p^ || q) with p^ = p in S and p_tail count_j / M at each of the M draws j. Over fresh
-                  draws the mean of its gradient is that of the dense KL; over one draw kept for many
-                  epochs it is not, and the value is that to p^, which is above the dense one.
+    - `bucket`: KL = sum_S p (log p - log q) + p_tail (log p_tail - log q_tail). At K = V the dense KL.
+    - `renormalize`: KL = sum_S p' (log p' - log q'), p' = p / sum_S p, q' = q / sum_S q. Blind to the tail.
+    - `drop`: KL = sum_S p (log p - log q). Not a divergence: it can be negative; its minimum is elsewhere.
+    - `sampled`: KL(p^ || q) with p^ = p in S and p_tail count_j / M at each of the M draws j. Over fresh
+      draws the mean of its gradient is that of the dense KL. Over one draw kept for many epochs it is not,
+      and the value is that to p^, which is above the dense one.
 
     Gradients are those of this value, the factor T^2 included. ValueError: shapes that do not fit, a T whose
-    tail mass (whose draws) the target does not hold, an id with mass that is no token of the head.
+    tail mass (whose draws) the target does not hold, an id with mass that is not a token of the head.
     """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
     count, dtype = len(hidden), wide_dtype(hidden.dtype, lm_head_weight.dtype)
@@ -94,7 +94,7 @@ def cross_entropy(
 
     labels (N,) int64, already shifted: the token to be predicted at each position. weights (N,), constants;
     when None, 1 over the number of supervised positions. Returns a float32 (float64) scalar, 0 when none is
-    supervised. ValueError: shapes that do not fit, a label that is no token of the head.
+    supervised. ValueError: shapes that do not fit, a label that is not a token of the head.
     """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
     count, dtype = len(hidden), wide_dtype(hidden.dtype, lm_head_weight.dtype)
@@ -133,9 +133,9 @@ def relation_loss(
     without padding.
 
     R_t (N, N) is `gram`, or factor factor^T of factor (N, r): exactly one of them. Frobenius product and
-    norms. A linear head takes R_s = H (W^T W) H^T, with W^T W kept for as long as a frozen weight tensor
-    lives unchanged; soft-capping, and a trained head where it is cheaper, takes the logits in blocks: the
-    values agree. Returns a float32 (float64) scalar. ValueError: shapes that do not fit.
+    norms. A linear head takes R_s = H (W^T W) H^T, with W^T W cached as long as a frozen weight tensor is
+    unchanged; soft-capping, and a trained head where it is cheaper, takes the logits in blocks: the values
+    agree. Returns a float32 (float64) scalar. ValueError: shapes that do not fit.
     """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
     count = len(hidden)

@@ -14,7 +14,7 @@ from student.losses.products import Gradients, HeadProducts
 from student.losses.relation import RelationWork, run_relations
 
 MEMORY_BUDGET = 96 * 2**20
-"""Bytes of logits, and of what is made from them, held at a time, unless told otherwise."""
+"""Default bytes of logits, and of intermediate values, held at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,8 +39,7 @@ def fused_losses(
     """The losses asked for at hidden (N, D). Gradients reach hidden and the head's weight and bias.
 
     Gradients are formed in the forward pass, of what requires them, and scaled in the backward pass. Not
-    promised: derivatives of second order (create_graph raises), forward-mode derivatives, gradients in the
-    targets.
+    supported: second derivatives (create_graph raises), forward-mode derivatives, gradients in the targets.
     """
     if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ValueError(f"hidden must be (N, {head.weight.shape[1]}), not {tuple(hidden.shape)}")
@@ -48,7 +47,7 @@ def fused_losses(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, head.weight, head.bias)
     )
-    # The tensors go in by themselves, since autograd tracks arguments and does not look into the head.
+    # The tensors are separate arguments, since autograd does not look into the head.
     total, kl, ce, relation = _FusedLosses.apply(
         hidden, head.weight, head.bias, head, positions, relations, memory_budget, wanted
     )
@@ -68,7 +67,7 @@ class _FusedLosses(torch.autograd.Function):
         memory_budget: int,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Products choose their own precision: autocast would hand their sums out in its own.
+        # Products choose their own precision: autocast would change it.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             products = HeadProducts(head, hidden.dtype)
             gradients = Gradients(hidden, head, products, wanted)
@@ -93,7 +92,7 @@ class _FusedLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the losses have no second derivatives: call backward without create_graph")
-        # In place, unless the graph lives on: a second copy of the head's gradient would double its memory.
+        # In place, unless the graph is retained: a second copy of the head's gradient doubles its memory.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         scaled = []
         for gradient in ctx.saved_tensors:
@@ -105,5 +104,5 @@ class _FusedLosses(torch.autograd.Function):
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """The weighted sum; a weight of 0 takes no part, whatever the value."""
+    """The weighted sum; terms of weight 0 are excluded, whatever their value."""
     return torch.where(weights != 0, weights * values, 0.0).sum()

@@ -29,7 +29,7 @@ class LossParts:
     total: what to call backward on; times world_size, because DDP takes the mean of the ranks' gradients. Its
     sum over micro-batches, averaged over ranks, is the loss of the global batch. The terms are detached,
     without their weights and world_size: sums over micro-batches and ranks give the terms of the global
-    batch. A term of weight 0 is not computed and 0. unsupervised: samples with no supervised token.
+    batch. A term of weight 0 is not computed; its value is 0. unsupervised: samples with no supervised token.
     """
 
     total: Tensor
@@ -76,8 +76,8 @@ class DistillationLoss:
 
         targets: of the B samples, on the device of hidden; None: there are none. A kind with weight that the
         targets lack contributes 0, as in a batch of text-only rows. The head must be used inside the forward
-        of the module that DDP or FSDP wraps. ValueError: shapes that do not fit, a label that is no token,
-        what `sparse_kl` refuses.
+        of the module that DDP or FSDP wraps. ValueError: shapes that do not fit, a label that is not a token,
+        whatever `sparse_kl` refuses.
         """
         if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
             shapes = f"{tuple(hidden.shape)} and {tuple(labels.shape)}"

@@ -16,7 +16,7 @@ from student.losses.rows import Rows, row_losses
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PositionWork:
-    """All that is asked at n distinct positions.
+    """The requests at n distinct positions.
 
     positions (n,) int64 into hidden (N, D), ascending. layers: what is asked there; a position that carries
     several distributions has one in each of the first layers, labels are in the first only. layer_of,
@@ -131,7 +131,8 @@ def run_positions(
 
 
 def _chunk_rows(count: int, copies: int, row_bytes: int, memory_budget: int) -> int:
-    """Positions a chunk, at least 1: even chunks that fit the budget, all `copies` of rows in one of them."""
+    """Positions per chunk, at least 1: even chunks that fit the budget, all `copies` of rows in one of
+    them."""
     most = max(1, memory_budget // row_bytes)
     most -= min(copies, most // 2)
     return max(1, math.ceil(count / max(1, math.ceil(count / most))))

@@ -1,4 +1,4 @@
-"""Products with the head's matrix, summed and handed out in float32 (float64) whatever goes in."""
+"""Products with the head's matrix, accumulated and returned in float32 (float64) for any input dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def block_rows(matrix: Tensor, itemsize: int) -> int:
 
 
 def multiplies_wide(device: torch.device) -> bool:
-    """Whether torch.mm there takes bfloat16 factors and hands out float32."""
+    """Whether torch.mm there takes bfloat16 factors and returns float32."""
     return device.type == "cuda"
 
 
@@ -88,7 +88,7 @@ class HeadProducts:
         """(n, D) = grad (n, V) weight.
 
         With bfloat16 states and matrix the logits' gradient is rounded to bfloat16, and so is the result on
-        devices that cannot hand out float32: it is the gradient of a bfloat16 tensor, complete.
+        devices that cannot return float32: it is the gradient of a bfloat16 tensor, complete.
         """
         if self.narrow and self.operand != torch.bfloat16:
             return (grad.to(torch.bfloat16) @ self.weight).to(self.dtype)

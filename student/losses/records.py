@@ -1,4 +1,4 @@
-"""From a sparse target to what the student's distribution is compared with: entries and a tail event."""
+"""From a sparse target to the distribution that the student is compared with: entries and a tail event."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Entries:
 
 
 def no_entries(device: torch.device, dtype: torch.dtype) -> Entries:
-    """Entries of no position at all."""
+    """Entries of zero positions."""
     logprobs = torch.zeros((0, 1), dtype=dtype, device=device)
     return Entries(ids=logprobs.long(), logprobs=logprobs, log_tail=logprobs[:, 0])
 
@@ -61,10 +61,10 @@ def entries_of(target: Any, *, tail: Tail, temperature: float, head: Head, dtype
     """The entries of `target` (any object with the fields of TopK as tensors) at `temperature`.
 
     With p the teacher's softmax at that temperature: `bucket` keeps p of the K entries and the mass
-    outside them as one event; `drop` forgets that mass; `renormalize` divides p by its sum over the K
+    outside them as one event; `drop` ignores that mass; `renormalize` divides p by its sum over the K
     entries; `sampled` gives each drawn id j the mass p_tail * count_j / M. head: the student's.
     ValueError when the tail mass of that temperature was not captured, when draws are asked for that were
-    not captured or were captured at another temperature, and when an id with mass is no token of the head.
+    not captured or were captured at another temperature, and when an id with mass is not a token of the head.
     """
     ids, logprobs = target.token_ids.long(), target.logprobs.to(dtype)
     if ids.dim() != 2 or ids.shape != logprobs.shape:
@@ -137,7 +137,7 @@ def _draws(target: Any, temperature: float, log_tail: Tensor, head: Head) -> tup
 
 
 def _merged(ids: Tensor, counts: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The same draws with every id of a row once, its counts summed; blanks fill the row up."""
+    """The same draws with every id once per row, its counts summed; rows are padded with blanks."""
     ids, order = ids.sort(dim=1)
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]

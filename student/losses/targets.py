@@ -1,4 +1,4 @@
-"""What the losses are given: targets of a batch, denominators of the global batch."""
+"""Inputs of the losses: targets of a batch, denominators of the global batch."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class DistillationTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denominators:
-    """Counts over the GLOBAL batch: all ranks, all accumulation steps. Add up, all-reduce, hand over."""
+    """Counts over the global batch: all ranks, all accumulation steps. To be summed and all-reduced."""
 
     samples: float = 0.0
     ce_tokens: float = 0.0

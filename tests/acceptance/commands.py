@@ -32,7 +32,7 @@ def kdcache(*arguments: str | Path) -> Any:
     finally:
         sys.argv = given
     if code == 3:
-        raise StoppedEarly("run the same command again to go on")
+        raise StoppedEarly("run the same command again to continue")
     if code not in (0, None):
         raise KdcacheError(f"kdcache {words[0]} ended with exit code {code}; its error is above")
     return json.loads(printed.getvalue())
