@@ -156,8 +156,7 @@ def ours(case: Case) -> float:
         )
 
     targets = DistillationTargets(
-        response=records(slice(VISUAL, count)),
-        visual=records(slice(0, VISUAL)),
+        positions={"response": records(slice(VISUAL, count)), "visual": records(slice(0, VISUAL))},
         relations=(RelationTargets(positions=torch.arange(VISUAL), sample=0, factor=case.factor),),
     )
     parts = DistillationLoss(LossWeights())(

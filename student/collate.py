@@ -118,14 +118,15 @@ class Collator:
     def _targets(self, samples: Sequence[Sample], length: int) -> DistillationTargets | None:
         if not self.targets:
             return None
-        kinds = {
-            name: _position_targets(samples, length, name, self.sample_temperature)
-            if name in self.targets
-            else None
-            for name in KINDS
-        }
+        found = (
+            (kind, _position_targets(samples, length, kind, self.sample_temperature))
+            for kind in KINDS
+            if kind in self.targets
+        )
         relations = _relation_targets(samples, length) if "relation" in self.targets else ()
-        return DistillationTargets(relations=relations, **kinds)
+        return DistillationTargets(
+            positions={kind: target for kind, target in found if target is not None}, relations=relations
+        )
 
 
 def respan(sample: Sample, placeholders: int, image_token_id: int) -> Sample:

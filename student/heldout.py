@@ -57,7 +57,7 @@ def measure_cache(
                 counts = counts + made.denominators
                 moved = made.to(device)  # an idle batch too: with sharded weights the other ranks need it
                 parts, same = student.measure(moved.inputs, moved.labels, moved.targets)
-                terms = (parts.ce, parts.response, parts.visual, parts.prompt, parts.relation)
+                terms = parts.by_term.values()
                 sums += torch.stack([*terms, same.response, same.visual]).cpu().double()
             progress.update(step + 1)
     student.train(training)
@@ -88,11 +88,4 @@ def measure_cache(
 
 def weighted(measured: dict[str, float], weights: LossWeights) -> float:
     """The stage's loss from held-out means: what early stopping watches."""
-    terms = {
-        "ce": weights.ce,
-        "response_kl": weights.response,
-        "visual_kl": weights.visual,
-        "prompt_kl": weights.prompt,
-        "relation": weights.relation,
-    }
-    return sum(weight * measured.get(name, 0.0) for name, weight in terms.items())
+    return sum(weight * measured.get(name, 0.0) for name, weight in weights.by_term.items())

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from cache_schema.format.spec import KINDS, Target
 from cache_schema.settings import Help, at_least, check, positive
 
 Tail = Literal["bucket", "renormalize", "drop", "sampled"]
 Reduction = Literal["sample_mean", "token_mean"]
+
+TERMS = ("ce", *(f"{kind}_kl" for kind in KINDS), "relation")
+"""The terms of the objective, as training and evaluation report them."""
 
 _Weight = Annotated[float, at_least(0)]
 
@@ -38,3 +42,18 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def by_target(self) -> dict[Target, float]:
+        """The weights of what is learnt from the cache."""
+        return {
+            "response": self.response,
+            "visual": self.visual,
+            "prompt": self.prompt,
+            "relation": self.relation,
+        }
+
+    @property
+    def by_term(self) -> dict[str, float]:
+        """The weight of each of TERMS."""
+        return dict(zip(TERMS, (self.ce, *self.by_target.values()), strict=True))

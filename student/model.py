@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cache_schema.errors import KdcacheError
+from cache_schema.format.spec import Kind
 from models.head import Head, verified_head
 from models.parts import Part, part_of
 from student.folder import freeze
@@ -20,6 +21,7 @@ from student.losses import Denominators, DistillationLoss, DistillationTargets, 
 from student.timing import Stopwatch
 
 _AGREEMENT_ROWS = 1024
+_AGREEMENT_KINDS: tuple[Kind, ...] = ("response", "visual")
 _EVERY_TERM = LossWeights(relation=1.0, prompt=1.0, reduction="token_mean")
 _SUMS = Denominators(
     samples=1.0, ce_tokens=1.0, response_tokens=1.0, visual_tokens=1.0, prompt_tokens=1.0, images=1.0
@@ -124,9 +126,9 @@ class DistilledStudent(nn.Module):
             rows = hidden.reshape(-1, hidden.shape[-1])
             response, visual = (
                 torch.zeros((), device=hidden.device)
-                if record is None
-                else _same(rows[record.positions], self.head, record.token_ids[:, 0])
-                for record in (targets.response, targets.visual)
+                if (target := targets.positions.get(kind)) is None
+                else _same(rows[target.positions], self.head, target.token_ids[:, 0])
+                for kind in _AGREEMENT_KINDS
             )
         return parts, Agreement(response=response, visual=visual)
 

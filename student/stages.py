@@ -73,7 +73,7 @@ class Stage:
     @property
     def targets(self) -> tuple[str, ...]:
         """The targets that its losses read from the cache."""
-        return tuple(name for name in TARGETS if getattr(self.losses, name) > 0.0)
+        return tuple(name for name, weight in self.losses.by_target.items() if weight > 0.0)
 
     def only(self, targets: tuple[str, ...]) -> Stage:
         """The stage with the losses of all other targets switched off; CE stays."""

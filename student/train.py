@@ -360,7 +360,7 @@ def _terms_of(parts: LossParts, ranks: int) -> Tensor:
     """The values of TERMS and the samples without supervised token, as one tensor."""
     total = parts.total.detach() / ranks
     unsupervised = total.new_tensor(float(parts.unsupervised))
-    terms = (total, parts.ce, parts.response, parts.visual, parts.prompt, parts.relation, unsupervised)
+    terms = (total, *parts.by_term.values(), unsupervised)
     return torch.stack([term.to(total) for term in terms])
 
 

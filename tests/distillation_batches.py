@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from cache_schema.format.spec import KINDS
 from student.losses import DistillationTargets, PositionTargets, RelationTargets
 from tests.dense_twins import sparse_record
 
@@ -83,6 +84,7 @@ def collate(samples, length):
         for b, sample in enumerate(samples)
         for positions, gram in sample.relations
     )
+    flattened = {kind: flat(kind) for kind in KINDS}
     return DistillationTargets(
-        response=flat("response"), visual=flat("visual"), prompt=flat("prompt"), relations=relations
+        positions={kind: target for kind, target in flattened.items() if target}, relations=relations
     )

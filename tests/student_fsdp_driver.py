@@ -95,7 +95,7 @@ def main() -> None:
     batch = collator(seen[:3])
     parts, same = sharded.measure(batch.inputs, batch.labels, batch.targets)
     expected_parts, expected_same = alone.measure(batch.inputs, batch.labels, batch.targets)
-    torch.testing.assert_close(parts.response, expected_parts.response, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(parts.kl["response"], expected_parts.kl["response"], rtol=1e-3, atol=1e-3)
     assert float(same.visual) == float(expected_same.visual)
     # One sample more than the ranks can share: the last micro-batch of rank 1 is idle.
     assert len(cache) % (2 * MICRO_BATCH) == 1

@@ -118,12 +118,12 @@ def dense_loss(student, teacher, inputs, batch):
     for b, labels in enumerate(batch.labels):
         total = total + F.cross_entropy(made[b, :-1], labels[1:])
         for kind in ("response", "visual", "prompt"):
-            record = getattr(batch.targets, kind)
+            record = batch.targets.positions[kind]
             positions = record.positions[record.samples == b] - b * length
             if len(positions):
                 teacher_logits = wanted[b, positions].masked_fill(no_token, -torch.inf)
                 kl = dense_kl(made[b, positions], teacher_logits).mean()
-                total = total + getattr(WEIGHTS, kind) * kl
+                total = total + WEIGHTS.by_target[kind] * kl
         images = [r.positions - b * length for r in batch.targets.relations if r.sample == b]
         for positions in images:
             theirs, ours = (logits[b, positions, :VOCABULARY] for logits in (wanted, made))

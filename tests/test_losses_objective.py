@@ -32,6 +32,12 @@ def batch(seed=0, spans=SPANS, **kwargs):
     return hidden, labels, samples, weight, bias
 
 
+def values_of(parts):
+    """Total and terms of LossParts by name."""
+    terms = {"total": parts.total, "ce": parts.ce, **parts.kl, "relation": parts.relation}
+    return {name: value.item() for name, value in terms.items()}
+
+
 def compare(weights, *, seed=0, spans=SPANS, head=None, memory_budget=2**20, **kwargs):
     """All parts, and the gradients of the total, equal the twin's."""
     hidden, labels, samples, weight, bias = batch(seed, spans, **kwargs)
@@ -41,9 +47,9 @@ def compare(weights, *, seed=0, spans=SPANS, head=None, memory_budget=2**20, **k
         hidden, labels, targets, Head(weight=weight, **head), Denominators.of(labels, targets)
     )
     twin = objective_twin(hidden, labels, samples, weights, head={"weight": weight, **head})
-    for name in ("total", "ce", "response", "visual", "prompt", "relation"):
+    for name, value in values_of(parts).items():
         expected = twin[name].item() if name == "total" or getattr(weights, name) else 0.0
-        assert getattr(parts, name).item() == pytest.approx(expected, rel=1e-9, abs=1e-12), name
+        assert value == pytest.approx(expected, rel=1e-9, abs=1e-12), name
     assert parts.unsupervised == sum(not supervised for _, supervised in spans)
     leaves = (hidden, weight, bias)
     expected_gradients = torch.autograd.grad(twin["total"], leaves, allow_unused=True, materialize_grads=True)
@@ -128,9 +134,9 @@ def test_accumulated_micro_batches_equal_the_batch(reduction, sizes):
         parts = loss(hidden[piece], labels[piece], part_targets, head, denominators)
         parts.total.backward()
         unsupervised += parts.unsupervised
-        sums = {name: value + getattr(parts, name).item() for name, value in sums.items()}
-    for name, value in sums.items():
-        assert value == pytest.approx(getattr(whole, name).item(), rel=1e-12), name
+        sums = {name: sums[name] + value for name, value in values_of(parts).items()}
+    for name, value in values_of(whole).items():
+        assert sums[name] == pytest.approx(value, rel=1e-12), name
     assert unsupervised == whole.unsupervised == 1
     for leaf, true in zip((hidden, weight, bias), expected, strict=True):
         assert torch.allclose(leaf.grad, true, rtol=1e-12, atol=1e-14)
@@ -143,7 +149,7 @@ def test_world_size_scales_the_total_alone():
     one, four = DistillationLoss(ALL)(*arguments), DistillationLoss(ALL)(*arguments, world_size=4)
     assert four.total.item() == pytest.approx(4 * one.total.item(), rel=1e-12)
     for name in ("ce", "response", "visual", "prompt", "relation"):
-        assert getattr(four, name).item() == pytest.approx(getattr(one, name).item(), rel=1e-12)
+        assert values_of(four)[name] == pytest.approx(values_of(one)[name], rel=1e-12)
     grads = [torch.autograd.grad(parts.total, (hidden, weight)) for parts in (one, four)]
     assert all(torch.allclose(4 * a, b, rtol=1e-12, atol=0) for a, b in zip(*grads, strict=True))
 
@@ -169,9 +175,11 @@ def test_logits_of_a_position_are_made_once():
     positions = {b * LENGTH + t for b, t in supervised.nonzero().tolist()}
     overlap = len(positions)
     for kind in ("response", "visual"):
-        positions |= set(getattr(targets, kind).positions.tolist())
-    overlap += len(targets.response) + len(targets.visual) - len(positions)
-    assert overlap > len(targets.response)  # CE meets the response, and a response meets a visual position
+        positions |= set(targets.positions[kind].positions.tolist())
+    overlap += sum(len(targets.positions[kind]) for kind in ("response", "visual")) - len(positions)
+    assert overlap > len(
+        targets.positions["response"]
+    )  # CE meets the response, and a response meets a visual position
     for temperature in (1.0, 2.0):
         weights = LossWeights(relation=0.0, temperature=temperature)
         with Operations() as seen:
@@ -197,7 +205,7 @@ def test_no_array_of_positions_by_vocabulary_and_none_of_the_heads_size_when_fro
         temperatures=torch.ones(1),
     )
     targets = DistillationTargets(
-        response=record,
+        positions={"response": record},
         relations=(RelationTargets(positions=positions[:60], sample=0, factor=torch.randn(60, 2)),),
     )
     loss = DistillationLoss(LossWeights(), memory_budget=budget)
@@ -213,9 +221,9 @@ def test_targets_move_between_devices_and_keep_their_temperatures_at_hand():
     _, labels, samples, _, _ = batch(draws=2)
     targets = collate(samples, LENGTH)
     moved = targets.to("meta")
-    assert moved.response.positions.device.type == moved.relations[0].gram.device.type == "meta"
-    assert moved.visual.sampled_ids.device.type == "meta"
-    assert moved.response.temperatures.device.type == "cpu"
+    assert moved.positions["response"].positions.device.type == moved.relations[0].gram.device.type == "meta"
+    assert moved.positions["visual"].sampled_ids.device.type == "meta"
+    assert moved.positions["response"].temperatures.device.type == "cpu"
     counts = Denominators.of(labels, targets)
     assert counts.samples == 5
     assert (counts.ce_tokens, counts.response_tokens) == (19.0, 19.0)

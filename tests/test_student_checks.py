@@ -209,11 +209,11 @@ def test_inputs_are_what_the_model_was_captured_with(world):
         assert batch.inputs["attention_mask"][place].sum() == count
         assert (batch.labels[place, count:] == -100).all()
         for kind in ("response", "visual"):
-            record = getattr(batch.targets, kind)
+            record = batch.targets.positions[kind]
             mine = record.positions[record.samples == place] - place * length
-            assert (mine.numpy() == getattr(sample, f"{kind}_positions")).all()
-            if getattr(sample, kind) is not None and len(mine):
-                own = getattr(sample, kind).token_ids
+            assert (mine.numpy() == sample.positions[kind]).all()
+            if sample.records[kind] is not None and len(mine):
+                own = sample.records[kind].token_ids
                 assert (record.token_ids[record.samples == place].numpy() == own).all()
     relations = {relation.sample: relation for relation in batch.targets.relations}
     assert set(relations) == {place for place, sample in enumerate(samples) if sample.images}

@@ -253,9 +253,9 @@ def test_the_distance_is_the_dense_kl_and_relation(tmp_path):
         log_p, log_q = torch.log_softmax(p, -1), torch.log_softmax(padded, -1)[:, :340]
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         for kind in ("response", "visual", "prompt"):
-            terms[f"{kind}_kl"] += kl[getattr(sample, f"{kind}_positions")].tolist()
+            terms[f"{kind}_kl"] += kl[sample.positions[kind]].tolist()
         for kind, values in same.items():
-            at = getattr(sample, f"{kind}_positions")
+            at = sample.positions[kind]
             values += (p[at].argmax(-1) == q[at].argmax(-1)).tolist()
         at = sample.response_positions
         terms["ce"] += (-log_q[at, sample.labels[at + 1]]).tolist()
@@ -300,7 +300,7 @@ def test_a_student_equal_to_its_teacher_is_as_far_as_its_padding_has_mass(world,
             ids = torch.tensor(sample.input_ids)[None].long()
             log_q = model(input_ids=ids, **pixels(images)).logits[0].double().log_softmax(-1)
         for kind, values in expected.items():
-            values += (-log_q[getattr(sample, f"{kind}_positions"), :340].logsumexp(-1)).tolist()
+            values += (-log_q[sample.positions[kind], :340].logsumexp(-1)).tolist()
     measured = measure_cache(
         DistilledStudent(model, LossWeights(), vocab_size=340),
         cache,

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
+from cache_schema.format.spec import KINDS, Kind
 from models.head import Head
-from student.loss_weights import LossWeights
+from student.loss_weights import TERMS, LossWeights
 from student.losses.fused import MEMORY_BUDGET, fused_losses
 from student.losses.positions import plan
 from student.losses.products import wide_dtype
 from student.losses.records import Entries, entries_of, join, no_entries
 from student.losses.relation import RelationWork
 from student.losses.targets import Denominators, DistillationTargets, RelationTargets
-
-Kind = Literal["response", "visual", "prompt"]
-KINDS: tuple[Kind, ...] = ("response", "visual", "prompt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,11 +32,14 @@ class LossParts:
 
     total: Tensor
     ce: Tensor
-    response: Tensor
-    visual: Tensor
-    prompt: Tensor
+    kl: Mapping[Kind, Tensor]
     relation: Tensor
     unsupervised: int
+
+    @property
+    def by_term(self) -> dict[str, Tensor]:
+        """The value of each of TERMS."""
+        return dict(zip(TERMS, (self.ce, *self.kl.values(), self.relation), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,7 +95,7 @@ class DistillationLoss:
         head.check_labels(next_tokens)
         ce_shares = self._shares(samples, batch, denominators.samples, denominators.ce_tokens, dtype)
         terms = self._terms(targets, batch, head, denominators, dtype)
-        factors = [getattr(weights, term.kind) * world_size * term.shares for term in terms]
+        factors = [weights.by_target[term.kind] * world_size * term.shares for term in terms]
         work = plan(
             positions=torch.cat([samples[:0], *(term.positions for term in terms)]),
             entries=join([no_entries(hidden.device, dtype), *(term.entries for term in terms)], head.rows),
@@ -127,9 +128,7 @@ class DistillationLoss:
         return LossParts(
             total=values.total,
             ce=ce,
-            response=kl["response"],
-            visual=kl["visual"],
-            prompt=kl["prompt"],
+            kl=kl,
             relation=(values.relation * values.relation.new_tensor(image_shares)).sum(),
             unsupervised=int((~supervised.any(dim=1)).sum()),
         )
@@ -143,11 +142,9 @@ class DistillationLoss:
         dtype: torch.dtype,
     ) -> list[_Term]:
         """The KL terms that have a weight and targets."""
-        tokens = (denominators.response_tokens, denominators.visual_tokens, denominators.prompt_tokens)
         terms = []
-        for kind, count in zip(KINDS, tokens, strict=True):
-            target = getattr(targets, kind)
-            if target is None or len(target) == 0 or getattr(self.weights, kind) == 0:
+        for kind, target in targets.positions.items():
+            if len(target) == 0 or self.weights.by_target[kind] == 0:
                 continue
             entries = entries_of(
                 target,
@@ -156,7 +153,9 @@ class DistillationLoss:
                 head=head,
                 dtype=dtype,
             )
-            shares = self._shares(target.samples, batch, denominators.samples, count, dtype)
+            shares = self._shares(
+                target.samples, batch, denominators.samples, denominators.tokens[kind], dtype
+            )
             terms.append(_Term(kind=kind, positions=target.positions, entries=entries, shares=shares))
         return terms
 

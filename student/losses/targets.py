@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
+from cache_schema.format.spec import Kind
+from student.loss_weights import TERMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,19 +81,15 @@ class RelationTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DistillationTargets:
-    """All targets of a batch. A kind that no sample has is None or empty."""
+    """All targets of a batch, those of positions by kind. A kind that no sample has is absent or empty."""
 
-    response: PositionTargets | None = None
-    visual: PositionTargets | None = None
-    prompt: PositionTargets | None = None
+    positions: Mapping[Kind, PositionTargets] = field(default_factory=dict)
     relations: tuple[RelationTargets, ...] = ()
 
     def to(self, device: torch.device | str) -> DistillationTargets:
         """The same targets with their tensors on `device`."""
         return DistillationTargets(
-            response=None if self.response is None else self.response.to(device),
-            visual=None if self.visual is None else self.visual.to(device),
-            prompt=None if self.prompt is None else self.prompt.to(device),
+            positions={kind: target.to(device) for kind, target in self.positions.items()},
             relations=tuple(relation.to(device) for relation in self.relations),
         )
 
@@ -109,16 +108,24 @@ class Denominators:
     @classmethod
     def of(cls, labels: Tensor, targets: DistillationTargets | None) -> Denominators:
         """Those of one micro-batch with labels (B, T), unshifted."""
-        kinds = (None, None, None) if targets is None else (targets.response, targets.visual, targets.prompt)
-        response, visual, prompt = (0.0 if kind is None else float(len(kind)) for kind in kinds)
+        targets = targets or DistillationTargets()
+        counts = {f"{kind}_tokens": float(len(target)) for kind, target in targets.positions.items()}
         return cls(
             samples=float(labels.shape[0]),
             ce_tokens=float((labels[:, 1:] != IGNORE_INDEX).sum()),
-            response_tokens=response,
-            visual_tokens=visual,
-            prompt_tokens=prompt,
-            images=0.0 if targets is None else float(len(targets.relations)),
+            images=float(len(targets.relations)),
+            **counts,
         )
+
+    @property
+    def tokens(self) -> dict[Kind, float]:
+        """The positions of each kind."""
+        return {"response": self.response_tokens, "visual": self.visual_tokens, "prompt": self.prompt_tokens}
+
+    @property
+    def by_term(self) -> dict[str, float]:
+        """What each of TERMS is divided by where it is a mean over all tokens (images)."""
+        return dict(zip(TERMS, (self.ce_tokens, *self.tokens.values(), self.images), strict=True))
 
     def __add__(self, other: Denominators) -> Denominators:
         return Denominators.from_tensor(self.to_tensor() + other.to_tensor())
