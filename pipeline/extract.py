@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cache_schema.datasets.conversations import writable
-from cache_schema.errors import RowRejected
+from cache_schema.errors import KdcacheError, RowRejected, first_line
 from cache_schema.format.records import (
     QuarantinedRow,
 )
@@ -24,6 +24,7 @@ from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample
 from pipeline.targets import PendingRecords, TargetMaker
 
+_DEVICE_FAULTS = ("CUDA error", "device-side assert", "HIP error", "CUBLAS", "CUDNN", "NCCL", "MPS backend")
 _FLYING = 2  # batches whose records may be under way to the host while the next one is launched
 
 Launched = tuple[list[Pack], "Future[list[Captured]]"]
@@ -57,6 +58,7 @@ class Extractor:
         self._share = share
         self._pack = pack
         self.batch_tokens = batch_tokens
+        self._sound: PreparedSample | None = None  # the last one on which the engine did not fail
         self._host = ThreadPoolExecutor(1, thread_name_prefix="records")
         self._flying: deque[Future[list[Captured]]] = deque()
 
@@ -100,20 +102,41 @@ class Extractor:
 
     def _run(self, packs: list[Pack]) -> list[Launched]:
         """One batch of packs. When memory runs out, it is split in halves and the budget shrinks. It is also
-        split when the engine refuses a sample, until that sample is alone."""
+        split when the engine refuses a sample or fails on it, until that sample is alone."""
         try:
             return [self._launch(packs)]
         except RowRejected as error:
             return self._apart(packs, error)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (KdcacheError, OSError):
+            raise
+        except Exception as error:
             if not is_out_of_memory(error):
-                raise
+                if not self._is_of_the_samples(packs, error):
+                    raise KdcacheError(
+                        f"the teacher fails on every sample now: {first_line(error)}; finished shards are "
+                        "kept: correct this and run the same command again"
+                    ) from error
+                detail = f"the teacher fails on the sample: {first_line(error)}"
+                return self._apart(packs, RowRejected("forward", detail))
         release_memory()
         longest = max(map(len, packs))
         if len(packs) > 1:
             self.batch_tokens = max(longest, min(self.batch_tokens, longest * len(packs)) // 2)
         detail = f"{longest} tokens do not fit into memory, even alone"
         return self._apart(packs, RowRejected("out_of_memory", detail))
+
+    def _is_of_the_samples(self, packs: list[Pack], error: Exception) -> bool:
+        """Whether a failure can be that of a sample: the device is sound, and so is the teacher on the sample
+        that it captured last."""
+        if any(word in str(error) for word in _DEVICE_FAULTS):
+            return False
+        alone = len(packs) == 1 and len(packs[0].samples) == 1
+        if alone and self._sound is not None and not isinstance(self._engine, RecordEngine):
+            try:
+                self._engine.hidden_states([self._sound])
+            except Exception:  # noqa: BLE001 - the first one is told
+                return False
+        return True
 
     def _apart(self, packs: list[Pack], error: RowRejected) -> list[Launched]:
         """A batch in halves, a pack sample by sample; one sample alone goes to quarantine for `error`."""
@@ -141,6 +164,7 @@ class Extractor:
             return packs, self._host.submit(captured_by_engine, packs, given, self._spec)
         assert self._maker is not None
         hidden = self._hidden_states(self._engine, packs)
+        self._sound = samples[-1]
         asked = asked_of(packs, [len(states) for states in hidden], self._spec)
         pending = self._maker.batch(torch.cat(hidden), asked)
         future = self._host.submit(self._fetch, packs, pending, Download(pending.tensors))
@@ -159,11 +183,11 @@ class Extractor:
         return captured_of(packs, pending.records(download.arrays()), self._spec)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on an accelerator or on the CPU."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on an accelerator or on the CPU."""
     text = str(error)
     return (
-        isinstance(error, torch.OutOfMemoryError)
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
         or "can't allocate memory" in text
         or "out of memory" in text
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,18 +113,24 @@ class Job:
         return list(found.values())
 
     def probe(self) -> PreparedSample:
-        """A capturable sample, the first in plan order that has an image, or else any.
+        """The first of `candidates`."""
+        return next(self.candidates())
 
-        KdcacheError when none of the rows tried can be captured: then the data or its root is wrong.
+    def candidates(self) -> Iterator[PreparedSample]:
+        """Samples to try the teacher on, those with an image first, in plan order.
+
+        KdcacheError when none of the rows tried can be prepared: then the data or its root is wrong.
         """
         order, images = self.plan.order, self.dataset.first_images
         looked_at = [*order[images[order] != 0][:_PROBES], *order[images[order] == 0][:_PROBES]]
         failures: list[RowRejected] = []
         for row in looked_at:
             try:
-                return self.preparer.prepare(self.dataset[int(row)])
+                yield self.preparer.prepare(self.dataset[int(row)])
             except RowRejected as error:
                 failures.append(error)
+        if len(failures) < len(looked_at):
+            return
         reasons = Counter(error.reason for error in failures)
         raise KdcacheError(
             f"none of {len(failures)} rows tried can be captured "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cache_schema.errors import KdcacheError, first_line
 from cache_schema.progress import Progress, task
 from models.device import choose_device
 from models.head import Head, read_head
@@ -16,6 +18,8 @@ from pipeline.samples import PreparedSample
 from pipeline.spot_check import Finding, finding_of, require_agreement
 from pipeline.transformers_engine import DTYPES, TransformersEngine, load_engine
 from pipeline.vllm_engine import hidden_engine, logprob_engine, start_vllm
+
+_TRIES = 16  # samples on which a teacher is tried before it counts as faulty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +48,33 @@ def load_with_transformers(job: Job, progress: Progress) -> tuple[TransformersEn
     """(engine, head, sharing, packing) as `Teacher` has them, whatever engine the build asks for."""
     with task(progress, "loading the teacher"):
         engine = _load_transformers(job)
-        sample = job.probe()
+        sample = _sample_of_numbers(engine, job)
         head = engine.verified_head([sample])
         sharing = bool(sample.images) and prefix_is_independent(engine, sample)
         packing = sharing and packing_is_exact(engine, sample)
     return engine, head, sharing, packing
+
+
+def _sample_of_numbers(engine: TransformersEngine, job: Job) -> PreparedSample:
+    """A sample on which the teacher works and whose hidden states are finite: one on which it does not says
+    nothing of the others. KdcacheError when there is none among the first."""
+    fault = "gives hidden states that are not finite numbers"
+    tried = 0
+    for sample in islice(job.candidates(), _TRIES):
+        tried += 1
+        try:
+            (hidden,) = engine.hidden_states([sample])
+        except (KdcacheError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - told below if the next samples fail too
+            fault = f"fails: {first_line(error)}"
+            continue
+        if hidden.isfinite().all():
+            return sample
+    raise KdcacheError(
+        f"the teacher {job.config.teacher} in {job.dtype} {fault}, on all of {tried} samples tried; try "
+        "another --dtype (bfloat16 or float32), or get the checkpoint anew"
+    )
 
 
 def _load_transformers(job: Job) -> TransformersEngine:

@@ -66,7 +66,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 def label_of(raw: Any, row: int) -> str:
     """The row's `id` as text, fit to be shown, or its number where it has none."""
     label = raw.get("id") if isinstance(raw, dict) else None
-    return str(row) if is_absent(label) else shown(str(label))
+    return str(row) if is_absent(label) else shown(writable(str(label)))
 
 
 def writable(text: str) -> str:
