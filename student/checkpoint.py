@@ -10,19 +10,24 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cache_schema.errors import IdentityMismatch, KdcacheError
+from cache_schema.errors import IdentityMismatch, KdcacheError, first_line
 from cache_schema.format.cache import Cache
 from cache_schema.format.identity import digest_of
-from student.folder import folder_digest, sync
+from cache_schema.progress import Progress
+from student.folder import WRITE_ERRORS, folder_digest, processor_digest, sync, write_text
+from student.run_state import RunState
 from student.settings import TrainConfig
 
 _NAME = re.compile(r"^step-(\d{8})$")
+_READ_ERRORS = (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
 def identity_of(config: TrainConfig, cache: Cache) -> dict[str, Any]:
@@ -37,6 +42,7 @@ def identity_of(config: TrainConfig, cache: Cache) -> dict[str, Any]:
         "precision": config.precision,
         "window": config.window,
         "student": folder_digest(config.student),
+        "processor": processor_digest(config.student),
         "cache": {
             "identity": cache.manifest.identity,
             "samples": len(cache),
@@ -49,18 +55,16 @@ def identity_of(config: TrainConfig, cache: Cache) -> dict[str, Any]:
 class Checkpoint:
     """Everything that a run needs to continue.
 
-    step: optimizer steps done, which is the position in the stream too. weights: the trained parameters by
-    name (the frozen ones are the student's own, whose digest is in `identity`). optimizer: its state
-    dictionary. identity: what a run must share with the checkpoint to use it. progress: small values
-    (best evaluation, seconds spent, the gradient scaler's state). The learning rate and the random numbers
-    are functions of seed, step and rank and have no state.
+    state: its step and what else the run knows there. weights: the trained parameters by name (the frozen
+    ones are the student's own, whose digest is in `identity`). optimizer: its state dictionary. identity:
+    what a run must share with the checkpoint to use it. The learning rate and the random numbers are
+    functions of seed, step and rank and have no state.
     """
 
-    step: int
+    state: RunState
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     identity: Mapping[str, Any]
-    progress: Mapping[str, Any]
 
 
 class Checkpoints:
@@ -73,6 +77,7 @@ class Checkpoints:
         assert keep >= 1, keep
         self.folder = folder
         self._keep = keep
+        self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
         """The steps that were saved, ascending."""
@@ -83,26 +88,71 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, checkpoint: Checkpoint, *, best: int | None = None) -> Path:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Writes to a temporary folder, syncs and renames; then removes what is older than `keep` allows.
 
-        A step that is already saved stays unchanged. KdcacheError when writing fails.
+        A step that is already saved, and whole, is left as it is. KdcacheError when the disk refuses.
         """
-        out = self.path(checkpoint.step)
+        out = self.path(checkpoint.state.step)
+        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
         try:
+            if checkpoint.state.step in self._damaged:
+                shutil.rmtree(out, ignore_errors=True)
+                self._damaged.remove(checkpoint.state.step)
             if not out.exists():
-                self._write(checkpoint, out)
-            self._prune(best)
-        except OSError as error:
+                self._write(checkpoint, temporary)
+                temporary.rename(out)
+                sync(out.parent)
+            self._prune(checkpoint.state.best_step)
+        except WRITE_ERRORS as error:
+            shutil.rmtree(temporary, ignore_errors=True)
             raise KdcacheError(
-                f"checkpoint {out} cannot be written: {error.strerror or error}; free space"
+                f"checkpoint {out} cannot be written: {first_line(error)}; free space"
             ) from error
-        return out
+
+    def update(self, state: RunState) -> None:
+        """Writes the state of a step whose weights are saved anew. KdcacheError when the disk refuses."""
+        path = self.path(state.step) / "state.json"
+        try:
+            document = {**json.loads(path.read_text(encoding="utf-8")), "progress": state.to_json()}
+            write_text(path, json.dumps(document, indent=1))
+            self._prune(state.best_step)
+        except OSError as error:
+            raise KdcacheError(f"{path} cannot be written: {first_line(error)}; free space") from error
+
+    def take_up(self, identity: Mapping[str, Any], *, resume: bool, progress: Progress) -> Checkpoint | None:
+        """The newest checkpoint that is whole, or None for a new run; a damaged one is passed over with a
+        message.
+
+        KdcacheError when there is one and it was not asked to resume, or none is whole; IdentityMismatch when
+        it is of another run.
+        """
+        steps, run = self.steps(), self.folder.parent
+        if steps and not resume:
+            raise KdcacheError(
+                f"{run} holds a run at step {steps[-1]}: add --resume to continue, or choose another --out"
+            )
+        faults = []
+        for step in reversed(steps):
+            try:
+                saved = self.load(step)
+            except KdcacheError as error:
+                self._damaged.add(step)
+                faults.append(str(error))
+                continue
+            refuse_other(identity, saved.identity, self.path(step))
+            for fault in faults:
+                progress.message(f"{fault}: the run continues from step {step}")
+            return saved
+        if faults:
+            raise KdcacheError(f"{faults[0]}; no other is whole: remove {self.folder} to start again")
+        if resume:
+            progress.message(f"{run} holds no checkpoint to resume: the stage begins at step 0")
+        return None
 
     def load(self, step: int) -> Checkpoint:
         """A saved checkpoint on the CPU. KdcacheError when a file of it is missing or altered."""
         folder = self.path(step)
-        remedy = f"remove {folder} to continue from the previous one"
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             for name, expected in state["files"].items():
@@ -110,20 +160,19 @@ class Checkpoints:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != expected:
                     raise KdcacheError(
-                        f"checkpoint {folder / name} is damaged: sha256 {found[:12]}, not {expected[:12]}; "
-                        + remedy
+                        f"checkpoint {folder / name} is damaged: sha256 {found[:12]}, not {expected[:12]}"
                     )
             optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            weights = load_file(folder / "weights.safetensors")
-        except (OSError, ValueError, KeyError) as error:
-            raise KdcacheError(f"checkpoint {folder} is damaged: {error}; {remedy}") from error
-        return Checkpoint(
-            step=state["step"],
-            weights=weights,
-            optimizer=optimizer,
-            identity=state["identity"],
-            progress=state["progress"],
-        )
+            return Checkpoint(
+                state=RunState.from_json(state["step"], state["progress"]),
+                weights=load_file(folder / "weights.safetensors"),
+                optimizer=optimizer,
+                identity=state["identity"],
+            )
+        except KeyError as error:
+            raise KdcacheError(f"checkpoint {folder} is damaged: its state.json lacks {error}") from error
+        except _READ_ERRORS as error:
+            raise KdcacheError(f"checkpoint {folder} is damaged: {type(error).__name__}") from error
 
     def sweep(self, *, best: int | None = None) -> None:
         """Removes partial and obsolete checkpoints of killed runs."""
@@ -132,8 +181,7 @@ class Checkpoints:
             for path in self.folder.glob(".*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _write(self, checkpoint: Checkpoint, out: Path) -> None:
-        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    def _write(self, checkpoint: Checkpoint, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
@@ -145,16 +193,14 @@ class Checkpoints:
             with (temporary / name).open("rb") as file:
                 files[name] = hashlib.file_digest(file, "sha256").hexdigest()
         state = {
-            "step": checkpoint.step,
+            "step": checkpoint.state.step,
             "identity": checkpoint.identity,
-            "progress": checkpoint.progress,
+            "progress": checkpoint.state.to_json(),
             "files": files,
         }
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         sync(temporary / "state.json")
         sync(temporary)
-        temporary.rename(out)
-        sync(out.parent)
 
     def _prune(self, best: int | None) -> None:
         for step in self.steps()[: -self._keep]:
@@ -167,9 +213,12 @@ class Checkpoints:
 def refuse_other(identity: Mapping[str, Any], saved: Mapping[str, Any], where: Path) -> None:
     """IdentityMismatch, with both values of every difference, unless the two identities are equal."""
     ours, theirs = _flat(identity), _flat(saved)
+    keys = ours.keys() | theirs.keys()
+    if "processor" not in theirs:  # runs before version 0.2 did not record it
+        keys -= {"processor"}
     different = [
         f"{key} is {ours.get(key)!r} now and was {theirs.get(key)!r}"
-        for key in sorted(ours.keys() | theirs.keys())
+        for key in sorted(keys)
         if ours.get(key) != theirs.get(key)
     ]
     if different:

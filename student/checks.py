@@ -11,6 +11,7 @@ import torch
 from cache_schema.errors import IdentityMismatch
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import ImageRecord
+from cache_schema.progress import Progress
 from models.tokens import digest_of_tokenizer, tokenizer_parts
 from student.collate import Collator
 from student.pixels import PixelInputs
@@ -25,25 +26,43 @@ _PROBE = [
 ]
 
 
+def warn_of_cache(cache: Cache, progress: Progress) -> None:
+    """Says what of a cache is not there to use: shards that are still being built, and what an older version
+    did not record of its tokenizer."""
+    missing = sorted(set(range(cache.plan.shards)) - set(cache.shards))
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        progress.message(
+            f"cache {cache.url} is not complete: {len(missing)} of {cache.plan.shards} shards are missing "
+            f"({', '.join(map(str, missing[:8]))}{more}); only the {len(cache)} samples in it now are used; "
+            "let `kdcache build` finish first"
+        )
+    if "tokenizer_parts" not in cache.manifest.fingerprint.training:
+        progress.message(
+            f"{cache.url} is of an older version, which kept of a tokenizer the vocabulary and the special "
+            "tokens alone: its merges and other parts could not be compared with the student's"
+        )
+
+
 def check_student(
     cache: Cache,
     model: Any,
     processor: Any,
     image_root: Path,
-    stage: Stage,
+    stage: Stage | None,
     *,
     adopt_template: bool = False,
 ) -> int | None:
     """None when the student's tokenizer, image token, template and visual tokens are the cache's.
 
-    Where only the number of visual tokens differs and the stage reads no target that depends on it, the
-    student's number is returned: each image's placeholders are then replaced by that many
-    (`Collator.placeholders`). Any other difference: IdentityMismatch, all in one line, each with both values
-    and the remedy.
+    stage: what is to be learnt from the cache; None: the student is only measured on it. Where only the
+    number of visual tokens differs and the stage reads no target that depends on it, the student's number is
+    returned: each image's placeholders are then replaced by that many (`Collator.placeholders`). Any
+    other difference: IdentityMismatch, all of them in one line, each with both values and the remedy.
     """
     training = cache.manifest.fingerprint.training
     problems = _token_problems(training, model, processor)
-    problems += _target_problems(cache, stage)
+    problems += _measure_problems(cache) if stage is None else _target_problems(cache, stage)
     if not adopt_template:
         problems += _template_problems(training, processor)
     placeholders = None
@@ -51,7 +70,7 @@ def check_student(
         counts = _visual_tokens(cache, model, processor, image_root)
         different = [(record, seen) for record, seen in counts if seen != len(record.positions)]
         if different:
-            bound = [name for name in stage.targets if name != "response"]
+            bound = [] if stage is None else [name for name in stage.targets if name != "response"]
             constant = len({seen for _, seen in counts}) == 1
             if bound or not constant:
                 problems.append(_spans_problem(different[0], bound))
@@ -121,6 +140,13 @@ def _target_problems(cache: Cache, stage: Stage) -> list[str]:
             "use one of those or build the cache with it"
         )
     return problems
+
+
+def _measure_problems(cache: Cache) -> list[str]:
+    temperatures = list(cache.spec.temperatures)
+    if 1.0 in temperatures:
+        return []
+    return [f"measuring needs the tail mass at temperature 1, the cache holds tails at {temperatures}"]
 
 
 def _template_problems(training: dict[str, Any], processor: Any) -> list[str]:

@@ -83,7 +83,7 @@ class Collator:
             "attention_mask": pad([np.ones_like(each) for each in ids], length, 0, np.int64),
         }
         inputs |= _extra_inputs(samples, length)
-        inputs |= self.images([sample.images for sample in samples])
+        inputs |= self.images([sample.images for sample in samples], [sample.row for sample in samples])
         labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)
         targets = self._targets(samples, length)
         return Batch(
@@ -95,17 +95,26 @@ class Collator:
             sample_ids=tuple(sample.sample_id for sample in samples),
         )
 
-    def images(self, samples: Sequence[Sequence[ImageRecord]]) -> dict[str, Tensor]:
-        """The pixel inputs of the images of each sample; empty without images."""
-        return self.pixels([[self._open(image) for image in images] for images in samples])
+    def images(
+        self, samples: Sequence[Sequence[ImageRecord]], rows: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """The pixel inputs of the images of each sample; empty without images. rows: for messages."""
+        places = rows if rows is not None else [None] * len(samples)
+        return self.pixels(
+            [
+                [self._open(image, row) for image in images]
+                for images, row in zip(samples, places, strict=True)
+            ]
+        )
 
-    def _open(self, record: ImageRecord) -> Any:
+    def _open(self, record: ImageRecord, row: int | None) -> Any:
         try:
             return open_recorded(self.image_root, record, recorded="in the cache")
         except RowRejected as error:
+            where = "" if row is None else f" (row {row})"
             raise KdcacheError(
-                f"image {record.path} of the cache cannot be read under {self.image_root} ({error.detail}); "
-                "give the --image-root that the cache was built with, or restore the file"
+                f"image {record.path} of the cache{where} cannot be read under {self.image_root} "
+                f"({error.detail}); give the --image-root that the cache was built with, or restore the file"
             ) from error
 
     def _idle(self) -> Batch:

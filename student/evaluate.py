@@ -23,16 +23,12 @@ from cache_schema.format.cache import open_cache
 from cache_schema.progress import Progress, task
 from models.device import choose_device
 from models.folder import load_model, load_processor
-from models.tokens import adds_special_tokens, pad_token_id_of
+from models.tokens import adds_special_tokens
 from student.answers import Answered, score
-from student.checks import check_student
-from student.collate import Collator
-from student.heldout import measure_cache
+from student.heldout import held_out, measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
-from student.pixels import PixelInputs
 from student.settings import EvaluateConfig
-from student.stages import DFT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,22 +244,19 @@ def _distance(
 ) -> dict[str, float]:
     """The distance of the model to the cache's teacher."""
     cache = open_cache(url)
-    stage = DFT.only(tuple(cache.spec.targets))
-    check_student(cache, model, processor, config.image_root, stage, adopt_template=True)
+    measured = held_out(cache, model, processor, config.image_root, adopt_template=True)
     training = cache.manifest.fingerprint.training
     student = DistilledStudent(model, LossWeights(), vocab_size=training["vocab_size"]).eval()
     probe = processor.tokenizer.encode("What is in the image?")
     student.check_head(torch.tensor([probe], device=device))
-    collator = Collator(
-        pixels=PixelInputs(processor),
-        image_root=config.image_root,
-        pad_token_id=pad_token_id_of(processor.tokenizer),
-        image_token_id=training["image_token_id"],
-        targets=tuple(cache.spec.targets),
-        sample_temperature=cache.spec.sample_temperature,
-    )
     return measure_cache(
-        student, cache, collator, device=device, micro_batch=8, samples=config.limit, progress=progress
+        student,
+        cache,
+        measured.collator,
+        device=device,
+        micro_batch=8,
+        samples=config.limit,
+        progress=progress,
     )
 
 

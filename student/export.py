@@ -14,8 +14,8 @@ from cache_schema.progress import Progress, task
 from cache_schema.version import VERSION
 from models.folder import load_model, load_processor
 from models.parts import part_of
-from student.folder import folder_digest, save_folder
-from student.run_folder import read_result, write_text
+from student.folder import folder_digest, save_folder, write_text
+from student.run_folder import read_result
 
 
 def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -> dict[str, Any]:

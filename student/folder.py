@@ -6,16 +6,28 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, first_line
 from models.folder import require_model_folder
 from models.parts import NESTED_TOWERS, Part, nested_tower_name, part_of
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What torch, safetensors and the system raise when a disk is full or refuses."""
+
+_PROCESSOR_FILES = (
+    "*token*.json",
+    "*processor_config.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 
 
 def freeze(model: nn.Module, trainable: tuple[Part, ...]) -> list[str]:
@@ -44,6 +56,10 @@ def folder_digest(folder: Path | str) -> str:
     files = sorted([path / "config.json", *path.glob("*.safetensors")])
     if len(files) < 2:
         raise KdcacheError(f"{path} holds no safetensors weights")
+    return _digest(files)
+
+
+def _digest(files: Sequence[Path]) -> str:
     whole = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
@@ -52,21 +68,51 @@ def folder_digest(folder: Path | str) -> str:
     return whole.hexdigest()
 
 
+def processor_digest(folder: Path | str) -> str:
+    """SHA-256 over the tokenizer's and the processor's files of a model folder, by name."""
+    path = require_model_folder(folder)
+    found = {file.name for pattern in _PROCESSOR_FILES for file in path.glob(pattern)}
+    return _digest([path / name for name in sorted(found)])
+
+
+def model_is_whole(folder: Path) -> bool:
+    """Whether a model folder has its configuration, its processor and every byte of its weights."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    try:
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for name in names:
+            with safe_open(
+                folder / name, framework="pt"
+            ):  # refuses a file of another length than its header's
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+
+
 def save_folder(model: Any, processor: Any, out: Path) -> None:
     """Writes model and processor to `out`, completely or not at all, replacing its content.
 
+    KdcacheError when the disk refuses.
     SigLIP and CLIP towers keep `vision_tower.vision_model.` in their keys, which transformers reads as well
     as without and vLLM requires (transformers 5 alone drops it).
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    _restore_vision_keys(temporary)
-    for file in temporary.iterdir():
-        sync(file)
-    replace_folder(temporary, out)
+    try:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        _restore_vision_keys(temporary)
+        for file in temporary.iterdir():
+            sync(file)
+        replace_folder(temporary, out)
+    except WRITE_ERRORS as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise KdcacheError(f"the model {out} cannot be written: {first_line(error)}; free space") from error
 
 
 def replace_folder(temporary: Path, out: Path) -> None:
@@ -78,6 +124,20 @@ def replace_folder(temporary: Path, out: Path) -> None:
     temporary.rename(out)
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -2,21 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache
+from cache_schema.format.identity import digest_of
 from cache_schema.progress import Progress, Silent, task
+from models.tokens import pad_token_id_of
+from student.checks import check_student
 from student.collate import Collator
 from student.loader import load_ahead
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent
+from student.pixels import PixelInputs
+from student.ranks import AddUp, summed
 from student.stream import Stream, StreamConfig
 
-# The order of the sums that ranks add up.
-_TERMS = ("ce", "response_kl", "visual_kl", "prompt_kl", "relation", "response_top1", "visual_top1")
+_COUNTED_BY = {
+    "ce": "ce_tokens",
+    "response_kl": "response_tokens",
+    "visual_kl": "visual_tokens",
+    "prompt_kl": "prompt_tokens",
+    "relation": "images",
+    "response_top1": "response_tokens",
+    "visual_top1": "visual_tokens",
+}
+"""The sums over a cache, and the denominator of each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """A cache to measure on, and the collator that makes batches of it for this student."""
+
+    cache: Cache
+    collator: Collator
+
+    @property
+    def identity(self) -> str:
+        """Digest of what is measured: evaluations of another one cannot be compared."""
+        attempts = [[shard, self.cache.commits[shard].attempt] for shard in self.cache.shards]
+        return digest_of([self.cache.manifest.identity, attempts])
+
+
+def held_out(
+    cache: Cache, model: Any, processor: Any, image_root: Path, *, adopt_template: bool = False
+) -> HeldOut:
+    """A cache that the student can be measured on. IdentityMismatch, as for a cache to learn from.
+
+    Where the student sees an image in another number of tokens than the teacher, what hangs on these tokens
+    is left out, and the response terms remain.
+    """
+    placeholders = check_student(cache, model, processor, image_root, None, adopt_template=adopt_template)
+    targets = cache.spec.targets if placeholders is None else ("response",)
+    collator = Collator(
+        pixels=PixelInputs(processor),
+        image_root=image_root,
+        pad_token_id=pad_token_id_of(processor.tokenizer),
+        image_token_id=cache.manifest.fingerprint.training["image_token_id"],
+        targets=tuple(name for name in targets if name in cache.spec.targets),
+        sample_temperature=cache.spec.sample_temperature,
+        placeholders=placeholders,
+    )
+    return HeldOut(cache=cache, collator=collator)
 
 
 def measure_cache(
@@ -30,60 +81,53 @@ def measure_cache(
     workers: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
+    add_up: AddUp = lambda sums: sums,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Means over the first `samples` samples (None: all) of what `collator.targets` gives.
 
     ce, response_kl, visual_kl, prompt_kl: nats per token; relation: 1 - cos per image; response_top1,
     visual_top1: share of positions where the student's most likely token is the teacher's; and the counts
-    samples, tokens. Keys without any position are omitted. add_up sums a tensor over the ranks, which share
-    the samples. The model is in eval mode meanwhile.
+    samples, tokens. Keys without any position are omitted. add_up sums a tensor over the ranks, which
+    share the samples. The model is in eval mode meanwhile. An error in the data of one rank is raised there
+    once all ranks are through; the others get KdcacheError.
     """
-    progress = progress or Silent()
-    batch = micro_batch * world_size
-    config = StreamConfig(global_batch=batch, shuffle=False)
+    config = StreamConfig(global_batch=micro_batch * world_size, shuffle=False, samples=samples)
     stream = Stream(
         cache, config, micro_batch=micro_batch, targets=collator.targets, rank=rank, world_size=world_size
     )
-    steps = -(-min(samples or len(stream), len(stream)) // batch)
-    sums = torch.zeros(len(_TERMS), dtype=torch.float64)
+    steps = stream.steps_per_epoch
+    sums = torch.zeros(len(_COUNTED_BY), dtype=torch.float64)
     counts = Denominators()
+    fault: Exception | None = None
     training = student.training
     student.eval()
-    with task(progress, "evaluating on the held-out cache", steps):
-        for step, batches in load_ahead(stream.read(0, steps), collator, workers=workers):
-            for made in batches:
-                counts = counts + made.denominators
-                moved = made.to(device)  # an idle batch too: with sharded weights the other ranks need it
+    batches = load_ahead(stream.read(0, steps), collator, workers=workers)
+    with task(progress or Silent(), "evaluating on the held-out cache", steps):
+        for step in range(steps):
+            try:
+                made = [collator([])] if fault else next(batches)[1]
+            except (KdcacheError, OSError) as error:
+                # With sharded weights the other ranks wait for this one: it goes on with idle batches.
+                fault, made = error, [collator([])]
+            for batch in made:
+                counts = counts + batch.denominators
+                moved = batch.to(device)
                 parts, same = student.measure(moved.inputs, moved.labels, moved.targets)
                 terms = parts.by_term.values()
                 sums += torch.stack([*terms, same.response, same.visual]).cpu().double()
-            progress.update(step + 1)
+            if progress is not None:
+                progress.update(step + 1)
+    batches.close()
     student.train(training)
-    both = add_up(torch.cat([sums, counts.to_tensor()]))
-    counts = Denominators.from_tensor(both[len(_TERMS) :])
-    over = dict(
-        zip(
-            _TERMS,
-            (
-                counts.ce_tokens,
-                counts.response_tokens,
-                counts.visual_tokens,
-                counts.prompt_tokens,
-                counts.images,
-                counts.response_tokens,
-                counts.visual_tokens,
-            ),
-            strict=True,
-        )
-    )
-    means = {
-        name: float(value) / over[name]
-        for name, value in zip(_TERMS, both[: len(_TERMS)].tolist(), strict=True)
-        if over[name]
-    }
-    return {**means, "samples": counts.samples, "tokens": counts.ce_tokens}
+    ours = {**dict(zip(_COUNTED_BY, sums.tolist(), strict=True)), **asdict(counts)}
+    total = summed({**ours, "failed": fault is not None}, add_up)
+    if fault is not None:
+        raise fault
+    if total["failed"]:
+        raise KdcacheError("another process of this run could not read its part of the held-out cache")
+    means = {name: total[name] / total[over] for name, over in _COUNTED_BY.items() if total[over]}
+    return {**means, "samples": total["samples"], "tokens": total["ce_tokens"]}
 
 
 def weighted(measured: dict[str, float], weights: LossWeights) -> float:

@@ -14,11 +14,16 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
+from cache_schema.format.cache import Cache
 from models.device import choose_device
-from models.folder import load_model
+from models.folder import load_model, load_processor
+from models.tokens import pad_token_id_of
+from student.checks import check_student
+from student.collate import Collator
 from student.folder import save_folder
 from student.lora import add_adapters, merge_adapters
 from student.model import DistilledStudent
+from student.pixels import PixelInputs
 from student.settings import TrainConfig
 from student.timing import Stopwatch
 
@@ -49,13 +54,59 @@ def checkpoint_activations(student: DistilledStudent) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
+def prepare_student(
+    config: TrainConfig, cache: Cache, processor: Any, stopwatch: Stopwatch, device: torch.device
+) -> tuple[DistilledStudent, Collator]:
+    """The student in training mode, still on the CPU, and the collator of its batches. IdentityMismatch when
+    it does not fit the cache, KdcacheError when its head is not understood."""
+    stage, training = config.resolved_stage, cache.manifest.fingerprint.training
+    student = load_student(config, training["vocab_size"], stopwatch)
+    placeholders = check_student(
+        cache,
+        student.model,
+        processor,
+        config.image_root,
+        stage,
+        adopt_template=config.adopt_template,
+    )
+    student.check_head(torch.tensor([processor.tokenizer.encode("What is in the image?")]))
+    checkpointing = config.gradient_checkpointing
+    if checkpointing if checkpointing is not None else device.type != "cpu":
+        checkpoint_activations(student)
+    collator = Collator(
+        pixels=PixelInputs(processor),
+        image_root=config.image_root,
+        pad_token_id=pad_token_id_of(processor.tokenizer),
+        image_token_id=training["image_token_id"],
+        targets=stage.targets,
+        sample_temperature=cache.spec.sample_temperature,
+        placeholders=placeholders,
+    )
+    return student.train(), collator
+
+
+def student_processor(config: TrainConfig, cache: Cache) -> Any:
+    """The student's processor, with the cache's chat template where that is to be adopted."""
+    processor = load_processor(config.student, role="student")
+    if config.adopt_template:
+        processor.chat_template = cache.manifest.fingerprint.training["chat_template"]
+    return processor
+
+
 def save_trained(
     config: TrainConfig, vocab_size: int, weights: Mapping[str, Tensor], processor: Any, out: Path
 ) -> None:
     """Writes the student with its trained weights as a model folder, adapters merged.
 
     Frozen weights are read from the student's folder again: no device or autocast has touched them.
+    KdcacheError when a weight is not finite, or the disk refuses.
     """
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise KdcacheError(
+            f"{len(broken)} of the trained weights are not finite ({broken[0]}, ...): no model is written; "
+            "lower the learning rate, or train in bf16 instead of fp16"
+        )
     student = load_student(config, vocab_size)
     student.load_trained(weights)
     if config.resolved_stage.lora_rank:

@@ -14,8 +14,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from cache_schema.errors import KdcacheError
+from student.folder import write_text
 from student.run_curves import StageCurves, draw_curves
-from student.run_folder import TERMS, read_metrics, read_result, write_text
+from student.run_folder import TERMS, read_metrics, read_result
 from student.timing import LAPS
 
 _HELD_OUT = (

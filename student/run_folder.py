@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from accelerate import Accelerator
 from cache_schema.errors import KdcacheError
 from cache_schema.version import VERSION
 from student.checkpoint import refuse_other
-from student.folder import sync
+from student.folder import write_text
+from student.ranks import Ranks
+from student.run_state import RunState
 from student.settings import TrainConfig
 from student.timing import Stopwatch, shares
 
@@ -59,28 +63,48 @@ def finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     return result
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+@contextmanager
+def locked(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Holds the folder of a run for these processes. KdcacheError when another run holds it; what a dead run
+    held is free."""
+    handle, error = None, None
+    if ranks.main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            handle = os.open(out, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            error = KdcacheError(
+                f"another process trains in {out} now: wait for it, stop it, or choose another --out"
+            )
+        except OSError as problem:
+            error = KdcacheError(f"{out} cannot be used: {problem.strerror}; choose another --out")
+    try:
+        if (end := ranks.agree(error)) is not None:
+            raise end
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 class Journal:
     """metrics.jsonl, one JSON object per line, and the same to accelerate's trackers.
 
-    Lines after `step`, of a run that was killed after its last checkpoint, are dropped when it continues.
-    Only the main process writes.
+    Lines of what a run that goes on from `state` will do again are dropped. Only the main process writes.
     """
 
-    def __init__(self, accelerator: Accelerator, out: Path, *, step: int) -> None:
+    def __init__(self, accelerator: Accelerator, out: Path, state: RunState) -> None:
         self._accelerator = accelerator
         self._path = out / "metrics.jsonl"
+        step = state.step
         if accelerator.is_main_process:
-            kept = [line for line in read_metrics(out) if line["step"] <= step]
+            evaluated = step if state.evaluated == step else step - 1
+            kept = [
+                line
+                for line in read_metrics(out)
+                if line["step"] <= (evaluated if line["group"] == "held-out" else step)
+            ]
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         if accelerator.log_with:
             purge = {"purge_step": step + 1} if step else {}
@@ -122,9 +146,8 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 class Meter:
     """Means over the steps since the last line of the journal."""
 
-    def __init__(self, stopwatch: Stopwatch, *, samples: int = 0) -> None:
+    def __init__(self, stopwatch: Stopwatch) -> None:
         self._stopwatch = stopwatch
-        self.samples = samples
         self.latest: dict[str, Any] = {}
         self._begin()
 
@@ -135,7 +158,6 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._samples += samples
         self._tokens += tokens
-        self.samples += samples
 
     def fields(self) -> dict[str, str]:
         """Short values for the screen."""

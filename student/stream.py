@@ -32,7 +32,7 @@ class StreamConfig:
     global_batch: samples per step over all ranks. window: how many shards the shuffle mixes at a time;
     memory holds about `window` + AHEAD decoded shards per rank. A cache of at most `window` shards is
     permuted freely. group_by_modality: a batch is either all with or all without images, but for the last
-    ones of an epoch. shuffle off: ascending order, for evaluation.
+    ones of an epoch. shuffle off: ascending order, for evaluation. samples: only the first so many.
     """
 
     seed: int = 0
@@ -40,6 +40,7 @@ class StreamConfig:
     window: int = 8
     group_by_modality: bool = False
     shuffle: bool = True
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         if self.global_batch < 1 or self.window < 1:
@@ -99,11 +100,13 @@ class Stream:
         self._targets = targets
         self._rank = rank
         self._world_size = world_size
-        self._tokens = np.asarray(index.tokens, dtype=np.int64)  # (N,)
-        self._with_image = np.asarray(index.images) > 0  # (N,)
+        self._tokens = np.asarray(index.tokens, dtype=np.int64)[: config.samples]  # (N,)
+        self._with_image = np.asarray(index.images)[: config.samples] > 0  # (N,)
         lengths = [cache.shard_length(shard) for shard in cache.shards]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self._shard = np.repeat(np.arange(len(lengths)), lengths)  # (N,) place in cache.shards
+        self._shard = np.repeat(np.arange(len(lengths)), lengths)[
+            : config.samples
+        ]  # (N,) place in cache.shards
         self._kept = lru_cache(maxsize=2)(self._make_batches)
 
     def __len__(self) -> int:

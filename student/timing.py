@@ -16,11 +16,11 @@ class Stopwatch:
 
     On an accelerator work is queued, so the host's clock would only measure its launch: there a lap waits for
     the device at both ends, and only laps of steps started by `step(measured=True)` count, so that waiting
-    costs little. On a CPU every lap counts.
+    costs little. On a CPU every lap counts. seconds: what to add to, in place.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, device: torch.device | None = None, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = {} if seconds is None else seconds
         self._waits = device is not None and device.type != "cpu"
         self._counts = not self._waits
 

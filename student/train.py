@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import register_fsdp_forward_method
 
-from cache_schema.errors import KdcacheError, StoppedEarly
+from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.interrupt import Interrupt
 from cache_schema.progress import Progress, task
-from models.folder import load_processor
-from models.tokens import pad_token_id_of
-from student.checkpoint import Checkpoint, Checkpoints, identity_of, refuse_other
-from student.checks import check_student
+from student.checkpoint import Checkpoints, identity_of
+from student.checks import warn_of_cache
 from student.collate import Batch, Collator
-from student.heldout import measure_cache, weighted
-from student.loader import load_ahead, on_device
-from student.losses import Denominators, LossParts
-from student.model import DistilledStudent, unsharded
-from student.pixels import PixelInputs
-from student.prepare import checkpoint_activations, load_student, make_accelerator, save_trained
-from student.run_folder import TERMS, Journal, Meter, finished, time_line, write_result, write_settings
+from student.folder import model_is_whole
+from student.heldout import HeldOut, held_out, measure_cache, weighted
+from student.loader import load_ahead
+from student.model import DistilledStudent
+from student.optimize import SUMS, Optimization
+from student.prepare import make_accelerator, prepare_student, save_trained, student_processor
+from student.ranks import Ranks, StepAgreement, agree_on_step
+from student.run_folder import Journal, Meter, finished, locked, time_line, write_result, write_settings
+from student.run_state import RunState
 from student.settings import TrainConfig
+from student.stages import Stage
 from student.stream import Stream, StreamConfig
 from student.timing import Stopwatch
-
-# By name and unsharded, so that a checkpoint serves any number of ranks.
-_WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
@@ -48,199 +40,213 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
 
     Returns the result. A finished run is not repeated (`already_done`). StoppedEarly after SIGTERM or
     Ctrl-C, with everything saved; KdcacheError when the student does not fit the cache, when `out` holds
-    another run, or when the loss is not finite.
+    another run or another process trains in it, when data cannot be read or the loss is not finite (both
+    with everything saved), or when the disk refuses.
 
     On a CPU a run that was killed at any moment and resumed has bit-equal weights to an undisturbed one
     with the same ranks and micro_batch. The global batches are the same on any number of ranks.
     """
     if config.cache is None:
-        raise KdcacheError(f"stage {config.stage.name} has no cache to learn from: give --cache")
+        raise WrongUsage(f"stage {config.stage.name} has no cache to learn from: give --cache")
     cache = open_cache(config.cache)
     identity = identity_of(config, cache)
     done = finished(config.out, identity)
-    if done is not None:
+    if done is not None and model_is_whole(config.out / "model"):
         progress.message(f"stage {config.stage.name} in {config.out} is finished: nothing to do")
         return {**done, "already_done": True}
-    run = _Run(config, cache, identity, progress)
-    try:
-        run.train()
-        return run.finish()
-    finally:
-        run.journal.close()
+    accelerator = make_accelerator(config)
+    ranks = Ranks(accelerator)
+    with locked(config.out, ranks):
+        if done is not None:
+            return _rewrite_model(config, cache, done, ranks, progress)
+        run = _begin(config, cache, identity, accelerator, ranks, progress)
+        try:
+            run.train()
+            return run.finish()
+        finally:
+            run.journal.close()
 
 
-class _Run:
-    """One stage in progress: the state that its steps share."""
-
-    def __init__(
-        self, config: TrainConfig, cache: Cache, identity: dict[str, Any], progress: Progress
-    ) -> None:
-        self.config, self.cache, self.identity, self.progress = config, cache, identity, progress
-        self.stage = stage = config.resolved_stage
-        self.checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
-        saved = self._saved()
-        self.accelerator = make_accelerator(config)
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.ranks: int = self.accelerator.num_processes
-        self.stopwatch = Stopwatch(self.device)
-        self.processor = load_processor(config.student)
-        self.student, self.collator = self._prepare_student()
-        if saved is not None:
-            self.student.load_trained(saved.weights)
-        self.stream = Stream(
-            cache,
-            StreamConfig(
-                seed=config.seed,
-                global_batch=stage.global_batch,
-                window=config.window,
-                group_by_modality=stage.group_by_modality,
-            ),
-            micro_batch=config.micro_batch,
-            targets=stage.targets,
-            rank=self.rank,
-            world_size=self.ranks,
+def _rewrite_model(
+    config: TrainConfig, cache: Cache, result: dict[str, Any], ranks: Ranks, progress: Progress
+) -> dict[str, Any]:
+    """Writes the model of a finished run, which is missing or damaged, from its checkpoint."""
+    step, out = result["model_step"], config.out / "model"
+    checkpoints = Checkpoints(config.out / "checkpoints")
+    if step not in checkpoints.steps():
+        raise KdcacheError(
+            f"{config.out} is finished, but {out} is missing or damaged and no checkpoint of step {step} is "
+            f"left; remove {config.out / 'result.json'} to train again"
         )
-        self.total = stage.total_steps(self.stream.steps_per_epoch)
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.student.parameters() if parameter.requires_grad],
-            lr=stage.learning_rate,
-            betas=(stage.beta1, stage.beta2),
-            eps=stage.epsilon,
-            weight_decay=stage.weight_decay,
-        )
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.student, optimizer)
-        register_fsdp_forward_method(self.student, "measure")
-        self.step = 0
-        self.memory: dict[str, Any] = {"best": None, "best_step": None, "waited": 0, "evaluation": None}
-        self.memory |= {"best_evaluation": None, "samples": 0, "seconds": {}}
-        if saved is not None:
-            self.step = saved.step
-            self.memory |= saved.progress
-            self.stopwatch.seconds = dict(self.memory["seconds"])
-            set_optimizer_state_dict(
-                self.student, self.optimizer.optimizer, dict(saved.optimizer), options=_WHOLE_ON_CPU
-            )
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(self.memory["scaler"])
-        if self.accelerator.is_main_process:
-            self.checkpoints.sweep(best=self.memory["best_step"])
-            write_settings(config, identity)
-        self.accelerator.wait_for_everyone()
-        self.journal = Journal(self.accelerator, config.out, step=self.step)
-        self.meter = Meter(self.stopwatch, samples=self.memory["samples"])
+    if ranks.main:
+        weights = checkpoints.load(step).weights
+        vocab_size = cache.manifest.fingerprint.training["vocab_size"]
+        save_trained(config, vocab_size, weights, student_processor(config, cache), out)
+    ranks.wait()
+    progress.message(f"{out} was missing or damaged: written again from the checkpoint of step {step}")
+    return {**result, "already_done": True}
 
-    def _saved(self) -> Checkpoint | None:
-        """The newest checkpoint in `out`, if this run may use it."""
-        newest = self.checkpoints.steps()[-1:]
-        if not newest:
-            return None
-        if not self.config.resume:
-            raise KdcacheError(
-                f"{self.config.out} holds a run at step {newest[0]}: add --resume to continue, or choose "
-                "another --out"
-            )
-        saved = self.checkpoints.load(newest[0])
-        refuse_other(self.identity, saved.identity, self.checkpoints.path(saved.step))
-        return saved
 
-    def _prepare_student(self) -> tuple[DistilledStudent, Collator]:
-        config, cache, training = self.config, self.cache, self.cache.manifest.fingerprint.training
-        student = load_student(config, training["vocab_size"], self.stopwatch)
-        placeholders = check_student(
-            cache,
+def _begin(
+    config: TrainConfig,
+    cache: Cache,
+    identity: dict[str, Any],
+    accelerator: Accelerator,
+    ranks: Ranks,
+    progress: Progress,
+) -> _Run:
+    """A run as it stands before its next step: from the start, or from its newest checkpoint."""
+    stage = config.resolved_stage
+    warn_of_cache(cache, progress)
+    checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
+    saved = checkpoints.take_up(identity, resume=config.resume, progress=progress)
+    state = RunState() if saved is None else saved.state
+    stopwatch = Stopwatch(accelerator.device, state.seconds)
+    processor = student_processor(config, cache)
+    student, collator = prepare_student(config, cache, processor, stopwatch, accelerator.device)
+    measured = None
+    if config.eval_cache:
+        measured = held_out(
+            open_cache(config.eval_cache),
             student.model,
-            self.processor,
-            config.image_root,
-            self.stage,
+            processor,
+            config.eval_image_root or config.image_root,
             adopt_template=config.adopt_template,
         )
-        if "tokenizer_parts" not in training:
-            self.progress.message(
-                f"{cache.url} is of an older version, which recorded only vocabulary and special tokens of a "
-                "tokenizer: its merges and other parts could not be compared with the student's"
-            )
-        student.check_head(torch.tensor([self.processor.tokenizer.encode("What is in the image?")]))
-        if config.adopt_template:
-            self.processor.chat_template = training["chat_template"]
-        checkpointing = config.gradient_checkpointing
-        if checkpointing if checkpointing is not None else self.device.type != "cpu":
-            checkpoint_activations(student)
-        collator = Collator(
-            pixels=PixelInputs(self.processor),
-            image_root=config.image_root,
-            pad_token_id=pad_token_id_of(self.processor.tokenizer),
-            image_token_id=training["image_token_id"],
-            targets=self.stage.targets,
-            sample_temperature=cache.spec.sample_temperature,
-            placeholders=placeholders,
-        )
-        return student.train(), collator
+        warn_of_cache(measured.cache, progress)
+        state.measure_against(measured.identity)
+    if saved is not None:
+        student.load_trained(saved.weights)
+    order = StreamConfig(
+        seed=config.seed,
+        global_batch=stage.global_batch,
+        window=config.window,
+        group_by_modality=stage.group_by_modality,
+    )
+    stream = Stream(
+        cache,
+        order,
+        micro_batch=config.micro_batch,
+        targets=stage.targets,
+        rank=ranks.rank,
+        world_size=ranks.count,
+    )
+    optimization = Optimization(student, stage, accelerator, stopwatch)
+    if saved is not None:
+        optimization.restore(saved)
+    if ranks.main:
+        checkpoints.sweep(best=state.best_step)
+        write_settings(config, identity)
+    ranks.wait()
+    return _Run(
+        config=config,
+        stage=stage,
+        identity=identity,
+        progress=progress,
+        ranks=ranks,
+        device=accelerator.device,
+        stopwatch=stopwatch,
+        processor=processor,
+        student=student,
+        optimization=optimization,
+        collator=collator,
+        held_out=measured,
+        cache=cache,
+        stream=stream,
+        total=stage.total_steps(stream.steps_per_epoch),
+        state=state,
+        checkpoints=checkpoints,
+        saved_step=None if saved is None else state.step,
+        journal=Journal(accelerator, config.out, state),
+        meter=Meter(stopwatch),
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One stage under way. `state` and `saved_step`, the newest step with a whole checkpoint, move; all else
+    is given and stays."""
+
+    config: TrainConfig
+    stage: Stage
+    identity: dict[str, Any]
+    progress: Progress
+    ranks: Ranks
+    device: torch.device
+    stopwatch: Stopwatch
+    processor: Any
+    student: DistilledStudent
+    optimization: Optimization
+    collator: Collator
+    held_out: HeldOut | None
+    cache: Cache
+    stream: Stream
+    total: int
+    state: RunState
+    checkpoints: Checkpoints
+    saved_step: int | None
+    journal: Journal
+    meter: Meter
 
     def train(self) -> None:
-        """Steps until the stage's end, an early stop, or a signal."""
+        """Steps until the stage's end, an early stop, a signal, or data that cannot be read."""
+        if self.state.step and self._evaluation_is_due():  # stopped between a checkpoint and its evaluation
+            self._evaluate()
         batches = load_ahead(
-            self.stream.read(self.step, self.total),
+            self.stream.read(self.state.step, self.total),
             self.collator,
             workers=self.config.workers,
             pin=self.device.type == "cuda",
         )
         try:
             with task(self.progress, f"{self.stage.name}: training", self.total), Interrupt() as interrupt:
-                while self.step < self.total and not self._stalled():
-                    self.stopwatch.step(measured=self.step % self.config.log_every == 0)
+                while self.state.step < self.total and not self._stalled():
+                    self.stopwatch.step(measured=self.state.step % self.config.log_every == 0)
+                    micro_batches: list[Batch] = []
+                    fault: Exception | None = None
                     with self.stopwatch.lap("data wait"):
-                        _, micro_batches = next(batches)
-                    if self._step(micro_batches, interrupt):
-                        self._stop()
+                        try:
+                            _, micro_batches = next(batches)
+                        except Exception as error:  # noqa: BLE001  (whatever it is, it is saved first)
+                            fault = error
+                    agreed = agree_on_step(self.ranks, micro_batches, interrupt.asked, fault)
+                    if agreed.failed:
+                        self._end(fault)
+                    if agreed.asked_to_stop:
+                        raise StoppedEarly(
+                            f"stopped at step {self.state.step} of {self.total}, saved in {self._save()}; "
+                            "run the same command with --resume to continue"
+                        )
+                    self._step(micro_batches, agreed)
                     self._after_step()
         finally:
             batches.close()
 
-    def _step(self, micro_batches: list[Batch], interrupt: Interrupt) -> bool:
-        """One optimizer step. True, with nothing done, when any rank was asked to stop."""
-        counts = sum((batch.denominators for batch in micro_batches), Denominators())
-        tokens = sum(batch.tokens for batch in micro_batches)
-        flags = torch.tensor([float(tokens), float(interrupt.asked)], dtype=torch.float64)
-        agreed = self._add_up(torch.cat([counts.to_tensor(), flags]))
-        if agreed[-1] > 0:
-            return True
-        counts = Denominators.from_tensor(agreed[:-2])
-        torch.manual_seed(_seed_of(self.config.seed, self.step, self.rank))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.learning_rate_at(self.step, self.total)
-        values = []
-        for place, moved in enumerate(on_device(micro_batches, self.device)):
-            last = place == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                parts = self.wrapped(moved.inputs, moved.labels, moved.targets, counts, self.ranks)
-                with self.stopwatch.lap("backward"):
-                    self.accelerator.backward(parts.total)
-            values.append(_terms_of(parts, self.ranks))
-        with self.stopwatch.lap("optimizer"):
-            norm = self._clip()
-            terms = torch.stack(values).cpu().double()  # (micro-batches, terms)
-            sums = dict(zip((*TERMS, "unsupervised"), self._add_up(terms.sum(0)).tolist(), strict=True))
-            if not math.isfinite(sums["loss"]) or not (math.isfinite(norm) or self.accelerator.scaler):
-                if math.isfinite(sums["loss"]):
-                    self._refuse(micro_batches)
-                finite = torch.isfinite(terms[:, 0]).tolist()
-                self._refuse([b for b, fine in zip(micro_batches, finite, strict=True) if not fine])
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.step += 1
-        self.meter.add(sums, norm=norm, samples=int(counts.samples), tokens=int(agreed[-2]))
-        return False
-
-    def _clip(self) -> float:
-        """The gradient's norm over all ranks and parameters, before clipping."""
-        bound = self.stage.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), bound)
-        return float(unsharded(norm))
+    def _step(self, micro_batches: list[Batch], agreed: StepAgreement) -> None:
+        """One optimizer step."""
+        step = self.state.step
+        try:
+            terms, norm = self.optimization.gradients(
+                micro_batches, agreed.counts, seed=self.config.seed, step=step
+            )
+        except Exception:
+            if self.ranks.count == 1:  # the weights are still those before this step
+                self._try_save()
+            raise
+        sums = self.ranks.sums(dict(zip(SUMS, terms.sum(0).tolist(), strict=True)))
+        if not math.isfinite(sums["loss"]):
+            finite = torch.isfinite(terms[:, SUMS.index("loss")]).tolist()
+            self._refuse([b for b, fine in zip(micro_batches, finite, strict=True) if not fine])
+        if not math.isfinite(norm) and not self.optimization.skips_infinite_gradients:
+            self._refuse(micro_batches)
+        self.optimization.step(self.stage.learning_rate_at(step, self.total))
+        self.state.step += 1
+        self.state.samples += int(agreed.counts.samples)
+        self.meter.add(sums, norm=norm, samples=int(agreed.counts.samples), tokens=agreed.tokens)
 
     def _refuse(self, suspects: list[Batch]) -> None:
         """Saves the weights as they are before this step and names the samples that broke it."""
-        self.optimizer.zero_grad()
+        self.optimization.drop_gradients()
         where = self._save()
         names = [
             f"{sample_id} (row {row})"
@@ -250,120 +256,139 @@ class _Run:
         names = gather_object(names)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise KdcacheError(
-            f"the loss or its gradient is not finite at step {self.step} for samples "
+            f"the loss or its gradient is not finite at step {self.state.step} for samples "
             f"{', '.join(names[:8])}{more}; the weights before it are in {where}; "
             f"see `kdcache inspect {self.cache.url} --sample ROW`, lower the learning rate, or train in bf16 "
             "instead of fp16"
         )
 
     def _after_step(self) -> None:
-        config, step = self.config, self.step
+        config, step = self.config, self.state.step
         last = step == self.total
         rate = self.stage.learning_rate_at(step - 1, self.total)
         self.progress.update(step, **self.meter.fields(), lr=f"{rate:.2e}")
         if step % config.log_every == 0 or last:
             epoch = step / self.stream.steps_per_epoch
             self.journal.write(step, {**self.meter.close(), "lr": rate, "epoch": epoch}, group="train")
-        if config.eval_cache and (last or (config.eval_every and step % config.eval_every == 0)):
-            self._evaluate(config.eval_cache)
-        due = config.save_every and (last or step % config.save_every == 0)
-        if due or self.memory["best_step"] == step:
-            self._save()
+        if config.save_every and (last or step % config.save_every == 0):
+            error = self._try_save()
+            if error is not None and not last:
+                raise error
+            if error is not None:  # the model is smaller than a checkpoint and may still fit
+                self.progress.message(str(error))
+        if self._evaluation_is_due():
+            self._evaluate()
 
-    def _evaluate(self, url: str) -> None:
-        """Measures the held-out cache and records the best step."""
-        config, cache = self.config, open_cache(url)
-        targets = () if self.collator.placeholders else cache.spec.targets
-        measured = measure_cache(
-            self.student,
-            cache,
-            replace(
-                self.collator, image_root=config.eval_image_root or config.image_root, targets=tuple(targets)
-            ),
-            device=self.device,
-            micro_batch=config.micro_batch,
-            samples=config.eval_samples,
-            workers=config.workers,
-            rank=self.rank,
-            world_size=self.ranks,
-            add_up=self._add_up,
-        )
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.state.step, self.config.eval_every
+        due = step == self.total or (every > 0 and step % every == 0)
+        return self.held_out is not None and due and self.state.evaluated != step
+
+    def _evaluate(self) -> None:
+        """Measures the held-out cache. Its faults end the run with everything saved, the model too at the
+        last step."""
+        assert self.held_out is not None
+        measured: dict[str, float] = {}
+        fault: Exception | None = None
+        try:
+            measured = measure_cache(
+                self.student,
+                self.held_out.cache,
+                self.held_out.collator,
+                device=self.device,
+                micro_batch=self.config.micro_batch,
+                samples=self.config.eval_samples,
+                workers=self.config.workers,
+                rank=self.ranks.rank,
+                world_size=self.ranks.count,
+                add_up=self.ranks.add_up,
+            )
+        except (KdcacheError, OSError) as error:
+            fault = error
         self.student.reshard()
+        if fault is not None:
+            if self.state.step == self.total and self.ranks.main:
+                self._write_model(self.student.trained())
+            self._end(fault)
         measured["loss"] = weighted(measured, self.stage.losses)
-        self.journal.write(self.step, measured, group="held-out")
-        best = self.memory["best"]
-        better = best is None or measured["loss"] < best
-        if better:
-            self.memory |= {"best": measured["loss"], "best_step": self.step, "best_evaluation": measured}
-        self.memory |= {"waited": 0 if better else self.memory["waited"] + 1, "evaluation": measured}
+        self.journal.write(self.state.step, measured, group="held-out")
+        self.state.take(measured)
+        if self.saved_step == self.state.step or self.state.best_step == self.state.step:
+            self._save()
 
     def _stalled(self) -> bool:
         patience = self.config.early_stop
-        return patience is not None and self.memory["waited"] >= patience
+        return patience is not None and self.state.waited >= patience
 
-    def _stop(self) -> None:
-        where = self._save()
-        raise StoppedEarly(
-            f"stopped at step {self.step} of {self.total}, saved in {where}; run the same command with "
-            "--resume to continue"
-        )
+    def _end(self, fault: Exception | None) -> None:
+        """Ends the run for data that cannot be read, with everything saved; other ranks than those that have
+        the fault end quietly."""
+        where = f"; saved in {self._save()}: run with --resume to continue" if self.state.step else ""
+        if fault is None:
+            raise SystemExit(1)
+        if isinstance(fault, KdcacheError | OSError):
+            raise KdcacheError(f"{fault}{where}") from fault
+        raise fault
 
     def _save(self) -> Path:
-        """Writes a checkpoint of this step in the main process; the others wait."""
-        scaler = self.accelerator.scaler
-        self.memory |= {"samples": self.meter.samples, "seconds": self.stopwatch.seconds}
-        checkpoint = Checkpoint(
-            step=self.step,
-            weights=self.student.trained(),
-            optimizer=get_optimizer_state_dict(self.student, self.optimizer.optimizer, options=_WHOLE_ON_CPU),
-            identity=self.identity,
-            progress={**self.memory, "scaler": None if scaler is None else scaler.state_dict()},
-        )
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(checkpoint, best=self.memory["best_step"])
-        self.accelerator.wait_for_everyone()
-        return self.checkpoints.path(self.step)
+        """Writes a checkpoint of this step, and returns its folder."""
+        if (error := self._try_save()) is not None:
+            raise error
+        return self.checkpoints.path(self.state.step)
+
+    def _try_save(self) -> BaseException | None:
+        """Writes a checkpoint of this step, or its state alone where the rest is saved; returns what went
+        wrong. The main process writes, the others wait."""
+        fault: Exception | None = None
+        if self.saved_step == self.state.step:
+            try:
+                if self.ranks.main:
+                    self.checkpoints.update(self.state)
+            except KdcacheError as error:
+                fault = error
+            return self.ranks.agree(fault)
+        checkpoint = self.optimization.checkpoint(self.state, self.identity)
+        try:
+            if self.ranks.main:
+                self.checkpoints.save(checkpoint)
+        except KdcacheError as error:
+            fault = error
+        ended = self.ranks.agree(fault)
+        if ended is None:
+            self.saved_step = self.state.step
+        return ended
 
     def finish(self) -> dict[str, Any]:
         """Writes the model and the result."""
-        config, best = self.config, self.memory["best_step"]
-        step = best if config.early_stop is not None and best is not None else self.step
-        weights = self.student.trained() if step == self.step else self.checkpoints.load(step).weights
+        config, state = self.config, self.state
+        best = state.best_step if config.early_stop is not None else None
+        step = state.step if best is None else best
         result = {
             "stage": self.stage.name,
-            "steps": self.step,
+            "steps": state.step,
             "model_step": step,
             "model": str(config.out / "model"),
-            "samples": self.meter.samples,
-            "seconds": {name: round(value, 3) for name, value in self.stopwatch.seconds.items()},
-            "time": time_line(self.stopwatch.seconds),
+            "samples": state.samples,
+            "seconds": {name: round(value, 3) for name, value in state.seconds.items()},
+            "time": time_line(state.seconds),
             "train": self.meter.latest,
-            "evaluation": self.memory["evaluation" if step == self.step else "best_evaluation"],
+            "evaluation": state.evaluation if step == state.step else state.best_evaluation,
             "identity": self.identity,
         }
-        if self.accelerator.is_main_process:
-            save_trained(config, self.student.vocab_size, weights, self.processor, config.out / "model")
-            write_result(config.out, result)
-        self.accelerator.wait_for_everyone()
-        self.progress.message(f"stage {self.stage.name}: {self.step} steps; {result['time']}")
+        weights = self.student.trained() if step == state.step else self.checkpoints.load(step).weights
+        fault: Exception | None = None
+        try:
+            if self.ranks.main:
+                self._write_model(weights)
+                write_result(config.out, result)
+        except (KdcacheError, OSError) as error:
+            fault = error
+        if (ended := self.ranks.agree(fault)) is not None:
+            saved = self.saved_step == state.step or self._try_save() is None
+            kept = f"the weights are in {self.checkpoints.path(state.step)}" if saved else "nothing more fits"
+            raise KdcacheError(f"{fault}; {kept}; then run with --resume") if fault else ended
+        self.progress.message(f"stage {self.stage.name}: {state.step} steps; {result['time']}")
         return {**result, "already_done": False}
 
-    def _add_up(self, values: Tensor) -> Tensor:
-        """The sum over the ranks of a float64 tensor on the CPU."""
-        if self.ranks == 1:
-            return values
-        total: Tensor = self.accelerator.reduce(values.to(self.device), reduction="sum")
-        return total.cpu()
-
-
-def _terms_of(parts: LossParts, ranks: int) -> Tensor:
-    """The values of TERMS and the samples without supervised token, as one tensor."""
-    total = parts.total.detach() / ranks
-    unsupervised = total.new_tensor(float(parts.unsupervised))
-    terms = (total, *parts.by_term.values(), unsupervised)
-    return torch.stack([term.to(total) for term in terms])
-
-
-def _seed_of(seed: int, step: int, rank: int) -> int:
-    """Random numbers (dropout) are a function of seed, step and rank: a checkpoint needs no state of them."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    def _write_model(self, weights: Mapping[str, Tensor]) -> None:
+        save_trained(self.config, self.student.vocab_size, weights, self.processor, self.config.out / "model")

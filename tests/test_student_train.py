@@ -1,6 +1,7 @@
 """The loop: what trains, that batches add up, and what a run leaves behind."""
 
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -113,6 +114,21 @@ def test_one_batch_is_its_micro_batches_accumulated(world, tmp_path, stage, redu
         assert losses_of(tmp_path / str(micro)) == pytest.approx(losses_of(tmp_path / "8"), rel=1e-4)
         for name, tensor in weights_of(tmp_path / f"{micro}/model").items():
             torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=2e-4)
+
+
+class Said(Silent):
+    """Keeps the messages, and does something after a step."""
+
+    def __init__(self, at=None, do=lambda: None):
+        self.lines, self.at, self.do = [], at, do
+
+    def message(self, line):
+        self.lines.append(line)
+
+    def update(self, done, **fields):
+        if done == self.at and fields:
+            self.at = None
+            self.do()
 
 
 class InterruptedAt(Silent):
@@ -269,15 +285,26 @@ def test_a_checkpoint_of_another_run_is_refused(world, tmp_path, change, message
         train(settings(world, tmp_path / "run", resume=True, **change), Silent())
 
 
-def test_a_damaged_checkpoint_is_refused(world, tmp_path):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it_or_is_refused(world, tmp_path):
     config = settings(world, tmp_path, save_every=1, max_steps=3)
     train(config, Silent())
+    expected = load_file(tmp_path / "model/model.safetensors")
     (tmp_path / "result.json").unlink()
     file = tmp_path / "checkpoints/step-00000003/optimizer.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(KdcacheError, match=r"optimizer.pt is damaged.*remove"):
+    said = Said()
+    train(replace(config, resume=True), said)
+    assert any(re.search(r"optimizer.pt is damaged.*: the run continues from step 2", x) for x in said.lines)
+    found = load_file(tmp_path / "model/model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "checkpoints/step-00000003/weights.safetensors").write_bytes(b"x")
+    state = tmp_path / "checkpoints/step-00000002/state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "progress": {}}))
+    with pytest.raises(KdcacheError, match=r"weights.safetensors is damaged.*no other is whole: remove"):
         train(replace(config, resume=True), Silent())
 
 

@@ -1,0 +1,121 @@
+"""The student with its optimizer: gradients of a global batch, their step, and a checkpoint of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from student.checkpoint import Checkpoint
+from student.collate import Batch
+from student.loader import on_device
+from student.losses import Denominators, LossParts
+from student.model import DistilledStudent, unsharded
+from student.run_folder import TERMS
+from student.run_state import RunState
+from student.stages import Stage
+from student.timing import Stopwatch
+
+SUMS = (*TERMS, "unsupervised")
+"""What a micro-batch adds to the sums of its step: the loss, its terms, samples without supervised token."""
+
+# By name and unsharded, so that a checkpoint serves any number of ranks.
+_WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Optimization:
+    """AdamW on the trained parameters of a student, on all the processes of an Accelerator."""
+
+    def __init__(
+        self, student: DistilledStudent, stage: Stage, accelerator: Accelerator, stopwatch: Stopwatch
+    ) -> None:
+        self.student = student
+        self._accelerator, self._stopwatch = accelerator, stopwatch
+        self._bound = stage.max_grad_norm or math.inf
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in student.parameters() if parameter.requires_grad],
+            lr=stage.learning_rate,
+            betas=(stage.beta1, stage.beta2),
+            eps=stage.epsilon,
+            weight_decay=stage.weight_decay,
+        )
+        self._wrapped, self._optimizer = accelerator.prepare(student, optimizer)
+        register_fsdp_forward_method(student, "measure")
+
+    def gradients(
+        self, micro_batches: list[Batch], counts: Denominators, *, seed: int, step: int
+    ) -> tuple[Tensor, float]:
+        """Adds up the gradients of a global batch, which `counts` counts, and clips them.
+
+        Returns SUMS of every micro-batch (M, len(SUMS)) float64 on the CPU, and the gradient's norm over all
+        ranks and parameters before clipping. Random numbers are those of (seed, step, rank).
+        """
+        ranks = self._accelerator.num_processes
+        torch.manual_seed(_seed_of(seed, step, self._accelerator.process_index))
+        values = []
+        for place, moved in enumerate(on_device(micro_batches, self._accelerator.device)):
+            last = place == len(micro_batches) - 1
+            with nullcontext() if last else self._accelerator.no_sync(self._wrapped):
+                parts = self._wrapped(moved.inputs, moved.labels, moved.targets, counts, ranks)
+                with self._stopwatch.lap("backward"):
+                    self._accelerator.backward(parts.total)
+            values.append(_sums_of(parts, ranks))
+        with self._stopwatch.lap("optimizer"):
+            norm = self._accelerator.clip_grad_norm_(self.student.parameters(), self._bound)
+            return torch.stack(values).cpu().double(), float(unsharded(norm))
+
+    @property
+    def skips_infinite_gradients(self) -> bool:
+        """Whether the gradient scaler of fp16 leaves such a step out and lowers its scale."""
+        return self._accelerator.scaler is not None
+
+    def step(self, learning_rate: float) -> None:
+        """Moves the parameters along the gradients, which are gone then."""
+        with self._stopwatch.lap("optimizer"):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+    def drop_gradients(self) -> None:
+        """Forgets them; the parameters stay as they are."""
+        self._optimizer.zero_grad()
+
+    def checkpoint(self, state: RunState, identity: Mapping[str, Any]) -> Checkpoint:
+        """All of it, unsharded: every rank must ask."""
+        scaler = self._accelerator.scaler
+        state.scaler = None if scaler is None else scaler.state_dict()
+        optimizer = get_optimizer_state_dict(self.student, self._optimizer.optimizer, options=_WHOLE_ON_CPU)
+        return Checkpoint(state=state, weights=self.student.trained(), optimizer=optimizer, identity=identity)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Takes over the optimizer's state of a checkpoint whose weights the student has already."""
+        set_optimizer_state_dict(
+            self.student, self._optimizer.optimizer, dict(saved.optimizer), options=_WHOLE_ON_CPU
+        )
+        if self._accelerator.scaler is not None and saved.state.scaler is not None:
+            self._accelerator.scaler.load_state_dict(saved.state.scaler)
+
+
+def _sums_of(parts: LossParts, ranks: int) -> Tensor:
+    total = parts.total.detach() / ranks
+    unsupervised = total.new_tensor(float(parts.unsupervised))
+    terms = (total, *parts.by_term.values(), unsupervised)
+    return torch.stack([term.to(total) for term in terms])
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    """Random numbers (dropout) are a function of seed, step and rank: a checkpoint needs no state of them."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
