@@ -12,8 +12,13 @@ TITLES = {
     "sft": "fine-tuning (both: SFT)",
     "dft": "last stage (DFT, or more SFT)",
 }
-TERMS = {"ce": "cross entropy", "response": "KL, response", "visual": "KL, visual", "relation": "relation"}
-COLORS = {"ce": "#1b6ca8", "response": "#c8553d", "visual": "#3a7d44", "relation": "#8e5ea2"}
+TERMS = {
+    "ce": "cross entropy",
+    "response_kl": "KL, response",
+    "visual_kl": "KL, visual",
+    "relation": "relation",
+}
+COLORS = {"ce": "#1b6ca8", "response_kl": "#c8553d", "visual_kl": "#3a7d44", "relation": "#8e5ea2"}
 
 
 def read_terms(run: Path) -> tuple[list[int], dict[str, list[float]]]:
@@ -26,7 +31,8 @@ def read_terms(run: Path) -> tuple[list[int], dict[str, list[float]]]:
             continue
         steps.append(values["step"])
         for name, series in terms.items():
-            series.append(float(values.get(name) or 0.0))
+            old_name = name.removesuffix("_kl")  # of runs up to version 0.1
+            series.append(float(values.get(name) or values.get(old_name) or 0.0))
     return steps, terms
 
 

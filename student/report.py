@@ -19,22 +19,10 @@ from student.run_curves import StageCurves, draw_curves
 from student.run_folder import TERMS, read_metrics, read_result
 from student.timing import LAPS
 
-_HELD_OUT = (
-    "loss",
-    "ce",
-    "response_kl",
-    "visual_kl",
-    "prompt_kl",
-    "relation",
-    "response_top1",
-    "visual_top1",
-)
+_HELD_OUT = (*TERMS, "response_top1", "visual_top1")
 _NAMES = {
     "loss": "loss",
     "ce": "cross entropy",
-    "response": "KL, response",
-    "visual": "KL, visual",
-    "prompt": "KL, prompt",
     "relation": "relation, 1 - cos",
     "response_kl": "KL, response",
     "visual_kl": "KL, visual",

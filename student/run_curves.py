@@ -42,9 +42,9 @@ class Quantity:
 QUANTITIES = (
     Quantity("loss", "loss", ("loss",)),
     Quantity("cross entropy, nats per token", "ce", ("ce",)),
-    Quantity("KL at response positions, nats", "response", ("response_kl",)),
-    Quantity("KL at visual positions, nats", "visual", ("visual_kl",)),
-    Quantity("KL at prompt positions, nats", "prompt", ("prompt_kl",)),
+    Quantity("KL at response positions, nats", "response_kl", ("response_kl",)),
+    Quantity("KL at visual positions, nats", "visual_kl", ("visual_kl",)),
+    Quantity("KL at prompt positions, nats", "prompt_kl", ("prompt_kl",)),
     Quantity("relation, 1 - cos", "relation", ("relation",)),
     Quantity("most likely token is the teacher's", None, ("response_top1", "visual_top1")),
     Quantity("learning rate", "lr"),

@@ -19,7 +19,9 @@ import yaml
 from accelerate import Accelerator
 
 from cache_schema.errors import KdcacheError
+from cache_schema.format.spec import KINDS
 from cache_schema.version import VERSION
+from student import loss_weights
 from student.checkpoint import refuse_other
 from student.folder import write_text
 from student.ranks import Ranks
@@ -27,7 +29,10 @@ from student.run_state import RunState
 from student.settings import TrainConfig
 from student.timing import Stopwatch, shares
 
-TERMS = ("loss", "ce", "response", "visual", "prompt", "relation")
+TERMS = ("loss", *loss_weights.TERMS)
+
+_OLD_NAMES: dict[str, str] = {kind: f"{kind}_kl" for kind in KINDS}
+"""Of the terms in training lines up to version 0.1."""
 
 
 def write_settings(config: TrainConfig, identity: Mapping[str, Any]) -> None:
@@ -52,6 +57,8 @@ def read_result(out: Path) -> dict[str, Any] | None:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise KdcacheError(f"{path} is not JSON: {error}; remove it to finish the run again") from error
+    if "train" in result:
+        result["train"] = _renamed(result["train"])
     return result
 
 
@@ -137,10 +144,15 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     made = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            made.append(json.loads(line))
+            made.append(_renamed(json.loads(line)))
         except json.JSONDecodeError:
             break
     return made
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a training or held-out line under the names of today."""
+    return {_OLD_NAMES.get(name, name): value for name, value in values.items()}
 
 
 class Meter:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from student.pixels import PixelInputs
 from student.recipe import train_recipe
 from student.report import StageRun, final_table, report
 from student.run_curves import StageCurves, draw_curves
+from student.run_folder import read_metrics, read_result
 from student.settings import EvaluateConfig, NewStudentConfig
 from student.stages import DFT, DPT, SFT, Recipe, RecipeStage
 from student.train import train
@@ -485,6 +487,26 @@ def test_a_report_is_one_file_with_every_stage(trained, tmp_path):
         report(out, tmp_path)
     with pytest.raises(KdcacheError, match="holds no training run"):
         report(tmp_path)
+
+
+def test_runs_of_older_versions_still_report(trained, tmp_path):
+    """Their training lines call the KL terms by the kind of position alone."""
+    out, *_ = trained
+    shutil.copytree(out / "3-dft", tmp_path / "old", ignore=shutil.ignore_patterns("checkpoints", "model"))
+    path, now = tmp_path / "old/metrics.jsonl", read_metrics(out / "3-dft")
+    then = [
+        {n.removesuffix("_kl") if line["group"] == "train" else n: value for n, value in line.items()}
+        for line in now
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in then))
+    result = json.loads((tmp_path / "old/result.json").read_text())
+    result["train"] = {name.removesuffix("_kl"): value for name, value in result["train"].items()}
+    (tmp_path / "old/result.json").write_text(json.dumps(result))
+    assert "response" in then[0]
+    assert read_metrics(tmp_path / "old") == now
+    assert read_result(tmp_path / "old") == read_result(out / "3-dft")
+    figure = f"{[line['response_kl'] for line in now if line['group'] == 'train'][-1]:.4f}"
+    assert figure in report(tmp_path / "old").read_text()
 
 
 def curves_of(figure):

@@ -167,7 +167,7 @@ def test_two_processes_with_whole_or_sharded_weights_give_the_loss_curve_of_one_
     expected = weights_of(tmp_path / "1/model")
     for name in ("2", "moved", "shards", "moved to shards"):
         run(tmp_path / "runs.json", [{**common, "out": tmp_path / name, "shard": "shards" in name}], ranks=2)
-        for term in ("loss", "ce", "response", "visual", "relation", "grad_norm"):
+        for term in ("loss", "ce", "response_kl", "visual_kl", "relation", "grad_norm"):
             expected_values = losses_of(tmp_path / "1", term)
             assert losses_of(tmp_path / name, term) == pytest.approx(expected_values, rel=1e-3)
         one, two = (read_metrics(tmp_path / folder)[-1] for folder in ("1", name))
@@ -223,7 +223,7 @@ def test_the_run_folder_tells_all(world, tmp_path):
     assert set(result["seconds"]) == {"data wait", "forward", "loss", "backward", "optimizer"}
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
-    assert {"loss", "ce", "response", "visual", "relation", "lr", "grad_norm"} <= lines[0].keys()
+    assert {"loss", "ce", "response_kl", "visual_kl", "relation", "lr", "grad_norm"} <= lines[0].keys()
     assert json.loads((tmp_path / "result.json").read_text())["evaluation"]["samples"] == 24
 
 

@@ -18,10 +18,12 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from cache_schema.format.spec import KINDS
+
 LINE_EVERY = 60.0
 """Seconds between two lines of a task where stderr is not a terminal."""
 
-LOSSES = ("loss", "ce", "response", "visual", "prompt", "relation")
+LOSSES = ("loss", "ce", *(f"{kind}_kl" for kind in KINDS), "relation")
 
 results = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
