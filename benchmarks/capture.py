@@ -73,21 +73,25 @@ def make_teacher(folder: Path) -> Path:
     )
 
 
-def make_data(folder: Path, images: int, groups: Sequence[int]) -> Path:
-    """Rows about photographs-like images, each `groups[i]` conversations, one question and answer each."""
+def make_data(folder: Path, images: int, groups: Sequence[int], words: tuple[int, int] = (14, 60)) -> Path:
+    """Rows about photographs-like images, each `groups[i]` conversations, one question and answer each.
+
+    words: of a question and of an answer, about.
+    """
     folder.mkdir()
-    words = english("\n\n".join(topics[name] for name in sorted(topics))).split()
+    prose = english("\n\n".join(topics[name] for name in sorted(topics))).split()
     generator = np.random.default_rng(0)
+    spans = ((words[0] - 4, words[0] + 4), (words[1] - 6, words[1] + 6))
     rows: list[dict[str, Any]] = []
     for image in range(images):
         pixels = generator.integers(0, 255, (30, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{image}.jpg")
         for _ in range(groups[image % len(groups)]):
-            start = int(generator.integers(0, len(words) - 200))
-            asked, said = (int(generator.integers(*span)) for span in ((10, 18), (54, 66)))
+            start = int(generator.integers(0, len(prose) - 200))
+            asked, said = (int(generator.integers(*span)) for span in spans)
             text = [
-                " ".join(words[start : start + asked]) + "?",
-                " ".join(words[start + asked : start + asked + said]),
+                " ".join(prose[start : start + asked]) + "?",
+                " ".join(prose[start + asked : start + asked + said]),
             ]
             turns = [{"from": side, "value": part} for side, part in zip(("human", "gpt"), text, strict=True)]
             rows.append({"image": f"{image}.jpg", "conversations": turns})
