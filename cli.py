@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
-from cache_schema.operations.settings import DiffConfig
+from cache_schema.operations.settings import DiffConfig, VerifyConfig
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig
 from pipeline.settings import BuildConfig, ForecastConfig
@@ -128,13 +128,13 @@ def inspect(
 @command()
 def verify(
     cache: CachePath,
-    repair: Annotated[bool, typer.Option(help="Set damaged shards aside and remove leftovers.")] = False,
+    config: VerifyConfig,
     json_: Json = False,
 ) -> None:
     """Check every file, count and number of a cache and report all problems at once."""
     from cache_schema.operations.verify import verify as verify_cache
 
-    report = verify_cache(cache, repair=repair, progress=Bar())
+    report = verify_cache(cache, repair=config.repair, quick=config.quick, jobs=config.jobs, progress=Bar())
     document = report.to_json()
     if not json_:
         print_problems(document.pop("problems"))

@@ -48,7 +48,7 @@ def write_cache(
         dataset={"rows": rows},
     )
     writer = CacheWriter.open(folder / "cache", manifest)
-    records = pool(random, 4 * (visual + answer), vocab, top_k)
+    pool = random_records(random, 4 * (visual + answer), vocab, top_k)
     scales = 0.7 ** np.minimum(np.arange(rank), 24) * 100
     factor = (random.normal(size=(visual, rank)) * scales).astype(np.float32)
     gram = factor @ factor.T
@@ -94,7 +94,7 @@ def write_cache(
     return folder / "cache"
 
 
-def pool(random: np.random.Generator, count: int, vocab: int, top_k: int) -> TopK:
+def random_records(random: np.random.Generator, count: int, vocab: int, top_k: int) -> TopK:
     """Records whose log-probabilities fall off as a language model's do."""
     ids = np.stack([random.choice(vocab, top_k, replace=False) for _ in range(count)]).astype(np.int32)
     logits = -1.2 * np.log1p(np.arange(top_k)) + 0.3 * random.normal(size=(count, top_k))

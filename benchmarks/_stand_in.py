@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from benchmarks._random_cache import pool
+from benchmarks._random_cache import random_records
 from benchmarks._smollm2 import IMAGE_TOKEN, save_llava
 from cache_schema import TargetSpec
 from models.head import Head
@@ -102,7 +102,7 @@ class StoredTargets(TargetMaker):
         self._spec = spec
         torch.manual_seed(0)
         random = np.random.default_rng(0)
-        records = pool(random, 4096, VOCAB, spec.top_k)
+        records = random_records(random, 4096, VOCAB, spec.top_k)
         names = ("token_ids", "logprobs", "tail_logprob", "logsumexp", "entropy")
         self._fields_of = {name: torch.from_numpy(getattr(records, name)) for name in names}
         self._fields_of["label_logprob"] = torch.full((4096,), -1.5)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.host_work [--rows 1024] [--seconds 0.018] [--json FILE]
 
-The teacher is a stand-in that sleeps `seconds` per sample (the interpreter released) and gives random records;
-samples have 729 visual and about 160 other tokens and a JPEG of 640 x 480, K = 32, relations of rank 64 and of
-full rank. For each rank: milliseconds of processor time per sample to prepare it (file, template, tokens,
-pixels), to make its records from the device's tensors (slice), to check and encode them, and to write them,
-each alone on one thread; then a whole `build` by the clock against the stand-in's own speed.
+The teacher is a stand-in that sleeps `seconds` per sample (the interpreter released) and gives random
+records; samples have 729 visual and about 160 other tokens and a JPEG of 640 x 480, K = 32, relations of rank
+64 and of full rank. For each rank: milliseconds of processor time per sample to prepare it (file, template,
+tokens, pixels), to make its records from the device's tensors (slice), to encode and to write them, each
+alone on one thread; then a whole `build` by the clock against the stand-in's own speed.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cache_schema import CacheDamaged, CacheWriter, KdcacheError, TargetSpec, open_cache
+from cache_schema.operations import verify_shard
 from cache_schema.operations.verify import GRACE_SECONDS, verify
 from tests.cache_teacher import assert_same_cache, build_cache, capture, make_manifest
 
@@ -39,6 +40,40 @@ def test_a_sound_cache_has_no_problem(sound: Path) -> None:
     assert report.leftovers == []
     assert (report.shards, report.samples + report.quarantined) == (5, 20)
     assert json.loads(json.dumps(report.to_json()))["ok"] is True
+
+
+def test_processes_share_the_shards_and_find_the_same(cache: Path) -> None:
+    chunk = next((cache / "targets").glob("00003-*/relation/norm/c/0"))
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    next((cache / "samples").glob("00001-*")).unlink()
+    alone, together = verify(cache), verify(cache, jobs=3)
+    assert together.problems == alone.problems
+    assert len(alone.problems) == 2
+    names = ("shards", "samples", "quarantined", "bytes", "unchecked")
+    assert [getattr(together, name) for name in names] == [getattr(alone, name) for name in names]
+    records = [json.loads(path.read_text()) for path in (cache / "commits").glob("*.json")]
+    paths = {cache / file["path"] for record in records for file in record["files"]}
+    sizes = {path: path.stat().st_size for path in paths if path.exists()}
+    assert alone.bytes == sum(sizes.values())
+    assert together.to_json()["samples_per_second"] > 0
+
+
+def test_a_quick_check_decodes_nothing_and_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decodes(*_: object) -> None:
+        raise AssertionError("something was decoded")
+
+    monkeypatch.setattr(verify_shard, "read_groups", decodes)
+    monkeypatch.setattr(verify_shard, "read_table", decodes)
+    report = verify(cache, quick=True)
+    assert report.ok
+    assert "nothing in them was decoded" in report.unchecked
+    table = next((cache / "samples").glob("00001-*"))
+    content = bytearray(table.read_bytes())
+    content[len(content) // 2] ^= 1
+    table.write_bytes(bytes(content))
+    (problem,) = verify(cache, quick=True).problems
+    assert "digest" in problem.what
+    assert verify(cache, quick=True, repair=True).repaired == ["set aside commits/00001.json"]
 
 
 def test_an_incomplete_cache_is_intact_and_says_what_is_missing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a user decides about the comparison of two caches."""
+"""What a user decides about checking and comparing caches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from cache_schema.settings import Help, at_least, check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyConfig:
+    """How a cache is verified."""
+
+    repair: Annotated[bool, Help("Set damaged shards aside and remove leftovers.")] = False
+    quick: Annotated[bool, Help("Sizes and digests of files alone; nothing is decoded.")] = False
+    jobs: Annotated[int, at_least(1), Help("Processes that share the shards.")] = 1
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

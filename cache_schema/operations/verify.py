@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
+import signal
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
-import numpy as np
-
 from cache_schema.errors import CacheDamaged, KdcacheError
-from cache_schema.format.block import ShardBlock
-from cache_schema.format.checks import relation_problems, topk_problems
 from cache_schema.format.manifest import CommitRecord, Manifest, commit_path
-from cache_schema.format.shard import read_groups, read_table
 from cache_schema.format.store import Store, open_store
 from cache_schema.format.writer import MANIFEST, set_aside
+from cache_schema.operations.verify_shard import REMAKE, Problem, check_shard
 from cache_schema.progress import Progress, Silent, task
 
 GRACE_SECONDS = 6 * 3600.0
 """Files of an attempt without a commit record are swept when older than this: no worker is expected to take
 that long between writing a shard's files and committing it."""
 
-REMAKE = "run `kdcache verify --repair`, then the same `kdcache build` again: it captures this shard again"
+UNCHECKED = "contents: files have the committed sizes and digests, but nothing in them was decoded or counted"
 STRANGER = "not a file of the committed shard"
 _ATTEMPT = re.compile(r"^(?:samples|targets|quarantine)/\.?(\d{5,})-([0-9a-f]{12})\.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A problem: the file, what is wrong, what to do."""
-
-    file: str
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.what}; {self.remedy}"
 
 
 @dataclass(slots=True, kw_only=True)
 class VerifyReport:
     """The result of `verify`. shards, samples, quarantined: by the commit records. missing_shards: not built
     (or their commit record is gone). leftovers: files of attempts that were never committed; harmless.
+    bytes, seconds: of the shards' files, and what checking them took. unchecked: what was left out.
     """
 
     url: str
@@ -57,6 +44,9 @@ class VerifyReport:
     missing_shards: list[int] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+    unchecked: str = ""
 
     @property
     def ok(self) -> bool:
@@ -70,13 +60,21 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of everything."""
-        return asdict(self) | {"ok": self.ok, "intact": self.intact}
+        seconds = max(self.seconds, 1e-9)
+        return asdict(self) | {
+            "ok": self.ok,
+            "intact": self.intact,
+            "samples_per_second": round(self.samples / seconds, 1),
+            "megabytes_per_second": round(self.bytes / 1e6 / seconds, 1),
+        }
 
 
 def verify(
     url: str | os.PathLike[str],
     *,
     repair: bool = False,
+    quick: bool = False,
+    jobs: int = 1,
     storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -84,16 +82,40 @@ def verify(
 
     repair: sets damaged shards aside (their commit records go below `aside/`, nothing is overwritten), so
     that a resumed build makes them again, and removes the leftovers of dead attempts, including those of
-    shards set aside by an earlier repair. KdcacheError when no cache is there.
+    shards set aside by an earlier repair. quick: sizes and digests of files alone, nothing is decoded.
+    jobs: processes that share the shards. KdcacheError when no cache is there.
     """
-    return _Verification(open_store(url, storage_options), progress or Silent()).run(repair)
+    store = open_store(url, storage_options)
+    if store.url.startswith("memory:"):  # which other processes do not see
+        jobs = 1
+    verification = _Verification(store, progress or Silent(), quick=quick, jobs=jobs)
+    verification.storage_options = storage_options
+    return verification.run(repair)
+
+
+_shared: list[Any] = []  # of a process that checks shards: store, manifest, quick
+
+
+def _open_in_process(
+    url: str, storage_options: Mapping[str, Any] | None, manifest: Manifest | None, quick: bool
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for it ends it
+    _shared[:] = [open_store(url, storage_options), manifest, quick]
+
+
+def _check_in_process(record: CommitRecord, present: Mapping[str, int]) -> list[Problem]:
+    store, manifest, quick = _shared
+    return check_shard(record, store, present, manifest, quick=quick)
 
 
 class _Verification:
-    def __init__(self, store: Store, progress: Progress) -> None:
+    def __init__(self, store: Store, progress: Progress, *, quick: bool, jobs: int) -> None:
         self.store = store
+        self.storage_options: Mapping[str, Any] | None = None
         self.progress = progress
-        self.report = VerifyReport(url=store.url)
+        self.quick = quick
+        self.jobs = jobs
+        self.report = VerifyReport(url=store.url, unchecked=UNCHECKED if quick else "")
         self.manifest: Manifest | None = None
         self.records: dict[int, CommitRecord] = {}
         self.damaged: set[str] = set()  # commit records to set aside
@@ -106,10 +128,7 @@ class _Verification:
             )
         self._check_manifest()
         self._read_records([path for path in files if path.startswith("commits/")])
-        with task(self.progress, "verify", len(self.records)):
-            for done, (shard, record) in enumerate(sorted(self.records.items())):
-                self._check_shard(shard, record, files)
-                self.progress.update(done + 1)
+        self._check_shards(files)
         self._sort_the_rest(files)
         if repair:
             self._repair(files)
@@ -156,74 +175,38 @@ class _Verification:
                 what = f"{len(missing)} of {len(planned)} shards are missing ({listed})"
                 self._problem("commits/", what, "run the same `kdcache build` again: it captures them")
 
-    def _check_shard(self, shard: int, record: CommitRecord, present: dict[str, int]) -> None:
-        before = len(self.report.problems)
-        content = self._check_files(record, present)
-        if content is not None and self.manifest is not None:
-            try:
-                self._check_content(record, content, self.manifest)
-            except (CacheDamaged, ValueError, KeyError, IndexError) as error:
-                self._problem(record.path, f"its files cannot be decoded ({error})", REMAKE)
-        if len(self.report.problems) > before:
-            self.damaged.add(record.path)
-        self.report.shards += 1
-        self.report.samples += record.counts["samples"]
-        self.report.quarantined += record.counts["quarantined"]
-
-    def _check_files(self, record: CommitRecord, present: dict[str, int]) -> dict[str, bytes] | None:
-        """The shard's files by path, None when one is missing or altered."""
-        whole = {f.path: f.bytes for f in record.files if present.get(f.path) == f.bytes}
-        found = self.store.read_many(whole)
-        for file in record.files:
-            if file.path not in present:
-                self._problem(file.path, "missing", REMAKE)
-            elif file.path not in whole:
-                what = f"{present[file.path]} bytes, {file.bytes} were committed"
-                self._problem(file.path, what, REMAKE)
-            elif hashlib.sha256(found[file.path]).hexdigest() != file.sha256:
-                self._problem(file.path, "altered: it does not match its digest", REMAKE)
-                del whole[file.path]
-        return found if len(whole) == len(record.files) else None
-
-    def _check_content(self, record: CommitRecord, files: dict[str, bytes], manifest: Manifest) -> None:
-        name = f"{record.shard:05d}-{record.attempt}"
-        base = f"targets/{name}.zarr/"
-        quarantine = read_table(files[f"quarantine/{name}.arrow"])
-        groups = read_groups({p.removeprefix(base): d for p, d in files.items() if p.startswith(base)})
-        block = ShardBlock(
-            read_table(files[f"samples/{name}.arrow"]),
-            groups,
-            manifest.spec,
-            frozenset(manifest.spec.targets),
-        )
-        spec, vocab_size = manifest.spec, manifest.fingerprint.training.get("vocab_size")
-        rows = quarantine["row"].to_pylist()
-        counts = Counter(samples=len(block), quarantined=len(rows))
-        for position in range(len(block)):
-            sample = block.sample(position)
-            rows.append(sample.row)
-            counts.update(tokens=len(sample.input_ids), images=len(sample.images))
-            where = f"sample {position} (row {sample.row})"
-            for kind, topk in sample.records.items():
-                if kind not in spec.targets or (kind == "visual" and not sample.images):
-                    continue
-                if topk is None or len(topk) != len(sample.positions[kind]):
-                    self._problem(base + kind, f"{where}: its targets are missing", REMAKE)
-                    continue
-                if kind != "visual":  # an image's rows may serve several samples
-                    counts[f"{kind}_positions"] += len(topk)
-                for what in topk_problems(topk, spec, vocab_size):
-                    self._problem(base + kind, f"{where}: {what}", REMAKE)
-            if "relation" in spec.targets and len(sample.relations) != len(sample.images):
-                self._problem(base + "relation", f"{where}: not one relation per image", REMAKE)
-            for relation, image in zip(sample.relations, sample.images, strict=False):
-                for what in relation_problems(relation, len(image.positions)):
-                    self._problem(base + "relation", f"{where}: {what}", REMAKE)
-        if sorted(rows) != np.sort(manifest.plan.rows_of(record.shard)).tolist():
-            self._problem(record.path, "samples and quarantine do not match the rows of the plan", REMAKE)
-        for name, count in counts.items():
-            if record.counts[name] != count:
-                self._problem(record.path, f"{name}: {record.counts[name]} counted, {count} there", REMAKE)
+    def _check_shards(self, files: dict[str, int]) -> None:
+        """Every shard, in as many processes as asked for; what is found comes in their order."""
+        records = [record for _, record in sorted(self.records.items())]
+        present = [{file.path: files[file.path] for file in r.files if file.path in files} for r in records]
+        jobs = min(self.jobs, len(records))
+        started = time.monotonic()
+        with task(self.progress, "verify", len(records)), ExitStack() as stack:
+            found: Iterable[list[Problem]]
+            if jobs > 1:
+                pool = ProcessPoolExecutor(
+                    jobs,
+                    mp_context=get_context("spawn"),
+                    initializer=_open_in_process,
+                    initargs=(self.store.url, self.storage_options, self.manifest, self.quick),
+                )
+                stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+                found = pool.map(_check_in_process, records, present)
+            else:
+                found = (
+                    check_shard(record, self.store, own, self.manifest, quick=self.quick)
+                    for record, own in zip(records, present, strict=True)
+                )
+            for record, own, problems in zip(records, present, found, strict=True):
+                self.report.problems += problems
+                if problems:
+                    self.damaged.add(record.path)
+                self.report.shards += 1
+                self.report.samples += record.counts["samples"]
+                self.report.quarantined += record.counts["quarantined"]
+                self.report.bytes += sum(own.values())
+                self.progress.update(self.report.shards)
+        self.report.seconds = time.monotonic() - started
 
     def _sort_the_rest(self, files: dict[str, int]) -> None:
         """Files that no commit record lists: leftovers of attempts, or unknown files."""

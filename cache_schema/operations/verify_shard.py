@@ -1,0 +1,119 @@
+"""Verifies one committed shard: its files as they were committed, and what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache_schema.errors import CacheDamaged
+from cache_schema.format.block import ShardBlock
+from cache_schema.format.checks import relation_problems, topk_problems
+from cache_schema.format.manifest import CommitRecord, Manifest
+from cache_schema.format.shard import read_groups, read_table
+from cache_schema.format.store import Store
+
+REMAKE = "run `kdcache verify --repair`, then the same `kdcache build` again: it makes this shard again"
+
+Report = Callable[[str, str], None]
+"""Takes a file and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Something that is not as it must be: the file, what, and what to do."""
+
+    file: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}; {self.remedy}"
+
+
+def check_shard(
+    record: CommitRecord,
+    store: Store,
+    present: Mapping[str, int],
+    manifest: Manifest | None,
+    *,
+    quick: bool = False,
+) -> list[Problem]:
+    """All that is wrong with a shard. present: bytes of the store's files by path. quick: sizes and digests
+    of its files alone; nothing is decoded, as without a manifest."""
+    problems: list[Problem] = []
+
+    def problem(file: str, what: str) -> None:
+        problems.append(Problem(file=file, what=what, remedy=REMAKE))
+
+    files = _check_files(record, store, present, problem)
+    if files is not None and manifest is not None and not quick:
+        try:
+            _check_content(record, files, manifest, problem)
+        except (CacheDamaged, ValueError, KeyError, IndexError) as error:
+            problem(record.path, f"its files cannot be decoded ({error})")
+    return problems
+
+
+def _check_files(
+    record: CommitRecord, store: Store, present: Mapping[str, int], problem: Report
+) -> dict[str, bytes] | None:
+    """The shard's files by path, None when one is missing or altered."""
+    whole = {f.path: f.bytes for f in record.files if present.get(f.path) == f.bytes}
+    found = store.read_many(whole)
+    for file in record.files:
+        if file.path not in present:
+            problem(file.path, "missing")
+        elif file.path not in whole:
+            what = f"{present[file.path]} bytes, {file.bytes} were committed"
+            problem(file.path, what)
+        elif hashlib.sha256(found[file.path]).hexdigest() != file.sha256:
+            problem(file.path, "altered: it does not match its digest")
+            del whole[file.path]
+    return found if len(whole) == len(record.files) else None
+
+
+def _check_content(
+    record: CommitRecord, files: Mapping[str, bytes], manifest: Manifest, problem: Report
+) -> None:
+    name = f"{record.shard:05d}-{record.attempt}"
+    base = f"targets/{name}.zarr/"
+    quarantine = read_table(files[f"quarantine/{name}.arrow"])
+    groups = read_groups({p.removeprefix(base): d for p, d in files.items() if p.startswith(base)})
+    block = ShardBlock(
+        read_table(files[f"samples/{name}.arrow"]),
+        groups,
+        manifest.spec,
+        frozenset(manifest.spec.targets),
+    )
+    spec, vocab_size = manifest.spec, manifest.fingerprint.training.get("vocab_size")
+    rows = quarantine["row"].to_pylist()
+    counts = Counter(samples=len(block), quarantined=len(rows))
+    for position in range(len(block)):
+        sample = block.sample(position)
+        rows.append(sample.row)
+        counts.update(tokens=len(sample.input_ids), images=len(sample.images))
+        where = f"sample {position} (row {sample.row})"
+        for kind, topk in sample.records.items():
+            if kind not in spec.targets or (kind == "visual" and not sample.images):
+                continue
+            if topk is None or len(topk) != len(sample.positions[kind]):
+                problem(base + kind, f"{where}: its targets are missing")
+                continue
+            if kind != "visual":  # an image's rows may serve several samples
+                counts[f"{kind}_positions"] += len(topk)
+            for what in topk_problems(topk, spec, vocab_size):
+                problem(base + kind, f"{where}: {what}")
+        if "relation" in spec.targets and len(sample.relations) != len(sample.images):
+            problem(base + "relation", f"{where}: not one relation per image")
+        for relation, image in zip(sample.relations, sample.images, strict=False):
+            for what in relation_problems(relation, len(image.positions)):
+                problem(base + "relation", f"{where}: {what}")
+    if sorted(rows) != np.sort(manifest.plan.rows_of(record.shard)).tolist():
+        problem(record.path, "samples and quarantine do not match the rows of the plan")
+    for name, count in counts.items():
+        if record.counts[name] != count:
+            problem(record.path, f"{name}: {record.counts[name]} counted, {count} there")
