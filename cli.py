@@ -261,8 +261,8 @@ def train(
         raise typer.BadParameter("a recipe sets the losses of its stages", param_hint="--targets")
     every_cache, caches = by_stage("--cache", cache or [])
     every_root, roots = by_stage("--image-root", image_root)
-    if stage is not None and not every_cache:
-        raise typer.BadParameter("a stage needs a cache to learn from", param_hint="--cache")
+    if stage is not None and (not every_cache or caches or roots):
+        raise typer.BadParameter("a single stage takes one --cache and one --image-root, without its name")
     chosen = stage_named(stage or "dft", targets)
     config = TrainConfig(stage=chosen, cache=every_cache or None, image_root=Path(every_root), **options)
     if recipe is None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from cache_schema.errors import KdcacheError, StoppedEarly
 from cache_schema.format.cache import open_cache
+from cache_schema.output import require_folder
 from cache_schema.progress import Progress
 from demo.curves import draw_curves
 from demo.easy_vqa import write_dataset
@@ -58,6 +59,7 @@ class Story:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self._file = folder / "state.json"
+        require_folder(folder, new=False)
         folder.mkdir(parents=True, exist_ok=True)
         self._state: dict[str, Any] = {"settings": dict(settings), "steps": {}}
         if self._file.exists():

@@ -18,7 +18,7 @@ def choose_device(device: str) -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device != "auto" and (accelerator is None or device != accelerator.type):
         try:
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
         except (AssertionError, RuntimeError) as error:
             raise KdcacheError(f"device {device} cannot be used here: {first_line(error)}") from error
         return device

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from cache_schema.errors import KdcacheError, first_line
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, SafetensorError)
+"""What transformers raises where a folder does not hold what is asked for."""
 
 logging.disable_progress_bar()  # progress is reported through Progress
 
@@ -46,7 +50,7 @@ def load_model(
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, output_loading_info=True, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+    except LOAD_ERRORS as error:
         hint = "; `kdcache convert` turns it into a transformers folder" if "tinyllava" in str(error) else ""
         raise KdcacheError(f"cannot load the {role} in {path}: {first_line(error)}{hint}") from error
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -56,6 +60,15 @@ def load_model(
             "would be random; fetch or save the whole folder again"
         )
     return model
+
+
+def load_config(folder: Path | str, role: str = "model") -> Any:
+    """The configuration in `folder`. KdcacheError when transformers knows no such model."""
+    path = require_model_folder(folder, role)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except LOAD_ERRORS as error:
+        raise KdcacheError(f"no usable config.json in {path}: {first_line(error)}") from error
 
 
 def load_processor(folder: Path | str, role: str = "model") -> Any:

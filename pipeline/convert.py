@@ -32,6 +32,7 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 
 from cache_schema.datasets.conversations import IMAGE_MARK
 from cache_schema.errors import KdcacheError
+from cache_schema.output import require_folder
 from cache_schema.progress import Progress, task
 
 _SPLIT = ("language_model", "vision_tower", "connector")
@@ -50,8 +51,7 @@ def convert(checkpoint: Path, out: Path, progress: Progress) -> dict[str, Any]:
     of another kind, is incomplete, or has parts that Llava does not have (other connectors or towers).
     """
     settings = _read_settings(checkpoint)
-    if out.exists() and any(out.iterdir()):
-        raise KdcacheError(f"{out} is not empty; give a new folder")
+    require_folder(out, new=True)
     with task(progress, "converting", 3):
         state = _load_state(checkpoint)
         progress.update(1)
@@ -84,7 +84,10 @@ def _read_settings(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "config.json"
     if not path.is_file():
         raise KdcacheError(f"{checkpoint} holds no config.json; give the folder of a TinyLLaVA checkpoint")
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise KdcacheError(f"{path} is not valid JSON: {error}; get it anew") from error
     if (checkpoint / "adapter_config.json").is_file():
         raise KdcacheError(f"{checkpoint} is an adapter (LoRA); merge it into its base model first")
     if settings.get("connector_type") != "mlp2x_gelu":

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig
 
 from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.progress import Progress
-from models.folder import load_processor
+from models.folder import load_config, load_processor
 from models.pixels import with_table
 from models.tokens import image_token_id_of, pad_token_id_of
 from pipeline.fingerprint import fingerprint_of, read_assets
@@ -145,7 +144,7 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
         require_bitsandbytes(config.quantization)
     processor = load_processor(config.teacher, "teacher")
     template = load_template(processor, config.template)
-    teacher_config = AutoConfig.from_pretrained(config.teacher, local_files_only=True)
+    teacher_config = load_config(config.teacher, "teacher")
     dataset = open_dataset(config.data, progress)
     rows = min(len(dataset), config.limit or len(dataset))
     first_images = dataset.first_images[:rows]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,8 +23,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, first_line
 from cache_schema.format.cache import Cache, open_cache
+from cache_schema.output import require_folder
+from models.folder import LOAD_ERRORS
 from models.parts import part_of
 from student.folder import save_folder
 from student.settings import NewStudentConfig
@@ -42,8 +44,7 @@ def new_student(config: NewStudentConfig) -> dict[str, Any]:
     cover the tokenizer.
     """
     out, like = config.out, config.like
-    if out.exists() and any(out.iterdir()):
-        raise KdcacheError(f"{out} is not empty; choose another --out or remove it")
+    require_folder(out, new=True)
     tower = _load_tower(config.vision_tower)
     language = _load(AutoModelForCausalLM, config.language_model, "a causal language model")
     has_cls = "clip" in tower.config.model_type and "siglip" not in tower.config.model_type
@@ -107,11 +108,14 @@ def _load_tower(folder: Path) -> Any:
     wanted = {_TOWER_KEY.sub("", name): name for name in tower.state_dict()}
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                bare = _TOWER_KEY.sub("", key)
-                if "vision_" in key and bare in wanted:
-                    found[wanted[bare]] = opened.get_tensor(key)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    bare = _TOWER_KEY.sub("", key)
+                    if "vision_" in key and bare in wanted:
+                        found[wanted[bare]] = opened.get_tensor(key)
+        except SafetensorError as error:
+            raise KdcacheError(f"{file} cannot be read: {first_line(error)}; get it anew") from error
     missing = sorted(set(wanted.values()) - set(found))
     if missing:
         raise KdcacheError(
@@ -127,7 +131,7 @@ def _load(kind: Any, folder: Path, what: str) -> Any:
         raise KdcacheError(f"{folder} is not {what}: it has no config.json")
     try:
         return kind.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise KdcacheError(f"{folder} is not {what}: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -20,11 +20,13 @@ from cache_schema.datasets.images import open_image, unpack_embedded
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.cache import open_cache
+from cache_schema.output import require_folder
 from cache_schema.progress import Progress, task
 from models.device import choose_device
 from models.folder import load_model, load_processor
 from models.tokens import adds_special_tokens
 from student.answers import Answered, score
+from student.folder import write_text
 from student.heldout import held_out, measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
@@ -46,6 +48,8 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     """Scores (`student.answers.score`), rows that could not be used (`skipped`), seconds; `teacher`: the
     means of `measure_cache` when a cache is given. The same on every run with the same device and batch."""
     started = time.perf_counter()
+    if config.predictions is not None:
+        require_folder(config.predictions.parent, new=False)
     device = torch.device(choose_device(config.device))
     processor = load_processor(config.model)
     # On a CPU float32 is fastest, whatever dtype the weights are saved in.
@@ -261,8 +265,8 @@ def _distance(
 
 
 def _write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for question, answer in zip(questions, answers, strict=True):
-            line = {"row": question.row, "kind": question.kind, "references": list(question.references)}
-            file.write(json.dumps({**line, "prediction": answer}, ensure_ascii=False) + "\n")
+    lines = []
+    for question, answer in zip(questions, answers, strict=True):
+        line = {"row": question.row, "kind": question.kind, "references": list(question.references)}
+        lines.append(json.dumps({**line, "prediction": answer}, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))

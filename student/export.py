@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from cache_schema.errors import KdcacheError
+from cache_schema.output import require_folder
 from cache_schema.progress import Progress, task
 from cache_schema.version import VERSION
 from models.folder import load_model, load_processor
@@ -26,8 +27,7 @@ def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -
     """
     run = _run_of(model)
     folder = model if run is None else run / "model"
-    if out.exists() and any(out.iterdir()):
-        raise KdcacheError(f"{out} is not empty; choose another --out or remove it")
+    require_folder(out, new=True)
     with task(progress, "exporting"):
         loaded = load_model(folder, "auto" if dtype == "auto" else _dtype(dtype))
         processor = load_processor(folder)

@@ -16,6 +16,7 @@ from torch import Tensor
 from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.interrupt import Interrupt
+from cache_schema.output import require_folder
 from cache_schema.progress import Progress, task
 from student.checkpoint import Checkpoints, identity_of
 from student.checks import warn_of_cache
@@ -48,6 +49,7 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     """
     if config.cache is None:
         raise WrongUsage(f"stage {config.stage.name} has no cache to learn from: give --cache")
+    require_folder(config.out, new=False)
     cache = open_cache(config.cache)
     identity = identity_of(config, cache)
     done = finished(config.out, identity)

@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import cli
 from cache_schema.format.cache import open_cache
+from cache_schema.version import VERSION
 from tests.tiny_models import tiny_dataset, tiny_llava, write_png
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,3 +244,102 @@ def test_settings_that_cannot_be_are_wrong_usage(world, tmp_path, words, said, c
     assert err == f"error: {err[7:].strip()}\n"
     assert said in err
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--learning-rate", "-1"), "learning_rate must be positive, not -1.0"),
+        (("--learning-rate", "nan"), "learning_rate must be a finite number, not nan"),
+        (("--epochs", "0"), "epochs must be positive, not 0.0"),
+        (("--workers", "-1"), "workers must be at least 0, not -1"),
+        (("--eval-every", "-1"), "eval_every must be at least 0, not -1"),
+        (("--save-every", "-3"), "save_every must be at least 0, not -3"),
+        (("--early-stop", "0"), "early_stop must be at least 1, not 0"),
+        (("--precision", "fp8"), "precision must be one of fp32, bf16, fp16, not 'fp8'"),
+        (("--micro-batch", "two"), "'--micro-batch'"),
+        (("--targets", "sound"), "targets must be some of"),
+        (("--image-root", "sft=other"), "without its name"),
+        (("--no-such-option",), "--no-such-option"),
+    ],
+)
+def test_settings_of_training_that_cannot_be_are_wrong_usage(tmp_path, words, said, capsys):
+    known = ("--student", "s", "--cache", "c", "--image-root", "i", "--out", tmp_path / "run")
+    code, out, err = run("train", "--stage", "sft", *known, *words, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err == f"error: {err[7:].strip()}\n"
+    assert said in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo", "--seeds", "0"),
+        ("inspect", "c", "--samples", "0"),
+        ("diff", "a", "b", "--kl-bound", "nan"),
+        ("new-student", "--vision-tower", "v", "--language-model", "l", "--out", "o", "--seed", "-1"),
+        ("evaluate", "--model", "m", "--data", "d", "--image-root", "i", "--limit", "0"),
+    ],
+)
+def test_every_command_refuses_settings_out_of_range(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments, capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{arguments[-2][2:].replace('-', '_')} must be " in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_out_of_range_in_a_recipe_is_wrong_usage(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages: [{base: dpt, epochs: 0}]")
+    words = ("--student", "s", "--cache", "c", "--image-root", "i", "--out", tmp_path / "run")
+    code, _, err = run("train", "--recipe", recipe, *words, capsys=capsys)
+    assert code == 2
+    assert err == f"error: recipe {recipe}: stage dpt: epochs must be positive, not 0; correct the file\n"
+
+
+def test_a_fault_of_the_program_says_so_and_debug_shows_where(world, cache, monkeypatch, capsys):
+    """An error of a library is not the user's mistake."""
+
+    def broken(*_, **__):
+        raise ValueError("of a\nlibrary")
+
+    monkeypatch.setattr("cache_schema.operations.summary.summarise", broken)
+    code, out, err = run("inspect", cache, capsys=capsys)
+    assert (code, out) == (1, "")
+    fault = "an internal error of kdcache (ValueError: of a library)"
+    assert err == f"error: {fault}; --debug shows the traceback\n"
+    with pytest.raises(ValueError, match="of a"):
+        run("inspect", cache, "--debug", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "--model", "MODEL", "--out", "FILE"), "is not a folder that can be written to"),
+        (("export", "--model", "BROKEN", "--out", "new"), "cannot load the model in"),
+        (("verify", "nothing://cache"), "Protocol not known"),
+        (
+            ("new-student", "--vision-tower", "BROKEN", "--language-model", "MODEL", "--out", "new"),
+            "get it anew",
+        ),
+        (("demo", "--out", "FILE"), "is not a folder that can be written to"),
+    ],
+)
+def test_errors_of_libraries_are_told_where_they_arise(world, arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("a file")
+    (tmp_path / "MODEL").symlink_to(world.teacher)
+    shutil.copytree(world.teacher, tmp_path / "BROKEN")
+    (tmp_path / "BROKEN" / "model.safetensors").write_bytes(b"cut")
+    code, out, err = run(*arguments, capsys=capsys)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert (code, out, len(errors)) == (1, "", 1)
+    assert said in errors[0]
+    assert "internal error" not in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_version(capsys):
+    assert run("--version", capsys=capsys) == (0, f"kdcache {VERSION}\n", "")

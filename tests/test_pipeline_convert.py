@@ -205,7 +205,7 @@ def test_what_cannot_be_converted_is_said(tmp_path: Path) -> None:
 
     refused("resampler", connector_type="resampler")
     refused("dinov2", vision_config={"model_type": "dinov2"})
-    refused("nothing usable of its vision_tower", vision_config=None)
+    refused("does not describe its vision_tower", vision_config=None)
     refused("anyres", image_aspect_ratio="anyres")
     connector = torch.load(source / "connector" / "pytorch_model.bin", weights_only=True)
     torch.save(

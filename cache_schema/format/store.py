@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import fsspec
 
+from cache_schema.errors import KdcacheError, first_line
+
 RANGE_BYTES = 8 << 20
 """Objects above this size are read as several ranges at once."""
 
@@ -176,7 +178,10 @@ class ObjectStore:
 
     def __init__(self, url: str, storage_options: dict[str, Any]) -> None:
         self.url = url.rstrip("/")
-        self._fs, root = fsspec.core.url_to_fs(self.url, **storage_options)
+        try:
+            self._fs, root = fsspec.core.url_to_fs(self.url, **storage_options)
+        except (ValueError, ImportError) as error:
+            raise KdcacheError(f"{url}: {first_line(error)}; give a folder or an fsspec URL") from error
         self._root = root.rstrip("/")
 
     def read(self, path: str) -> bytes:

@@ -18,6 +18,7 @@ from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.records import Relation, Sample
 from cache_schema.format.spec import KINDS, Kind, TargetSpec
 from cache_schema.operations.scores import scores_of
+from cache_schema.output import require_folder
 from cache_schema.progress import Progress, Silent, task
 
 ROWS = 64
@@ -41,8 +42,7 @@ def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[st
     """
     progress = progress or Silent()
     source = open_cache(cache)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise KdcacheError(f"{out}: exists and is not empty; give a new folder")
+    require_folder(out, new=True)
     part = out.parent / f".{out.name}.part"
     told = json.dumps({"spec": source.spec.to_json(), "dataset": source.manifest.dataset})
     files = 0
