@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError, WrongUsage
@@ -148,6 +147,8 @@ def read_head(folder: Path, config: Any, *, vocab_size: int, dtype: torch.dtype,
 
     config: the whole model's, of transformers. KdcacheError where there is no such weight, or more than one.
     """
+    from safetensors import safe_open
+
     places: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as opened:

@@ -107,8 +107,11 @@ class DistilledStudent(nn.Module):
         """The loss of a micro-batch: inputs as `Batch.inputs`, labels (B, T), counts of the global batch."""
         with self._stopwatch.lap("forward"):
             hidden = self.hidden_states(inputs)  # (B, T, D)
+        compute = _autocast_dtype(hidden.device)
         with self._stopwatch.lap("loss"), _full_precision(hidden.device):
-            parts = self.loss(hidden, labels, targets, self.head, denominators, world_size=world_size)
+            parts = self.loss(
+                hidden, labels, targets, self.head, denominators, world_size=world_size, compute=compute
+            )
             if torch.is_grad_enabled() and ("pixel_values" not in inputs or not parts.total.requires_grad):
                 parts = self._touch(parts, hidden)
         return parts
@@ -121,8 +124,9 @@ class DistilledStudent(nn.Module):
         top-1 agreement with the teacher."""
         hidden = self.hidden_states(inputs)
         targets = targets or DistillationTargets()
+        compute = _autocast_dtype(hidden.device)
         with _full_precision(hidden.device):
-            parts = self.measure_loss(hidden, labels, targets, self.head, _SUMS)
+            parts = self.measure_loss(hidden, labels, targets, self.head, _SUMS, compute=compute)
             rows = hidden.reshape(-1, hidden.shape[-1])
             response, visual = (
                 torch.zeros((), device=hidden.device)
@@ -188,6 +192,11 @@ class DistilledStudent(nn.Module):
 def unsharded(tensor: Tensor) -> Tensor:
     """The full tensor of one that FSDP has spread over the ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _full_precision(device: torch.device) -> Any:

@@ -174,6 +174,31 @@ def objective_twin(
     return parts
 
 
+def imitate_wide_products(monkeypatch: Any) -> list[int]:
+    """Makes this CPU take bfloat16 factors into float32 products, as CUDA does. Returns a list that grows by
+    the multiplications of each."""
+    products: list[int] = []
+    exact = {name: getattr(torch, name) for name in ("mm", "bmm", "addmm")}
+
+    def wide(name: str) -> Any:
+        def product(*factors: Tensor, out_dtype: Any = None, out: Tensor | None = None) -> Tensor:
+            if out_dtype is None:
+                return exact[name](*factors, out=out)
+            left, right = factors[-2:]
+            assert left.dtype == right.dtype == torch.bfloat16
+            assert out_dtype == torch.float32
+            products.append(left.numel() * right.shape[-1])
+            made = exact[name](*factors[:-2], left.float(), right.float())
+            return made if out is None else out.copy_(made)
+
+        return product
+
+    for name in exact:
+        monkeypatch.setattr(torch, name, wide(name))
+    monkeypatch.setattr("student.losses.products.multiplies_wide", lambda device: True)
+    return products
+
+
 class Operations(TorchDispatchMode):
     """Counts the multiplications of matrix products, and notes the elements of the largest tensor made."""
 
@@ -185,9 +210,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
-            left, right = args[:2] if name == "aten::mm" else args[1:3]
-            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        if name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_"):
+            left, right = args[:2] if name in ("aten::mm", "aten::bmm") else args[1:3]
+            self.multiplications += left.numel() * right.shape[-1]
         if isinstance(result, Tensor) and not func.is_view:
             self.largest = max(self.largest, result.numel())
         return result

@@ -14,6 +14,7 @@ from tests.dense_twins import (
     Operations,
     dense_kl,
     dense_logits,
+    imitate_wide_products,
     relation_twin,
     sparse_kl_twin,
     sparse_record,
@@ -436,15 +437,7 @@ def test_bfloat16_sums_in_float32(monkeypatch, trained):
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_devices_that_multiply_bfloat16_into_float32(monkeypatch, trained, weight_dtype):
     """What is done on CUDA, with its product imitated: no GPU here."""
-    products = []
-
-    def wide_mm(left, right, *, out_dtype):
-        assert left.dtype == right.dtype == torch.bfloat16
-        products.append(left.shape[0] * left.shape[1] * right.shape[1])
-        return (left.float() @ right.float()).to(out_dtype)
-
-    monkeypatch.setattr("student.losses.products.multiplies_wide", lambda device: True)
-    monkeypatch.setattr(torch, "mm", wide_mm)
+    products = imitate_wide_products(monkeypatch)
     n, d, v = 40, 64, 500
     *leaves, teacher = problem(n, d, v, seed=2)
     hidden = (leaves[0] * 2).detach().bfloat16().requires_grad_()

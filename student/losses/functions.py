@@ -17,7 +17,7 @@ from torch import Tensor
 from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
 from student.loss_weights import Tail
-from student.losses.fused import MEMORY_BUDGET, fused_losses
+from student.losses.fused import fused_losses
 from student.losses.positions import plan
 from student.losses.products import wide_dtype
 from student.losses.records import entries_of, no_entries
@@ -36,7 +36,7 @@ def sparse_kl(
     bias: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """sum_n w_n T^2 KL(p_n || q_n), p the teacher at N positions as a sparse record, q the student.
 
@@ -88,7 +88,7 @@ def cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """-sum_n w_n log softmax(logits_n)[labels_n] over the N positions whose label is not -100.
 
@@ -127,7 +127,7 @@ def relation_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """1 - cos(R_s, R_t) = 1 - <R_s, R_t> / (|R_s| |R_t|), R_s = Z Z^T, Z (N, V) the raw logits of an image,
     without padding.

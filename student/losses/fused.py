@@ -13,8 +13,15 @@ from student.losses.positions import PositionWork, run_positions
 from student.losses.products import Gradients, HeadProducts
 from student.losses.relation import RelationWork, run_relations
 
-MEMORY_BUDGET = 96 * 2**20
-"""Default bytes of logits, and of intermediate values, held at a time."""
+
+def memory_budget_of(device: torch.device) -> int:
+    """Bytes of logits, and of what is made from them, to hold at a time, unless told otherwise.
+
+    On a GPU every chunk reads and writes the head's float32 gradient, so that chunks must be large.
+    """
+    if device.type != "cuda":
+        return 96 * 2**20
+    return min(640 * 2**20, torch.cuda.get_device_properties(device).total_memory // 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,9 +41,12 @@ def fused_losses(
     *,
     positions: PositionWork | None = None,
     relations: RelationWork | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
+    compute: torch.dtype | None = None,
 ) -> Values:
     """The losses asked for at hidden (N, D). Gradients reach hidden and the head's weight and bias.
+
+    memory_budget: bytes of logits at a time; what suits the device when None. compute: as in `HeadProducts`.
 
     Gradients are formed in the forward pass, of what requires them, and scaled in the backward pass. Not
     supported: second derivatives (create_graph raises), forward-mode derivatives, gradients in the targets.
@@ -49,7 +59,15 @@ def fused_losses(
     )
     # The tensors are separate arguments, since autograd does not look into the head.
     total, kl, ce, relation = _FusedLosses.apply(
-        hidden, head.weight, head.bias, head, positions, relations, memory_budget, wanted
+        hidden,
+        head.weight,
+        head.bias,
+        head,
+        positions,
+        relations,
+        memory_budget_of(hidden.device) if memory_budget is None else memory_budget,
+        compute,
+        wanted,
     )
     return Values(total=total, kl=kl, ce=ce, relation=relation)
 
@@ -65,11 +83,12 @@ class _FusedLosses(torch.autograd.Function):
         positions: PositionWork | None,
         relations: RelationWork | None,
         memory_budget: int,
+        compute: torch.dtype | None,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Products choose their own precision: autocast would change it.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            products = HeadProducts(head, hidden.dtype)
+            products = HeadProducts(head, hidden.dtype, compute)
             gradients = Gradients(hidden, head, products, wanted)
             total = torch.zeros((), dtype=products.dtype, device=hidden.device)
             kl, ce, relation = total.new_zeros(1, 0), total.new_zeros(0), total.new_zeros(0)
@@ -100,7 +119,7 @@ class _FusedLosses(torch.autograd.Function):
                 scale = grad_total.to(gradient.dtype)
                 gradient = gradient * scale if keep else gradient.mul_(scale)
             scaled.append(gradient)
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import KINDS, Kind
 from models.head import Head
 from student.loss_weights import TERMS, LossWeights
-from student.losses.fused import MEMORY_BUDGET, fused_losses
+from student.losses.fused import fused_losses
 from student.losses.positions import plan
 from student.losses.products import wide_dtype
 from student.losses.records import Entries, entries_of, join, no_entries
@@ -60,7 +60,7 @@ class DistillationLoss:
     `LossWeights.reduction` says. All terms share one pass: a position's logits are made once.
     """
 
-    def __init__(self, weights: LossWeights, *, memory_budget: int = MEMORY_BUDGET) -> None:
+    def __init__(self, weights: LossWeights, *, memory_budget: int | None = None) -> None:
         self.weights = weights
         self.memory_budget = memory_budget
 
@@ -72,13 +72,15 @@ class DistillationLoss:
         head: Head,
         denominators: Denominators,
         world_size: int = 1,
+        compute: torch.dtype | None = None,
     ) -> LossParts:
         """The loss of hidden (B, T, D), labels (B, T), unshifted, of the batch that `denominators` counts.
 
         targets: of the B samples, on the device of hidden; None: there are none. A kind with weight that the
         targets lack contributes 0, as in a batch of text-only rows. The head must be used inside the forward
         of the module that DDP or FSDP wraps. ValueError: shapes that do not fit, a label that is not a token,
-        whatever `sparse_kl` refuses.
+        whatever `sparse_kl` refuses. compute: the dtype of the products' factors in a mixed-precision step,
+        whatever dtype hidden and head have; that of hidden when None.
         """
         if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
             shapes = f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
@@ -116,6 +118,7 @@ class DistillationLoss:
             positions=work,
             relations=RelationWork(images=images, weights=image_weights),
             memory_budget=self.memory_budget,
+            compute=compute,
         )
 
         ce = (ce_shares * values.ce[work.label_row]).sum()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -30,6 +32,32 @@ class PositionWork:
     label_row: Tensor
     temperature: float
     inside_only: bool
+
+    def stacked(self) -> tuple[Rows, Tensor]:
+        """The layers as rows (m,) one after the other, those above the first only where they ask something,
+        and the position (m,) of each."""
+        if len(self.layers) == 1:
+            return self.layers[0], self.positions
+        which = [(layer.weights != 0).nonzero()[:, 0] for layer in self.layers[1:]]
+        parts = [
+            self.layers[0],
+            *(layer.pick(index) for layer, index in zip(self.layers[1:], which, strict=True)),
+        ]
+        sources = [self.positions, *(self.positions[index] for index in which)]
+        return Rows.cat(parts), torch.cat(sources)
+
+    def unstacked(self, values: Tensor) -> Tensor:
+        """(layers, n) of values (m,) of `stacked`, 0 where nothing is asked."""
+        if len(self.layers) == 1:
+            return values[None]
+        count = len(self.positions)
+        table = values.new_zeros(len(self.layers), count)
+        table[0] = values[:count]
+        for layer, rows in enumerate(self.layers[1:], start=1):
+            index = (rows.weights != 0).nonzero()[:, 0]
+            table[layer, index] = values[count : count + len(index)]
+            count += len(index)
+        return table
 
 
 def plan(
@@ -96,6 +124,9 @@ def run_positions(
 
     memory_budget: bytes of logits and of what is made from them at a time; at least one position's.
     """
+    kernel = kernel_for(hidden.device, products.dtype)
+    if kernel is not None:
+        return _run_kernel(kernel, hidden, work, products, gradients, memory_budget)
     count, columns, dtype = len(work.positions), len(products.weight), products.dtype
     kl = torch.zeros((len(work.layers), count), dtype=dtype, device=hidden.device)
     ce = torch.zeros((count,), dtype=dtype, device=hidden.device)
@@ -128,6 +159,71 @@ def run_positions(
             if gradients.bias is not None:
                 gradients.bias[:columns] += grad.sum(dim=0)
     return kl, ce
+
+
+def kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`kernels.row_kernel` where Triton drives the device, for sums in float32."""
+    return _row_kernel() if device.type == "cuda" and dtype == torch.float32 else None
+
+
+@cache
+def _row_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    if find_spec("triton") is None:
+        return None
+    from student.losses.kernels import row_kernel
+
+    return row_kernel
+
+
+def _run_kernel(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    hidden: Tensor,
+    work: PositionWork,
+    products: HeadProducts,
+    gradients: Gradients,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor]:
+    """`run_positions` in six launches a chunk: products, one pass over the logits, and what gathers."""
+    count, (columns, width), dtype = len(work.positions), products.weight.shape, products.dtype
+    rows, sources = work.stacked()
+    kl = torch.zeros((len(work.layers), count), dtype=dtype, device=hidden.device)
+    values, ce = kl.new_zeros(len(sources)), kl.new_zeros(len(sources))
+    apart = work.temperature != 1.0
+    stride = -(-columns // 16) * 16
+    size = _chunk_rows(len(sources), 0, stride * dtype.itemsize, memory_budget)
+    buffer = torch.empty((min(size, len(sources)), stride), dtype=dtype, device=hidden.device)
+    # A row's gradient lies in the row's own memory, half as wide where the factors of products are.
+    slots = buffer.view(products.operand)
+    states = hidden.index_select(0, sources).to(products.operand)  # (n, D)
+    pulled = None if gradients.hidden is None else kl.new_empty(len(sources), width)
+    matrix = products.operand_matrix()
+    for start in range(0, len(sources), size):
+        chunk = slice(start, min(start + size, len(sources)))
+        logits = products.product(states[chunk], matrix.t(), buffer[: chunk.stop - start, :columns])
+        grads = slots[: chunk.stop - start, :columns] if gradients.wanted else None
+        values[chunk], ce[chunk] = kernel(
+            logits,
+            rows.pick(chunk),
+            grads=grads,
+            tokens=products.columns,
+            temperature=work.temperature,
+            inside_only=work.inside_only,
+            apart=apart,
+            bias=products.bias,
+            scale=products.logit_scale,
+            softcap=products.softcap,
+        )
+        if grads is None:
+            continue
+        if pulled is not None:
+            products.product(grads, matrix, pulled[chunk])
+        if gradients.weight is not None:
+            gradients.weight.add(slice(0, columns), grads.t(), states[chunk])
+        if gradients.bias is not None:
+            gradients.bias += grads.sum(dim=0, dtype=dtype)
+    if gradients.hidden is not None and pulled is not None:
+        gradients.hidden.index_add_(0, sources, pulled)
+    return work.unstacked(values), ce[:count]
 
 
 def _chunk_rows(count: int, copies: int, row_bytes: int, memory_budget: int) -> int:

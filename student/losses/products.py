@@ -25,48 +25,74 @@ def multiplies_wide(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def multiply_wide(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left (a, b) right (b, c) of bfloat16, in float32."""
+    if out is None:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (a, c) += left (a, b) right (b, c); a float32 total takes bfloat16 factors on CUDA."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
 class HeadProducts:
     """The products that the losses need of one head with matrix (V, D).
 
     columns: how many of its V rows are tokens; the rest are padding. dtype: float64 when hidden states or
-    matrix are float64, else float32: of all sums and results. operand: what factors are brought to before
-    they are multiplied: bfloat16 when the hidden states are bfloat16 and the device multiplies it into
-    float32 (CUDA), else `dtype`.
+    matrix are float64, else float32: of all sums and results. compute: the dtype of a mixed-precision step;
+    that of the hidden states when None. operand: what factors are brought to before they are multiplied:
+    bfloat16 when `compute` is and the device multiplies it into float32 (CUDA), else `dtype`.
     """
 
-    def __init__(self, head: Head, hidden_dtype: torch.dtype) -> None:
+    def __init__(self, head: Head, hidden_dtype: torch.dtype, compute: torch.dtype | None = None) -> None:
         self.columns = head.columns
         self.weight = head.weight.detach()
         self.dtype = wide_dtype(hidden_dtype, self.weight.dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.narrow = hidden_dtype == self.weight.dtype == torch.bfloat16
-        low = hidden_dtype == torch.bfloat16 and self.dtype == torch.float32
+        low = (compute or hidden_dtype) == torch.bfloat16 and self.dtype == torch.float32
         self.operand = torch.bfloat16 if low and multiplies_wide(self.weight.device) else self.dtype
+        if self.operand == torch.bfloat16:
+            self.weight = self.weight.to(torch.bfloat16)  # once, not block by block
 
     def blocks(self, end: int, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Row ranges of the matrix up to `end`, of at most `most` rows, and those rows (v, D) as operand."""
-        rows = min(block_rows(self.weight, self.operand.itemsize), most or end)
+        whole = self.weight.device.type != "cpu" and self.weight.dtype == self.operand
+        rows = min(end if whole else block_rows(self.weight, self.operand.itemsize), most or end)
         for start in range(0, end, rows):
             block = slice(start, min(start + rows, end))
             yield block, self.weight[block].to(self.operand)
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left (a, b) right (b, c) in `dtype`."""
+    def operand_matrix(self) -> Tensor:
+        """All rows of the matrix (V, D) as operand."""
+        return self.weight.to(self.operand)
+
+    def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """left (a, b) right (b, c) in `dtype`, in `out` where given."""
         left, right = left.to(self.operand), right.to(self.operand)
         if self.operand == self.dtype:
-            return left @ right
-        return torch.mm(left, right, out_dtype=self.dtype)
+            return torch.mm(left, right, out=out)
+        return multiply_wide(left, right, out)
+
+    def batched(self, left: Tensor, right: Tensor) -> Tensor:
+        """left (I, a, b) right (I, b, c) in `dtype`."""
+        left, right = left.to(self.operand), right.to(self.operand)
+        if self.operand == self.dtype:
+            return torch.bmm(left, right)
+        return torch.bmm(left, right, out_dtype=self.dtype)
 
     def logits(self, hidden: Tensor, block: slice, matrix: Tensor, out: Tensor) -> Tensor | None:
         """out (n, v) = the logits of hidden (n, D) in one of `blocks`.
 
         Returns their slope (n, v) in hidden matrix^T + bias where the head is not linear.
         """
-        if self.operand == self.dtype:
-            torch.mm(hidden, matrix.t(), out=out)
-        else:
-            out.copy_(self.product(hidden, matrix.t()))
+        self.product(hidden, matrix.t(), out)
         if self.bias is not None:
             out += self.bias[block]
         if self.logit_scale != 1.0:
@@ -104,9 +130,11 @@ class HeadProducts:
         width = self.weight.shape[1]
         size = width + (self.bias is not None)
         gram = torch.zeros((size, size), dtype=self.dtype, device=self.weight.device)
+        # Panels save half of the work, and cost launches.
+        step = _PANEL if self.weight.device.type == "cpu" else width
         for block, matrix in self.blocks(self.columns):
-            for start in range(0, width, _PANEL):
-                panel = slice(start, min(start + _PANEL, width))
+            for start in range(0, width, step):
+                panel = slice(start, min(start + step, width))
                 gram[panel, start:width] += self.product(matrix[:, panel].t(), matrix[:, start:])
             if self.bias is not None:
                 gram[:width, width] += matrix.to(self.dtype).t() @ self.bias[block]
@@ -138,10 +166,7 @@ class WeightGradient:
             first, last = max(rows.start, begin), min(rows.stop, begin + self._size)
             total = self._pieces[number][first - begin : last - begin]
             factor = left[first - rows.start : last - rows.start]
-            if self._products.operand == factor.dtype == right.dtype == total.dtype:
-                total.addmm_(factor, right)
-            else:
-                total += self._products.product(factor, right)
+            add_product(total, factor.to(self._products.operand), right.to(self._products.operand))
 
     def result(self) -> Tensor:
         """The gradient, in the dtype of the matrix. The last call to make."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from models.head import Head
-from student.losses.products import Gradients, HeadProducts
+from student.losses.products import Gradients, HeadProducts, add_product
 from student.losses.targets import RelationTargets
 
 
@@ -70,18 +70,20 @@ def _frozen(head: Head) -> bool:
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cos of two (P, P) matrices, and its gradient (P, P) in the first.
+    """1 - cos (I,) of matrices (I, P, P), and its gradient (I, P, P) in the first.
 
     As half the squared distance of the normalised matrices: 1 - cos as such has no digits left under 1e-7.
     A matrix of zeros has cosine 0 with everything, and no gradient.
     """
-    norm, other = torch.linalg.vector_norm(student), torch.linalg.vector_norm(teacher)
+    norm = torch.linalg.vector_norm(student, dim=(1, 2), keepdim=True)
+    other = torch.linalg.vector_norm(teacher, dim=(1, 2), keepdim=True)
     defined = (norm > 0) & (other > 0)
     unit = student / torch.where(defined, norm, 1.0)
     difference = unit - teacher / torch.where(defined, other, 1.0)
-    distance = torch.where(defined, difference.square().sum() / 2, 1.0)
+    half_square = difference.square().sum(dim=(1, 2), keepdim=True) / 2
+    distance = torch.where(defined, half_square, 1.0)
     gradient = torch.where(defined, (difference - distance * unit) / norm, 0.0)
-    return distance, gradient
+    return distance[:, 0, 0], gradient
 
 
 def run_relations(
@@ -94,46 +96,102 @@ def run_relations(
 ) -> Tensor:
     """The loss (I,) of each image of `work` at hidden (N, D); adds the weighted gradients to `gradients`."""
     values = torch.zeros(len(work.images), dtype=products.dtype, device=hidden.device)
-    gram = moment = None
-    if takes_gram(head, [len(image.positions) for image in work.images], gradients):
+    lengths = [len(image.positions) for image in work.images]
+    if takes_gram(head, lengths, gradients):
         gram = gram_of(head, products)
         moment = torch.zeros_like(gram)
+        for group in groups_of(lengths, memory_budget // (8 * products.dtype.itemsize)):
+            images = [work.images[number] for number in group]
+            weights = values.new_tensor([work.weights[number] for number in group])
+            found = _through_gram(hidden, images, weights, gram, moment, products, gradients)
+            values.index_copy_(0, torch.tensor(group, device=values.device), found)
+        _add_head_gradients(moment, products, gradients)
+        return values
     for number, (image, weight) in enumerate(zip(work.images, work.weights, strict=True)):
         states = hidden.index_select(0, image.positions).to(products.dtype)  # (P, D)
-        teacher = _teacher_gram(image).to(products.dtype)
-        if gram is None or moment is None:
-            values[number], pulled = _through_logits(
-                states, teacher, weight, products, gradients, memory_budget
-            )
-        else:
-            values[number], pulled = _through_gram(states, teacher, weight, gram, moment)
+        teacher = _teacher_grams([image], lengths[number], products.dtype)[0]
+        values[number], pulled = _through_logits(states, teacher, weight, products, gradients, memory_budget)
         if gradients.hidden is not None and pulled is not None:
             gradients.hidden.index_add_(0, image.positions, pulled)
-    if moment is not None:
-        _add_head_gradients(moment, products, gradients)
     return values
 
 
-def _teacher_gram(image: RelationTargets) -> Tensor:
-    if image.gram is not None:
-        return image.gram
-    assert image.factor is not None
-    factor = image.factor.float() if image.factor.dtype.itemsize < 4 else image.factor
-    return factor @ factor.t()
+def groups_of(lengths: list[int], elements: int) -> list[list[int]]:
+    """The images of P tokens each in groups to be padded to their longest: at most a quarter longer than
+    their shortest, and P P of them all together at most `elements`; at least one image each."""
+    groups: list[list[int]] = []
+    longest = 0
+    for number in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        room = elements // max(1, longest**2)
+        if not groups or len(groups[-1]) >= room or 4 * longest > 5 * lengths[number]:
+            groups.append([])
+            longest = lengths[number]
+        groups[-1].append(number)
+    return groups
+
+
+def _padded(tensors: list[Tensor], length: int) -> Tensor:
+    """(I, length, ...) of tensors (P, ...): zeros follow, also in a second dimension of unequal sizes."""
+    if all(tensor.shape == tensors[0].shape and len(tensor) == length for tensor in tensors):
+        return torch.stack(tensors)
+    width = max(tensor.shape[1] for tensor in tensors) if tensors[0].dim() == 2 else 0
+    table = tensors[0].new_zeros(len(tensors), length, *([width] if width else []))
+    for row, tensor in zip(table, tensors, strict=True):
+        row[tuple(slice(size) for size in tensor.shape)] = tensor
+    return table
+
+
+def _teacher_grams(images: list[RelationTargets], length: int, dtype: torch.dtype) -> Tensor:
+    """R (I, P, P) of images filled up with zeros to `length` tokens."""
+    if all(image.factor is not None for image in images):
+        factors = _padded([image.factor for image in images if image.factor is not None], length)
+        factors = factors.float() if factors.dtype.itemsize < 4 else factors
+        return torch.bmm(factors, factors.transpose(1, 2)).to(dtype)
+    grams = [
+        _teacher_grams([image], len(image.positions), dtype)[0]
+        if image.gram is None
+        else image.gram.to(dtype)
+        for image in images
+    ]
+    table = grams[0].new_zeros(len(grams), length, length)
+    for square, gram in zip(table, grams, strict=True):
+        square[: len(gram), : len(gram)] = gram
+    return table
 
 
 def _through_gram(
-    states: Tensor, teacher: Tensor, weight: float, gram: Tensor, moment: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loss, and the weighted gradient (P, D) in hidden; adds 2 H~^T dR H~ to `moment`."""
-    width = states.shape[1]
+    hidden: Tensor,
+    images: list[RelationTargets],
+    weights: Tensor,
+    gram: Tensor,
+    moment: Tensor,
+    products: HeadProducts,
+    gradients: Gradients,
+) -> Tensor:
+    """The loss (I,) of the images; adds its weighted gradient in hidden, and 2 H~^T dR H~ to `moment`."""
+    count, width = len(images), hidden.shape[1]
+    length = max(len(image.positions) for image in images)
+    places = _padded([image.positions for image in images], length).flatten()
+    states = hidden.index_select(0, places).to(products.operand)  # (I P, D)
     if len(gram) > width:
         states = torch.cat([states, states.new_ones(len(states), 1)], dim=1)  # H~
-    pushed = states @ gram
-    value, slope = cosine_distance(pushed @ states.t(), teacher)
-    slope = 2.0 * weight * slope
-    moment.addmm_(states.t(), slope @ states)
-    return value, (slope @ pushed)[:, :width]
+    if any(len(image.positions) < length for image in images):
+        real = _padded([torch.ones_like(image.positions) for image in images], length).flatten()
+        states *= real[:, None]  # what fills up counts as zeros
+    stack = states.unflatten(0, (count, length))
+    pushed = products.product(states, gram).to(products.operand).unflatten(0, (count, length))
+    values, slopes = cosine_distance(
+        products.batched(pushed, stack.transpose(1, 2)), _teacher_grams(images, length, products.dtype)
+    )
+    if not gradients.wanted:
+        return values
+    slopes = (slopes * (2.0 * weights[:, None, None])).to(products.operand)
+    if gradients.weight is not None or gradients.bias is not None:
+        add_product(moment, states.t(), products.batched(slopes, stack).flatten(0, 1).to(products.operand))
+    if gradients.hidden is not None:
+        pulled = products.batched(slopes, pushed).flatten(0, 1)[:, :width]
+        gradients.hidden.index_add_(0, places, pulled)
+    return values
 
 
 def _add_head_gradients(moment: Tensor, products: HeadProducts, gradients: Gradients) -> None:
@@ -166,7 +224,8 @@ def _through_logits(
         logits = states.new_empty(len(states), len(matrix))
         products.logits(states, block, matrix, logits)
         gram.addmm_(logits, logits.t())
-    value, slope = cosine_distance(gram, teacher)
+    values, slopes = cosine_distance(gram[None], teacher[None])
+    value, slope = values[0], slopes[0]
     if not gradients.wanted:
         return value, None
     pulled = torch.zeros_like(states)

@@ -33,6 +33,21 @@ class Rows:
             label_weights=self.label_weights[index],
         )
 
+    @classmethod
+    def cat(cls, parts: list[Rows]) -> Rows:
+        """Rows one after the other."""
+        entries = Entries(
+            ids=torch.cat([rows.entries.ids for rows in parts]),
+            logprobs=torch.cat([rows.entries.logprobs for rows in parts]),
+            log_tail=torch.cat([rows.entries.log_tail for rows in parts]),
+        )
+        return cls(
+            entries=entries,
+            weights=torch.cat([rows.weights for rows in parts]),
+            labels=torch.cat([rows.labels for rows in parts]),
+            label_weights=torch.cat([rows.label_weights for rows in parts]),
+        )
+
     def split(self, columns: int) -> tuple[Rows, Rows]:
         """The KL alone, and the cross entropy alone. columns: V, with padding."""
         count = len(self.labels)

@@ -1,0 +1,151 @@
+"""The Triton kernel against the torch code: on a GPU where there is one, else in Triton's interpreter."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from student.losses import Denominators, DistillationLoss, Head
+from student.losses.records import Entries
+from student.losses.rows import Rows, row_losses
+from tests.dense_twins import imitate_wide_products
+from tests.distillation_batches import LENGTH, V, collate
+from tests.test_losses_objective import ALL, batch
+
+kernels = pytest.importorskip("student.losses.kernels", reason="Triton has no package for this system")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NARROW = {"rounds": 1.02, "truncates": 2.1}["rounds" if DEVICE == "cuda" else "truncates"]
+"""The error of a bfloat16 result over that of rounding to nearest: the interpreter cuts bits off."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet_interpreter():
+    with np.errstate(all="ignore"):
+        yield
+
+
+def rows_and_products(n, v, e, tokens, seed=0):
+    """Products (n, v) and what is asked of them, with a blank, a weight and a label left out."""
+    generator = torch.Generator().manual_seed(seed)
+    products = torch.randn(n, v, generator=generator) * 3
+    ids = torch.rand(n, tokens, generator=generator).argsort(1)[:, :e].contiguous()
+    logprobs = torch.randn(n, e, generator=generator).log_softmax(1) - 0.2
+    ids[0, -1], logprobs[0, -1] = v, -math.inf
+    labels = torch.randint(tokens, (n,), generator=generator)
+    weights, label_weights = torch.rand(2, n, generator=generator).unbind()
+    labels[2], labels[3] = ids[2, 0], v
+    weights[1], label_weights[3] = 0, 0
+    log_tail = torch.full((n,), math.log(1 - math.exp(-0.2)))
+    entries = Entries(ids=ids, logprobs=logprobs, log_tail=log_tail)
+    return products, Rows(entries=entries, weights=weights, labels=labels, label_weights=label_weights)
+
+
+def on(device, rows, dtype):
+    entries = rows.entries
+    return Rows(
+        entries=Entries(
+            ids=entries.ids.to(device),
+            logprobs=entries.logprobs.to(device, dtype),
+            log_tail=entries.log_tail.to(device, dtype),
+        ),
+        weights=rows.weights.to(device, dtype),
+        labels=rows.labels.to(device),
+        label_weights=rows.label_weights.to(device, dtype),
+    )
+
+
+@pytest.mark.parametrize("grads_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "bias and cap"])
+@pytest.mark.parametrize("tokens", [100, 93], ids=["tokens", "padded"])
+@pytest.mark.parametrize(("temperature", "inside_only"), itertools.product([1.0, 2.0], [False, True]))
+def test_the_kernel_is_row_losses(temperature, inside_only, tokens, form, grads_dtype):
+    n, v = 6, 100
+    products, rows = rows_and_products(n, v, 5, tokens)
+    bias, cap, scale = (None, None, 1.0) if form == "plain" else (torch.randn(v), 4.0, 0.7)
+    apart = temperature != 1.0
+
+    exact = (products.double() + (0 if bias is None else bias.double())) * scale
+    slope = torch.full_like(exact, scale)
+    if cap is not None:
+        exact = cap * torch.tanh(exact / cap)
+        slope = scale * (1 - (exact / cap).square())
+    exact = torch.cat([exact, torch.full((n, 1), -math.inf, dtype=torch.float64)], dim=1)
+    tempered = exact / temperature
+    kl_rows, ce_rows = on("cpu", rows, torch.float64).split(v)
+    options = {"tokens": tokens, "inside_only": inside_only}
+    _, ce = row_losses(exact, ce_rows, temperature=1.0, **options)
+    kl, _ = row_losses(tempered, kl_rows, temperature=temperature, **options)
+    true = (exact + tempered)[:, :v] * slope
+
+    buffer = torch.zeros(n, 112, device=DEVICE)
+    buffer[:, :v] = products
+    grads = buffer.view(grads_dtype)[:, :v]
+    ours_kl, ours_ce = kernels.row_kernel(
+        buffer[:, :v],
+        on(DEVICE, rows, torch.float32),
+        grads=grads,
+        temperature=temperature,
+        apart=apart,
+        bias=None if bias is None else bias.to(DEVICE),
+        scale=scale,
+        softcap=cap,
+        launch=kernels.Launch(block=32, warps=1, programs=1),
+        **options,
+    )
+    assert torch.allclose(ours_kl.cpu().double(), kl, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours_ce.cpu().double(), ce, rtol=1e-5, atol=1e-6)
+    error = (grads.cpu().double() - true).norm() / true.norm()
+    rounding = (true.bfloat16().double() - true).norm() / true.norm()
+    assert error < (1e-6 if grads_dtype == torch.float32 else NARROW * rounding)
+
+
+def test_a_pass_without_gradient_gives_the_same_values():
+    products, rows = rows_and_products(5, 70, 3, 64)
+    options = {"tokens": 64, "temperature": 2.0, "inside_only": False, "apart": True}
+    rows = on(DEVICE, rows, torch.float32)
+    found = [
+        kernels.row_kernel(logits, rows, grads=logits if wanted else None, **options)
+        for wanted in (True, False)
+        for logits in [products.to(DEVICE)]
+    ]
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def step(weights, head, *, dtype, compute=None, **kwargs):
+    hidden, labels, samples, weight, bias = batch(**kwargs)
+    leaves = [leaf.detach().to(DEVICE, dtype).requires_grad_() for leaf in (hidden, weight, bias)]
+    targets = collate(samples, LENGTH)
+    parts = DistillationLoss(weights, memory_budget=4000)(
+        leaves[0],
+        labels.to(DEVICE),
+        targets.to(DEVICE),
+        Head(weight=leaves[1], bias=leaves[2], vocab_size=V, **head),
+        Denominators.of(labels, targets),
+        compute=compute,
+    )
+    values = [parts.total, parts.ce, parts.response, parts.visual, parts.prompt, parts.relation]
+    gradients = torch.autograd.grad(parts.total, leaves)
+    return torch.stack(values).detach().cpu().double(), *(each.cpu().double() for each in gradients)
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 4.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "sampled"])
+def test_the_objective_through_the_kernel(monkeypatch, tail, head):
+    """Float32 to rounding; with bfloat16 factors at most 3 times as far off as the torch code's."""
+    weights = replace(ALL, tail=tail, temperature=2.0)
+    made = {"draws": 4 if tail == "sampled" else 0, "drawn_at": 2.0}
+    exact = step(weights, head, dtype=torch.float64, **made)
+    monkeypatch.setattr("student.losses.positions.kernel_for", lambda device, dtype: kernels.row_kernel)
+    for ours, true in zip(step(weights, head, dtype=torch.float32, **made), exact, strict=True):
+        assert (ours - true).norm() < 1e-6 * true.norm()
+    if DEVICE == "cpu":
+        imitate_wide_products(monkeypatch)
+    low = step(weights, head, dtype=torch.float32, compute=torch.bfloat16, **made)
+    monkeypatch.setattr("student.losses.positions.kernel_for", lambda device, dtype: None)
+    reference = step(weights, head, dtype=torch.float32, compute=torch.bfloat16, **made)
+    for ours, other, true in zip(low, reference, exact, strict=True):
+        assert 1e-5 * true.norm() < (ours - true).norm() < max(3 * (other - true).norm(), 8e-3 * true.norm())
