@@ -96,8 +96,10 @@ def micro_batch(samples: int) -> dict[str, Any]:
         for b in range(samples)
     )
     targets = DistillationTargets(
-        response=positions(LENGTH - RESPONSE - 1, RESPONSE),
-        visual=positions(begin, VISUAL),
+        positions={
+            "response": positions(LENGTH - RESPONSE - 1, RESPONSE),
+            "visual": positions(begin, VISUAL),
+        },
         relations=relations,
     )
     return {
@@ -199,9 +201,11 @@ def check_loss() -> list[str]:
     v, tokens, batch = min(V, 20_000), min(TOKENS, 19_800), micro_batch(1)
     weight = batch["weight"].detach()[:v].clone().requires_grad_()
     hidden, targets = batch["hidden"], batch["targets"]
-    for name in ("response", "visual"):
-        fresh = dict(zip(FIELDS, records(len(getattr(targets, name)), tokens, K, GPU), strict=True))
-        targets = replace(targets, **{name: replace(getattr(targets, name), **fresh)})
+    at = {
+        kind: replace(one, **dict(zip(FIELDS, records(len(one), tokens, K, GPU), strict=True)))
+        for kind, one in targets.positions.items()
+    }
+    targets = replace(targets, positions=at)
     labels = batch["labels"] % tokens
     labels[batch["labels"] < 0] = -100
 
@@ -209,7 +213,7 @@ def check_loss() -> list[str]:
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=cast is not None):
             z = h[0] @ w.t()
             loss = F.cross_entropy(z[:-1].to(torch.float64), labels[0, 1:])
-            for target in (targets.response, targets.visual):
+            for target in targets.positions.values():
                 log_q = z[target.positions].double().log_softmax(1)
                 p = target.logprobs.double().exp()
                 inside = (p * (target.logprobs - log_q.gather(1, target.token_ids))).sum(1)
@@ -243,7 +247,7 @@ def check_loss() -> list[str]:
 def floor_step(batch: dict[str, Any], low: Tensor, out: Tensor, total: Tensor) -> Callable[[], None]:
     """The products alone, in chunks of `out` (n, V) float32."""
     states = batch["hidden"].detach().reshape(-1, D).bfloat16()
-    count = len(batch["targets"].response) + len(batch["targets"].visual)
+    count = sum(len(target) for target in batch["targets"].positions.values())
     grads = out.view(torch.bfloat16)[:, :V]
 
     def step() -> None:
@@ -261,7 +265,7 @@ def floor_step(batch: dict[str, Any], low: Tensor, out: Tensor, total: Tensor) -
 def plain_floor(batch: dict[str, Any], low: Tensor) -> Callable[[], None]:
     """The same operations as bfloat16 products with bfloat16 results: no traffic of float32."""
     states = batch["hidden"].detach().reshape(-1, D).bfloat16()
-    count = len(batch["targets"].response) + len(batch["targets"].visual)
+    count = sum(len(target) for target in batch["targets"].positions.values())
 
     def step() -> None:
         logits = states[:count] @ low.t()
@@ -276,9 +280,8 @@ def dense_step(batch: dict[str, Any]) -> None:
     """One sample the dense way, the teacher's logits at hand."""
     teacher = batch.setdefault("teacher", torch.randn(VISUAL + RESPONSE, V, device=GPU, dtype=torch.bfloat16))
     batch["hidden"].grad = batch["weight"].grad = None
-    rows = torch.cat(
-        [batch["targets"].visual.positions[:VISUAL], batch["targets"].response.positions[:RESPONSE]]
-    )
+    at = batch["targets"].positions
+    rows = torch.cat([at["visual"].positions[:VISUAL], at["response"].positions[:RESPONSE]])
     with torch.autocast("cuda", dtype=torch.bfloat16):
         logits = batch["hidden"].reshape(-1, D)[rows] @ batch["weight"].t()
         loss = F.cross_entropy(logits[VISUAL:].float(), batch["labels"][0, LENGTH - RESPONSE :])

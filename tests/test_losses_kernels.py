@@ -133,7 +133,7 @@ def step(weights, head, *, dtype, compute=None, **kwargs):
         Denominators.of(labels, targets),
         compute=compute,
     )
-    values = [parts.total, parts.ce, parts.response, parts.visual, parts.prompt, parts.relation]
+    values = [parts.total, parts.ce, *parts.kl.values(), parts.relation]
     gradients = torch.autograd.grad(parts.total, leaves)
     return torch.stack(values).detach().cpu().double(), *(each.cpu().double() for each in gradients)
 
