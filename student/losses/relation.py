@@ -178,10 +178,11 @@ def _through_gram(
     if any(len(image.positions) < length for image in images):
         real = _padded([torch.ones_like(image.positions) for image in images], length).flatten()
         states *= real[:, None]  # what fills up counts as zeros
-    stack = states.unflatten(0, (count, length))
-    pushed = products.product(states, gram).to(products.operand).unflatten(0, (count, length))
+    stack, twice = (each.unflatten(0, (count, length)) for each in (states, _twice(states, products)))
+    pushed = products.product(twice.flatten(0, 1), _in_two(gram, 0, products)).unflatten(0, (count, length))
     values, slopes = cosine_distance(
-        products.batched(pushed, stack.transpose(1, 2)), _teacher_grams(images, length, products.dtype)
+        products.batched(_in_two(pushed, 2, products), twice.transpose(1, 2)),
+        _teacher_grams(images, length, products.dtype),
     )
     if not gradients.wanted:
         return values
@@ -192,6 +193,20 @@ def _through_gram(
         pulled = products.batched(slopes, pushed).flatten(0, 1)[:, :width]
         gradients.hidden.index_add_(0, places, pulled)
     return values
+
+
+def _in_two(values: Tensor, dim: int, products: HeadProducts) -> Tensor:
+    """`values` as a factor; one narrower than they are gets them in two parts, one after the other along
+    `dim`, whose sum has their digits. `_twice` is what meets it in a product."""
+    if products.operand == values.dtype:
+        return values
+    coarse = values.to(products.operand)
+    return torch.cat([coarse, (values - coarse).to(products.operand)], dim=dim)
+
+
+def _twice(states: Tensor, products: HeadProducts) -> Tensor:
+    """states (N, D) to multiply with `_in_two`."""
+    return states if products.operand == products.dtype else torch.cat([states, states], dim=1)
 
 
 def _add_head_gradients(moment: Tensor, products: HeadProducts, gradients: Gradients) -> None:
