@@ -16,22 +16,14 @@ from models.tokens import pad_token_id_of
 from student.checks import check_student
 from student.collate import Collator
 from student.loader import load_ahead
+from student.loss_weights import TERMS
 from student.losses import Denominators, LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.ranks import AddUp, summed
 from student.stream import Stream, StreamConfig
 
-_COUNTED_BY = {
-    "ce": "ce_tokens",
-    "response_kl": "response_tokens",
-    "visual_kl": "visual_tokens",
-    "prompt_kl": "prompt_tokens",
-    "relation": "images",
-    "response_top1": "response_tokens",
-    "visual_top1": "visual_tokens",
-}
-"""The sums over a cache, and the denominator of each."""
+_SUMS = (*TERMS, "response_top1", "visual_top1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +89,7 @@ def measure_cache(
         cache, config, micro_batch=micro_batch, targets=collator.targets, rank=rank, world_size=world_size
     )
     steps = stream.steps_per_epoch
-    sums = torch.zeros(len(_COUNTED_BY), dtype=torch.float64)
+    sums = torch.zeros(len(_SUMS), dtype=torch.float64)
     counts = Denominators()
     fault: Exception | None = None
     training = student.training
@@ -120,14 +112,16 @@ def measure_cache(
                 progress.update(step + 1)
     batches.close()
     student.train(training)
-    ours = {**dict(zip(_COUNTED_BY, sums.tolist(), strict=True)), **asdict(counts)}
+    ours = {**dict(zip(_SUMS, sums.tolist(), strict=True)), **asdict(counts)}
     total = summed({**ours, "failed": fault is not None}, add_up)
     if fault is not None:
         raise fault
     if total["failed"]:
         raise KdcacheError("another process of this run could not read its part of the held-out cache")
-    means = {name: total[name] / total[over] for name, over in _COUNTED_BY.items() if total[over]}
-    return {**means, "samples": total["samples"], "tokens": total["ce_tokens"]}
+    counts = Denominators(**{name: total[name] for name in asdict(counts)})
+    over = {**counts.by_term, "response_top1": counts.response_tokens, "visual_top1": counts.visual_tokens}
+    means = {name: total[name] / over[name] for name in _SUMS if over[name]}
+    return {**means, "samples": counts.samples, "tokens": counts.ce_tokens}
 
 
 def weighted(measured: dict[str, float], weights: LossWeights) -> float:
