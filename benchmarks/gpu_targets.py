@@ -1,6 +1,6 @@
 """What the targets of a batch cost on an accelerator, part by part, each checked against float64.
 
-    python -m benchmarks.gpu_targets [--images 18] [--device cuda] [--small]
+    python -m benchmarks.gpu_targets [--images 18] [--device cuda] [--small] [--json FILE]
 
 LLaVA-KD's shapes: 729 visual tokens and 130 others a sample, hidden 2,560, V = 151,936, K = 32, bfloat16.
 `rank 64`: hidden states whose Gram matrices have eigenvalues i^-2; `full`: random ones. Times are medians in
@@ -11,11 +11,13 @@ nothing on a machine without CUDA or ROCm, unless another device is named.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,11 +38,16 @@ BOUND = 1e-5
 
 
 class Bench:
-    """Times and checks; failures are collected."""
+    """Times and checks. values: what was shown, by section and name; failed: the checks that failed."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.failed: list[str] = []
+        self.values: dict[str, dict[str, float]] = {}
+
+    def section(self, name: str) -> None:
+        print(name)
+        self._section = self.values.setdefault(name, {})
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -59,12 +66,15 @@ class Bench:
         return 1e3 * statistics.median(done[1:]), 1e3 * statistics.median(launched[1:])
 
     def show(self, what: str, value: float, unit: str = "ms", note: str = "") -> None:
+        self._section[what.strip()] = value
         print(f"{what:58s} {value:10.3f} {unit}  {note}", flush=True)
 
-    def part(self, what: str, work: Callable[[], Any], share: int = 1, note: str = "") -> None:
-        """A part's time, or why it does not run here."""
+    def part(self, what: str, work: Callable[[], Any], share: float = 1.0, operations: float = 0.0) -> None:
+        """A part's time over `share`, or why it does not run here. operations: floating-point ones of it."""
         try:
-            self.show(what, self.time(work)[0] / share, note=note)
+            took = self.time(work)[0]
+            note = f"{operations / took / 1e9:.0f} TFLOP/s" if operations else ""
+            self.show(what, took / share, note=note)
         except RuntimeError as error:
             print(f"{what:58s} failed: {str(error).splitlines()[0]}")
 
@@ -88,7 +98,7 @@ class Bench:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             self.wait()
-        kernels = sum(event.count for event in profile.key_averages())
+        kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
         return f"{kernels} kernels and copies, {len(caught)} waits {places or ''}"
 
 
@@ -144,6 +154,7 @@ def check_relations(bench: Bench, head: Head, hidden: Tensor, found: BatchRecord
 def positions(bench: Bench, head: Head, samples: int, of_each: int) -> None:
     spec = TargetSpec(top_k=32, targets=("response", "visual"))
     count = samples * of_each
+    bench.section("top-k")
     generator = torch.Generator(bench.device).manual_seed(2)
     states = torch.randn(count, head.weight.shape[1], generator=generator, device=bench.device).bfloat16()
     numbers = np.arange(count)
@@ -158,17 +169,26 @@ def positions(bench: Bench, head: Head, samples: int, of_each: int) -> None:
     bench.show(
         "  host time of a batch", host, note=bench.launches_and_waits(lambda: maker.batch(states, asked))
     )
-    rows = min(maker._rows, count)
-    few = states[:rows]
-    scale = max(1, round(rows / of_each))
-    bench.part(f"  products, a sample of {rows} positions", lambda: head.logits(few), scale)
+    few = states[: maker.rows_of(count)]
+    share = len(few) / of_each
+    work = 2.0 * len(few) * head.weight.shape[1] * head.columns
+    print(f"  parts, from chunks of {len(few)} positions")
+    bench.part("  products, a sample", lambda: head.logits(few), share, work)
+    if bench.device.type == "cuda":
+        tokens = head.weight[: head.columns].T
+        bench.part(
+            "  products into rows without padding (not used)",
+            lambda: torch.mm(few, tokens, out_dtype=torch.float32),
+            share,
+            work,
+        )
     logits = head.logits(few)
-    bench.part("  block statistics, a sample", lambda: block_statistics(logits, (1.0,)), scale)
+    bench.part("  block statistics, a sample", lambda: block_statistics(logits, (1.0,)), share)
     peak = block_statistics(logits, (1.0,)).peak
-    bench.part("  largest blocks, a sample", lambda: peak.topk(32, dim=1, sorted=False), scale)
+    bench.part("  largest blocks, a sample", lambda: peak.topk(32, dim=1, sorted=False), share)
     near = logits[:, : 32 * 64].contiguous()
-    bench.part("  largest of these blocks, a sample", lambda: near.topk(32, dim=1), scale)
-    bench.part("  all after the products, a sample", lambda: maker._group(logits), scale)
+    bench.part("  largest of these blocks, a sample", lambda: near.topk(32, dim=1), share)
+    bench.part("  all after the products, a sample", lambda: maker._group(logits), share)
 
 
 def relations(bench: Bench, head: Head, images: int, tokens: int) -> None:
@@ -178,11 +198,12 @@ def relations(bench: Bench, head: Head, images: int, tokens: int) -> None:
     rows = np.arange(images * tokens).reshape(images, tokens)
     asked = Asked(places=none, labels=none, rows=none, positions=none, images=list(rows))
     for kind, power in (("rank 64", 1.0), ("full", 0.0)):
+        bench.section(f"relations, {kind}")
         hidden = hidden_states(images, tokens, head.weight.shape[1], power, bench.device)
         states = hidden.flatten(0, 1)
         found = maker.batch(states, asked).wait()
         ranks = [record.rank for record in found.relations if isinstance(record, StoredRelation)]
-        print(f"relations, {kind}: ranks {min(ranks)} to {max(ranks)}")
+        print(f"  ranks {min(ranks)} to {max(ranks)}")
         check_relations(bench, head, hidden, found)
         took, host = bench.time(lambda s=states: maker.batch(s, asked))
         name = f"relation {kind}, ms an image"
@@ -228,7 +249,7 @@ def pieces(bench: Bench, images: int, tokens: int) -> None:
     gram = gram @ gram.mT
     gram /= torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True)
     eye = 1e-3 * torch.eye(tokens, device=device)
-    print("pieces, milliseconds for all images")
+    bench.section("pieces of the relations, milliseconds for all images")
     bench.part("  leading, 80 columns", lambda: leading(gram, min(80, tokens)))
     bench.part("  leading, 272 columns", lambda: leading(gram, min(272, tokens)))
     factor = torch.randn(images, tokens, tokens, device=device)
@@ -257,6 +278,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=18, help="samples a batch, one image each")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes, to try the script on a CPU")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("needs an accelerator")
@@ -272,6 +294,14 @@ def main() -> None:
         positions(bench, head, options.images, tokens + others)
         relations(bench, head, options.images, tokens)
         pieces(bench, options.images, tokens)
+    if options.json is not None:
+        result = {
+            "device": name,
+            "torch": torch.__version__,
+            "images": options.images,
+            "failed": bench.failed,
+        }
+        options.json.write_text(json.dumps(result | {"ms": bench.values}, indent=1), encoding="utf-8")
     if bench.failed:
         sys.exit(f"failed: {', '.join(bench.failed)}")
 

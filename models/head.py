@@ -55,10 +55,15 @@ class Head:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """(N, V) float32 logits of hidden (N, D): low-precision factors, float32 products and output.
 
-        Without autograd. out (N, V) float32 on the head's device: the output buffer.
+        Without autograd. out (N, V) float32: the output buffer, for a head on a CPU. On CUDA the result is a
+        view of wider rows: see `_padded_product`.
         """
         with torch.no_grad():
-            logits = _product(hidden.to(self.weight.device), self.weight[: self.columns], out)
+            if self.weight.device.type == "cuda":
+                logits = _padded_product(hidden.to(self.weight.device), self.weight, self.columns)
+            else:
+                weight = self.weight[: self.columns].float()
+                logits = torch.mm(hidden.to(weight.device).float(), weight.T, out=out)
             if self.bias is not None:
                 logits += self.bias[: self.columns].float()
             if self.logit_scale != 1.0:
@@ -109,11 +114,21 @@ class Head:
         )
 
 
-def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    """hidden (N, D) @ weight (V, D)^T, accumulated and returned in float32."""
-    if weight.dtype == torch.float32 or weight.device.type != "cuda":
-        return torch.mm(hidden.float(), weight.float().T, out=out)
-    return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+def _padded_product(hidden: Tensor, weight: Tensor, columns: int) -> Tensor:
+    """hidden (N, D) @ weight (rows, D)^T, accumulated and returned in float32: its first `columns` columns.
+
+    Every row begins at a multiple of 64 floats, and where there are weights for it the product goes on to
+    there: into rows that begin anywhere cuBLAS takes kernels that are several times slower.
+    """
+    width = -(-columns // 64) * 64
+    made = torch.empty(len(hidden), width, dtype=torch.float32, device=weight.device)
+    weight = weight[:width]
+    out = made[:, : len(weight)]
+    if weight.dtype in (torch.bfloat16, torch.float16):
+        torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(hidden.float(), weight.float().T, out=out)
+    return made[:, :columns]
 
 
 def verified_head(head: Head, hidden: Sequence[Tensor], logits: Sequence[Tensor], *, model: str) -> Head:

@@ -20,6 +20,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     masses,
     moments,
     vocab,
+    readable,
     blocks,
     row_stride,
     plane,
@@ -31,7 +32,8 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    entry = tl.load(logits + row * row_stride + column, mask=column < vocab, other=float("-inf"))
+    entry = tl.load(logits + row * row_stride + column, mask=column < readable, other=float("-inf"))
+    entry = tl.where(column < vocab, entry, float("-inf"))
     peak = tl.max(entry, axis=1)
     fall = entry - tl.where(peak == float("-inf"), 0.0, peak)[:, None]
     place = row * blocks + block
@@ -48,7 +50,11 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 def fused_statistics(
     logits: Tensor, temperatures: tuple[float, ...], size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """peak, mass and moment of blocks of `size` entries: see `pipeline.block_statistics.BlockStatistics`."""
+    """peak, mass and moment of blocks of `size` entries: see `pipeline.block_statistics.BlockStatistics`.
+
+    Where whole blocks can be read, padding included, and rows begin at a multiple of 16 entries, entries are
+    read in fours.
+    """
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, size)
     peak = logits.new_empty(rows, blocks)
@@ -62,6 +68,7 @@ def fused_statistics(
         mass,
         moment,
         vocab,
+        blocks * size if _has_whole_blocks(logits, blocks * size) else vocab,
         blocks,
         logits.stride(0),
         rows * blocks,
@@ -71,6 +78,12 @@ def fused_statistics(
         BLOCK=size,
     )
     return peak, mass, moment
+
+
+def _has_whole_blocks(logits: Tensor, width: int) -> bool:
+    """Whether memory of `logits` goes on to `width` entries in every row."""
+    last = logits.storage_offset() + (len(logits) - 1) * logits.stride(0) + width
+    return last * logits.element_size() <= logits.untyped_storage().nbytes()
 
 
 _known: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}

@@ -21,7 +21,7 @@ from pipeline.relation import Group, RelationMaker, on_device
 
 _CACHE_BYTES = 2 << 20  # logits processed at a time, so that passes over them stay in a CPU's cache
 _CHUNK_BYTES = 256 << 20  # logits of a chunk
-_MOST_CHUNK_BYTES = 1 << 30  # of an accelerator with much free memory
+_MOST_CHUNK_BYTES = 2 << 30  # of an accelerator with much free memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class TargetMaker:
     """Makes the records of one teacher. Everything is computed and returned in float32; hidden states may be
     of any floating dtype.
 
-    chunk_bytes: memory for a chunk of logits; None: 256 MB, on CUDA up to 1 GB where an eighth of the free
+    chunk_bytes: memory for a chunk of logits; None: 256 MB, on CUDA up to 2 GB where an eighth of the free
     memory is more.
     """
 
@@ -126,6 +126,11 @@ class TargetMaker:
         """
         fields = self._fields(hidden, labels, rows, positions)
         return self.topk_record({name: field.cpu().numpy() for name, field in fields.items()})
+
+    def rows_of(self, count: int) -> int:
+        """Rows a chunk of `count` positions, in even chunks."""
+        chunks = max(1, -(-count // self._rows))
+        return max(1, -(-count // chunks))
 
     def relation(self, hidden: Tensor) -> Relation:
         """The relation record of one image's hidden (P, D), not rounded. See pipeline.relation."""
@@ -181,8 +186,8 @@ class TargetMaker:
             numbers = uniforms(spec.tail_samples, seed=spec.seed, rows=rows, positions=positions)
             given["numbers"] = on_device(numbers, device)
         with torch.inference_mode():
-            starts = range(0, max(len(hidden), 1), self._rows)
-            pieces = [slice(start, start + self._rows) for start in starts]
+            step = self.rows_of(len(hidden))
+            pieces = [slice(start, start + step) for start in range(0, max(len(hidden), 1), step)]
             parts = [
                 self._chunk(hidden[piece], **{name: values[piece] for name, values in given.items()})
                 for piece in pieces

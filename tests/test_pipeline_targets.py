@@ -14,7 +14,7 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.records import IGNORE_INDEX, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
-from models.head import Head
+from models.head import Head, _padded_product
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.relation import groups_of, truncate
 from pipeline.relation_batch import factors_of, quantised, steps_of
@@ -140,6 +140,16 @@ def test_chunks_change_nothing() -> None:
     np.testing.assert_array_equal(whole.token_ids, pieces.token_ids)
     np.testing.assert_allclose(whole.logprobs, pieces.logprobs, atol=1e-5)
     np.testing.assert_array_equal(whole.sampled_ids, pieces.sampled_ids)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(130, 130), (200, 130), (128, 128), (140, 65)])
+def test_products_in_padded_rows_are_those_of_the_tokens(rows: int, columns: int) -> None:
+    """What a head on CUDA does, here with a float32 matrix on a CPU."""
+    weight, hidden = some_hidden(rows, 16), some_hidden(7, 16)
+    logits = _padded_product(hidden, weight, columns)
+    assert logits.shape == (7, columns)
+    assert logits.stride(0) % 64 == 0
+    torch.testing.assert_close(logits, hidden @ weight[:columns].T)
 
 
 def test_no_position_is_an_empty_record() -> None:
