@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 _LONGEST_LINE = 1500
+_UNSAFE = {
+    "trust_remote_code": "it needs code of its own, which is never run; take a model of transformers itself",
+    "weights_only": "its pickled weights hold more than tensors and are not loaded; get it as safetensors",
+}
 _LONGEST_DETAIL = 240
 
 
@@ -57,6 +61,12 @@ class StoppedEarly(KdcacheError):
 
 
 def first_line(error: BaseException) -> str:
-    """The message of a library's error, as one line of at most 200 characters."""
+    """A library's error as one line of at most 200 characters.
+
+    Advice to run code of a checkpoint, or to load its pickles, is not passed on.
+    """
+    for word, ours in _UNSAFE.items():
+        if word in str(error):
+            return ours
     lines = str(error).strip().splitlines()
     return shown(lines[0]) if lines else type(error).__name__

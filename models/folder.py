@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,25 +12,33 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from cache_schema.errors import KdcacheError, first_line
+from models.folder_files import require_whole_files
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, SafetensorError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    SafetensorError,
+    UnpicklingError,
+)
 """What transformers raises where a folder does not hold what is asked for."""
 
 logging.disable_progress_bar()  # progress is reported through Progress
 
 
 def require_model_folder(folder: Path | str, role: str = "model") -> Path:
-    """The folder. KdcacheError unless it has the config.json of a transformers model."""
+    """The folder. KdcacheError unless it has whole files of a transformers model."""
     path = Path(folder)
     config = path / "config.json"
     if not path.is_dir():
         raise KdcacheError(f"{role} folder {path} does not exist; give a folder with config.json and weights")
     if not config.is_file():
         raise KdcacheError(f"{path} holds no config.json; give a folder that `save_pretrained` wrote")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise KdcacheError(f"{config} is not valid JSON: {error}; fetch it again") from error
+    kind = require_whole_files(path).get("model_type")
     if isinstance(kind, str) and kind.startswith("tinyllava"):
         raise KdcacheError(
             f"{path} is a {kind} checkpoint; turn it into a transformers one with `kdcache convert`"
@@ -54,6 +62,11 @@ def load_model(
         hint = "; `kdcache convert` turns it into a transformers folder" if "tinyllava" in str(error) else ""
         raise KdcacheError(f"cannot load the {role} in {path}: {first_line(error)}{hint}") from error
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if any("lm_head" in key for key in missing):
+        raise KdcacheError(
+            f"the weights in {path} have no output head ({missing[0]}): it was lost on the way; fetch "
+            "the checkpoint again, or set tie_word_embeddings in config.json where the head is the embeddings"
+        )
     if missing:
         raise KdcacheError(
             f"the weights in {path} lack {len(missing)} tensors of the {role} ({missing[0]}, ...): they "
@@ -82,7 +95,7 @@ def load_processor(folder: Path | str, role: str = "model") -> Any:
         raise KdcacheError(
             f"the processor in {path} needs {needs}; install it: {first_line(error)}"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise KdcacheError(f"no usable processor in {path}: {first_line(error)}") from error
     parts = ("tokenizer", "image_processor", "image_token")
     if any(getattr(processor, part, None) is None for part in parts):

@@ -22,6 +22,7 @@ from pipeline.fingerprint import fingerprint_of, read_assets
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import BuildConfig
 from pipeline.shard_plan import plan_rows
+from pipeline.teacher_checks import require_capturable
 from pipeline.templates import ChatTemplate, load_template
 from pipeline.transformers_engine import require_bitsandbytes
 
@@ -143,8 +144,9 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
     if config.quantization is not None:
         require_bitsandbytes(config.quantization)
     processor = load_processor(config.teacher, "teacher")
-    template = load_template(processor, config.template)
     teacher_config = load_config(config.teacher, "teacher")
+    require_capturable(teacher_config, processor, config.teacher)
+    template = load_template(processor, config.template)
     dataset = open_dataset(config.data, progress)
     rows = min(len(dataset), config.limit or len(dataset))
     first_images = dataset.first_images[:rows]

@@ -71,9 +71,11 @@ def _sample_of_numbers(engine: TransformersEngine, job: Job) -> PreparedSample:
             continue
         if hidden.isfinite().all():
             return sample
+    remedy = "try another --dtype (bfloat16 or float32), or fetch the checkpoint again"
+    if "image" in fault and "features" in fault:
+        remedy = "processor and model count image tokens differently: take both from one checkpoint"
     raise KdcacheError(
-        f"the teacher {job.config.teacher} in {job.dtype} {fault}, on all of {tried} samples tried; try "
-        "another --dtype (bfloat16 or float32), or get the checkpoint anew"
+        f"the teacher {job.config.teacher} in {job.dtype} {fault}, on all of {tried} samples tried; {remedy}"
     )
 
 
