@@ -35,9 +35,9 @@ from student.losses import (
     RelationTargets,
 )
 from student.losses.kernels import LAUNCH, Launch, row_kernel
+from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.products import HeadProducts, add_product
 from student.losses.records import Entries
-from student.losses.rows import Rows, row_losses
 
 LENGTH, VISUAL, RESPONSE, K, V, TOKENS, D, RANK = 890, 729, 105, 32, 151_936, 151_646, 1_024, 64
 FIELDS = ("token_ids", "logprobs", "tail_logprob")
@@ -145,8 +145,10 @@ def check_kernel() -> list[str]:
                     )
                     kl_weights, ce_weights = torch.rand(n, device=GPU), torch.rand(n, device=GPU)
                     kl_weights[1], ce_weights[3] = 0, 0
-                    rows = Rows(entries=entries, weights=kl_weights, labels=labels, label_weights=ce_weights)
-                    wide = Rows(
+                    rows = LogitRows(
+                        entries=entries, weights=kl_weights, labels=labels, label_weights=ce_weights
+                    )
+                    wide = LogitRows(
                         entries=Entries(ids=ids, logprobs=logprobs.double(), log_tail=tail[:, 0].double()),
                         weights=kl_weights.double(),
                         labels=labels,
@@ -315,7 +317,7 @@ def profile(step: Callable[[], Any]) -> dict[str, int]:
     return counts
 
 
-def sweep(buffer: Tensor, rows: Rows) -> dict[str, float]:
+def sweep(buffer: Tensor, rows: LogitRows) -> dict[str, float]:
     """Milliseconds of the kernel over a chunk in several layouts, and on bfloat16 logits."""
     found = {}
     half = buffer.view(torch.bfloat16)[:, :V]
@@ -346,7 +348,7 @@ def parts_of(
     states = batch["hidden"].detach().reshape(-1, D)[:n].bfloat16()
     half = buffer.view(torch.bfloat16)[:, :V]
     ids, logprobs, tail = records(n, TOKENS, K, GPU)
-    rows = Rows(
+    rows = LogitRows(
         entries=Entries(ids=ids, logprobs=logprobs.contiguous(), log_tail=tail[:, 0].contiguous()),
         weights=torch.rand(n, device=GPU),
         labels=torch.randint(TOKENS, (n,), device=GPU),

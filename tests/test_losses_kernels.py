@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from student.losses import Denominators, DistillationLoss, Head
+from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.records import Entries
-from student.losses.rows import Rows, row_losses
 from tests.dense_twins import imitate_wide_products
 from tests.distillation_batches import LENGTH, V, collate
 from tests.test_losses_objective import ALL, batch
@@ -46,12 +46,12 @@ def rows_and_products(n, v, e, tokens, seed=0):
     weights[1], label_weights[3] = 0, 0
     log_tail = torch.full((n,), math.log(1 - math.exp(-0.2)))
     entries = Entries(ids=ids, logprobs=logprobs, log_tail=log_tail)
-    return products, Rows(entries=entries, weights=weights, labels=labels, label_weights=label_weights)
+    return products, LogitRows(entries=entries, weights=weights, labels=labels, label_weights=label_weights)
 
 
 def on(device, rows, dtype):
     entries = rows.entries
-    return Rows(
+    return LogitRows(
         entries=Entries(
             ids=entries.ids.to(device),
             logprobs=entries.logprobs.to(device, dtype),

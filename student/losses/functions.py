@@ -18,7 +18,7 @@ from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
 from student.loss_weights import Tail
 from student.losses.fused import fused_losses
-from student.losses.positions import plan
+from student.losses.positions import position_work
 from student.losses.products import wide_dtype
 from student.losses.records import entries_of, no_entries
 from student.losses.relation import RelationWork
@@ -65,7 +65,7 @@ def sparse_kl(
     weights = _weights(weights, count, 1.0 / max(count, 1), hidden.device, dtype)
     entries = entries_of(target, tail=tail, temperature=temperature, head=head, dtype=dtype)
     rows = weights.nonzero()[:, 0]
-    work = plan(
+    work = position_work(
         positions=rows,
         entries=entries.pick(rows),
         weights=weights[rows],
@@ -104,7 +104,7 @@ def cross_entropy(
     weights = _weights(weights, count, 1.0 / max(int(supervised.sum()), 1), hidden.device, dtype)
     rows = (supervised & (weights != 0)).nonzero()[:, 0]
     head.check_labels(labels[rows])
-    work = plan(
+    work = position_work(
         positions=rows[:0],
         entries=no_entries(hidden.device, dtype),
         weights=weights[:0],

@@ -256,7 +256,7 @@ def row_kernel(
 ) -> tuple[Tensor, Tensor]:
     """KL (n,) times T^2 and cross entropy (n,) of products (n, V) = hidden weight^T, and their gradient.
 
-    products: float32, rows of stride >= V; spoilt. rows: `Rows`, contiguous, blanks at V. grads: (n, V), of
+    products: float32, rows of stride >= V; spoilt. rows: contiguous, blanks at V. grads: (n, V), of
     any dtype, or None where none is wanted: the gradient in products + bias, of
     sum_n weights_n T^2 KL_n + label_weights_n CE_n; it may lie in the memory of `products`, each row in its
     row. apart: cross entropy is that at temperature 1.

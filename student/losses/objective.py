@@ -13,7 +13,7 @@ from cache_schema.format.spec import KINDS, Kind
 from models.head import Head
 from student.loss_weights import TERMS, LossWeights
 from student.losses.fused import fused_losses
-from student.losses.positions import plan
+from student.losses.positions import position_work
 from student.losses.products import wide_dtype
 from student.losses.records import Entries, entries_of, join, no_entries
 from student.losses.relation import RelationWork
@@ -98,7 +98,7 @@ class DistillationLoss:
         ce_shares = self._shares(samples, batch, denominators.samples, denominators.ce_tokens, dtype)
         terms = self._terms(targets, batch, head, denominators, dtype)
         factors = [weights.by_target[term.kind] * world_size * term.shares for term in terms]
-        work = plan(
+        work = position_work(
             positions=torch.cat([samples[:0], *(term.positions for term in terms)]),
             entries=join([no_entries(hidden.device, dtype), *(term.entries for term in terms)], head.rows),
             weights=torch.cat([ce_shares[:0], *factors]),

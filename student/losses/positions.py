@@ -11,9 +11,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.products import Gradients, HeadProducts
 from student.losses.records import Entries
-from student.losses.rows import Rows, row_losses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -22,18 +22,18 @@ class PositionWork:
 
     positions (n,) int64 into hidden (N, D), ascending. layers: what is asked there; a position that carries
     several distributions has one in each of the first layers, labels are in the first only. layer_of,
-    row_of (M,): where the M distributions handed to `plan` went; label_row (C,): where the labels went.
+    row_of (M,): where the M given distributions went; label_row (C,): where the labels went.
     """
 
     positions: Tensor
-    layers: tuple[Rows, ...]
+    layers: tuple[LogitRows, ...]
     layer_of: Tensor
     row_of: Tensor
     label_row: Tensor
     temperature: float
     inside_only: bool
 
-    def stacked(self) -> tuple[Rows, Tensor]:
+    def stacked(self) -> tuple[LogitRows, Tensor]:
         """The layers as rows (m,) one after the other, those above the first only where they ask something,
         and the position (m,) of each."""
         if len(self.layers) == 1:
@@ -44,7 +44,7 @@ class PositionWork:
             *(layer.pick(index) for layer, index in zip(self.layers[1:], which, strict=True)),
         ]
         sources = [self.positions, *(self.positions[index] for index in which)]
-        return Rows.cat(parts), torch.cat(sources)
+        return LogitRows.cat(parts), torch.cat(sources)
 
     def unstacked(self, values: Tensor) -> Tensor:
         """(layers, n) of values (m,) of `stacked`, 0 where nothing is asked."""
@@ -60,7 +60,7 @@ class PositionWork:
         return table
 
 
-def plan(
+def position_work(
     *,
     positions: Tensor,
     entries: Entries,
@@ -98,7 +98,7 @@ def plan(
         spread(label_weights, 0, label_rows, 0.0),
     )
     layers = tuple(
-        Rows(
+        LogitRows(
             entries=Entries(ids=ids, logprobs=logprobs, log_tail=log_tail),
             weights=kl_weights,
             labels=next_tokens,

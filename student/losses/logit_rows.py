@@ -12,7 +12,7 @@ from student.losses.records import Entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rows:
+class LogitRows:
     """What is asked of the student at n rows of logits (n, V + 1): tokens, padding, and last the blank.
 
     entries: the distributions to compare with, all blank where there is none; weights (n,) of their KL;
@@ -24,9 +24,9 @@ class Rows:
     labels: Tensor
     label_weights: Tensor
 
-    def pick(self, index: Tensor | slice) -> Rows:
+    def pick(self, index: Tensor | slice) -> LogitRows:
         """Some of the rows."""
-        return Rows(
+        return LogitRows(
             entries=self.entries.pick(index),
             weights=self.weights[index],
             labels=self.labels[index],
@@ -34,7 +34,7 @@ class Rows:
         )
 
     @classmethod
-    def cat(cls, parts: list[Rows]) -> Rows:
+    def cat(cls, parts: list[LogitRows]) -> LogitRows:
         """Rows one after the other."""
         entries = Entries(
             ids=torch.cat([rows.entries.ids for rows in parts]),
@@ -48,7 +48,7 @@ class Rows:
             label_weights=torch.cat([rows.label_weights for rows in parts]),
         )
 
-    def split(self, columns: int) -> tuple[Rows, Rows]:
+    def split(self, columns: int) -> tuple[LogitRows, LogitRows]:
         """The KL alone, and the cross entropy alone. columns: V, with padding."""
         count = len(self.labels)
         blank = Entries(
@@ -58,13 +58,15 @@ class Rows:
         )
         no_labels, no_weights = torch.full_like(self.labels, columns), torch.zeros_like(self.weights)
         return (
-            Rows(entries=self.entries, weights=self.weights, labels=no_labels, label_weights=no_weights),
-            Rows(entries=blank, weights=no_weights, labels=self.labels, label_weights=self.label_weights),
+            LogitRows(entries=self.entries, weights=self.weights, labels=no_labels, label_weights=no_weights),
+            LogitRows(
+                entries=blank, weights=no_weights, labels=self.labels, label_weights=self.label_weights
+            ),
         )
 
 
 def row_losses(
-    logits: Tensor, rows: Rows, *, tokens: int, temperature: float, inside_only: bool
+    logits: Tensor, rows: LogitRows, *, tokens: int, temperature: float, inside_only: bool
 ) -> tuple[Tensor, Tensor]:
     """KL (n,) times T^2 and cross entropy (n,) of each row, from logits (n, V + 1) divided by T.
 
