@@ -257,19 +257,21 @@ def train(
 
     if (stage is None) == (recipe is None):
         raise typer.BadParameter("give either --stage or --recipe")
-    if recipe is not None and targets is not None:
+    if recipe and targets is not None:
         raise typer.BadParameter("a recipe sets the losses of its stages", param_hint="--targets")
-    every_cache, caches = by_stage("--cache", cache or [])
-    every_root, roots = by_stage("--image-root", image_root)
-    if stage is not None and (not every_cache or caches or roots):
-        raise typer.BadParameter("a single stage takes one --cache and one --image-root, without its name")
     chosen = stage_named(stage or "dft", targets)
-    config = TrainConfig(stage=chosen, cache=every_cache or None, image_root=Path(every_root), **options)
-    if recipe is None:
-        result = train_stage(config, Bar())
-    else:
-        folders = {name: Path(folder) for name, folder in roots.items()}
-        result = train_recipe(open_recipe(recipe), config, Bar(), caches=caches, image_roots=folders)
+    plan = None if recipe is None else open_recipe(recipe)
+    names = [chosen.name] if plan is None else [entry.stage.name for entry in plan.stages]
+    every_cache, caches = by_stage("--cache", cache or [], names)
+    every_root, roots = by_stage("--image-root", image_root, names)
+    only = chosen.name if plan is None else ""
+    cache_of_all, root_of_all = caches.get(only, every_cache), roots.get(only, every_root)
+    set_by_recipe = {} if plan is None else plan.image_roots
+    if bare := {*names} - {*roots, *set_by_recipe} if root_of_all is None else set():
+        raise typer.BadParameter(f"none for stage {', '.join(sorted(bare))}", param_hint="--image-root")
+    config = TrainConfig(stage=chosen, cache=cache_of_all, image_root=Path(root_of_all or ""), **options)
+    per_stage = {"caches": caches, "image_roots": roots}
+    result = train_recipe(plan, config, Bar(), **per_stage) if plan else train_stage(config, Bar())
     print_json(result) if json_ else print_training(result)
 
 

@@ -129,7 +129,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no" if config.precision == "fp32" else config.precision,
-            log_with=list(config.trackers) or None,
+            log_with=list(config.used_trackers) or None,
             project_config=ProjectConfiguration(
                 project_dir=str(config.out), logging_dir=str(config.out / "tensorboard")
             ),
@@ -140,9 +140,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"accelerate refuses precision {config.precision} with trackers {', '.join(config.trackers)}: "
             f"{' '.join(str(error).split())}; choose others"
         ) from error
-    absent = (
-        set(config.trackers) - {"all"} - {str(getattr(each, "value", each)) for each in accelerator.log_with}
-    )
+    started = {str(getattr(each, "value", each)) for each in accelerator.log_with}
+    absent = {*config.used_trackers} - {"all"} - started
     if absent:
         raise KdcacheError(
             f"tracker {', '.join(sorted(absent))} is not installed: install it, or choose another --tracker"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import WrongUsage
 from cache_schema.progress import Progress
 from student.settings import TrainConfig
 from student.stages import Recipe
@@ -20,7 +20,7 @@ def train_recipe(
     progress: Progress,
     *,
     caches: Mapping[str, str] | None = None,
-    image_roots: Mapping[str, Path] | None = None,
+    image_roots: Mapping[str, str | Path] | None = None,
 ) -> dict[str, Any]:
     """Trains the stages of a recipe in `out/1-NAME`, `out/2-NAME`, ... and returns their results.
 
@@ -32,9 +32,10 @@ def train_recipe(
     names = [entry.stage.name for entry in recipe.stages]
     unknown = sorted({*caches, *image_roots} - set(names))
     if unknown:
-        raise KdcacheError(
-            f"recipe {recipe.name} has no stage {', '.join(unknown)}; it has {', '.join(names)}"
-        )
+        raise WrongUsage(f"recipe {recipe.name} has no stage {', '.join(unknown)}; it has {', '.join(names)}")
+    bare = [e.stage.name for e in recipe.stages if not (caches.get(e.stage.name) or e.cache or config.cache)]
+    if bare:
+        raise WrongUsage(f"stage {', '.join(bare)} has no cache to learn from: give --cache")
     student = config.student
     results = []
     for number, entry in enumerate(recipe.stages, start=1):
@@ -53,5 +54,5 @@ def train_recipe(
             progress,
         )
         results.append(result)
-        student = Path(result["model"])
+        student = config.out / f"{number}-{name}" / "model"
     return {"recipe": recipe.name, "stages": results, "model": str(student)}

@@ -107,7 +107,7 @@ class TrainConfig:
         Help("Threads that make batches. Default: this process's cores, less one, at most 8.", _SPEED),
     ] = None
     window: Annotated[int, at_least(1), Help("Shards mixed by the shuffle.", _SPEED)] = 8
-    trackers: Annotated[tuple[str, ...], Help("Trackers of accelerate.", _RECORDS, "tracker")] = (
+    trackers: Annotated[tuple[str, ...], Help("Trackers of accelerate, or none.", _RECORDS, "tracker")] = (
         "tensorboard",
     )
     device: Annotated[Literal["auto", "cpu"], Help("auto: an accelerator where there is one.", _SPEED)] = (
@@ -119,7 +119,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         needs = self.early_stop is not None and not (self.eval_cache and self.eval_every)
-        check(self, {"early_stop needs eval_cache and eval_every": needs})
+        mixed = "none" in self.trackers and len(self.trackers) > 1
+        check(
+            self,
+            {
+                "early_stop needs eval_cache and eval_every": needs,
+                "trackers cannot be none and others": mixed,
+            },
+        )
+
+    @property
+    def used_trackers(self) -> tuple[str, ...]:
+        """The trackers to start; `none` is the word for no tracker."""
+        return tuple(name for name in self.trackers if name != "none")
 
     @property
     def resolved_stage(self) -> Stage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,8 @@ from models.parts import Part
 from student.loss_weights import LossWeights
 
 Schedule = Literal["cosine", "linear", "constant"]
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 CE_ONLY = LossWeights(response=0.0, visual=0.0, relation=0.0)
 """Plain supervised training: no target is read."""
@@ -68,7 +71,13 @@ class Stage:
     lora_dropout: Annotated[float, within(0.0, 1.0, "[)"), Help("Dropout of the adapters' inputs.")] = 0.0
 
     def __post_init__(self) -> None:
-        check(self, {"trainable is empty": not self.trainable}, where=f"stage {self.name}: ")
+        named = isinstance(self.name, str) and _NAME.fullmatch(self.name)
+        faults = {
+            "trainable is empty": not self.trainable,
+            "all its losses are off": not any(self.losses.by_term.values()),
+            "its name must be letters, digits, _, - and .": not named,
+        }
+        check(self, faults, where=f"stage {self.name}: ")
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -76,10 +85,16 @@ class Stage:
         return tuple(name for name, weight in self.losses.by_target.items() if weight > 0.0)
 
     def only(self, targets: tuple[str, ...]) -> Stage:
-        """The stage with the losses of all other targets switched off; CE stays."""
+        """The stage with the losses of all other targets switched off; CE stays. WrongUsage for a target
+        that it does not learn from."""
         unknown = [name for name in targets if name not in TARGETS]
         if unknown:
             raise WrongUsage(f"targets must be some of {', '.join(TARGETS)}, not {unknown}")
+        absent = [name for name in targets if name not in self.targets]
+        if absent:
+            raise WrongUsage(
+                f"stage {self.name} has no loss on {', '.join(absent)}: take a stage that has, or a recipe"
+            )
         off: dict[str, Any] = {name: 0.0 for name in TARGETS if name not in targets}
         return replace(self, losses=replace(self.losses, **off))
 
@@ -141,6 +156,11 @@ class Recipe:
 
     name: str
     stages: tuple[RecipeStage, ...]
+
+    @property
+    def image_roots(self) -> dict[str, str]:
+        """By stage name, where the recipe sets them."""
+        return {entry.stage.name: entry.image_root for entry in self.stages if entry.image_root}
 
 
 def stage_named(name: str, targets: str | None = None) -> Stage:
@@ -210,7 +230,10 @@ def _recipe_from(document: Any, path: Path) -> Recipe:
         where = f"stage {number}"
         if not isinstance(entry, dict):
             raise WrongUsage(f"{where} must be a mapping, not {entry!r}")
-        data = {key: str(entry[key]) for key in ("cache", "image_root", "eval_cache") if key in entry}
+        data = {key: entry[key] for key in ("cache", "image_root", "eval_cache") if key in entry}
+        for key, value in data.items():
+            if not isinstance(value, str) or not value:
+                raise WrongUsage(f"{where}: {key} must be a path, not {value!r}")
         settings = {key: value for key, value in entry.items() if key not in data}
         stages.append(RecipeStage(stage=stage_from(settings, where), **data))
     names = [entry.stage.name for entry in stages]

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import cli
@@ -222,6 +223,69 @@ def test_a_student_with_another_tokenizer_is_refused(world, cache, tmp_path, cap
 @pytest.mark.parametrize("arguments", [["build"], ["train", "--stage", "none"], ["no-such-command"]])
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert run(*arguments, capsys=capsys)[0] == 2
+
+
+TRAINING = ("--student", "student", "--out", "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--stage dft --cache sft=c --image-root i", "'sft=c' names no stage of this run (dft)"),
+        ("--stage dft --cache dtf=c --image-root i", "'dtf=c' names no stage of this run (dft)"),
+        ("--stage dft --cache dft=c --cache dft=d --image-root i", "given twice for stage dft"),
+        ("--stage dft --image-root i", "stage dft has no cache to learn from"),
+        ("--stage dft --cache c --image-root sft=i", "names no stage of this run (dft)"),
+        ("--recipe llava-kd --cache c --image-root dft=i", "none for stage dpt, sft"),
+        ("--recipe llava-kd --cache dft=c --image-root i", "stage dpt, sft has no cache"),
+        ("--stage sft --targets response --cache c --image-root i", "has no loss on response"),
+        ("--stage dft --targets , --cache c --image-root i", "targets must be some of"),
+        ("--stage dft --early-stop 0 --cache c --image-root i", "early_stop must be at least 1"),
+        ("--stage dft --eval-every -1 --cache c --image-root i", "eval_every must be at least 0"),
+        ("--stage dft --save-every -3 --cache c --image-root i", "save_every must be at least 0"),
+        (
+            "--stage dft --tracker none --tracker a --cache c --image-root i",
+            "trackers cannot be none and others",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_is_wrong_usage(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("train", *words.split(), *TRAINING, capsys=capsys)
+    assert (code, out) == (2, ""), err
+    assert said in " ".join(err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_with_an_equals_sign_are_paths(world, cache, tmp_path, capsys, monkeypatch):
+    """Hive-style folders, absolute and relative to the working directory; and no tracker."""
+    data = tmp_path / "date=2026-01-01"
+    data.mkdir()
+    (data / "cache").symlink_to(cache)
+    (data / "images").symlink_to(world.images)
+    monkeypatch.chdir(tmp_path)
+    for number, (cache_path, root) in enumerate(
+        [(data / "cache", data / "images"), ("date=2026-01-01/cache", "dft=date=2026-01-01/images")]
+    ):
+        code, _, err = run(
+            *("train", "--stage", "dft", "--student", world.teacher, "--cache", cache_path),
+            *("--image-root", root, "--out", tmp_path / f"run-{number}", "--max-steps", "1"),
+            *("--global-batch", "2", "--tracker", "none"),
+            capsys=capsys,
+        )
+        assert code == 0, err
+        assert not (tmp_path / f"run-{number}/tensorboard").exists()
+    assert yaml.safe_load((tmp_path / "run-1/recipe.yaml").read_text())["cache"] == "date=2026-01-01/cache"
+
+
+@pytest.mark.parametrize("command", ["select", "merge", "to-arrow"])
+def test_a_new_cache_inside_its_source_is_refused(cache, command, tmp_path, capsys):
+    before = sorted(Path(cache).rglob("*"))
+    more = {"select": ["--where", "tokens > 0"], "merge": [cache], "to-arrow": []}[command]
+    code, _, err = run(command, cache, *more, "--out", Path(cache) / "sub/new", capsys=capsys)
+    assert code == 2, err
+    assert f"lies inside the cache {cache}; give another --out" in err
+    assert sorted(Path(cache).rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,16 @@ def test_a_stage_survives_its_own_json():
         ({"base": "dpt", "epochs": -1}, "epochs must be positive"),
         ({"base": "dpt", "max_steps": 0}, "max_steps must be at least 1"),
         ({"base": "dpt", "warmup_ratio": 1}, "warmup_ratio must lie"),
+        ({"base": "dpt", "max_grad_norm": math.nan}, "max_grad_norm must be a finite number"),
+        ({"base": "dpt", "losses": {"response": math.nan}}, "losses: response must be a finite number"),
+        ({"base": "dpt", "epochs": None}, "epochs must be a number, not None"),
+        ({"base": "dpt", "learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
+        ({"base": "dpt", "global_batch": True}, "global_batch must be a whole number, not True"),
+        ({"base": "dpt", "losses": {"ce": False}}, "ce must be a number, not False"),
+        ({"base": "sft", "losses": {"ce": 0}}, "all its losses are off"),
+        ({"base": "dpt", "name": "a/b"}, "its name must be letters, digits"),
+        ({"base": "dpt", "name": ".."}, "its name must be letters, digits"),
+        ({"base": "dpt", "name": None}, "its name must be letters, digits"),
         ({"name": "own"}, "needs global_batch, learning_rate, trainable"),
     ],
 )
@@ -121,6 +131,11 @@ def test_yaml_and_toml_say_the_same(tmp_path):
         ("stages: []", "must be distinct"),
         ("stages: [{base: dpt}]\nseed: 1", r"unknown keys \['seed'\]"),
         ("stages: [dpt]", "must be a mapping"),
+        ("stages: [{base: dft, cache: null, max_steps: 1}]", "stage 1: cache must be a path, not None"),
+        ("stages: [{base: dft, image_root: 3}]", "stage 1: image_root must be a path, not 3"),
+        ("stages: [{base: dft, losses: {response: .nan}, max_steps: 1}]", "response must be a finite number"),
+        ("stages: [{base: dft, epochs: null}]", "epochs must be a number, not None"),
+        ("stages: [{base: dft, learning_rate: fast}]", "learning_rate must be a number, not 'fast'"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_with_its_file(tmp_path, text, message):
@@ -144,3 +159,5 @@ def test_targets_can_be_narrowed():
     assert DPT.only(()).losses == PT.losses
     with pytest.raises(ValueError, match="targets must be some of"):
         DFT.only(("sight",))
+    with pytest.raises(ValueError, match="stage sft has no loss on response"):
+        SFT.only(("response",))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -14,6 +15,7 @@ from rich.markup import escape
 
 from cache_schema.settings import Only, Setting, number_and_words, resolved, settings_of
 
+_WORD = re.compile(r"[A-Za-z0-9_.-]+")
 _AS_TYPED = (int, float, str, bool, Path)
 
 
@@ -56,13 +58,31 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def by_stage(option: str, values: list[str]) -> tuple[str, dict[str, str]]:
-    """The value for every stage, and those of single stages given as STAGE=VALUE."""
-    single = dict(value.split("=", 1) for value in values if "=" in value)
-    every = [value for value in values if "=" not in value]
+def by_stage(option: str, values: list[str], stages: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The value for every stage of a run, and those of single stages given as STAGE=VALUE.
+
+    A value with = in it that names no stage is a path if there is one, as in folders `date=2026-01-01`.
+    BadParameter for a stage that the run does not have.
+    """
+    single: dict[str, str] = {}
+    every: list[str] = []
+    for value in values:
+        name, mark, rest = value.partition("=")
+        if mark and name in single:
+            raise typer.BadParameter(f"given twice for stage {name}", param_hint=option)
+        if mark and name in stages:
+            single[name] = rest
+        elif mark and _WORD.fullmatch(name) and not Path(value).exists():
+            raise typer.BadParameter(
+                f"{value!r} names no stage of this run ({', '.join(stages)}) and no path", param_hint=option
+            )
+        else:
+            every.append(value)
     if len(every) > 1:
         raise typer.BadParameter(f"given {len(every)} times without a stage's name", param_hint=option)
-    return (every[0] if every else ""), single
+    if every and single and len(stages) == 1:
+        raise typer.BadParameter("a single stage takes one value, without its name", param_hint=option)
+    return (every[0] if every else None), single
 
 
 def _settings_class(hint: Any) -> Any:

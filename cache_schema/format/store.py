@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import fsspec
 
-from cache_schema.errors import KdcacheError, first_line
+from cache_schema.errors import KdcacheError, WrongUsage, first_line
 
 RANGE_BYTES = 8 << 20
 """Objects above this size are read as several ranges at once."""
@@ -64,6 +64,18 @@ def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] |
     if "://" not in text:
         return LocalStore(Path(text))
     return ObjectStore(text, dict(storage_options or {}))
+
+
+def refuse_inside(out: str | os.PathLike[str], sources: Sequence[Store]) -> None:
+    """WrongUsage when `out` lies inside one of the caches that it is made of."""
+    place = open_store(out)
+    for source in sources:
+        if isinstance(place, LocalStore) and isinstance(source, LocalStore):
+            inside = source.root.resolve() in place.root.resolve().parents
+        else:
+            inside = place.url.startswith(f"{source.url}/")
+        if inside:
+            raise WrongUsage(f"{out} lies inside the cache {source.url}; give another --out")
 
 
 class LocalStore:

@@ -17,6 +17,7 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.records import Relation, Sample
 from cache_schema.format.spec import KINDS, Kind, TargetSpec
+from cache_schema.format.store import refuse_inside
 from cache_schema.operations.scores import scores_of
 from cache_schema.output import require_folder
 from cache_schema.progress import Progress, Silent, task
@@ -42,6 +43,7 @@ def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[st
     """
     progress = progress or Silent()
     source = open_cache(cache)
+    refuse_inside(out, [source.store])
     require_folder(out, new=True)
     part = out.parent / f".{out.name}.part"
     told = json.dumps({"spec": source.spec.to_json(), "dataset": source.manifest.dataset})

@@ -15,6 +15,7 @@ from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.identity import Fingerprint, compare, digest_of
 from cache_schema.format.manifest import Manifest
 from cache_schema.format.records import QuarantinedRow
+from cache_schema.format.store import refuse_inside
 from cache_schema.operations.partial_shards import Piece
 from cache_schema.operations.reshard import Shards, arrange, plan_of, write_cache
 from cache_schema.progress import Progress, Silent, task
@@ -34,6 +35,7 @@ def merge(caches: Sequence[str], out: str, progress: Progress | None = None) -> 
     if len(caches) < 2:
         raise KdcacheError("merge: give at least two caches")
     opened = [open_cache(cache) for cache in caches]
+    refuse_inside(out, [cache.store for cache in opened])
     for other in opened[1:]:
         _refuse_others(opened[0], other)
     if len({cache.manifest.identity for cache in opened}) == 1:

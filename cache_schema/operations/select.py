@@ -11,6 +11,7 @@ import numpy as np
 
 from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache, open_cache
+from cache_schema.format.store import refuse_inside
 from cache_schema.operations.condition import FROM_TARGETS, parse
 from cache_schema.operations.partial_shards import Piece
 from cache_schema.operations.reshard import arrange, plan_of, write_cache
@@ -31,6 +32,7 @@ def select(cache: str, where: str, out: str, progress: Progress | None = None) -
     progress = progress or Silent()
     condition = parse(where)
     source = open_cache(cache)
+    refuse_inside(out, [source.store])
     needs_targets = bool(condition.fields & FROM_TARGETS)
     if needs_targets and "response" not in source.spec.targets:
         named = ", ".join(sorted(condition.fields & FROM_TARGETS))
