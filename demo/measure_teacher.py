@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from cache_schema.format.records import positions_by_kind
 from demo.easy_vqa import KINDS, Picture, question_kind
-from demo.language_model import IGNORE
 from demo.teacher_texts import Texts
 from demo.vision_tower import normalized
 
@@ -84,9 +85,9 @@ def mean_entropy(
         ]
         logprobs = logits[:, : texts.vocabulary].log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        visual = torch.tensor(ids) == model.config.image_token_id
-        response = torch.tensor([*labels[1:], IGNORE]) != IGNORE
-        for name, positions in (("visual", visual), ("response", response)):
-            sums[name] += entropy[positions].sum().item()
-            counts[name] += int(positions.sum())
+        image = np.flatnonzero(np.array(ids) == model.config.image_token_id)
+        positions = positions_by_kind(np.array(labels, np.int32), [image.astype(np.int32)])
+        for name in sums:
+            sums[name] += entropy[torch.from_numpy(positions[name])].sum().item()
+            counts[name] += len(positions[name])
     return {name: sums[name] / counts[name] for name in sums}
