@@ -71,7 +71,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         fingerprint=writer.manifest.fingerprint.digest,
         share=teacher.sharing,
         pack=teacher.packing,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=teacher.batch_tokens,
     )
     commits = list(open_cache(config.out).commits.values())
     _tell_other_versions(commits, teacher.engine.description, progress)
@@ -91,8 +91,8 @@ def spec_for_engine(config: BuildConfig) -> TargetSpec:
         if config.engine_mode != "hidden":
             raise WrongUsage("--engine-mode logprobs is a mode of vLLM: add --engine vllm, or omit it")
         return spec
-    for name in ("quantization", "device_map"):
-        if getattr(config, name) is not None:
+    for name in ("quantization", "device_map", "compile"):
+        if getattr(config, name):
             option = "--" + name.replace("_", "-")
             raise WrongUsage(f"{option} belongs to the engine transformers; omit it with --engine vllm")
     if config.engine_mode == "hidden":

@@ -15,6 +15,7 @@ from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.progress import Progress
+from models.device import cores_per_process
 from models.folder import load_config, load_processor
 from models.pixels import with_table
 from models.tokens import image_token_id_of, pad_token_id_of
@@ -26,6 +27,7 @@ from pipeline.teacher_checks import require_capturable
 from pipeline.templates import ChatTemplate, load_template
 from pipeline.transformers_engine import require_bitsandbytes
 
+_MOST_THREADS = 8  # more than an accelerator needs
 _PROBES = 64  # rows tried to find probes of the teacher
 
 
@@ -41,6 +43,11 @@ class Job:
     teacher_config: Any
     preparer: SamplePreparer
     rules: dict[str, Any]
+
+    @property
+    def prepare_threads(self) -> int:
+        """Threads that decode and process images."""
+        return self.config.prepare_threads or max(1, min(_MOST_THREADS, cores_per_process() - 1))
 
     @property
     def vocab_size(self) -> int:

@@ -138,13 +138,13 @@ class CaptureLoop:
 
         The end of a window depends on its rows alone, so that every machine forms the same batches.
         """
-        with ThreadPoolExecutor(self._job.config.prepare_threads) as pool:
+        with ThreadPoolExecutor(self._job.prepare_threads) as pool:
             for shard in shards:
                 samples: list[PreparedSample] = []
                 rejected: list[QuarantinedRow] = []
                 pixels = 0
                 rows = self._job.plan.rows_of(shard).tolist()
-                step = 2 * self._job.config.prepare_threads
+                step = 2 * self._job.prepare_threads
                 for start in range(0, len(rows), step):
                     for result in pool.map(self._prepare, rows[start : start + step]):
                         if isinstance(result, QuarantinedRow):

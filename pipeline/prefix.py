@@ -10,10 +10,8 @@ import hashlib
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pipeline.engine import Engine
+from pipeline.engine import Engine, same_states
 from pipeline.packing import make_pack
 from pipeline.samples import PreparedSample
 
@@ -32,7 +30,7 @@ def prefix_is_independent(engine: Engine, sample: PreparedSample) -> bool:
     (reference,) = engine.hidden_states([sample])
     for variant in (_changed_after_images(sample), cut):
         (hidden,) = engine.hidden_states([variant])
-        if not _same_states(hidden[:end], reference[:end]):
+        if not same_states(hidden[:end], reference[:end]):
             return False
     return True
 
@@ -51,13 +49,7 @@ def packing_is_exact(engine: Engine, sample: PreparedSample) -> bool:
     except (RuntimeError, TypeError, ValueError):
         return False
     alone = [engine.hidden_states([each])[0] for each in pair]
-    return all(_same_states(hidden, single) for hidden, single in zip(packed, alone, strict=True))
-
-
-def _same_states(hidden: Tensor, reference: Tensor) -> bool:
-    tolerance = 1e-3 if reference.dtype == torch.float32 else 5e-2
-    moved = (hidden - reference).float().norm() / reference.float().norm()
-    return float(moved) <= tolerance
+    return all(same_states(hidden, single) for hidden, single in zip(packed, alone, strict=True))
 
 
 def _changed_after_images(sample: PreparedSample) -> PreparedSample:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,9 +50,18 @@ class BuildConfig:
     quantization: Annotated[
         Literal["8bit", "4bit"] | None, Help("Quantise the weights through bitsandbytes.", _TEACHER)
     ] = None
+    compile: Annotated[
+        bool, Help("Compile the teacher's layers with torch.compile; engine transformers.", _TEACHER)
+    ] = False
     batch_tokens: Annotated[
-        int, at_least(1), Help("Padded tokens per batch; halved when memory runs out.", _RUN)
-    ] = 16384
+        int | None,
+        at_least(1),
+        Help(
+            "Padded tokens per batch; halved when memory runs out. Default: by the free memory of a CUDA "
+            "device, else 16384.",
+            _RUN,
+        ),
+    ] = None
     shard_size: Annotated[
         int, at_least(1), Help("Rows per shard, the unit of writing and resuming.", _RUN)
     ] = 512
@@ -87,9 +95,14 @@ class BuildConfig:
     spot_check: Annotated[
         int, at_least(1), Help("Samples compared with transformers before the capture.", _VLLM)
     ] = 4
-    prepare_threads: Annotated[int, at_least(1), Help("Threads that decode and process images.", _RUN)] = (
-        field(default_factory=lambda: max(1, min(8, (os.cpu_count() or 2) // 2)))
-    )
+    prepare_threads: Annotated[
+        int | None,
+        at_least(1),
+        Help(
+            "Threads that prepare samples. Default: this process's cores, less one, at most 8.",
+            _RUN,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -103,7 +116,16 @@ class ForecastConfig:
         BuildConfig,
         Only(
             *("teacher", "data", "image_root", "targets", "temperatures", "template", "dtype", "device"),
-            *("quantization", "device_map", "batch_tokens", "shard_size", "max_length", "over_long", "limit"),
+            *(
+                "quantization",
+                "device_map",
+                "compile",
+                "batch_tokens",
+                "shard_size",
+                "max_length",
+                "over_long",
+                "limit",
+            ),
             out="cache",
         ),
     ]

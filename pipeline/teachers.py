@@ -11,6 +11,7 @@ from cache_schema.errors import KdcacheError, first_line
 from cache_schema.progress import Progress, task
 from models.device import choose_device
 from models.head import Head, read_head
+from pipeline.batch_size import DEFAULT, batch_tokens_for
 from pipeline.engine import Engine, RecordEngine, release_memory
 from pipeline.job import Job
 from pipeline.prefix import packing_is_exact, prefix_is_independent
@@ -27,32 +28,37 @@ class Teacher:
     """A loaded teacher that has passed its checks.
 
     head: None for an engine that gives records itself. sharing: whether conversations about one image may
-    share its targets; packing: whether they may be computed as one sequence.
+    share its targets; packing: whether they may be computed as one sequence; batch_tokens: of a batch.
     """
 
     engine: Engine | RecordEngine
     head: Head | None
     sharing: bool
     packing: bool
+    batch_tokens: int
 
 
 def load_teacher(job: Job, progress: Progress) -> Teacher:
     """Loads the teacher of `job` and checks it. KdcacheError where either fails."""
     if job.config.engine == "vllm":
         return _load_vllm(job, progress)
-    engine, head, sharing, packing = load_with_transformers(job, progress)
-    return Teacher(engine=engine, head=head, sharing=sharing, packing=packing)
+    engine, head, sharing, packing, batch_tokens = load_with_transformers(job, progress)
+    return Teacher(engine=engine, head=head, sharing=sharing, packing=packing, batch_tokens=batch_tokens)
 
 
-def load_with_transformers(job: Job, progress: Progress) -> tuple[TransformersEngine, Head, bool, bool]:
-    """(engine, head, sharing, packing) as `Teacher` has them, whatever engine the build asks for."""
+def load_with_transformers(job: Job, progress: Progress) -> tuple[TransformersEngine, Head, bool, bool, int]:
+    """(engine, head, sharing, packing, batch_tokens) as `Teacher` has them, whatever engine the build asks
+    for."""
     with task(progress, "loading the teacher"):
         engine = _load_transformers(job)
         sample = _sample_of_numbers(engine, job)
         head = engine.verified_head([sample])
+        if job.config.compile and (problem := engine.compile(sample)) is not None:
+            progress.message(f"the teacher runs uncompiled: {problem}")
         sharing = bool(sample.images) and prefix_is_independent(engine, sample)
         packing = sharing and packing_is_exact(engine, sample)
-    return engine, head, sharing, packing
+        batch_tokens = job.config.batch_tokens or batch_tokens_for(engine, sample, progress)
+    return engine, head, sharing, packing, batch_tokens
 
 
 def _sample_of_numbers(engine: TransformersEngine, job: Job) -> PreparedSample:
@@ -105,7 +111,7 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
             mode=config.engine_mode,
             dtype=job.dtype,
             max_length=job.rules["max_length"],
-            batch_tokens=config.batch_tokens,
+            batch_tokens=config.batch_tokens or DEFAULT,
             memory_share=config.memory_share,
             top_k=config.spec.top_k,
             processor=job.processor,
@@ -134,7 +140,9 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
             and bool(samples[0].images)
             and prefix_is_independent(engine, samples[0])
         )
-    return Teacher(engine=engine, head=head, sharing=sharing, packing=False)
+    return Teacher(
+        engine=engine, head=head, sharing=sharing, packing=False, batch_tokens=config.batch_tokens or DEFAULT
+    )
 
 
 def _ask_transformers(job: Job, samples: list[PreparedSample]) -> tuple[Finding, float | None]:

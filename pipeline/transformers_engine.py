@@ -16,15 +16,17 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, first_line
 from models.device import choose_device, device_name
 from models.folder import load_model
 from models.head import Head, verified_head
 from models.inputs import join, pad
+from pipeline.engine import same_states
 from pipeline.pack_attention import attention_by_parts
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 
+_BUCKET = 64  # lengths of compiled batches
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +42,7 @@ class TransformersEngine:
                 f"{type(model).__name__} has no base model below its head; it cannot be a teacher"
             )
         self._head = Head.of(model, vocab_size)
+        self._compiled = False
 
     @property
     def head(self) -> Head:
@@ -72,7 +75,8 @@ class TransformersEngine:
     def can_pack(self) -> bool:
         """See Engine: only where every layer attends to all earlier positions."""
         kinds = set(getattr(self._model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-        return kinds == {"full_attention"} and self._model.config._attn_implementation in ("sdpa", "eager")
+        known = self._model.config._attn_implementation in ("sdpa", "eager")
+        return known and kinds == {"full_attention"} and not self._compiled
 
     def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
         """See Engine."""
@@ -93,6 +97,30 @@ class TransformersEngine:
         with attention_by_parts(config, packs) if by_parts else nullcontext():
             hidden = self._run(inputs)
         return [pack.split(hidden[index]) for index, pack in enumerate(packs)]
+
+    def compile(self, sample: PreparedSample) -> str | None:
+        """Compiles the layers of the language model; batches then have lengths in steps of 64, and nothing is
+        packed. Returns why it cannot be, or that it gives other hidden states of `sample`: then nothing has
+        changed."""
+        text = getattr(self._base, "language_model", self._base)
+        layers = list(getattr(text, "layers", ()))
+        if not layers:
+            return f"{type(text).__name__} has no list of layers"
+        (reference,) = self.hidden_states([sample])
+        self._compiled, problem = True, None
+        try:
+            for layer in layers:
+                layer.compile()
+            (hidden,) = self.hidden_states([sample])
+            if not same_states(hidden, reference):
+                problem = "compiled, it gives other hidden states"
+        except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the teacher runs without it
+            problem = f"torch.compile fails: {first_line(error)}"
+        if problem is not None:
+            self._compiled = False
+            for layer in layers:
+                layer._compiled_call_impl = None
+        return problem
 
     def _positions(self, sample: PreparedSample) -> NDArray[np.int64]:
         """Position ids (T,), or (3, T) where the model has its own for images (M-RoPE)."""
@@ -122,24 +150,28 @@ class TransformersEngine:
         return verified_head(self._head, hidden, own, model=type(self._model).__name__)
 
     def _inputs(self, packs: Sequence[Pack]) -> dict[str, Tensor]:
-        made = collate(packs, pad_token_id=self._pad_token_id)
+        made = collate(packs, pad_token_id=self._pad_token_id, multiple=_BUCKET if self._compiled else 1)
         return {name: self._placed(value) for name, value in made.items()}
 
     def _placed(self, value: Tensor) -> Tensor:
-        """On the model's device, floating point in the model's dtype, as the processors' callers do."""
-        return value.to(self._base.device, self._base.dtype if value.is_floating_point() else None)
+        """On the model's device, floating point in the model's dtype, as the processors' callers do. Nothing
+        waits for the copy on CUDA, where it is cast."""
+        device, dtype = self._base.device, self._base.dtype if value.is_floating_point() else None
+        if device.type == "cuda":
+            value = value.pin_memory().to(device, non_blocking=True)
+        return value.to(device, dtype)
 
 
 def _single(samples: Sequence[PreparedSample]) -> list[Pack]:
     return [Pack(samples=(sample,)) for sample in samples]
 
 
-def collate(packs: Sequence[Pack], *, pad_token_id: int) -> dict[str, Tensor]:
+def collate(packs: Sequence[Pack], *, pad_token_id: int, multiple: int = 1) -> dict[str, Tensor]:
     """Model inputs of a right-padded batch: ids (B, L), mask, token inputs, and pixel inputs.
 
-    Pixel inputs are joined as `models.inputs.join` does.
+    L: of the longest, rounded up to a `multiple`. Pixel inputs are joined as `models.inputs.join` does.
     """
-    length = max(len(pack) for pack in packs)
+    length = -(-max(len(pack) for pack in packs) // multiple) * multiple
     ids = [pack.join([sample.input_ids for sample in pack.samples]).astype(np.int64) for pack in packs]
     inputs = {
         "input_ids": pad(ids, length, pad_token_id),

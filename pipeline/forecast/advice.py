@@ -39,7 +39,7 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
     """
     job = open_job(config.build, progress)
     config = _within_vocabulary(config, job.vocab_size, progress)
-    engine, head, sharing, packing = load_with_transformers(job, progress)
+    engine, head, sharing, packing, batch_tokens = load_with_transformers(job, progress)
     student = None
     if config.student is not None:
         with task(progress, "loading the student"):
@@ -52,6 +52,7 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
         head,
         config.widest,
         sharing=sharing,
+        batch_tokens=batch_tokens,
         positions=config.positions,
         seed=config.seed,
     )

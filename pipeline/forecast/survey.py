@@ -139,9 +139,11 @@ class Surveyor:
         spec: TargetSpec,
         *,
         sharing: bool,
+        batch_tokens: int,
         positions: int,
         seed: int,
     ) -> None:
+        self._batch_tokens = batch_tokens
         self._job = job
         self._head = head
         self._spec = spec
@@ -161,7 +163,7 @@ class Surveyor:
             fingerprint="",
             share=False,
             pack=False,
-            batch_tokens=job.config.batch_tokens,
+            batch_tokens=batch_tokens,
         )
         self._images = 0
         self._blocks: dict[str, list[TopK]] = {kind: [] for kind in self._kinds}
@@ -212,7 +214,7 @@ class Surveyor:
             seconds=seconds,
             tokens=tokens,
             preparing=preparing / len(draw.rows),
-            threads=self._job.config.prepare_threads,
+            threads=self._job.prepare_threads,
         )
         return found
 
@@ -298,7 +300,7 @@ class Surveyor:
         """The student's hidden states at the places that are kept of the teacher's."""
         witness = Witness(student.engine, self._wanted)
         theirs = [student.prepare(sample) for sample in samples]
-        for batch in batches([Pack(samples=(sample,)) for sample in theirs], self._job.config.batch_tokens):
+        for batch in batches([Pack(samples=(sample,)) for sample in theirs], self._batch_tokens):
             witness.hidden_states([theirs[index] for index in batch])
         return witness.kept
 
