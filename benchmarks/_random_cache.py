@@ -28,6 +28,7 @@ def write_cache(
     top_k: int,
     size: int,
     rank: int = 24,
+    flat: bool = False,
 ) -> Path:
     """Samples of `visual` image tokens, `text` tokens of a question and `answer` supervised ones."""
     spec = TargetSpec(top_k=top_k)
@@ -49,7 +50,7 @@ def write_cache(
     )
     writer = CacheWriter.open(folder / "cache", manifest)
     pool = random_records(random, 4 * (visual + answer), vocab, top_k)
-    scales = 0.7 ** np.minimum(np.arange(rank), 24) * 100
+    scales = np.full(rank, 100.0) if flat else 0.7 ** np.minimum(np.arange(rank), 24) * 100
     factor = (random.normal(size=(visual, rank)) * scales).astype(np.float32)
     gram = factor @ factor.T
     (folder / "images").mkdir(parents=True, exist_ok=True)

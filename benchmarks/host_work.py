@@ -126,7 +126,7 @@ def host_parts(job: Job, targets: StoredTargets, rows: int) -> dict[str, float]:
 def whole_build(config: BuildConfig, targets: StoredTargets, seconds: float) -> float:
     """Seconds of capturing in a whole `build` whose teacher is the stand-in."""
     engine = StandInEngine(seconds)
-    teacher = Teacher(engine=engine, head=engine.head, sharing=True, packing=False)
+    teacher = Teacher(engine=engine, head=engine.head, sharing=True, packing=False, batch_tokens=16384)
     clock = Clock()
     with (
         patch.object(capture, "load_teacher", lambda job, progress: teacher),

@@ -30,7 +30,7 @@ from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import MAX_BAD, MAX_BAD_FROM
 from pipeline.shard_capture import ShardCapture
 
-_WINDOW_BYTES = 512 << 20  # pixels prepared at once; up to three windows are in memory
+_WINDOW_BYTES = 256 << 20  # pixels prepared at once; up to three windows are in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,10 +32,10 @@ def load_ahead(
     """(step, its micro-batches) in order, decoded and collated by `workers` threads ahead of time.
 
     The order of what comes out does not depend on `workers`; 0 does the work in the calling thread; None: as
-    many as this process has cores, less one. Threads suffice: reading, decoding, resizing and array work all
-    release the interpreter's lock. As many micro-batches are under way or ready as a step has, and one more
-    for every thread: short steps keep all threads busy. pin: Batches come in pinned memory, from which copies
-    to a device do not wait.
+    many as this process has cores, less one, from 2 to 8. Threads suffice: reading, decoding, resizing and
+    array work all release the interpreter's lock. As many micro-batches are under way or ready as a step has,
+    and one more for every thread: short steps keep all threads busy. pin: Batches come in pinned memory, from
+    which copies to a device do not wait.
     """
 
     def collate(part: Sequence[Located]) -> Made:
@@ -43,7 +43,7 @@ def load_ahead(
         return with_tensors(made, Tensor.pin_memory) if pin else made
 
     if workers is None:
-        workers = max(1, min(_MOST_WORKERS, cores_per_process() - 1))
+        workers = max(2, min(_MOST_WORKERS, cores_per_process() - 1))
     if workers == 0:
         for step in steps:
             yield step.number, [collate(part) for part in step.micro_batches]

@@ -104,7 +104,7 @@ class TrainConfig:
     workers: Annotated[
         int | None,
         at_least(0),
-        Help("Threads that make batches. Default: this process's cores, less one, at most 8.", _SPEED),
+        Help("Threads that make batches. Default: this process's cores, less one, from 2 to 8.", _SPEED),
     ] = None
     window: Annotated[int, at_least(1), Help("Shards mixed by the shuffle.", _SPEED)] = 8
     trackers: Annotated[tuple[str, ...], Help("Trackers of accelerate, or none.", _RECORDS, "tracker")] = (
