@@ -25,8 +25,8 @@ class Batch:
     """One micro-batch on one device.
 
     inputs: what the model's forward takes: input_ids (B, T) and attention_mask (B, T) int64, pixel inputs
-    when any sample has an image, and whatever else the cache stores of the inputs. labels (B, T) int64.
-    rows, sample_ids: which samples these are; both empty in an idle batch, which only keeps a rank in step.
+    when any sample has an image, and all other inputs that the cache stores. labels (B, T) int64.
+    rows, sample_ids: of these samples; both empty in an idle batch, which only keeps a rank synchronised.
     """
 
     inputs: dict[str, Tensor]
@@ -57,9 +57,9 @@ class Collator:
 
     pixels: by the student's processor. image_root: the folder that the cache's image paths
     start from. pad_token_id: fills the right of shorter samples. targets: which of the cache's targets
-    become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every
-    image's placeholder tokens are replaced by so many of `image_token_id` (a student that sees images in
-    another number of tokens than the teacher; visual and relation targets are then impossible).
+    become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every image's
+    placeholder tokens are replaced by this many of `image_token_id` (for a student with another number of
+    visual tokens than the teacher; visual and relation targets are then impossible).
     """
 
     pixels: PixelInputs
@@ -141,7 +141,7 @@ class Collator:
 def respan(sample: Sample, placeholders: int, image_token_id: int) -> Sample:
     """The sample with `placeholders` tokens for each of its images in place of those that were captured.
 
-    Response positions move along: one that stood on an image's last token stands on its last token again.
+    Response positions move accordingly: one at an image's last token stays at its last token.
     Visual and prompt targets and relations have no counterpart and are dropped.
     """
     old = sample.input_ids
@@ -193,7 +193,7 @@ def _extra_inputs(samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
 def _position_targets(
     samples: Sequence[Sample], length: int, kind: Kind, sample_temperature: float
 ) -> PositionTargets | None:
-    """The TopK records of all samples, one after the other, with their places in hidden.reshape(B * T, D)."""
+    """The TopK records of all samples, concatenated, with their indices into hidden.reshape(B * T, D)."""
     records: list[tuple[int, NDArray[Any], TopK]] = []
     for place, sample in enumerate(samples):
         record, positions = sample.records[kind], sample.positions[kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,24 @@ from tests.fake_caches import make_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+PACKAGES = ("cache_schema", "models", "pipeline", "student", "views")
 RECIPE_FILES = sorted((DOCS / "recipes").glob("*.yaml"))
+
+
+def nodes_of_the_code() -> Iterator[ast.AST]:
+    for path in [ROOT / "cli.py", *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]:
+        yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def reasons_in_the_code() -> set[str]:
     """The reasons that RowRejected and QuarantinedRow are given as literals anywhere in the packages."""
     found = set()
-    for package in ("cache_schema", "models", "pipeline", "student"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-                    continue
-                if node.func.id not in ("RowRejected", "QuarantinedRow"):
-                    continue
-                given = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "reason")]
-                found |= {one.value for one in given if isinstance(one, ast.Constant)}
+    for node in nodes_of_the_code():
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+        if node.func.id in ("RowRejected", "QuarantinedRow"):
+            given = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "reason")]
+            found |= {one.value for one in given if isinstance(one, ast.Constant)}
     return found
 
 
@@ -37,6 +41,16 @@ def test_every_quarantine_reason_is_explained():
     explained = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", section, re.MULTILINE)
     assert len(explained) == len(set(explained))
     assert set(explained) == reasons_in_the_code()
+
+
+def test_the_messages_that_are_explained_are_those_of_the_code():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    sections = page.split("\n## Building")[1].split("\n## Frequent")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", sections, re.MULTILINE)
+    texts = [node.value for node in nodes_of_the_code() if isinstance(node, ast.Constant)]
+    code = "\n".join(text for text in texts if isinstance(text, str))
+    assert len(messages) > 20
+    assert not [message for message in messages if message not in code]
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
