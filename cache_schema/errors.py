@@ -11,8 +11,8 @@ _LONGEST_DETAIL = 240
 
 
 def shown(text: str, limit: int = 200) -> str:
-    """`text` fit for a terminal: control characters, line ends and lone surrogates escaped, cut in its middle
-    to about `limit` characters."""
+    """`text` made safe for a terminal: control characters, line ends and lone surrogates escaped, shortened
+    in its middle to about `limit` characters."""
     if len(text) > limit:
         text = f"{text[: 2 * limit // 3]}…{text[-(limit // 3) :]}"
     if text.isprintable():
@@ -24,7 +24,7 @@ def shown(text: str, limit: int = 200) -> str:
 class KdcacheError(Exception):
     """An error for the user. Its text is one line: what, where and the remedy.
 
-    Control characters in it are escaped, and its middle is cut where it has over 1,500 characters.
+    Control characters in it are escaped, and it is shortened in its middle above 1,500 characters.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -47,7 +47,7 @@ class RowRejected(KdcacheError):
     """A dataset row that cannot be captured; it goes to quarantine with this reason.
 
     reason: a short code for counting (`missing_image`, `broken_image`, `no_turns`, ...).
-    detail: the sentence for a reader, as `shown` leaves it.
+    detail: one sentence for a person, made safe by `shown`.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

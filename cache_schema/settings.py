@@ -1,4 +1,4 @@
-"""Settings as dataclasses: what a field means, which values it may have, and how it becomes an option."""
+"""Settings as dataclasses: the meaning of a field, its allowed values, and its option."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cache_schema.errors import WrongUsage
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """What a field means, as `Annotated[int, Help("...")]`.
+    """The meaning of a field, as `Annotated[int, Help("...")]`.
 
     panel: the group of options it is listed in. option: the option's name where it is not the field's own;
     empty for a field that no option sets.
@@ -28,7 +28,7 @@ class Help:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Finite numbers from low to high; `ends` says with [ or ( whether an end belongs to them."""
+    """Finite numbers from low to high; `ends`: [ or ( for included or excluded ends."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ class Range:
     words: str
 
     def fault(self, value: float) -> str | None:
-        """What is wrong with a value, as the end of a sentence."""
+        """The violated condition of a value, as the end of a sentence."""
         if not math.isfinite(value):
             return "be a finite number"
         above = value >= self.low if self.ends[0] == "[" else value > self.low
@@ -82,7 +82,7 @@ class Setting:
 
     @property
     def nested(self) -> bool:
-        """Whether the fields of its class stand for it."""
+        """Whether it is given by the fields of its class."""
         return is_dataclass(self.kind) and not any(isinstance(note, Help) for note in self.notes)
 
 
@@ -126,7 +126,7 @@ def number_and_words(kind: Any) -> tuple[Any, tuple[str, ...]]:
 def check(settings: Any, more: Mapping[str, object] | None = None, *, where: str = "") -> None:
     """WrongUsage that names every field outside of its allowed values; called from `__post_init__`.
 
-    more: further faults, each a sentence, with what is true where it applies. where: a prefix of the message.
+    more: further faults: a sentence and whether it applies. where: a prefix of the message.
     """
     found = [
         fault

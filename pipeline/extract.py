@@ -1,4 +1,5 @@
-"""From prepared samples to captured ones: batches launched one after the other, records fetched beside."""
+"""From prepared samples to captured ones: batches are launched one after the other, records are fetched
+concurrently."""
 
 from __future__ import annotations
 
@@ -25,14 +26,14 @@ from pipeline.samples import PreparedSample
 from pipeline.targets import PendingRecords, TargetMaker
 
 _DEVICE_FAULTS = ("CUDA error", "device-side assert", "HIP error", "CUBLAS", "CUDNN", "NCCL", "MPS backend")
-_FLYING = 2  # batches whose records may be under way to the host while the next one is launched
+_FLYING = 2  # batches whose records may be in transfer to the host while the next one is launched
 
 Launched = tuple[list[Pack], "Future[list[Captured]]"]
 """Packs, and their samples as captured, once their records are on the host."""
 
 
 class Extractor:
-    """Launches batches of samples on one engine; their records come to the host in a thread of its own.
+    """Launches batches of samples on one engine; a separate thread brings their records to the host.
 
     head: turns the engine's hidden states into logits; None for an engine that gives records itself.
     share: images with equal prefix keys (under `fingerprint`) get their visual and relation records once.
@@ -63,15 +64,15 @@ class Extractor:
         self._flying: deque[Future[list[Captured]]] = deque()
 
     def launch(self, samples: Sequence[PreparedSample], claimed: set[str]) -> Iterator[list[Launched]]:
-        """Runs samples batch by batch; what a batch comes to is told as soon as it is launched.
+        """Runs samples batch by batch; a batch is yielded as soon as it is launched.
 
-        claimed: prefix keys whose records other samples bring; those of `samples` are added. The first one
-        with a key brings the records, the others refer to them.
+        claimed: prefix keys whose records other samples have; those of `samples` are added. The first one
+        with a key has the records, the others refer to them.
         """
         singles = [Pack(samples=(sample,), wanted=(self._wanted(sample, claimed),)) for sample in samples]
         keys = [pack.wanted[0].keys[-1] if self._pack and pack.first.images else None for pack in singles]
         left = pack_samples(singles, keys, self.batch_tokens)
-        while left:  # the batches to come are formed anew when the budget has shrunk
+        while left:  # remaining batches are formed again when the budget has shrunk
             budget = self.batch_tokens
             done: set[int] = set()
             for batch in batches(left, budget):
@@ -155,7 +156,7 @@ class Extractor:
         return [(packs, self._host.submit(lambda: [row]))]
 
     def _launch(self, packs: list[Pack]) -> Launched:
-        """Queues a batch on the device, and behind it the way of its records to the host."""
+        """Queues a batch on the device, then the transfer of its records to the host."""
         samples = [sample for pack in packs for sample in pack.samples]
         if isinstance(self._engine, RecordEngine):
             wanted = [want for pack in packs for want in pack.wanted]
@@ -179,7 +180,7 @@ class Extractor:
         return [hidden for pack in engine.packed_hidden_states(packs) for hidden in pack]
 
     def _fetch(self, packs: list[Pack], pending: PendingRecords, download: Download) -> list[Captured]:
-        """In the host's thread: the samples of a batch as captured, once the device is through with it."""
+        """In the host's thread: the captured samples of a batch, once the device has finished it."""
         return captured_of(packs, pending.records(download.arrays()), self._spec)
 
 

@@ -1,7 +1,7 @@
 """The capture loop: shards, windows of prepared samples, batches, and the writer, all at once.
 
-The main thread does nothing but launch. Samples are prepared in threads, records come to the host in
-another (pipeline.extract), and one more finishes shards: it waits for their last records and writes them.
+The main thread only launches. Threads prepare samples, another one brings records to the host
+(pipeline.extract), and one more finishes shards: it waits for their last records and writes them.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class _Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Finished:
-    """A shard that was written (record None: another worker was first), or its samples to capture again.
+    """A written shard (record None: another worker was first), or its samples to capture again.
 
-    captured: what came to the host at its end.
+    captured: the last ones that came to the host.
     """
 
     captured: list[Captured]
@@ -198,7 +198,7 @@ class CaptureLoop:
     # ---- finishing and writing, in a thread of its own ----
 
     def _finish(self, shard: _Shard) -> _Finished:
-        """Writes a shard once its records are all there, unless samples of it must be captured again."""
+        """Writes a shard once all its records are present, unless samples must be captured again."""
         captured = shard.capture.finish()
         orphans = shard.capture.orphans()
         if orphans:
@@ -219,7 +219,7 @@ class CaptureLoop:
             example = f"; for example row {bad[0].row}: {bad[0].detail}" if bad else ""
             raise KdcacheError(
                 f"{total} of {seen} rows so far cannot be captured ({reasons}), more than --max-bad {limit:g}"
-                f"{example}; correct the cause, or go on with a higher --max-bad (1: whatever their share)"
+                f"{example}; correct the cause, or continue with a higher --max-bad (1: any share)"
             )
 
     def _write(self, shard: _Shard) -> CommitRecord | None:

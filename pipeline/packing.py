@@ -22,10 +22,10 @@ _LONGEST = 3  # a pack is at most so many times its prefix: beyond, attention ov
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a capture wants of one sample: the positions whose records are asked for, kind by kind.
+    """The requests for one sample: the positions whose records are wanted, by kind.
 
     keys: the prefix key of every image, None where images are not shared. owned: for every image whether this
-    sample brings its visual and relation records.
+    sample has its visual and relation records.
     """
 
     keys: tuple[str | None, ...]
@@ -46,7 +46,7 @@ class Wanted:
 class Pack:
     """Samples whose first `prefix` ids, and all of whose images, are the same; of one sample prefix is 0.
 
-    wanted: what a capture wants of each sample; empty where nothing is captured.
+    wanted: the requests for each sample; empty where nothing is captured.
     """
 
     samples: tuple[PreparedSample, ...]
@@ -123,7 +123,7 @@ def pack_samples(samples: Sequence[Pack], keys: Sequence[str | None], limit: int
     """Packs of at most `limit` tokens, made of packs of one sample each.
 
     keys: what two samples must share to be packed (the key of the last image: it holds every earlier
-    image and the ids between); None: never packed. A pack stands where its first sample stood.
+    image and the ids between); None: never packed. A pack takes the place of its first sample.
     """
     open_packs: dict[str, int] = {}  # key -> its newest pack
     found: list[Pack] = []

@@ -23,25 +23,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MOST_STEPS = 200_000
-"""Rounds of loops and calls of macros in one rendering."""
+"""The largest number of loop iterations and macro calls in one rendering."""
 
 MOST_CHARACTERS = 1 << 22
-"""Characters (or entries of a list) that a rendering may make."""
+"""The largest number of characters (or list entries) of a rendering."""
 
-_MOST_SECONDS = 10.0  # against what the count does not see: slow filters
+_MOST_SECONDS = 10.0  # against slow filters, which are not counted
 _LONGEST_INTEGER = 4096  # bits
 _WIDTH = re.compile(r"%[^a-zA-Z%]*?(\d{5,})")
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # no characters of any text: where a marked stretch begins and ends
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # not characters of any text: start and end of a marked range
 
 
 class TooMuch(jinja2.TemplateError):
-    """A rendering is over its bounds."""
+    """A rendering exceeds its bounds."""
 
 
 def render(text: str, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-    """What the template `text` writes, and the spans inside its `{% generation %}` marks.
+    """The output of the template `text`, and the spans inside its `{% generation %}` marks.
 
-    jinja2.TemplateSyntaxError where it is none; whatever else a template raises comes through; TooMuch
+    jinja2.TemplateSyntaxError for invalid syntax; other exceptions of a template pass through; TooMuch
     (a jinja2.TemplateError) over the bounds.
     """
     template = _compiled(text)
@@ -54,7 +54,7 @@ def render(text: str, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int
                 raise TooMuch(f"it writes over {MOST_CHARACTERS} characters")
             pieces.append(piece)
     except RecursionError as error:
-        raise TooMuch("it calls itself without end") from error
+        raise TooMuch("it calls itself endlessly") from error
     return _without_marks("".join(pieces))
 
 
@@ -66,7 +66,7 @@ def names_and_filters(text: str) -> tuple[set[str], set[str]]:
 
 
 def holds_marks(text: str) -> bool:
-    """Whether text has the characters by which marked stretches are found."""
+    """Whether text has the characters that delimit marked ranges."""
     return _OPEN in text or _CLOSE in text
 
 
@@ -77,7 +77,7 @@ def _without_marks(written: str) -> tuple[str, list[tuple[int, int]]]:
     for stretch in rest:
         inside, closed, after = stretch.partition(_CLOSE)
         if not closed:
-            raise jinja2.TemplateError("its generation marks stand inside one another")
+            raise jinja2.TemplateError("its generation marks are nested")
         spans.append((length, length + len(inside)))
         pieces += [inside, after]
         length += len(inside) + len(after)
@@ -93,7 +93,7 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`: what stands inside is what the assistant writes."""
+    """`{% generation %}`: its content is the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012 - as the class above declares it
 
@@ -107,7 +107,7 @@ class _Generation(ext.Extension):
 
 
 class _Counted(CodeGenerator):
-    """Counts every round of a loop and every call of a macro, and checks what `~` joins."""
+    """Counts every loop iteration and macro call, and checks the operands of `~`."""
 
     def visit_For(self, node: nodes.For, frame: Any) -> None:
         node.body.insert(0, nodes.ExprStmt(_step(node.lineno)))
@@ -143,7 +143,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            optimized=False,  # which would compute products of constants unbounded
+            optimized=False,  # would compute products of constants without bounds
             extensions=[_Generation, ext.loopcontrols],
         )
         self.filters |= {"tojson": _tojson, "format": _format}
@@ -172,7 +172,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The operators that can make much of little."""
+        """The operators that can make large values of small ones."""
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, str | list | tuple) and isinstance(other, int):
@@ -189,7 +189,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return made
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call whose numbers are no lengths of gigabytes."""
+        """A call whose numbers are not lengths of gigabytes."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, int):
                 _refuse_over(value)
@@ -197,7 +197,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Namespace(Namespace):
-    """A namespace without names that begin with an underscore."""
+    """A namespace without names that start with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         names = dict(*args[1:], **kwargs)
@@ -212,7 +212,7 @@ class _Namespace(Namespace):
 
 def _refuse_private(name: object) -> None:
     if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"the name {name!r} begins with an underscore")
+        raise jinja2.exceptions.SecurityError(f"the name {name!r} starts with an underscore")
 
 
 def _refuse_over(size: int, bound: int = MOST_CHARACTERS) -> None:
@@ -237,7 +237,7 @@ def _format(value: str, *args: Any, **kwargs: Any) -> str:
 
 
 def _refuse_wide(form: str) -> None:
-    """TooMuch for a width in a printf-style form that no text needs."""
+    """TooMuch for an excessive width in a printf-style format."""
     for width in _WIDTH.findall(str(form)):
         _refuse_over(int(width) if len(width) < 9 else MOST_CHARACTERS + 1)
 

@@ -210,7 +210,7 @@ def _expansions(encoded: Encoded) -> tuple[Expansion, ...]:
 
 
 def first_answers(conversation: Conversation, answers: int) -> Conversation:
-    """The conversation up to its `answers`-th answer (from 1), with the images that stand before it."""
+    """The conversation up to its `answers`-th answer (from 1), with the images before it."""
     seen = 0
     end = len(conversation.messages)
     for index, message in enumerate(conversation.messages):

@@ -89,8 +89,8 @@ class ChatTemplate:
         else:
             raise RowRejected(
                 "turn_weight",
-                f"template {self._told} marks {len(marked)} spans for {len(answers)} answers, so none can be "
-                "left out by its weight",
+                f"template {self._told} marks {len(marked)} spans for {len(answers)} answers, so none can "
+                "be omitted by its weight",
             )
         self._refuse_a_lost_system_prompt(messages, text)
         learned = supervised or (True,) * len(spans)
@@ -168,7 +168,7 @@ class ChatTemplate:
         return ""
 
     def _to_first_special(self, following: str) -> str:
-        """Blanks and the special token after them; nothing where another text stands there."""
+        """Whitespace and a special token after it; empty where other text follows."""
         begins = following.lstrip()
         for special in sorted(self.specials, key=len, reverse=True):
             if begins.startswith(special):
@@ -321,7 +321,7 @@ def _read(path: Path) -> str:
 
 
 def _of_one_moment(name: str, text: str) -> str:
-    """The template with its clock stopped. KdcacheError for one that draws at random, or is no Jinja."""
+    """The template with a fixed clock. KdcacheError for a template with random numbers or invalid Jinja."""
     try:
         names, filters = names_and_filters(text)
     except (jinja2.TemplateSyntaxError, RecursionError) as error:

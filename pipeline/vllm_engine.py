@@ -181,7 +181,8 @@ class VllmLogprobs:
         return found
 
     def _table(self, output: Any) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Ids and log-probabilities (T, 1 + K): the token that follows each position, then the likeliest."""
+        """Ids and log-probabilities (T, 1 + K): the token that follows each position, then the most likely
+        ones."""
         parts = (output.prompt_logprobs, output.outputs[0].logprobs)
         width = self._top_k + 1
         ids = np.array([i for part in parts for i in part.token_ids], dtype=np.int32).reshape(-1, width)
@@ -250,7 +251,7 @@ def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any])
 
 def claim_device(device: str) -> str:
     """Leaves one accelerator visible, which vLLM then uses: that of `device`, or each of several workers
-    on a machine its own. Returns what `device` is called from then on.
+    on a machine its own. Returns the new name of `device`.
 
     Must be called before accelerators are enumerated. KdcacheError where there is no such device.
     """

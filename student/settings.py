@@ -12,7 +12,7 @@ from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _OVERRIDES = ("epochs", "max_steps", "learning_rate", "global_batch", "lora_rank")
-"""Settings of a run that stand before those of its stage."""
+"""Settings of a run that override those of its stage."""
 
 _HELD_OUT, _RECORDS, _SPEED = "Held-out data", "Checkpoints and records", "Speed and memory"
 

@@ -44,8 +44,8 @@ def write_html(
 ) -> Path:
     """Writes the page to the file `out` and returns it.
 
-    The order `worst` is by the share of response positions where the label is not the teacher's likeliest
-    token, then by perplexity. only: rows and ids, in place of what `config` chooses. Without `image_root`
+    The order `worst` is by the share of response positions where the label is not the teacher's most likely
+    token, then by perplexity. only: rows and ids, instead of the choice of `config`. Without `image_root`
     only the patches are shown. The relation of a patch is drawn from the strongest 48 columns of the factor,
     in 8 bits: for display only.
     """

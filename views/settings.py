@@ -1,4 +1,4 @@
-"""What a user decides about pages and files for a reader."""
+"""Settings of pages and files for people."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastFiles:
-    """Files that `plan` writes. Checked before the work, which takes minutes."""
+    """Files that `plan` writes. Checked first, since the work takes minutes."""
 
     write: Annotated[Path | None, Help("Save the command: FILE.sh, or else one argument per line.")] = None
     plot: Annotated[Path | None, Help("Draw bytes against angles: a .png, .svg or .pdf file.")] = None
@@ -40,4 +40,4 @@ class ForecastFiles:
             if file is not None
         }
         other = self.plot is not None and self.plot.suffix.lower() not in pictures
-        check(self, {f"{self.plot} is no {', '.join(pictures)} file": other, **faults})
+        check(self, {f"{self.plot} is not a {', '.join(pictures)} file": other, **faults})

@@ -1,4 +1,4 @@
-"""Rows in Parquet and Arrow files, or a folder of them, copied to where any of them is found at once."""
+"""Rows in Parquet and Arrow files, or a folder of them, copied for random access."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from cache_schema.progress import Progress
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather", ".ipc")
 
-_BATCH = 256  # rows handled at once: they may carry images
+_BATCH = 256  # rows per batch: they may carry images
 _SPLIT = re.compile(r"(train|test|valid|val|dev|eval)", re.IGNORECASE)
 
 
 class ArrowSource:
-    """Rows of tables copied to temporary Arrow files, whose record batches begin at rows `starts`.
+    """Rows of tables copied to temporary Arrow files, whose record batches start at rows `starts`.
 
-    A plan reads rows in an order of its own, and Parquet gives no row without its whole row group. The
-    copies are mapped, not read, and go with the process.
+    A plan reads rows in another order, and Parquet decodes whole row groups only. The copies are
+    memory-mapped and disappear with the process.
     """
 
     def __init__(self, files: Sequence[pa.RecordBatchFileReader], starts: NDArray[np.int64]) -> None:
@@ -43,7 +43,7 @@ class ArrowSource:
     def read(self, row: int) -> Any:
         found = int(np.searchsorted(self._starts, row, side="right")) - 1
         file, number = self._batches[found]
-        with self._lock:  # the reader keeps its place in the file
+        with self._lock:  # the reader has a file position
             batch = file.get_batch(number)
         try:
             return batch.slice(row - int(self._starts[found]), 1).to_pylist()[0]
@@ -98,7 +98,7 @@ def index_tables(paths: Sequence[Path], progress: Progress) -> tuple[ArrowSource
                 raise told from error
             kind = "Arrow" if path.suffix.lower() in ARROW else "Parquet"
             raise KdcacheError(
-                f"data file {path} is not a readable {kind} file: {first_line(error)}; get it anew"
+                f"data file {path} is not a readable {kind} file: {first_line(error)}; fetch it again"
             ) from error
         done += path.stat().st_size
     return ArrowSource(files, np.cumsum([0, *map(len, keys)], dtype=np.int64)), keys
@@ -111,7 +111,7 @@ def _opened(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
         head = file.read(6)
     if head.startswith(b"PAR1") or path.suffix.lower() in PARQUET:
         with pq.ParquetFile(path) as parquet:
-            # Each row group has dictionaries of its own, which pyarrow does not join inside lists.
+            # Each row group has its own dictionaries, which pyarrow does not join inside lists.
             groups = range(parquet.num_row_groups)
             batches = (parquet.iter_batches(batch_size=_BATCH, row_groups=[group]) for group in groups)
             yield parquet.schema_arrow, chain.from_iterable(batches)
@@ -148,7 +148,8 @@ def _row(batch: pa.RecordBatch, number: int) -> Any:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """Values in place of codes, whose dictionary an Arrow file cannot change between its batches."""
+    """The schema with plain values instead of dictionary codes: an Arrow file cannot change a dictionary
+    between batches."""
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
     if pa.types.is_struct(kind):

@@ -39,9 +39,9 @@ class Conversation:
 
     messages: dictionaries `{"role": system|user|assistant, "content": [{"type": "image"} | {"type":
     "text", "text": ...}, ...]}`: an optional system message, then user and assistant alternating, ending with
-    an answer; every content has at least one part. images: paths, one an image part and in their order.
+    an answer; every content has at least one part. images: paths, one per image part, in order.
     embedded: files that the row itself carries, by their path under `embedded/`. extra: other keys.
-    supervised: for each answer whether it is to be learned; empty: all are.
+    supervised: for each answer whether it is a label; empty: all are.
     """
 
     row: int
@@ -64,7 +64,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def label_of(raw: Any, row: int) -> str:
-    """The row's `id` as text, fit to be shown, or its number where it has none."""
+    """The row's `id` as printable text, or its row number if it has none."""
     label = raw.get("id") if isinstance(raw, dict) else None
     return str(row) if is_absent(label) else shown(writable(str(label)))
 
@@ -79,7 +79,7 @@ def conversation_of(raw: Any, row: int) -> Conversation:
 
     Assistant turns before the first question are skipped, and so is a final question without an answer.
     Images without an `<image>` mark or image part are placed before the first question. Rows with video,
-    sound, tools or thoughts are rejected: none of them would reach the teacher. Line ends become `\\n`.
+    audio, tools or reasoning are rejected: the teacher would not see them. Line ends become `\\n`.
     """
     try:
         return _conversation_of(raw, row)
@@ -88,7 +88,7 @@ def conversation_of(raw: Any, row: int) -> Conversation:
 
 
 def first_image_key(raw: Any) -> int:
-    """A hash of the first image's path, 0 for rows without one or that are malformed."""
+    """A hash of the first image's path; 0 for malformed rows and rows without images."""
     try:
         images = conversation_of(raw, 0).images
     except RowRejected:
@@ -140,7 +140,7 @@ def _conversation_of(raw: Any, row: int) -> Conversation:
 
 
 def _refuse_what_is_not_taken(holder: Mapping[str, Any], where: str) -> None:
-    """RowRejected where a row or a turn carries what the chat could only lose."""
+    """RowRejected where a row or a turn has content that a chat cannot represent."""
     refuse_other_media(holder, where)
     for key in holder:
         if key in _TOOL_KEYS and not is_absent(holder[key]):
@@ -187,7 +187,7 @@ def _read_turn(turn: Any, where: str, embedded: dict[str, bytes]) -> tuple[str, 
 
 
 def _either(turn: Mapping[str, Any], first: str, second: str, where: str) -> Any:
-    """What a turn says under one of two keys; RowRejected `broken_row` where both speak and differ."""
+    """A turn's value under one of two keys; RowRejected `broken_row` where both are set and differ."""
     found = [turn[key] for key in (first, second) if turn.get(key) is not None]
     if len(found) == 2 and found[0] != found[1]:
         raise RowRejected("broken_row", f"{where} has a turn whose `{first}` and `{second}` differ")
@@ -195,7 +195,7 @@ def _either(turn: Mapping[str, Any], first: str, second: str, where: str) -> Any
 
 
 def _is_supervised(turn: Mapping[str, Any], where: str) -> bool:
-    """Whether a turn is to be learned; no is `weight: 0`, `train: false` or `loss: false`, as elsewhere."""
+    """Whether a turn is supervised; not with `weight: 0`, `train: false` or `loss: false`."""
     weights = [turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None and turn[key] == turn[key]]
     for weight in weights:
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):
@@ -206,7 +206,7 @@ def _is_supervised(turn: Mapping[str, Any], where: str) -> bool:
 
 
 def _read_part(part: Any, role: str, where: str, embedded: dict[str, bytes]) -> list[dict[str, Any]]:
-    """The parts that one entry of a turn's content comes to."""
+    """The parts of one entry of a turn's content."""
     if isinstance(part, str):
         return _split_marks(part, role, where, embedded)
     kind = part.get("type") if isinstance(part, dict) else None
@@ -232,7 +232,7 @@ def _read_part(part: Any, role: str, where: str, embedded: dict[str, bytes]) -> 
 
 
 def _index_of(part: Mapping[str, Any], where: str) -> int | None:
-    """Which of the row's images an image part shows, by its `index`; None where it does not say."""
+    """Which of the row's images an image part shows, by its `index`; None if not given."""
     index = part.get("index")
     if is_absent(index):
         return None
@@ -242,7 +242,7 @@ def _index_of(part: Mapping[str, Any], where: str) -> int | None:
 
 
 def _split_marks(text: str, role: str, where: str, embedded: dict[str, bytes]) -> list[dict[str, Any]]:
-    """Text cut at its marks of images; the line breaks next to a mark belong to the mark."""
+    """Text split at its image marks; line breaks next to a mark belong to the mark."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if role != "assistant":
         found = OTHER_MARKS.search(text)
@@ -280,8 +280,7 @@ def _place_images(
 ) -> tuple[str, ...]:
     """The path of every image part in order; parts are added to `messages` for images without a place.
 
-    placed: for each image part the path that it carries itself, or which of `listed` it shows: by its
-    index, else by its turn.
+    placed: for each image part its own path, or which of `listed` it shows, by index or by turn.
     """
     if not placed and listed:
         first = next(message for message in messages if message["role"] == "user")

@@ -23,9 +23,9 @@ LARGEST_FILE = 256 << 20
 LARGEST_IMAGE = 1 << 27
 """Pixels of an image; a larger one is not decoded."""
 
-_RUN_PROGRAMS = ("EPS", "WMF")  # pillow decodes these by starting other programs
+_RUN_PROGRAMS = ("EPS", "WMF")  # pillow decodes these by running other programs
 
-# What pillow has to say of an image's oddities is no news for a terminal; too many pixels are told below.
+# Warnings of pillow about an image are of no use in a terminal; too many pixels are reported below.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -44,7 +44,8 @@ class OpenedImage:
 
 
 def open_image(root: Path | str, path: str) -> OpenedImage:
-    """Reads `path` under `root` and decodes it to RGB; a path from elsewhere that leads into `root` will do.
+    """Reads `path` under `root` and decodes it to RGB; a path from elsewhere that leads into `root` is
+    accepted.
 
     The first frame of an animation, palettes and CMYK converted, alpha dropped as in LLaVA's
     `convert("RGB")`, 16-bit and floating-point grayscale scaled to 8 bits. RowRejected with the reason
@@ -65,7 +66,7 @@ def open_image(root: Path | str, path: str) -> OpenedImage:
             image = _to_rgb(opened)
     except UnidentifiedImageError as error:  # its text contains a memory address
         raise RowRejected("broken_image", f"{told} is not an image of a known format") from error
-    except Exception as error:  # decoders raise whatever they like
+    except Exception as error:  # decoders raise arbitrary exceptions
         raise RowRejected("broken_image", f"{told}: {first_line(error)}") from error
     return OpenedImage(
         path=relative,
@@ -124,7 +125,8 @@ def _read_inside(root: Path, name: str) -> tuple[str, bytes]:
 
 
 def _read_file(path: Path, told: str) -> bytes:
-    """Its bytes; nothing of a pipe or a device, which may never end, nor of a file over the bound."""
+    """The bytes of a regular file within the size bound. Pipes and devices, which may never end, are
+    refused."""
     if path.is_dir():
         raise IsADirectoryError
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -133,7 +135,10 @@ def _read_file(path: Path, told: str) -> bytes:
             raise RowRejected("unreadable_image", f"{told} is a pipe, a socket or a device, not a file")
         content = file.read(LARGEST_FILE + 1) if state.st_size <= LARGEST_FILE else None
     if content is None or len(content) > LARGEST_FILE:
-        raise RowRejected("unreadable_image", f"{told} has over {LARGEST_FILE >> 20} MiB, more than is read")
+        raise RowRejected(
+            "unreadable_image",
+            f"{told} is larger than {LARGEST_FILE >> 20} MiB, the largest size that is read",
+        )
     return content
 
 

@@ -19,11 +19,13 @@ from cache_schema.progress import Progress
 _STEP = 1 << 24
 _BLANKS = b" \t\r\n"
 _WRAPPERS = ("data", "rows", "train", "test", "validation", "samples", "examples", "items", "annotations")
-_LONGEST_LINE = 1 << 26  # bytes of a first line that is parsed to tell a row from a wrapper of all rows
+_LONGEST_LINE = (
+    1 << 26
+)  # bytes of a first line that is parsed to distinguish a row from a wrapper of all rows
 
 
 class JsonSource:
-    """Rows as byte ranges `spans` (rows, 2) of a mapped file."""
+    """Rows as byte ranges `spans` (rows, 2) of a memory-mapped file."""
 
     def __init__(self, name: str, content: mmap.mmap, spans: NDArray[np.int64]) -> None:
         self._name = name
@@ -41,8 +43,8 @@ class JsonSource:
 def index_json(path: Path, progress: Progress) -> tuple[JsonSource, list[NDArray[np.int64]]]:
     """The rows of a file and their image keys, in blocks; no block where the file holds no row.
 
-    A row in an array that cannot be parsed, or an array that does not end, is the whole file's fault:
-    KdcacheError. A broken line is that row's alone.
+    A row in an array that cannot be parsed, or an array that does not end, makes the whole file invalid:
+    KdcacheError. A malformed line affects its row only.
     """
     spans: list[NDArray[np.int64]] = [np.empty((0, 2), dtype=np.int64)]
     keys: list[NDArray[np.int64]] = []
@@ -54,7 +56,7 @@ def index_json(path: Path, progress: Progress) -> tuple[JsonSource, list[NDArray
         spans.append(block[:, :2])
         keys.append(block[:, 2])
         progress.update(int(block[-1, 1]))
-        content.madvise(mmap.MADV_DONTNEED)  # what is indexed need not stay resident
+        content.madvise(mmap.MADV_DONTNEED)  # indexed pages need not stay resident
     return JsonSource(path.name, content, np.concatenate(spans)), keys
 
 
@@ -87,7 +89,7 @@ def _skip(content: mmap.mmap, at: int, skipped: bytes) -> int:
 
 
 def _wrapped_array(content: mmap.mmap, at: int) -> int | None:
-    """Where the rows begin in an object that opens at `at` and has them under a key, else None."""
+    """The start of the rows in an object that opens at `at` and has them under a key, else None."""
     decoder = json.JSONDecoder()
     text = content[at : at + (1 << 20)].decode("latin-1")
     here = 1
@@ -119,7 +121,7 @@ def _begins_with_a_row(content: mmap.mmap, at: int) -> bool:
 
 
 def _line_rows(path: Path, content: mmap.mmap, at: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, image key) of every line that is not blank; a broken line keeps its place."""
+    """(start, end, image key) of every line that is not blank, malformed ones included."""
     parsed, broken = 0, 0
     while at < len(content):
         newline = content.find(b"\n", at)
@@ -137,7 +139,7 @@ def _line_rows(path: Path, content: mmap.mmap, at: int) -> Iterator[tuple[int, i
     if broken and not parsed:
         raise KdcacheError(
             f"data file {path} is neither a JSON array nor JSON lines: none of its lines is an object; "
-            f"give one row a line, or all rows in one array, alone or under one of {', '.join(_WRAPPERS)}"
+            f"give one row per line, or all rows in one array, alone or under one of {', '.join(_WRAPPERS)}"
         )
 
 
@@ -145,8 +147,8 @@ def _array_rows(path: Path, content: mmap.mmap, at: int, *, closing: str) -> Ite
     """(start, end, image key) of every element of the JSON array that opens before byte `at`.
 
     closing: `}` where the array is the value of an object, which may hold other values after it, else ``.
-    The bytes are scanned as Latin-1, where a character is a byte: JSON's structure is ASCII, so the ends
-    are right, and the text of the whole file is never made.
+    The bytes are scanned as Latin-1, where one character is one byte: JSON's structure is ASCII, so the
+    offsets are correct, and the file is never decoded as a whole.
     """
     decoder = json.JSONDecoder()
     row, step = 0, _STEP
@@ -158,7 +160,7 @@ def _array_rows(path: Path, content: mmap.mmap, at: int, *, closing: str) -> Ite
             return
         if at >= len(content):
             raise KdcacheError(
-                f"data file {path} is cut off after row {row}: its array does not end; get it anew"
+                f"data file {path} is truncated after row {row}: its array does not end; fetch it again"
             )
         window_end = window_start + len(window)
         try:
@@ -169,7 +171,7 @@ def _array_rows(path: Path, content: mmap.mmap, at: int, *, closing: str) -> Ite
             if window_end >= len(content):
                 raise KdcacheError(
                     f"data file {path} is not valid JSON in row {row} at byte {at}: {error}; repair it, "
-                    "or give the rows as JSON lines, where a broken one is set aside"
+                    "or give the rows as JSON lines, where a malformed row goes to quarantine"
                 ) from error
             step = _STEP if window_start < at else 2 * step  # the window may have cut the row
             window_start, window = at, content[at : at + step].decode("latin-1")
@@ -179,7 +181,7 @@ def _array_rows(path: Path, content: mmap.mmap, at: int, *, closing: str) -> Ite
 
 
 def _refuse_rest(path: Path, content: mmap.mmap, rest: int, closing: str) -> None:
-    """KdcacheError where more than an array's end stands behind it, or another array of rows."""
+    """KdcacheError where other content, or another array of rows, follows the array."""
     if closing:
         try:
             others = json.loads(b'{"":0' + content[rest:])
@@ -189,9 +191,9 @@ def _refuse_rest(path: Path, content: mmap.mmap, rest: int, closing: str) -> Non
             more = [key for key in _WRAPPERS if isinstance(others.get(key), list)]
             if not more:
                 return
-            raise KdcacheError(f"data file {path} holds rows under {more[0]} too; give one array a file")
+            raise KdcacheError(f"data file {path} holds rows under {more[0]} too; give one array per file")
     if closing or rest < len(content):
         raise KdcacheError(
-            f"data file {path} goes on after its array ends, at byte {rest}: rows there would be "
+            f"data file {path} continues after its array ends, at byte {rest}: rows there would be "
             "lost; put all rows into one array"
         )

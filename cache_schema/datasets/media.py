@@ -1,4 +1,4 @@
-"""What a row carries beside text: images by path or as bytes, and media that no teacher here takes."""
+"""Media in a row: images by path or as bytes, and media that are not supported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 from cache_schema.errors import RowRejected, shown
 
 OTHER_MARKS = re.compile(r"<\|?(video|audio|speech|sound)(?:_pad|_bos|_start|_\d+)?\|?>", re.IGNORECASE)
-"""Where text says that a video or a sound stands."""
+"""Marks of a video or an audio in text."""
 
 _OTHER_KEY = re.compile(r"(video|audio|speech|sound)s?(_(path|file|url|bytes))?s?", re.IGNORECASE)
 _OTHER_IMAGE_KEY = re.compile(
@@ -22,7 +22,7 @@ _OTHER_IMAGE_KEY = re.compile(
 )
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _PATH_KEYS = ("path", "url", "file", "base64")
-_LEAST_BASE64 = 64  # characters: the smallest PNG takes more
+_LEAST_BASE64 = 64  # characters: the smallest PNG is longer
 _SIGNATURES = (
     b"\x89PNG\r\n\x1a\n",
     b"\xff\xd8\xff",
@@ -37,7 +37,7 @@ _SIGNATURES = (
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a cell holds nothing: null, NaN, blank text, or a list or struct of such alone."""
+    """Whether a cell is empty: null, NaN, blank text, or a list or struct of only those."""
     if value is None or value is False or value != value:  # NaN differs from itself
         return True
     if isinstance(value, str):
@@ -55,16 +55,16 @@ def refuse_other_media(holder: Mapping[str, Any], where: str) -> None:
 
 
 def other_media(kind: str, found: str) -> RowRejected:
-    """The rejection of a row for what is neither text nor image. kind: begins with its kind of media."""
-    detail = f"{found}; the capture takes images and text alone"
+    """The rejection of a row for media other than images. kind: starts with the kind of media."""
+    detail = f"{found}; only images and text are supported"
     return RowRejected("video", detail) if kind.lower().startswith("video") else RowRejected("audio", detail)
 
 
 def listed_images(holder: Mapping[str, Any], where: str, embedded: MutableMapping[str, bytes]) -> list[str]:
-    """The image paths under `image` or `images` of a row or a turn; those it carries itself join `embedded`.
+    """The image paths under `image` or `images` of a row or a turn; embedded ones are added to `embedded`.
 
-    RowRejected `image_conflict` where both name something and not the same, `image_key` where images
-    stand under another key alone.
+    RowRejected `image_conflict` where both are set and differ, `image_key` where images are only under
+    another key.
     """
     named = [
         [path_of(item, where, embedded) for item in _items(parsed(holder.get(key)))]
@@ -89,10 +89,10 @@ def _items(value: Any) -> Iterator[Any]:
 
 
 def path_of(item: Any, where: str, embedded: MutableMapping[str, bytes]) -> str:
-    """A path from the forms in which rows name an image; one that the row carries itself joins `embedded`.
+    """The path of an image, in any form that rows use; an embedded one is added to `embedded`.
 
-    Those are bytes, what Arrow tables of `datasets` hold (`bytes`, perhaps with a `path`), `data:` URLs, and
-    base64 that holds an image. RowRejected `broken_row` for anything else.
+    Forms: bytes, Arrow tables of `datasets` (`bytes`, optionally with a `path`), `data:` URLs, and base64 of
+    an image. RowRejected `broken_row` for anything else.
     """
     if isinstance(item, Mapping):
         if not is_absent(item.get("bytes")):
@@ -114,7 +114,9 @@ def path_of(item: Any, where: str, embedded: MutableMapping[str, bytes]) -> str:
     if (content := _image_in_base64(item)) is not None:
         return _embed(content, embedded)
     if not item.isascii() and any("\ud800" <= char <= "\udfff" for char in item):
-        raise RowRejected("broken_row", f"{where} names an image by text that is not Unicode: {_told(item)}")
+        raise RowRejected(
+            "broken_row", f"{where} names an image by text that is not valid Unicode: {_told(item)}"
+        )
     return item.removeprefix("file://")
 
 
@@ -131,7 +133,7 @@ def _of_data_url(url: str, where: str) -> bytes:
 
 
 def _decoded(text: str) -> bytes:
-    """Base64 as it is found: wrapped in lines, URL-safe, without its padding. ValueError when it is none."""
+    """Decodes base64 in common forms: wrapped in lines, URL-safe, without padding. ValueError otherwise."""
     bare = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
     if not bare:
         raise ValueError("it is empty")
@@ -139,7 +141,7 @@ def _decoded(text: str) -> bytes:
 
 
 def _image_in_base64(text: str) -> bytes | None:
-    """The image that bare base64 holds; None for text that is none, as every path is."""
+    """The image in bare base64; None for other text, such as every path."""
     if len(text) < _LEAST_BASE64:
         return None
     try:
@@ -151,7 +153,7 @@ def _image_in_base64(text: str) -> bytes | None:
 
 
 def is_image(content: bytes) -> bool:
-    """Whether bytes begin as those of a raster image do."""
+    """Whether bytes start like those of a raster image."""
     return content.startswith(_SIGNATURES) or content[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1")
 
 
@@ -163,7 +165,7 @@ def _embed(content: bytes, embedded: MutableMapping[str, bytes]) -> str:
 
 
 def parsed(value: Any) -> Any:
-    """Turns or parts that a column holds as JSON text, or as a struct of equally long lists, as a list."""
+    """Turns or parts as a list, from a list, JSON text, or a struct of equally long lists."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             value = json.loads(value)

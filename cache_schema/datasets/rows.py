@@ -1,8 +1,8 @@
 """A file of rows: LLaVA JSON or JSON lines, `messages` rows in JSON lines, Parquet or Arrow.
 
-An index gives access to any row; rows are parsed when asked for and never kept, so a million of them cost
-a few numpy arrays. A row that cannot be understood raises RowRejected when it is read; only a file that
-cannot be read as a whole raises KdcacheError.
+An index gives access to any row. Rows are parsed on access and not kept, so a million rows cost a few numpy
+arrays. A malformed row raises RowRejected when it is read; only a file that cannot be read as a whole raises
+KdcacheError.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Dataset:
 def open_dataset(path: Path | str, progress: Progress | None = None) -> Dataset:
     """Indexes a Parquet or Arrow file, a folder of such, a JSON array (alone or under a key), or JSON lines.
 
-    Text may be UTF-8, UTF-16 or UTF-32, and packed by gzip. Every row is parsed once and dropped.
+    Text may be UTF-8, UTF-16 or UTF-32, and compressed by gzip. Every row is parsed once and discarded.
     KdcacheError when the file is missing, empty, broken or of another kind.
     """
     path = Path(path)

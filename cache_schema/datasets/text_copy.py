@@ -1,4 +1,4 @@
-"""Data files that are packed or not UTF-8, as a copy that is neither."""
+"""Copies of data files that are compressed or not UTF-8, as plain UTF-8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any
 from cache_schema.errors import KdcacheError
 
 _STEP = 1 << 20
-_BOMB = 1 << 30  # bytes from which on a file that grows over _GROWTH times is no text any more
+_BOMB = 1 << 30  # bytes above which a file that grows by more than _GROWTH times is not text
 _GROWTH = 400
 _PACKED = {
     b"\x28\xb5\x2f\xfd": "packed by zstd",
@@ -32,9 +32,9 @@ _PACKED = {
 
 @contextmanager
 def utf8_text(path: Path) -> Iterator[Path]:
-    """`path`, or a temporary copy of it where it is packed by gzip, or UTF-16 or UTF-32 text.
+    """`path`, or a temporary copy of it where it is compressed by gzip, or UTF-16 or UTF-32 text.
 
-    KdcacheError where it is damaged, or of a kind that is not read.
+    KdcacheError where it is damaged, or of an unsupported kind.
     """
     head = _head(path)
     for start, name in _PACKED.items():
@@ -55,11 +55,13 @@ def utf8_text(path: Path) -> Iterator[Path]:
                 _to_utf8(source, encoding, text)
                 source = Path(text.name)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise KdcacheError(f"data file {path} is a damaged gzip file ({error}); get it anew") from error
+            raise KdcacheError(
+                f"data file {path} is a damaged gzip file ({error}); fetch it again"
+            ) from error
         except UnicodeDecodeError as error:
             raise KdcacheError(
-                f"data file {path} is not whole {encoding} text ({error.reason}); get it anew, or save it as "
-                "UTF-8"
+                f"data file {path} is not valid {encoding} text ({error.reason}); fetch it again, or save "
+                "it as UTF-8"
             ) from error
         except OSError as error:
             raise no_room(error, path) from error
@@ -67,12 +69,12 @@ def utf8_text(path: Path) -> Iterator[Path]:
 
 
 def no_room(error: OSError, path: Path) -> OSError | KdcacheError:
-    """`error`, or in words that the disk of temporary files is too small for a copy of `path`."""
+    """`error`, or an error for a full disk of temporary files."""
     if error.errno != errno.ENOSPC:
         return error
     return KdcacheError(
-        f"{tempfile.gettempdir()} has no room for a copy of {path}, from which its rows are "
-        "read in any order; set TMPDIR to a folder on a larger disk"
+        f"{tempfile.gettempdir()} has no room for a copy of {path}, which gives access to its rows in any "
+        "order; set TMPDIR to a folder on a larger disk"
     )
 
 
@@ -88,13 +90,13 @@ def _unpack(path: Path, to: IO[bytes]) -> None:
             written += to.write(piece)
             if written > max(_BOMB, _GROWTH * packed):
                 raise KdcacheError(
-                    f"data file {path} grows over {_GROWTH} times when unpacked: it is no text"
+                    f"data file {path} grows more than {_GROWTH} times when unpacked: it is not text"
                 )
     to.flush()
 
 
 def _to_utf8(path: Path, encoding: str, to: IO[bytes]) -> None:
-    # A lone surrogate spoils its row alone, as it does where JSON escapes it.
+    # A lone surrogate invalidates only its row, as where JSON escapes it.
     lenient: Any = {"errors": "surrogatepass"}
     with path.open(encoding=encoding, newline="", **lenient) as file:
         while piece := file.read(_STEP):

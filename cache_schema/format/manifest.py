@@ -1,4 +1,4 @@
-"""The documents of a cache: the manifest (what it is) and the commit records (what of it exists)."""
+"""The documents of a cache: the manifest (what it is) and the commit records (which shards exist)."""
 
 from __future__ import annotations
 

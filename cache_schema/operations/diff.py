@@ -91,7 +91,7 @@ def diff(
     compared.
 
     KL is over the entries that both keep and one event for the rest (`divergence.kl`), so a different top_k
-    alone is no difference. Engines and versions never are one.
+    alone is no difference. Engines and versions never count.
     """
     progress, config = progress or Silent(), config or DiffConfig()
     report = DiffReport(

@@ -115,7 +115,7 @@ def compare(teacher: Tensor, student: Tensor, records: Mapping[Any, TopK]) -> di
     dense_kl = float(_numpy(torch.linalg.vecdot(p, gap)).sum())
     q = log_q.exp_()
     p_in, q_in = _numpy(p.gather(1, ids)), _numpy(q.gather(1, ids))
-    p.scatter_(1, ids, 0.0)  # from here on the two are what lies outside the widest record
+    p.scatter_(1, ids, 0.0)  # from here on both are restricted to the tail of the widest record
     q.scatter_(1, ids, 0.0)
     mass, squares, product = (_numpy(x) for x in (q.sum(1), _dot(q, q), _dot(p, q)))
     gradient = q.sub_(p)

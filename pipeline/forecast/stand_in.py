@@ -25,7 +25,7 @@ from pipeline.samples import PreparedSample
 
 _CHUNK_BYTES = 64 << 20  # logits of one model worked on at a time; the passes need four times as much
 _TRIED = 256  # positions that the size of the noise is found on, before it is mended
-_MENDED = 4096  # at most so many: enough that the mean KL is what was asked for
+_MENDED = 4096  # at most this many: enough for the requested mean KL
 
 
 @dataclass(slots=True)
@@ -180,7 +180,8 @@ def agreement_at(
     records: Mapping[Any, TopK],
     done: Callable[[int], None],
 ) -> dict[Any, Agreement]:
-    """The agreement of every record for a kind's picked positions, hidden (N, D). done: told of positions."""
+    """The agreement of every record for a kind's picked positions, hidden (N, D). done: called with numbers
+    of positions."""
     sums = {key: Agreement() for key in records}
     for rows in chunks(len(hidden), head.columns):
         with torch.inference_mode():

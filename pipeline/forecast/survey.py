@@ -39,7 +39,7 @@ from pipeline.shard_capture import ShardCapture
 from pipeline.transformers_engine import load_engine
 
 _WINDOW_BYTES = 256 << 20  # pixels in memory at once
-_PAIRS = 64  # rows held against another about the same image
+_PAIRS = 64  # rows compared with another about the same image
 _IMAGES = 32  # images whose relations are measured
 
 

@@ -96,7 +96,7 @@ def entries_of(target: Any, *, tail: Tail, temperature: float, head: Head, dtype
 
 
 def _tokens(ids: Tensor, used: Tensor, head: Head) -> Tensor:
-    """ids, blank where they are no token. ValueError when a used one is none."""
+    """ids, blank where they are not tokens. ValueError when a used one is not a token."""
     strange = (ids < 0) | (ids >= head.columns)
     if bool((strange & used).any()):
         worst = int(ids[strange & used][0])
