@@ -468,7 +468,7 @@ def test_what_is_wrong_is_said_in_one_line(
 
 def test_a_student_of_other_tokens_is_refused(world: SimpleNamespace, tmp_path: Path) -> None:
     other = tiny_llava(tmp_path / "other", image_size=16)
-    with pytest.raises(KdcacheError, match=r"does not read row \d+ as the teacher does"):
+    with pytest.raises(KdcacheError, match=r"does not tokenize row \d+ as the teacher does"):
         forecast(config_of(world, student=other), Silent())
 
 

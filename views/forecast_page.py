@@ -118,7 +118,7 @@ def _positions(document: Mapping[str, Any]) -> list[Table]:
         seen, whole = (document[part]["positions"][kind] for part in ("samples", "dataset"))
         table = _table(
             f"{kind}: {count(seen)} positions, about {count(whole)} in the dataset",
-            *("top-k", "stored", "mass %", "B/position", "KL stored", "KL unseen", "degrees", "dataset"),
+            *("top-k", "stored", "mass %", "bytes", "KL stored", "KL unseen", "degrees", "dataset"),
         )
         for row in rows:
             if row["target"] == kind:
