@@ -22,16 +22,17 @@ class VerifyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffConfig:
-    """When two caches count as the same. The bounds hold over all positions of a kind, and over all images.
+    """The bounds within which two caches count as the same. The bounds hold over all positions of a kind, and
+    over all images.
 
-    bfloat16 against float32 of one model stays well below the defaults, another checkpoint well above.
+    bfloat16 against float32 of one model is well below the defaults, another checkpoint well above.
     """
 
     kl_bound: Annotated[float, at_least(0), Help("Largest mean KL in nats per position.")] = 1e-2
     relation_bound: Annotated[float, at_least(0), Help("Largest mean 1 - cos of relations.")] = 1e-3
     may_differ: Annotated[
         tuple[str, ...],
-        Help("Keys of the identity that may differ, as dtype; a key stands for all with dots under it, too."),
+        Help("Keys of the identity that may differ, as dtype; a key covers all dotted keys below it."),
     ] = ()
 
     def __post_init__(self) -> None:

@@ -20,9 +20,9 @@ from student.losses.records import Entries
 class PositionWork:
     """The requests at n distinct positions.
 
-    positions (n,) int64 into hidden (N, D), ascending. layers: what is asked there; a position that carries
-    several distributions has one in each of the first layers, labels are in the first only. layer_of,
-    row_of (M,): where the M given distributions went; label_row (C,): where the labels went.
+    positions (n,) int64 into hidden (N, D), ascending. layers: the requests there; a position with several
+    distributions has one in each of the first layers, labels are in the first only. layer_of, row_of (M,):
+    where the M given distributions went; label_row (C,): where the labels went.
     """
 
     positions: Tensor
@@ -239,8 +239,8 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     """KL (layers, n) and CE (n,) of a chunk, whose logits (n, V + 1) become the gradient of all its terms.
 
-    tokens: how many of the V columns are no padding.
-    apart: whether KL and CE need softmaxes of their own, for a temperature other than 1.
+    tokens: how many of the V columns are not padding. apart: whether KL and CE need softmaxes of their own,
+    for a temperature other than 1.
     """
     temperature = work.temperature
     losses_of = partial(row_losses, tokens=tokens, inside_only=work.inside_only)
