@@ -449,7 +449,7 @@ def test_rows_are_read_only_where_they_are_drawn(
         (("--targets", "sound"), 2, "targets must be some of"),
         (("--student", "nowhere"), 1, "nowhere does not exist"),
         (("--data", "nowhere.json"), 1, "nowhere.json does not exist"),
-        (("--plot", "curves.tiff9"), 2, "curves.tiff9 is no .png"),
+        (("--plot", "curves.tiff9"), 2, "curves.tiff9 is not a .png"),
         (("--write", "no/such/folder/build.sh"), 2, "folder no/such/folder does not exist"),
         (("--write", "."), 1, "cannot write ."),
     ],
