@@ -184,10 +184,6 @@ def positions(bench: Bench, head: Head, samples: int, of_each: int) -> None:
         )
     logits = head.logits(few)
     bench.part("  block statistics, a sample", lambda: block_statistics(logits, (1.0,)), share)
-    peak = block_statistics(logits, (1.0,)).peak
-    bench.part("  largest blocks, a sample", lambda: peak.topk(32, dim=1, sorted=False), share)
-    near = logits[:, : 32 * 64].contiguous()
-    bench.part("  largest of these blocks, a sample", lambda: near.topk(32, dim=1), share)
     bench.part("  all after the products, a sample", lambda: maker._group(logits), share)
 
 

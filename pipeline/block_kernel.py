@@ -1,4 +1,4 @@
-"""The kernel of pipeline.block_statistics, for CUDA and ROCm: every logit is read once."""
+"""The kernels of top-k targets, for CUDA and ROCm: block statistics, and the fields of a record from them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE = 32  # blocks a program
+
+
+_MOST_ENTRIES = 8192  # of what a program of the selection holds: block peaks, and entries of k blocks
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -84,6 +87,133 @@ def _has_whole_blocks(logits: Tensor, width: int) -> bool:
     """Whether memory of `logits` goes on to `width` entries in every row."""
     last = logits.storage_offset() + (len(logits) - 1) * logits.stride(0) + width
     return last * logits.element_size() <= logits.untyped_storage().nbytes()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fields_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    inverse_temperatures,
+    peaks,
+    masses,
+    moments,
+    token_ids,
+    logprobs,
+    logsumexps,
+    entropies,
+    tails,
+    vocab,
+    readable,
+    blocks,
+    row_stride,
+    plane,
+    TEMPERATURES: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    K: tl.constexpr,
+    PICKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, PLACES)
+    there = block < blocks
+    peak = tl.load(peaks + row * blocks + block, mask=there, other=float("-inf"))
+    slot = tl.arange(0, SLOTS)
+    far = peak
+    chosen = tl.zeros([SLOTS], tl.int32)
+    for pick in range(PICKS):
+        _, place = tl.max(far, axis=0, return_indices=True)
+        chosen = tl.where(slot == pick, place, chosen)
+        far = tl.where(block == place, float("-inf"), far)
+    column = chosen[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    picked = (slot < PICKS)[:, None]
+    entry = tl.load(
+        logits + row * row_stride + column, mask=picked & (column < readable), other=float("-inf")
+    )
+    near = tl.reshape(tl.where(picked & (column < vocab), entry, float("-inf")), [SLOTS * BLOCK])
+    index = tl.arange(0, SLOTS * BLOCK)
+    value = tl.full([SLOTS], float("-inf"), tl.float32)
+    places = tl.zeros([SLOTS], tl.int32)
+    for pick in range(K):
+        best, place = tl.max(near, axis=0, return_indices=True)
+        value = tl.where(slot == pick, best, value)
+        places = tl.where(slot == pick, place, places)
+        near = tl.where(index == place, float("-inf"), near)
+    of_place = (places // BLOCK)[:, None] == slot[None, :]
+    ids = tl.sum(tl.where(of_place, chosen[None, :], 0), axis=1) * BLOCK + places % BLOCK
+    highest = tl.maximum(tl.max(near, axis=0), tl.max(far, axis=0))  # outside the k; -inf where nothing is
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    top = tl.max(value, axis=0)
+    for t in tl.static_range(TEMPERATURES):
+        inverse = tl.load(inverse_temperatures + t)
+        mass = tl.load(masses + t * plane + row * blocks + block, mask=there, other=0.0)
+        outside = tl.sum(tl.exp((near - anchor) * inverse), axis=0)
+        outside += tl.sum(tl.exp((far - anchor) * inverse) * mass, axis=0)
+        lift = (highest - top) * inverse
+        total = tl.sum(tl.exp((value - top) * inverse), axis=0) + outside * tl.exp(lift)
+        outside = tl.where(outside > 0.0, outside, 1.0)  # 0 where nothing is outside, and lift -inf
+        tl.store(tails + row * TEMPERATURES + t, tl.log(outside) + lift - tl.log(total))
+        if t == AT_ONE:
+            low = tl.maximum(peak - top, -1e30)  # finite where there is no block
+            moment = tl.load(moments + row * blocks + block, mask=there, other=0.0)
+            moment = tl.sum(tl.exp(low) * (moment + mass * low), axis=0)
+            entropy = tl.log(total) - moment / total
+            tl.store(entropies + row, tl.where(entropy < 0.0, 0.0, entropy))
+            tl.store(logsumexps + row, top + tl.log(total))
+            tl.store(logprobs + row * K + slot, value - top - tl.log(total), mask=slot < K)
+    tl.store(token_ids + row * K + slot, tl.minimum(ids, vocab - 1), mask=slot < K)
+
+
+def selects(vocab: int, k: int, size: int) -> bool:
+    """Whether `fused_fields` takes a vocabulary of this size and this k."""
+    entries: int = max(triton.cdiv(vocab, size), triton.next_power_of_2(k) * size)
+    return entries <= _MOST_ENTRIES
+
+
+def fused_fields(
+    logits: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    temperatures: tuple[float, ...],
+    k: int,
+    size: int,
+) -> dict[str, Tensor]:
+    """The label-free fields of logits (n, V) from the `fused_statistics` of their blocks, row by row.
+
+    Takes the largest block or entry k times over from a program's registers. Ties: the lower id first.
+    """
+    rows, vocab = logits.shape
+    peak, mass, moment = statistics
+    blocks = peak.shape[1]
+    fields = {
+        "token_ids": torch.empty(rows, k, dtype=torch.int32, device=logits.device),
+        "logprobs": logits.new_empty(rows, k),
+        "logsumexp": logits.new_empty(rows),
+        "entropy": logits.new_empty(rows),
+        "tail_logprob": logits.new_empty(rows, len(temperatures)),
+    }
+    grid: Any = (rows,)
+    _fields_kernel[grid](
+        logits,
+        _inverses(temperatures, logits.device),
+        peak,
+        mass,
+        moment,
+        *fields.values(),
+        vocab,
+        blocks * size if _has_whole_blocks(logits, blocks * size) else vocab,
+        blocks,
+        logits.stride(0),
+        rows * blocks,
+        TEMPERATURES=len(temperatures),
+        AT_ONE=temperatures.index(1.0),
+        K=k,
+        PICKS=min(k, blocks),
+        SLOTS=triton.next_power_of_2(k),
+        PLACES=triton.next_power_of_2(blocks),
+        BLOCK=size,
+        num_warps=8,
+    )
+    return fields
 
 
 _known: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}

@@ -7,9 +7,8 @@ that of exp(z) z. On CUDA and ROCm one kernel of pipeline.block_kernel; torch el
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -35,8 +34,8 @@ def block_statistics(
 
     scratch: two buffers of the size of the logits for intermediate values, else fresh memory is taken.
     """
-    if logits.device.type == "cuda" and (kernel := _kernel()):
-        return BlockStatistics(*kernel(logits, temperatures, BLOCK))
+    if fused := kernels(logits.device):
+        return BlockStatistics(*fused.fused_statistics(logits, temperatures, BLOCK))
     whole = logits.shape[1] // BLOCK * BLOCK
     parts = [
         _statistics(logits[:, columns].unflatten(1, (-1, size)), temperatures, room)
@@ -69,11 +68,16 @@ def _statistics(
     return peak, torch.stack(mass), moment
 
 
+def kernels(device: torch.device) -> ModuleType | None:
+    """pipeline.block_kernel where tensors on this device can go through it."""
+    return _kernels() if device.type == "cuda" else None
+
+
 @functools.cache
-def _kernel() -> Callable[..., Any] | None:
-    """The fused kernel, where triton is installed."""
+def _kernels() -> ModuleType | None:
+    """The kernels, where triton is installed."""
     try:
-        from pipeline.block_kernel import fused_statistics
+        from pipeline import block_kernel
     except ImportError:
         return None
-    return fused_statistics
+    return block_kernel

@@ -15,7 +15,7 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.records import IGNORE_INDEX, Relation, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
-from pipeline.block_statistics import BLOCK, block_statistics
+from pipeline.block_statistics import BLOCK, block_statistics, kernels
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.relation import Group, RelationMaker, on_device
 
@@ -233,6 +233,13 @@ class TargetMaker:
         fall, weights = (self._scratch(name, len(logits)) for name in ("fall", "weights"))
         scratch = None if fall is None or weights is None else (fall, weights)
         blocks = block_statistics(logits, self._spec.temperatures, scratch)
+        fused = kernels(logits.device)
+        if fused and fused.selects(vocab, k, BLOCK):
+            statistics = blocks.peak, blocks.mass, blocks.moment
+            found: dict[str, Tensor] = fused.fused_fields(
+                logits, statistics, self._spec.temperatures, k, BLOCK
+            )
+            return found
         chosen = blocks.peak.topk(min(k, blocks.peak.shape[1]), dim=1, sorted=False).indices
         columns = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
         near = logits.gather(1, columns.clamp(max=vocab - 1))
