@@ -54,6 +54,18 @@ def test_the_messages_that_are_explained_are_those_of_the_code():
     assert not [message for message in messages if message not in code]
 
 
+def test_every_test_that_holds_a_failure_exists():
+    """docs/failures.md names a test for every row."""
+    page = (DOCS / "failures.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| what")]
+    named = [re.search(r"\| `(test_\w+\.py)::(test_\w+)` \|$", line) for line in rows]
+    assert len(rows) > 25
+    assert all(named), [row for row, found in zip(rows, named, strict=True) if not found]
+    for found in named:
+        tree = ast.parse((ROOT / "tests" / found[1]).read_text(encoding="utf-8"))
+        assert found[2] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, found[0]
+
+
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
 def test_the_example_recipes_load(path):
     assert open_recipe(str(path)).stages

@@ -464,6 +464,19 @@ def test_tables_by_any_name(tmp_path: Path, name: str, write: Any) -> None:
     assert [dataset[row].answers for row in (599, 0, 256)] == [["599"], ["0"], ["256"]]
 
 
+def test_an_arrow_file_whose_offsets_lead_elsewhere_is_refused(tmp_path: Path) -> None:
+    """pyarrow would read outside its memory."""
+    table = pa.table({"id": ["a", "bc", "def"]})
+    good, bad = (np.array([0, 1, 3, end], dtype=np.int32).tobytes() for end in (6, 2**30))
+    for write, name in ((write_file, "a.arrow"), (write_stream, "b.arrow")):
+        write(table, tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        assert content.count(good) == 1
+        (tmp_path / name).write_bytes(content.replace(good, bad))
+        with pytest.raises(KdcacheError, match="not a readable Arrow file"):
+            open_dataset(tmp_path / name)
+
+
 def test_a_folder_of_shards(tmp_path: Path) -> None:
     pq.write_table(table_of(300), tmp_path / "train-00000-of-00002.parquet")
     second = table_of(20, 300).drop_columns(["id"])

@@ -128,6 +128,7 @@ def _opened(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
 
 def _pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
+        batch.validate(full=True)  # offsets of a damaged file would lead out of its memory
         for start in range(0, batch.num_rows, _BATCH):
             yield batch.slice(start, _BATCH)
 
