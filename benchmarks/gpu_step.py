@@ -6,7 +6,7 @@ teacher.
 A micro-batch of 16 samples of 890 tokens (729 visual, 105 supervised) that lies on the device, forward, loss
 and backward, and an optimizer step every fourth; bf16 autocast, float32 master weights, K = 32, relations of
 rank 64. Milliseconds are the median of single micro-batches by the device's clock, in turns. MFU: the step's
-floating-point operations (student.throughput.step_flops) over the time and the data sheet's peak.
+floating-point operations (student.throughput.StepFlops) over the time and the data sheet's peak.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from models.parts import Part
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.stages import CE_ONLY
-from student.throughput import hold_frozen, step_flops
+from student.throughput import StepFlops, hold_frozen
 
 SAMPLES, ACCUMULATE, LIVE_SAMPLES = 16, 4, 4
 
@@ -106,15 +106,9 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
             live_steps(model, teacher_shape, inputs, batch, optimizer), max(3, repeats // 3), LIVE_SAMPLES
         )
     peak = peak_flops(device)
-    tokens = batch.labels.numel()
+    flops_of = StepFlops(model)
     for name, rows in (("SFT", _shapes.ANSWER), ("DFT from the cache", shape.visual + _shapes.ANSWER)):
-        flops = step_flops(
-            model,
-            tokens=tokens,
-            image_tokens=SAMPLES * shape.visual,
-            sequence=batch.labels.shape[1],
-            rows=SAMPLES * rows,
-        )
+        flops = flops_of(batch.inputs, SAMPLES * rows)
         found[name]["mfu"] = flops / SAMPLES / (found[name]["ms_per_sample"] * 1e-3) / peak if peak else None
     for row in found.values():
         row["over_sft"] = row["ms_per_sample"] / found["SFT"]["ms_per_sample"]

@@ -46,6 +46,14 @@ class Batch:
         )
 
     @property
+    def positions_with_logits(self) -> int:
+        """At how many positions the losses make the student's logits; each kind's overlaps are few."""
+        counts = self.denominators
+        return int(
+            max(counts.ce_tokens, counts.response_tokens) + counts.visual_tokens + counts.prompt_tokens
+        )
+
+    @property
     def tokens(self) -> int:
         """Tokens without padding."""
         return int(self.inputs["attention_mask"].sum())

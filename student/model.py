@@ -42,7 +42,8 @@ class DistilledStudent(nn.Module):
     model: its base model must return the final hidden states, after the last norm, that its output
     embeddings turn into logits (`check_head` proves it). Of its parameters only the `trainable` parts
     require gradients; the vision tower stays in eval mode and autograd keeps nothing of it unless it is
-    trainable. vocab_size: logits at and above it are padding of the matrix, which `Head` says how to count.
+    trainable. needs_mask: whether padding at the right must be masked (`Optimization.tune` finds out).
+    vocab_size: logits at and above it are padding of the matrix, which `Head` says how to count.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class DistilledStudent(nn.Module):
         self.measure_loss = DistillationLoss(_EVERY_TERM)
         self.vocab_size = vocab_size
         self.caps_logits = True
+        self.needs_mask = True
         freeze(model, trainable)
         self._stopwatch = stopwatch or Stopwatch()
 
@@ -164,7 +166,9 @@ class DistilledStudent(nn.Module):
         return head if self.caps_logits else replace(head, softcap=None)
 
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The final hidden states (B, T, D), without any logits."""
+        """The final hidden states (B, T, D), without any logits. Those at padding mean nothing."""
+        if not self.needs_mask:
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from student.checkpoint import Checkpoint
 from student.collate import Batch
@@ -26,6 +26,7 @@ from student.model import DistilledStudent, unsharded
 from student.run_folder import TERMS
 from student.run_state import RunState
 from student.stages import Stage
+from student.throughput import compile_layers, needs_mask
 from student.timing import Stopwatch
 
 SUMS = (*TERMS, "unsupervised")
@@ -50,9 +51,30 @@ class Optimization:
             betas=(stage.beta1, stage.beta2),
             eps=stage.epsilon,
             weight_decay=stage.weight_decay,
+            fused=accelerator.device.type == "cuda" or None,
         )
         self._wrapped, self._optimizer = accelerator.prepare(student, optimizer)
         register_fsdp_forward_method(student, "measure")
+
+    def tune(self, batch: Batch, *, compiled: bool) -> list[str]:
+        """Finds by trial on `batch`, padded at the right, whether the student needs a mask, and compiles its
+        layers where asked. Nothing of it changes what is computed beyond rounding. Returns what to tell.
+
+        Not where FSDP shards the student: every rank would have to come to the same decision.
+        """
+        device = self._accelerator.device
+        if any(isinstance(module, FSDPModule) for module in self.student.modules()):
+            return ["--compile is not used with FSDP"] if compiled else []
+        inputs = batch.to(device).inputs
+        told = []
+        with self._accelerator.autocast():
+            if device.type != "cpu":
+                self.student.needs_mask = needs_mask(self.student.hidden_states, inputs)
+            if compiled:
+                reason = compile_layers(self.student.model, lambda: self.student.hidden_states(inputs))
+                if reason is not None:
+                    told.append(f"the language model's layers are not compiled: {reason}")
+        return told
 
     def gradients(
         self, micro_batches: list[Batch], counts: Denominators, *, seed: int, step: int

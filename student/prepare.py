@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
@@ -15,17 +17,21 @@ from torch import Tensor
 
 from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache
+from cache_schema.progress import Progress
 from models.device import choose_device
 from models.folder import load_model, load_processor
 from models.tokens import pad_token_id_of
 from student.checks import check_student
-from student.collate import Collator
+from student.collate import Batch, Collator
 from student.folder import save_folder
 from student.lora import add_adapters, merge_adapters
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.settings import TrainConfig
+from student.throughput import activations_fit, hold_frozen
 from student.timing import Stopwatch
+
+_COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_student(
@@ -55,7 +61,12 @@ def checkpoint_activations(student: DistilledStudent) -> None:
 
 
 def prepare_student(
-    config: TrainConfig, cache: Cache, processor: Any, stopwatch: Stopwatch, device: torch.device
+    config: TrainConfig,
+    cache: Cache,
+    processor: Any,
+    stopwatch: Stopwatch,
+    accelerator: Accelerator,
+    progress: Progress,
 ) -> tuple[DistilledStudent, Collator]:
     """The student in training mode, still on the CPU, and the collator of its batches. IdentityMismatch when
     it does not fit the cache, KdcacheError when its head is not understood."""
@@ -70,8 +81,14 @@ def prepare_student(
         adopt_template=config.adopt_template,
     )
     student.check_head(torch.tensor([processor.tokenizer.encode("What is in the image?")]))
-    checkpointing = config.gradient_checkpointing
-    if checkpointing if checkpointing is not None else device.type != "cpu":
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.mixed_precision in _COMPUTE and not sharded:  # FSDP wants one dtype
+        hold_frozen(student.model, _COMPUTE[accelerator.mixed_precision])
+    if config.gradient_checkpointing or (
+        config.gradient_checkpointing is None
+        and accelerator.device.type != "cpu"
+        and not _keeps_activations(config, cache, student, accelerator.device, progress)
+    ):
         checkpoint_activations(student)
     collator = Collator(
         pixels=PixelInputs(processor),
@@ -83,6 +100,29 @@ def prepare_student(
         placeholders=placeholders,
     )
     return student.train(), collator
+
+
+def _keeps_activations(
+    config: TrainConfig, cache: Cache, student: DistilledStudent, device: torch.device, progress: Progress
+) -> bool:
+    """Whether the longest micro-batch fits the accelerator without recomputing activations."""
+    tokens = config.micro_batch * int(max(cache.index().tokens, default=0))
+    fits, estimate = activations_fit(student.model, device, tokens=tokens)
+    progress.message(f"{estimate}: activations are {'kept' if fits else 'recomputed'}")
+    return fits
+
+
+def padded_batch(cache: Cache, collator: Collator) -> Batch | None:
+    """The shortest and the longest sample of the first shard; None where they are alike, or cannot be read
+    (training will say so)."""
+    first = cache.index().tokens[: cache.shard_length(cache.shards[0])]
+    places = [int(np.argmax(first)), int(np.argmin(first))]
+    if first[places[0]] == first[places[1]]:
+        return None
+    try:
+        return replace(collator, targets=())([cache[place] for place in places])
+    except (KdcacheError, OSError):
+        return None
 
 
 def student_processor(config: TrainConfig, cache: Cache) -> Any:

@@ -57,10 +57,11 @@ class Ranks:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAgreement:
     """What the ranks together bring to a step: counts of its global batch, and whether any of them was asked
-    to stop or could not read its data."""
+    to stop or could not read its data; tokens: without padding, which are `padded`."""
 
     counts: Denominators
     tokens: int
+    padded: int
     asked_to_stop: bool
     failed: bool
 
@@ -72,9 +73,11 @@ def agree_on_step(
     counts = sum((batch.denominators for batch in micro_batches), Denominators())
     flags = {"asked_to_stop": asked_to_stop, "failed": fault is not None}
     tokens = sum(batch.tokens for batch in micro_batches)
-    sums = ranks.sums({**asdict(counts), **flags, "tokens": tokens})
+    padded = sum(batch.labels.numel() for batch in micro_batches) - tokens
+    sums = ranks.sums({**asdict(counts), **flags, "tokens": tokens, "padded": padded})
     return StepAgreement(
         tokens=int(sums.pop("tokens")),
+        padded=int(sums.pop("padded")),
         asked_to_stop=sums.pop("asked_to_stop") > 0,
         failed=sums.pop("failed") > 0,
         counts=Denominators(**sums),

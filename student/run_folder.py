@@ -158,18 +158,31 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 class Meter:
     """Means over the steps since the last line of the journal."""
 
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self._stopwatch = stopwatch
+    def __init__(self, stopwatch: Stopwatch, peak_flops: float | None = None) -> None:
+        """peak_flops: of this process's device, for the share that is used (MFU); None where unknown."""
+        self._stopwatch, self._peak_flops = stopwatch, peak_flops
         self.latest: dict[str, Any] = {}
         self._begin()
 
-    def add(self, terms: Mapping[str, float], *, norm: float, samples: int, tokens: int) -> None:
-        """A step: the terms of its loss, its gradient norm, its samples and tokens over all ranks."""
+    def add(
+        self,
+        terms: Mapping[str, float],
+        *,
+        norm: float,
+        samples: int,
+        tokens: int,
+        padded: int = 0,
+        flops: float = 0.0,
+    ) -> None:
+        """A step: the terms of its loss, its gradient norm, its samples, its tokens without padding and those
+        of padding over all ranks; flops: of this process."""
         self._steps += 1
         for name, value in {**terms, "grad_norm": norm}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._samples += samples
         self._tokens += tokens
+        self._padded += padded
+        self._flops += flops
 
     def fields(self) -> dict[str, str]:
         """Short values for the screen."""
@@ -179,7 +192,13 @@ class Meter:
             if self._sums.get(name, 0.0) != 0.0
         }
         wait = shares(self._stopwatch.seconds)["data wait"]
-        return {**shown, "samples/s": f"{self._rate(self._samples):.1f}", "data wait": f"{wait:.0%}"}
+        used = self._utilisation()
+        return {
+            **shown,
+            "samples/s": f"{self._rate(self._samples):.1f}",
+            "MFU": "n/a" if used is None else f"{used:.1%}",
+            "data wait": f"{wait:.0%}",
+        }
 
     def close(self) -> dict[str, Any]:
         """The means since the last call; resets them."""
@@ -190,18 +209,25 @@ class Meter:
             **{name: value / self._steps for name, value in self._sums.items()},
             "samples_per_second": self._rate(self._samples),
             "tokens_per_second": self._rate(self._tokens),
+            "padding": self._padded / max(self._tokens + self._padded, 1),
+            "mfu": self._utilisation(),
             **{f"time {name}": share for name, share in shares(spent).items()},
         }
         self._begin()
         return dict(self.latest)
 
     def _begin(self) -> None:
-        self._steps = self._samples = self._tokens = 0
+        self._steps = self._samples = self._tokens = self._padded = 0
+        self._flops = 0.0
         self._sums: dict[str, float] = {}
         self._seconds = dict(self._stopwatch.seconds)
         self._started = time.perf_counter()
 
-    def _rate(self, count: int) -> float:
+    def _utilisation(self) -> float | None:
+        """The share of the device's peak that the steps' floating-point operations come to."""
+        return None if self._peak_flops is None else self._rate(self._flops) / self._peak_flops
+
+    def _rate(self, count: float) -> float:
         return count / max(time.perf_counter() - self._started, 1e-9)
 
 

@@ -76,8 +76,15 @@ class TrainConfig:
         Help("Number format of products; trained weights and optimizer stay float32.", _SPEED),
     ] = "fp32"
     gradient_checkpointing: Annotated[
-        bool | None, Help("Recompute activations. Default: on an accelerator only.", _SPEED)
+        bool | None,
+        Help(
+            "Recompute activations. Default: where they would not fit an accelerator's memory by estimate.",
+            _SPEED,
+        ),
     ] = None
+    compile: Annotated[
+        bool, Help("Compile the language model's layers; kept only if the results agree.", _SPEED)
+    ] = False
     eval_cache: Annotated[str | None, Help("Held-out cache to measure on.", _HELD_OUT)] = None
     eval_image_root: Annotated[Path | None, Help("Its image root. Default: --image-root.", _HELD_OUT)] = None
     eval_every: Annotated[

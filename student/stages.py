@@ -64,6 +64,11 @@ class Stage:
     group_by_modality: Annotated[
         bool, Help("Batches are either all with or all without images, as in LLaVA's sampler.")
     ] = False
+    mega_batch: Annotated[
+        int,
+        at_least(1),
+        Help("Global batches sorted by length together, for less padding; 1: each by itself."),
+    ] = 1
     lora_rank: LoraRank = 0
     lora_alpha: Annotated[
         float, positive, Help("Adapters are scaled by lora_alpha / lora_rank and merged at the end.")
@@ -114,7 +119,10 @@ class Stage:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `stage_from` turns back into an equal stage."""
-        return {**asdict(self), "trainable": list(self.trainable)}
+        values = {**asdict(self), "trainable": list(self.trainable)}
+        if self.mega_batch == 1:  # as every run before this field existed
+            del values["mega_batch"]
+        return values
 
 
 # The paper's stages (section 3.3 and appendix; research of the authors' scripts): one epoch each.

@@ -32,20 +32,24 @@ class StreamConfig:
     global_batch: samples per step over all ranks. window: how many shards the shuffle mixes at a time;
     memory holds about `window` + AHEAD decoded shards per rank. A cache of at most `window` shards is
     permuted freely. group_by_modality: a batch is either all with or all without images, but for the last
-    ones of an epoch. shuffle off: ascending order, for evaluation. samples: only the first so many.
+    ones of an epoch. mega_batch: so many global batches are sorted by length together before they are cut,
+    and shuffled again; 1: only within a batch. shuffle off: ascending order, for evaluation. samples: only
+    the first so many.
     """
 
     seed: int = 0
     global_batch: int
     window: int = 8
     group_by_modality: bool = False
+    mega_batch: int = 1
     shuffle: bool = True
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        if self.global_batch < 1 or self.window < 1:
+        if min(self.global_batch, self.window, self.mega_batch) < 1:
             raise ValueError(
-                f"global_batch and window must be at least 1, not {self.global_batch} and {self.window}"
+                "global_batch, window and mega_batch must be at least 1, not "
+                f"{self.global_batch}, {self.window} and {self.mega_batch}"
             )
 
 
@@ -186,17 +190,34 @@ class Stream:
     def _make_batches(self, epoch: int) -> list[Int64]:
         order = self._order(epoch)
         size = self._config.global_batch
+        random = np.random.default_rng([self._config.seed, epoch, 1])
         if self._config.group_by_modality:
             flags = self._with_image[order]
-            places = [np.flatnonzero(flags), np.flatnonzero(~flags)]
+            places = [self._by_length(np.flatnonzero(kind), order, random) for kind in (flags, ~flags)]
             groups = [kind[i : i + size] for kind in places for i in range(0, len(kind) - size + 1, size)]
-            groups.sort(key=lambda group: int(group[-1]))  # a batch is due when its last sample is
+            groups.sort(key=lambda group: int(group.max()))  # a batch is due when its last sample is
             rest = np.sort(np.concatenate([kind[len(kind) - len(kind) % size :] for kind in places]))
             groups += [rest[i : i + size] for i in range(0, len(rest), size)]
             batches = [order[group] for group in groups]
         else:
+            order = order[self._by_length(np.arange(len(order)), order, random)]
             batches = [order[i : i + size] for i in range(0, len(order), size)]
         return [batch[np.lexsort((batch, -self._tokens[batch]))] for batch in batches]
+
+    def _by_length(self, places: Int64, order: Int64, random: np.random.Generator) -> Int64:
+        """`places` in `order` with mega_batch global batches at a time sorted by length, longest first, and
+        the batches of each shuffled. The last, which is short, stays at the end."""
+        size, together = self._config.global_batch, self._config.mega_batch
+        if together == 1 or not self._config.shuffle:
+            return places
+        made = []
+        for start in range(0, len(places), size * together):
+            block = places[start : start + size * together]
+            block = block[np.argsort(-self._tokens[order[block]], kind="stable")]
+            whole = len(block) // size
+            batches = block[: whole * size].reshape(whole, size)
+            made += [random.permutation(batches).reshape(-1), block[whole * size :]]
+        return np.concatenate(made) if made else places
 
     def _order(self, epoch: int) -> Int64:
         """A permutation of 0..N-1 in which about `window` shards are in use at any place."""

@@ -3,12 +3,14 @@ the floating-point operations of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cache_schema.errors import first_line
 from models.parts import Part, part_of
 
 Inputs = Mapping[str, Tensor]
@@ -62,33 +64,104 @@ def needs_mask(hidden_states: Any, inputs: Inputs) -> bool:
     return bool((without[real].float() - with_mask).abs().max() > 0.02 * with_mask.std())
 
 
-def step_flops(model: Any, *, tokens: int, image_tokens: int, sequence: int, rows: int) -> float:
+def compile_layers(model: Any, step: Callable[[], Tensor]) -> str | None:
+    """Compiles the layers of the language model, each on its own, so that one compilation serves all.
+
+    step: runs the model on a batch and returns its states, which must be the same before and after. Returns
+    why the layers stay as they are, None where they are compiled.
+    """
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if type(module).__name__ in kinds and part_of(f"{name}.") == "language_model"
+    ]
+    if not layers:
+        return f"{type(model).__name__} does not say what its layers are"
+    with torch.no_grad():
+        plain = step()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # compilers warn of their own parts
+            for layer in layers:
+                layer.compile()
+            step().float().sum().backward()
+        with torch.no_grad():
+            difference = (step() - plain).float().abs().max() / plain.float().std()
+        reason = (
+            None if difference <= 0.05 else f"its states differ by {float(difference):.1e} of their spread"
+        )
+    except Exception as error:  # noqa: BLE001  (compilers fail in many ways, and none may end a run)
+        reason = first_line(error)
+    model.zero_grad()
+    if reason is not None:
+        for layer in layers:
+            layer._compiled_call_impl = None
+    return reason
+
+
+def activations_fit(model: Any, device: torch.device, *, tokens: int) -> tuple[bool, str]:
+    """Whether a step of `tokens` keeps all activations in the free memory of an accelerator, and the estimate
+    as text.
+
+    Trained weights take 16 bytes a number (weight, gradient, two moments), frozen ones 2. A layer of a
+    language model keeps about 34 D + 8 I bytes per token under autocast, D its width and I that of its
+    feed-forward part (57 kB measured at D = 1,024, I = 2,816). The losses take up to 2 GB.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    kept = tokens * config.num_hidden_layers * (34 * config.hidden_size + 8 * inner)
+    needed = 16 * trained + 2 * frozen + 1.1 * kept + 2e9
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    text = f"a step keeps about {needed / 1e9:.1f} GB without recomputation, {free / 1e9:.1f} GB are free"
+    return needed < 0.9 * free, text
+
+
+class StepFlops:
     """Floating-point operations of a forward and backward pass without recomputation, the usual estimate.
 
-    tokens: of all samples, padding included; image_tokens: patches that the tower sees; sequence: tokens of a
-    sample, for attention; rows: positions whose logits are made. Each weight costs 2 operations for every
-    token that meets it, 2 more where a gradient passes through it, and 2 more where it is trained. Attention
-    counts half, as it is causal.
+    Each weight costs 2 operations for every token that meets it, 2 more where a gradient passes through it,
+    and 2 more where it is trained. Attention counts half, as it is causal.
     """
-    counted: dict[tuple[Part, bool], int] = {}
-    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
-    head = {id(p): p for p in model.get_output_embeddings().parameters()}
-    for name, parameter in model.named_parameters(remove_duplicate=True):
-        if id(parameter) not in embeddings | head.keys():
-            key = part_of(name), parameter.requires_grad
-            counted[key] = counted.get(key, 0) + parameter.numel()
-    learns = {part for part, trained in counted if trained}
-    passes = {
-        "vision_tower": "vision_tower" in learns,
-        "projector": bool(learns & {"projector", "vision_tower"}),
-        "language_model": bool(learns),
-    }
-    flops = 0.0
-    for (part, trained), size in counted.items():
-        met = image_tokens if part == "vision_tower" else tokens
-        flops += 2.0 * size * met * (1 + passes[part] + trained)
-    for parameter in head.values():
-        flops += 2.0 * parameter.numel() * rows * (1 + bool(learns) + parameter.requires_grad)
-    config = model.config.get_text_config()
-    attention = 2.0 * config.num_hidden_layers * config.hidden_size * tokens * sequence
-    return float(flops + attention * (3 if learns else 1))
+
+    def __init__(self, model: Any) -> None:
+        embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+        head = {id(parameter): parameter for parameter in model.get_output_embeddings().parameters()}
+        counted: dict[tuple[Part, bool], int] = {}
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in embeddings | head.keys():
+                key = part_of(name), parameter.requires_grad
+                counted[key] = counted.get(key, 0) + parameter.numel()
+        learns = {part for part, trained in counted if trained}
+        passes = {
+            "vision_tower": "vision_tower" in learns,
+            "projector": bool(learns & {"projector", "vision_tower"}),
+            "language_model": bool(learns),
+        }
+        self._per_patch = self._per_token = 0.0
+        for (part, trained), size in counted.items():
+            flops = 2.0 * size * (1 + passes[part] + trained)
+            if part == "vision_tower":
+                self._per_patch += flops
+            else:
+                self._per_token += flops
+        self._per_row: float = sum(
+            2.0 * parameter.numel() * (1 + bool(learns) + parameter.requires_grad)
+            for parameter in head.values()
+        )
+        config = model.config.get_text_config()
+        self._per_pair = 2.0 * config.num_hidden_layers * config.hidden_size * (3 if learns else 1)
+        vision = getattr(model.config, "vision_config", None)
+        self._patch_size = getattr(vision, "patch_size", None) or 14
+
+    def __call__(self, inputs: Inputs, rows: int) -> float:
+        """Of a batch with inputs as `Batch.inputs`, on any device, whose logits are made at `rows`
+        positions."""
+        samples, length = inputs["input_ids"].shape
+        pixels = inputs["pixel_values"].numel() if "pixel_values" in inputs else 0
+        patches = pixels / (3 * self._patch_size**2)
+        tokens = samples * length
+        weights = self._per_token * tokens + self._per_patch * patches + self._per_row * rows
+        return float(weights + self._per_pair * tokens * length)

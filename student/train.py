@@ -18,6 +18,7 @@ from cache_schema.format.cache import Cache, open_cache
 from cache_schema.interrupt import Interrupt
 from cache_schema.output import require_folder
 from cache_schema.progress import Progress, task
+from models.device import peak_flops
 from student.checkpoint import Checkpoints, identity_of
 from student.checks import warn_of_cache
 from student.collate import Batch, Collator
@@ -26,13 +27,20 @@ from student.heldout import HeldOut, held_out, measure_cache, weighted
 from student.loader import load_ahead
 from student.model import DistilledStudent
 from student.optimize import SUMS, Optimization
-from student.prepare import make_accelerator, prepare_student, save_trained, student_processor
+from student.prepare import (
+    make_accelerator,
+    padded_batch,
+    prepare_student,
+    save_trained,
+    student_processor,
+)
 from student.ranks import Ranks, StepAgreement, agree_on_step
 from student.run_folder import Journal, Meter, finished, locked, time_line, write_result, write_settings
 from student.run_state import RunState
 from student.settings import TrainConfig
 from student.stages import Stage
 from student.stream import Stream, StreamConfig
+from student.throughput import StepFlops
 from student.timing import Stopwatch
 
 
@@ -105,7 +113,7 @@ def _begin(
     state = RunState() if saved is None else saved.state
     stopwatch = Stopwatch(accelerator.device, state.seconds)
     processor = student_processor(config, cache)
-    student, collator = prepare_student(config, cache, processor, stopwatch, accelerator.device)
+    student, collator = prepare_student(config, cache, processor, stopwatch, accelerator, progress)
     measured = None
     if config.eval_cache:
         measured = held_out(
@@ -124,6 +132,7 @@ def _begin(
         global_batch=stage.global_batch,
         window=config.window,
         group_by_modality=stage.group_by_modality,
+        mega_batch=stage.mega_batch,
     )
     stream = Stream(
         cache,
@@ -134,6 +143,10 @@ def _begin(
         world_size=ranks.count,
     )
     optimization = Optimization(student, stage, accelerator, stopwatch)
+    if accelerator.device.type != "cpu" or config.compile:
+        probe = padded_batch(cache, collator)
+        for line in [] if probe is None else optimization.tune(probe, compiled=config.compile):
+            progress.message(line)
     if saved is not None:
         optimization.restore(saved)
     if ranks.main:
@@ -160,7 +173,8 @@ def _begin(
         checkpoints=checkpoints,
         saved_step=None if saved is None else state.step,
         journal=Journal(accelerator, config.out, state),
-        meter=Meter(stopwatch),
+        meter=Meter(stopwatch, peak_flops(accelerator.device)),
+        flops=StepFlops(student.model),
     )
 
 
@@ -189,6 +203,7 @@ class _Run:
     saved_step: int | None
     journal: Journal
     meter: Meter
+    flops: StepFlops
 
     def train(self) -> None:
         """Steps until the stage's end, an early stop, a signal, or data that cannot be read."""
@@ -244,7 +259,14 @@ class _Run:
         self.optimization.step(self.stage.learning_rate_at(step, self.total))
         self.state.step += 1
         self.state.samples += int(agreed.counts.samples)
-        self.meter.add(sums, norm=norm, samples=int(agreed.counts.samples), tokens=agreed.tokens)
+        self.meter.add(
+            sums,
+            norm=norm,
+            samples=int(agreed.counts.samples),
+            tokens=agreed.tokens,
+            padded=agreed.padded,
+            flops=sum(self.flops(batch.inputs, batch.positions_with_logits) for batch in micro_batches),
+        )
 
     def _refuse(self, suspects: list[Batch]) -> None:
         """Saves the weights as they are before this step and names the samples that broke it."""

@@ -88,6 +88,8 @@ CONFIGS = [
     {"window": 3},
     {"window": 3, "group_by_modality": True},
     {"window": 100, "seed": 5},
+    {"window": 3, "group_by_modality": True, "mega_batch": 4},
+    {"window": 3, "mega_batch": 3},
     {"shuffle": False},
 ]
 
@@ -219,3 +221,24 @@ def test_memory_stays_flat_over_an_epoch_of_100000_samples():
         if step % 50 == 0:
             seen.append(process.memory_info().rss / 1e6)
     assert max(seen[4:]) - seen[3] < 20  # MB; the epoch's blocks are 400 MB
+
+
+def test_mega_batches_are_a_function_of_seed_and_epoch_and_lessen_padding():
+    cache = FakeCache([8] * 12)
+    lengths = np.asarray(cache.index().tokens)
+
+    def batches(mega, seed=0, epoch=0):
+        config = StreamConfig(seed=seed, global_batch=4, window=100, mega_batch=mega)
+        return Stream(cache, config, micro_batch=4).batches(epoch)
+
+    def padding(made):
+        return sum(int((lengths[batch].max() - lengths[batch]).sum()) for batch in made)
+
+    grouped = batches(8)
+    assert sorted(np.concatenate(grouped).tolist()) == list(range(96))
+    assert all(np.array_equal(a, b) for a, b in zip(grouped, batches(8), strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(grouped, batches(8, epoch=1), strict=True))
+    assert padding(grouped) < 0.5 * padding(batches(1))
+    # Within a mega-batch the order of lengths is shuffled again: no step trains on ever shorter samples.
+    means = [lengths[batch].mean() for batch in grouped[:8]]
+    assert means != sorted(means, reverse=True)
