@@ -21,12 +21,14 @@ from cache_schema.progress import Progress
 from models.device import choose_device
 from models.folder import load_model, load_processor
 from models.tokens import pad_token_id_of
+from student.checkpoint import Checkpoints
 from student.checks import check_student
 from student.collate import Batch, Collator
 from student.folder import save_folder
 from student.lora import add_adapters, merge_adapters
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
+from student.ranks import Ranks
 from student.settings import TrainConfig
 from student.throughput import activations_fit, hold_frozen
 from student.timing import Stopwatch
@@ -152,6 +154,26 @@ def save_trained(
     if config.resolved_stage.lora_rank:
         merge_adapters(student.model)
     save_folder(student.model, processor, out)
+
+
+def rewrite_model(
+    config: TrainConfig, cache: Cache, result: dict[str, Any], ranks: Ranks, progress: Progress
+) -> dict[str, Any]:
+    """Writes the model of a finished run, which is missing or damaged, from its checkpoint."""
+    step, out = result["model_step"], config.out / "model"
+    checkpoints = Checkpoints(config.out / "checkpoints")
+    if step not in checkpoints.steps():
+        raise KdcacheError(
+            f"{config.out} is finished, but {out} is missing or damaged and no checkpoint of step {step} is "
+            f"left; remove {config.out / 'result.json'} to train again"
+        )
+    if ranks.main:
+        weights = checkpoints.load(step).weights
+        vocab_size = cache.manifest.fingerprint.training["vocab_size"]
+        save_trained(config, vocab_size, weights, student_processor(config, cache), out)
+    ranks.wait()
+    progress.message(f"{out} was missing or damaged: written again from the checkpoint of step {step}")
+    return {**result, "already_done": True}
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -31,6 +31,7 @@ from student.prepare import (
     make_accelerator,
     padded_batch,
     prepare_student,
+    rewrite_model,
     save_trained,
     student_processor,
 )
@@ -68,33 +69,13 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     ranks = Ranks(accelerator)
     with locked(config.out, ranks):
         if done is not None:
-            return _rewrite_model(config, cache, done, ranks, progress)
+            return rewrite_model(config, cache, done, ranks, progress)
         run = _begin(config, cache, identity, accelerator, ranks, progress)
         try:
             run.train()
             return run.finish()
         finally:
             run.journal.close()
-
-
-def _rewrite_model(
-    config: TrainConfig, cache: Cache, result: dict[str, Any], ranks: Ranks, progress: Progress
-) -> dict[str, Any]:
-    """Writes the model of a finished run, which is missing or damaged, from its checkpoint."""
-    step, out = result["model_step"], config.out / "model"
-    checkpoints = Checkpoints(config.out / "checkpoints")
-    if step not in checkpoints.steps():
-        raise KdcacheError(
-            f"{config.out} is finished, but {out} is missing or damaged and no checkpoint of step {step} is "
-            f"left; remove {config.out / 'result.json'} to train again"
-        )
-    if ranks.main:
-        weights = checkpoints.load(step).weights
-        vocab_size = cache.manifest.fingerprint.training["vocab_size"]
-        save_trained(config, vocab_size, weights, student_processor(config, cache), out)
-    ranks.wait()
-    progress.message(f"{out} was missing or damaged: written again from the checkpoint of step {step}")
-    return {**result, "already_done": True}
 
 
 def _begin(
