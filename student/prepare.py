@@ -33,7 +33,7 @@ from student.settings import TrainConfig
 from student.throughput import activations_fit, hold_frozen
 from student.timing import Stopwatch
 
-_COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_COMPUTE = {"bf16": torch.bfloat16}
 
 
 def load_student(
