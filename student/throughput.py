@@ -1,5 +1,5 @@
-"""Speed of a student on a device: frozen parts in the compute dtype, no masks where none is needed, and
-the floating-point operations of a step."""
+"""Speed of a student on a device: frozen parts in the compute dtype, no masks where none is needed, compiled
+layers, an estimate of the memory of a step, and its floating-point operations."""
 
 from __future__ import annotations
 
