@@ -198,10 +198,10 @@ class ChatTemplate:
         before = alone[: alone.index(first)]
         if not alone.startswith(asked):
             common = len(_common(asked, before))
+            written = shown(repr(before[common:]), 60) if before[common:] else "not so"
             return _Habits(
-                fault=f"asks for an answer with {shown(repr(asked[common:]), 60)} but writes "
-                f"{shown(repr(before[common:]), 60)} before one: a student would be asked otherwise than "
-                "taught; make both the same"
+                fault=f"asks for an answer with {shown(repr(asked[common:]), 60)} but writes {written} "
+                "before one: a student would be asked otherwise than taught; make both the same"
             )
         lead = before[len(asked) :]
         after = [whole.partition(answer)[2] for answer in (first, second)]
