@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from cache_schema.errors import RowRejected
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -23,6 +26,42 @@ class Answered:
     kind: str
     references: tuple[str, ...]
     prediction: str
+
+
+def references_of(value: Any, questions: int) -> list[tuple[str, ...]]:
+    """The references of each of `questions` questions, from a row's `answers`.
+
+    value: the references of the only question, or a list of them per question. References are a string or a
+    number, or a list of strings, numbers and VQA's mappings with `answer`. RowRejected for anything else.
+    """
+    listed = value if isinstance(value, list | tuple) else [value]
+    if questions == 1 and not any(isinstance(each, list | tuple) for each in listed):
+        listed = [value]
+    if len(listed) != questions:
+        raise _rejected(f"are {len(listed)} for {questions} questions")
+    return [_references(each) for each in listed]
+
+
+def _references(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        return (_reference(value),)
+    if not value:
+        raise _rejected("are an empty list")
+    named = [each["answer"] if isinstance(each, dict) and "answer" in each else each for each in value]
+    return tuple(map(_reference, named))
+
+
+def _reference(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else str(value)
+    kind = "null" if value is None else type(value).__name__
+    raise _rejected(f"hold {kind}: give strings or numbers, or a list of them")
+
+
+def _rejected(what: str) -> RowRejected:
+    return RowRejected("annotations", f"its `answers` {what}")
 
 
 def plain(text: str) -> str:

@@ -29,6 +29,7 @@ from cache_schema.output import require_folder
 from models.folder import LOAD_ERRORS
 from models.parts import part_of
 from student.folder import save_folder
+from student.generation import answer_ends, settle_generation
 from student.settings import NewStudentConfig
 
 IMAGE_TOKEN = "<image>"
@@ -76,8 +77,7 @@ def new_student(config: NewStudentConfig) -> dict[str, Any]:
     )
     tokens = _visual_tokens(model, image_processor)
     model.config.image_seq_length = tokens
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    settle_generation(model, processor, () if cache is None else answer_ends(cache, tokenizer))
     save_folder(model, processor, out)
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():

@@ -25,12 +25,16 @@ from cache_schema.progress import Progress, task
 from models.device import choose_device
 from models.folder import load_model, load_processor
 from models.tokens import adds_special_tokens
-from student.answers import Answered, score
+from student.answers import Answered, references_of, score
 from student.folder import write_text
+from student.generation import decode_greedily
 from student.heldout import held_out, measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.settings import EvaluateConfig
+
+_SHOWN = 20
+"""Rows that were not asked, of which the result gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,31 +62,49 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
         raise KdcacheError(f"{config.model} has no chat template; see `new-student --like`")
     questions, skipped = _questions(config, processor, progress)
     if not questions:
-        raise KdcacheError(f"no row of {config.data} can be used: {dict(skipped)}; check --image-root")
-    answers = _Answerer(model, processor, config).answer(questions, progress)
+        raise KdcacheError(f"no row of {config.data} can be used: {_summary(skipped)}")
+    answerer = _Answerer(model, processor, config)
+    if answerer.set_aside:
+        progress.message(
+            f"answers are greedy, without {', '.join(answerer.set_aside)} of the model's generation config"
+        )
+    answers = answerer.answer(questions, progress)
     answered = [
         Answered(kind=question.kind, references=question.references, prediction=answer)
         for question, answer in zip(questions, answers, strict=True)
     ]
     if config.predictions is not None:
         _write_predictions(config.predictions, questions, answers)
-    result = {**score(answered), "skipped": dict(skipped), "model": str(config.model)}
+    result = {**score(answered), "skipped": dict(Counter(error.reason for _, error in skipped))}
+    result["skipped_rows"] = [{"row": row, "reason": str(error)} for row, error in skipped[:_SHOWN]]
+    result["model"] = str(config.model)
+    if answerer.set_aside:
+        result["set_aside"] = answerer.set_aside
     if config.cache is not None:
         result["teacher"] = _distance(config, config.cache, model, processor, device, progress)
     result["seconds"] = round(time.perf_counter() - started, 2)
+    if skipped:
+        progress.message(f"{len(skipped)} rows were not asked: {_summary(skipped)}")
     return result
+
+
+def _summary(skipped: Sequence[tuple[int, RowRejected]]) -> str:
+    counts = Counter(error.reason for _, error in skipped)
+    row, first = skipped[0] if skipped else (0, "there is none")
+    return f"{', '.join(f'{reason} {count}' for reason, count in counts.items())}; first, row {row}: {first}"
 
 
 def _questions(
     config: EvaluateConfig, processor: Any, progress: Progress
-) -> tuple[list[Question], Counter[str]]:
+) -> tuple[list[Question], list[tuple[int, RowRejected]]]:
+    """The questions, and the rows that give none with the reason of each."""
     dataset = open_dataset(config.data, progress)
     rows = list(range(len(dataset)))
     if config.limit is not None and config.limit < len(dataset):
         rows = sorted(np.random.default_rng(config.seed).permutation(len(dataset))[: config.limit].tolist())
     questions: list[Question] = []
-    skipped: Counter[str] = Counter()
-    readable: dict[str, str | None] = {}
+    skipped: list[tuple[int, RowRejected]] = []
+    readable: dict[str, RowRejected | None] = {}
     for row in rows:
         try:
             conversation = dataset[row]
@@ -91,36 +113,30 @@ def _questions(
                 if path not in readable:
                     readable[path] = _fault(config.image_root, path)
                 if (fault := readable[path]) is not None:
-                    raise RowRejected(fault, path)
+                    raise fault
             questions += _asked(conversation, processor)
         except RowRejected as error:
-            skipped[error.reason] += 1
-    if skipped:
-        progress.message(f"{skipped.total()} of {len(rows)} rows cannot be used: {dict(skipped)}")
+            skipped.append((row, error))
     return questions, skipped
 
 
-def _fault(root: Path, path: str) -> str | None:
+def _fault(root: Path, path: str) -> RowRejected | None:
     try:
         open_image(root, path)
     except RowRejected as error:
-        return error.reason
+        return error
     return None
 
 
 def _asked(conversation: Conversation, processor: Any) -> Iterator[Question]:
     messages, answers = conversation.messages, conversation.answers
     kinds = conversation.extra.get("kind", "all")
-    references = conversation.extra.get("answers", [[answer] for answer in answers])
-    if references and isinstance(references[0], str):
-        references = [references]
+    references: list[tuple[str, ...]] = [(answer,) for answer in answers]
+    if "answers" in conversation.extra:
+        references = references_of(conversation.extra["answers"], len(answers))
     kinds = [str(kinds)] * len(answers) if not isinstance(kinds, list) else kinds
-    if len(kinds) != len(answers) or len(references) != len(answers) or not all(references):
-        raise RowRejected(
-            "annotations",
-            f"row {conversation.row} has {len(answers)} answers, {len(kinds)} kinds and {len(references)} "
-            "lists of references",
-        )
+    if len(kinds) != len(answers):
+        raise RowRejected("annotations", f"{len(kinds)} kinds for {len(answers)} answers")
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     for number, place in enumerate(places):
         shown = sum(part["type"] == "image" for message in messages[:place] for part in message["content"])
@@ -131,7 +147,7 @@ def _asked(conversation: Conversation, processor: Any) -> Iterator[Question]:
             prompt=processor.apply_chat_template(
                 messages[:place], add_generation_prompt=True, tokenize=False
             ),
-            references=tuple(str(text) for text in references[number]),
+            references=references[number],
         )
 
 
@@ -143,8 +159,7 @@ class _Answerer:
         self.model, self.processor, self.config = model, processor, config
         self.tokenizer = processor.tokenizer
         self.tokenizer.padding_side = "left"
-        for name in ("temperature", "top_p", "top_k"):
-            setattr(model.generation_config, name, None)
+        self.set_aside = decode_greedily(model, processor, config.max_new_tokens)
         # Other families compute positions from grids, which a cached prefix would split.
         self.shares = isinstance(processor, LlavaProcessor)
 
@@ -171,13 +186,7 @@ class _Answerer:
     def _batch(self, questions: list[Question]) -> list[str]:
         with_images = bool(questions[0].images)
         inputs = self._shared_inputs(questions) if self.shares and with_images else self._inputs(questions)
-        written = self.model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=self.config.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        written = self.model.generate(**inputs)
         answers = written[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 

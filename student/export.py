@@ -16,7 +16,8 @@ from cache_schema.version import VERSION
 from models.folder import load_model, load_processor
 from models.parts import part_of
 from student.folder import folder_digest, save_folder, write_text
-from student.run_folder import read_result
+from student.generation import settle_generation
+from student.run_folder import read_history, read_result, write_history
 
 
 def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -> dict[str, Any]:
@@ -31,12 +32,11 @@ def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -
     with task(progress, "exporting"):
         loaded = load_model(folder, "auto" if dtype == "auto" else _dtype(dtype))
         processor = load_processor(folder)
-        if loaded.generation_config.eos_token_id is None:
-            loaded.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-        if loaded.generation_config.pad_token_id is None:
-            loaded.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-        history = [] if run is None else _history(run)
+        settle_generation(loaded, processor)
+        history = read_history(folder) or ([] if run is None else _history(run))
         save_folder(loaded, processor, out)
+        if history:
+            write_history(out, history)
         sizes: dict[str, int] = {}
         for name, parameter in loaded.named_parameters():
             sizes[part_of(name)] = sizes.get(part_of(name), 0) + parameter.numel()
@@ -59,7 +59,8 @@ def _run_of(model: Path) -> Path | None:
 
 
 def _history(run: Path) -> list[dict[str, Any]]:
-    """recipe.yaml and result.json of a run and of those that made its student, first stage first."""
+    """recipe.yaml and result.json of a run and of those that made its student, first stage first: of models
+    that version 0.1 trained, which have no training.json."""
     found: list[dict[str, Any]] = []
     seen: set[Path] = set()
     place: Path | None = run
@@ -67,7 +68,9 @@ def _history(run: Path) -> list[dict[str, Any]]:
         seen.add(place.resolve())
         recipe = yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8"))
         found.insert(0, {**recipe, "result": read_result(place) or {}})
-        place = _run_of(Path(recipe["student"]))
+        # A relative path starts where the run was started: here, or above the run's folder.
+        students = [base / recipe["student"] for base in (Path(), *place.resolve().parents)]
+        place = next((made for made in map(_run_of, students) if made is not None), None)
     return found
 
 

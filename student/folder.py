@@ -103,6 +103,9 @@ def save_folder(model: Any, processor: Any, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = head is embeddings  # as the weights are: others drop a head by it
     try:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)

@@ -25,6 +25,7 @@ from student.checkpoint import Checkpoints
 from student.checks import check_student
 from student.collate import Batch, Collator
 from student.folder import save_folder
+from student.generation import answer_ends, settle_generation
 from student.lora import add_adapters, merge_adapters
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
@@ -136,11 +137,12 @@ def student_processor(config: TrainConfig, cache: Cache) -> Any:
 
 
 def save_trained(
-    config: TrainConfig, vocab_size: int, weights: Mapping[str, Tensor], processor: Any, out: Path
+    config: TrainConfig, cache: Cache, weights: Mapping[str, Tensor], processor: Any, out: Path
 ) -> None:
     """Writes the student with its trained weights as a model folder, adapters merged.
 
-    Frozen weights are read from the student's folder again: no device or autocast has touched them.
+    Frozen weights are read from the student's folder again: no device or autocast has touched them. Its
+    generation stops at the tokens that end the cache's answers.
     KdcacheError when a weight is not finite, or the disk refuses.
     """
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
@@ -149,10 +151,11 @@ def save_trained(
             f"{len(broken)} of the trained weights are not finite ({broken[0]}, ...): no model is written; "
             "lower the learning rate, or train in bf16 instead of fp16"
         )
-    student = load_student(config, vocab_size)
+    student = load_student(config, cache.manifest.fingerprint.training["vocab_size"])
     student.load_trained(weights)
     if config.resolved_stage.lora_rank:
         merge_adapters(student.model)
+    settle_generation(student.model, processor, answer_ends(cache, processor.tokenizer))
     save_folder(student.model, processor, out)
 
 
@@ -169,8 +172,7 @@ def rewrite_model(
         )
     if ranks.main:
         weights = checkpoints.load(step).weights
-        vocab_size = cache.manifest.fingerprint.training["vocab_size"]
-        save_trained(config, vocab_size, weights, student_processor(config, cache), out)
+        save_trained(config, cache, weights, student_processor(config, cache), out)
     ranks.wait()
     progress.message(f"{out} was missing or damaged: written again from the checkpoint of step {step}")
     return {**result, "already_done": True}

@@ -37,15 +37,34 @@ _OLD_NAMES: dict[str, str] = {kind: f"{kind}_kl" for kind in KINDS}
 
 def write_settings(config: TrainConfig, identity: Mapping[str, Any]) -> None:
     """Writes recipe.yaml: every setting as resolved, the identity and the library versions."""
-    versions = {"kdcache": VERSION}
-    versions |= {library.__name__: str(library.__version__) for library in (torch, transformers, accelerate)}
-    document = {**config.to_json(), "identity": dict(identity), "versions": versions}
+    document = _settings_document(config, identity)
     write_text(config.out / "recipe.yaml", yaml.safe_dump(document, sort_keys=False))
 
 
-def write_result(out: Path, result: Mapping[str, Any]) -> None:
-    """Writes result.json, the proof that the run is finished."""
-    write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+def _settings_document(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
+    versions = {"kdcache": VERSION}
+    versions |= {library.__name__: str(library.__version__) for library in (torch, transformers, accelerate)}
+    return {**config.to_json(), "identity": dict(identity), "versions": versions}
+
+
+def write_result(config: TrainConfig, result: Mapping[str, Any]) -> None:
+    """Writes training.json into the model, then result.json, the proof that the run is finished."""
+    stage = {**_settings_document(config, result["identity"]), "result": dict(result)}
+    write_history(config.out / "model", [*read_history(config.student), stage])
+    write_text(config.out / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def write_history(model: Path, stages: list[dict[str, Any]]) -> None:
+    """Writes how a model was trained into its folder: settings and result of every stage, first one first."""
+    write_text(model / "training.json", json.dumps({"stages": stages}, indent=1) + "\n")
+
+
+def read_history(model: Path) -> list[dict[str, Any]]:
+    """What `write_history` wrote; empty where it was not written or cannot be read."""
+    try:
+        return list(json.loads((model / "training.json").read_text(encoding="utf-8"))["stages"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def read_result(out: Path) -> dict[str, Any] | None:

@@ -69,7 +69,10 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     ranks = Ranks(accelerator)
     with locked(config.out, ranks):
         if done is not None:
-            return rewrite_model(config, cache, done, ranks, progress)
+            result = rewrite_model(config, cache, done, ranks, progress)
+            if ranks.main:
+                write_result(config, done)
+            return result
         run = _begin(config, cache, identity, accelerator, ranks, progress)
         try:
             run.train()
@@ -385,7 +388,7 @@ class _Run:
         try:
             if self.ranks.main:
                 self._write_model(weights)
-                write_result(config.out, result)
+                write_result(config, result)
         except (KdcacheError, OSError) as error:
             fault = error
         if (ended := self.ranks.agree(fault)) is not None:
@@ -396,4 +399,4 @@ class _Run:
         return {**result, "already_done": False}
 
     def _write_model(self, weights: Mapping[str, Tensor]) -> None:
-        save_trained(self.config, self.student.vocab_size, weights, self.processor, self.config.out / "model")
+        save_trained(self.config, self.cache, weights, self.processor, self.config.out / "model")
