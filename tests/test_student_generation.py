@@ -1,4 +1,4 @@
-"""Ends of answers, padding columns that are never generated, references of questions, and what an export says."""
+"""What a student generates: only tokens of its tokenizer, to the end that its training labels taught it."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from tests.test_student_train import Said, settings
 from tests.tiny_models import CHAT_TEMPLATE, tiny_llava, tiny_tokenizer
 
 END = "<|im_end|>"
-# Question and answer end in END and a line end, as Qwen's templates write them; the tokenizer's eos is another.
+# Question and answer end in END and a line end, as Qwen writes them; the tokenizer has another eos.
 TEMPLATE = CHAT_TEMPLATE.replace("<|endoftext|>", f"{END}\n").replace("OPEN", "{% generation %}")
 TEMPLATE = TEMPLATE.replace("CLOSE", "{% endgeneration %}")
 
