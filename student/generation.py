@@ -21,6 +21,7 @@ _LAST = 3
 _EXPECTED = (
     *("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config"),
     *("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "max_new_tokens"),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
 )
 """Settings of a generation config that greedy answers replace without a word."""
 

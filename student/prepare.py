@@ -30,6 +30,7 @@ from student.lora import add_adapters, merge_adapters
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.ranks import Ranks
+from student.run_folder import write_result
 from student.settings import TrainConfig
 from student.throughput import activations_fit, hold_frozen
 from student.timing import Stopwatch
@@ -161,7 +162,7 @@ def save_trained(
 
 def rewrite_model(
     config: TrainConfig, cache: Cache, result: dict[str, Any], ranks: Ranks, progress: Progress
-) -> dict[str, Any]:
+) -> None:
     """Writes the model of a finished run, which is missing or damaged, from its checkpoint."""
     step, out = result["model_step"], config.out / "model"
     checkpoints = Checkpoints(config.out / "checkpoints")
@@ -173,9 +174,9 @@ def rewrite_model(
     if ranks.main:
         weights = checkpoints.load(step).weights
         save_trained(config, cache, weights, student_processor(config, cache), out)
+        write_result(config, result)
     ranks.wait()
     progress.message(f"{out} was missing or damaged: written again from the checkpoint of step {step}")
-    return {**result, "already_done": True}
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -69,10 +69,8 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     ranks = Ranks(accelerator)
     with locked(config.out, ranks):
         if done is not None:
-            result = rewrite_model(config, cache, done, ranks, progress)
-            if ranks.main:
-                write_result(config, done)
-            return result
+            rewrite_model(config, cache, done, ranks, progress)
+            return {**done, "already_done": True}
         run = _begin(config, cache, identity, accelerator, ranks, progress)
         try:
             run.train()

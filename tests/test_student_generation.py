@@ -1,4 +1,4 @@
-"""What a student generates: only tokens of its tokenizer, to the end that its training labels taught it."""
+"""Ends of answers, padding columns that are never generated, references, and what an export says."""
 
 import json
 import shutil
@@ -7,27 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, LogitsProcessor
 
-from cache_schema import KdcacheError, open_cache
+from cache_schema import KdcacheError, TargetSpec, open_cache
 from cache_schema.errors import RowRejected
 from cache_schema.progress import Silent
 from models.folder import load_model, load_processor
+from pipeline.capture import BuildConfig, build
 from student.answers import references_of
 from student.assemble import new_student
-from student.evaluate import EvaluateConfig, evaluate
+from student.evaluate import evaluate
 from student.export import export
 from student.folder import save_folder
 from student.generation import answer_ends, end_ids, padding_ids
-from student.stages import SFT
+from student.settings import EvaluateConfig, NewStudentConfig
+from student.stages import DFT, SFT
 from student.train import train
-from tests.student_caches import make_world
+from tests.student_caches import World, make_world
 from tests.test_student_evaluate import tiny_language_model
 from tests.test_student_train import Said, settings
-from tests.tiny_models import CHAT_TEMPLATE, tiny_llava, tiny_tokenizer
+from tests.tiny_models import CHAT_TEMPLATE, tiny_dataset, tiny_llava, tiny_tokenizer
 
 END = "<|im_end|>"
-# Question and answer end in END and a line end, as Qwen writes them; the tokenizer has another eos.
+# Answers end in END and a line end, as Qwen's templates write them; the tokenizer's eos is another.
 TEMPLATE = CHAT_TEMPLATE.replace("<|endoftext|>", f"{END}\n").replace("OPEN", "{% generation %}")
 TEMPLATE = TEMPLATE.replace("CLOSE", "{% endgeneration %}")
 
@@ -87,67 +89,73 @@ def test_training_pushes_padding_down(world, tmp_path):
     with torch.no_grad():
         model.get_output_embeddings().weight[340:] *= 3.0
     save_folder(model, processor, folder)
-    sample = open_cache(world.cache)[4]  # text alone
-    ids = torch.tensor(sample.input_ids)[None].long()
+    cache = open_cache(world.cache)
+    samples = [cache[index] for index in range(len(cache)) if not cache[index].images]
 
     def padding_mass(where):
-        with torch.no_grad():
-            q = load_model(where).eval()(input_ids=ids).logits[0, sample.positions["response"]].softmax(-1)
-        return float(q[:, 340:].sum(-1).mean())
+        trained, masses = load_model(where).eval(), []
+        for sample in samples:
+            ids = torch.tensor(sample.input_ids)[None].long()
+            with torch.no_grad():
+                logits = trained(input_ids=ids).logits[0, sample.positions["response"]]
+            masses.append(float(logits.softmax(-1)[:, 340:].sum(-1).mean()))
+        return sum(masses) / len(masses)
 
-    for stage in ("sft", "dft"):
+    assert padding_mass(folder) > 0.5
+    for stage in (SFT, DFT):
         changes = {"student": folder, "max_steps": 20, "learning_rate": 3e-3}
-        config = settings(world, tmp_path / stage, **changes)
-        train(
-            replace(config, stage=replace(config.stage, losses=SFT.losses)) if stage == "sft" else config,
-            Said(),
-        )
-        assert padding_mass(tmp_path / stage / "model") < 0.1 * padding_mass(folder), stage
+        train(settings(world, tmp_path / stage.name, stage, **changes), Said())
+        assert padding_mass(tmp_path / stage.name / "model") < 0.1, stage.name
 
 
 # ---- ends of answers ----
 
 
 def test_the_token_that_ends_the_answers_is_an_end_token_of_all_that_follows(tmp_path):
-    """Answers end in `<|im_end|>`, which no config names, and the tokenizer's eos is another token."""
-    world = make_world(tmp_path, rows=8)
-    teacher = world.student.parent / "teacher"
-    tokenizer = tiny_tokenizer(specials=[END])
-    end = tokenizer.convert_tokens_to_ids(END)
-    eos = tokenizer.eos_token_id
-    folder = tiny_llava(tmp_path / "im-end", words=341, vocab=352)
+    """Answers end in `<|im_end|>`, which no generation config names, and the tokenizer's eos is another."""
+    tokenizer = tiny_tokenizer(words=341, specials=[END])
+    end, eos = tokenizer.convert_tokens_to_ids(END), tokenizer.eos_token_id
+    folder = tiny_llava(tmp_path / "teacher", words=341)
     processor = load_processor(folder)
     processor.tokenizer, processor.chat_template = tokenizer, TEMPLATE
     processor.save_pretrained(folder)
-    from tests.student_caches import fake_capture
-
-    cache = fake_capture(tmp_path / "cache-im-end", folder, world.image_root, rows=8)
-    opened = open_cache(cache)
-    labels = [opened[i].labels for i in range(len(opened))]
-    assert all(end in each or eos in each for each in labels)
-    ends = answer_ends(opened, tokenizer)
+    data = tiny_dataset(tmp_path / "data", rows=8)
+    options = {"teacher": folder, "data": data.data, "image_root": data.image_root}
+    build(BuildConfig(**options, out=str(tmp_path / "cache"), spec=TargetSpec(top_k=4)), Silent())
+    cache = open_cache(tmp_path / "cache")
+    assert answer_ends(cache, tokenizer) == {end}
     model = load_model(folder)
     assert model.generation_config.eos_token_id == eos
     assert end_ids(model, load_processor(folder)) == {eos, end}, "as the chat template says"
 
-    run = train(settings(world, tmp_path / "run", student=folder, cache=cache, max_steps=1), Said())
-    saved = GenerationConfig.from_pretrained(run["model"])
-    assert set(saved.eos_token_id) == {eos, end} | ends
+    world = World(student=folder, image_root=data.image_root, cache=tmp_path / "cache")
+    run = train(settings(world, tmp_path / "run", max_steps=1, global_batch=2), Said())
     export(Path(run["model"]), tmp_path / "export", Silent())
-    assert set(GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id) == {eos, end} | ends
     words = tiny_language_model(tmp_path / "words", tokenizer=tokenizer)
-    new_student(vision_tower=teacher, language_model=words, out=tmp_path / "new", like=str(cache))
-    assert end in GenerationConfig.from_pretrained(tmp_path / "new").eos_token_id
+    made = {"vision_tower": folder, "language_model": words, "out": tmp_path / "new"}
+    new_student(NewStudentConfig(**made, like=str(tmp_path / "cache")))
+    for name in ("run/model", "export", "new"):
+        assert GenerationConfig.from_pretrained(tmp_path / name).eos_token_id == sorted([eos, end]), name
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "What?"}]}], add_generation_prompt=True
+    )
+    inputs = tokenizer(text, return_tensors="pt")
+    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "export").eval()
+    forced = ForcedTokens([5, 6, end, 7, 8])
+    written = exported.generate(**inputs, max_new_tokens=5, logits_processor=[forced])
+    assert written[0, inputs["input_ids"].shape[1] :].tolist() == [5, 6, end]
 
 
-def test_the_ends_of_a_cache_are_counted_in_its_labels(world):
-    """Of a template that writes eos after every answer."""
-    tokenizer = load_processor(world.student).tokenizer
-    cache = open_cache(world.cache)
-    labels = next(cache[i].labels for i in range(len(cache)))
-    last = [int(each) for each in labels if each != -100][-1]
-    special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-    assert answer_ends(cache, tokenizer) == ({last} if last in special else set())
+class ForcedTokens(LogitsProcessor):
+    """Lets a model say these tokens one after the other."""
+
+    def __init__(self, tokens):
+        self.tokens = iter(tokens)
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, next(self.tokens)] = 0.0
+        return forced
 
 
 def test_evaluation_is_not_bent_by_a_generation_config(world, tmp_path):
