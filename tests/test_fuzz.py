@@ -30,8 +30,10 @@ from cache_schema.datasets.conversations import Conversation, conversation_of, l
 from cache_schema.datasets.images import open_image
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.operations.verify import verify
+from cache_schema.progress import Silent
 from pipeline.samples import SamplePreparer
 from pipeline.templates import load_template
+from student import evaluate as evaluation
 from student.stages import open_recipe
 from tests.chat_templates import FAMILIES
 from tests.fuzzing import changed_bytes, changed_text, mutated
@@ -51,6 +53,7 @@ FAILED: dict[str, tuple[int, ...]] = {
     "templates": (),
     "images": (),
     "recipes": (),
+    "answers": (),
     "files": (),
     "builds": (),
 }
@@ -267,6 +270,41 @@ def test_recipes(tmp_path: Path) -> None:
             good += 1
             assert recipe.stages
     assert good > 50
+
+
+def test_answer_files(world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with references and kinds through `evaluate`, whose model says nothing."""
+    monkeypatch.setattr(
+        evaluation._Answerer, "answer", lambda self, questions, progress: [""] * len(questions)
+    )
+    model = evaluation.load_model(world.teacher)
+    monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: model)
+    said = seed_rows()[1]
+    asked = [
+        said | {"answers": answers, "kind": kind}
+        for answers in (
+            ["red"],
+            [["red", "blue"]],
+            "red",
+            [{"answer": "red"}] * 10,
+            [2],
+            None,
+            {"answer": "red"},
+        )
+        for kind in ("colour", ["colour"], None)
+    ]
+    per_file = 20
+    scored = 0
+    for seed, rng in seeds("answers", 150):
+        rows = [mutated(rng.choice(asked), rng, rng.choice((0, 1, 2))) for _ in range(per_file)]
+        (tmp_path / "a.json").write_text(json.dumps(rows, default=str))
+        config = evaluation.EvaluateConfig(
+            model=world.teacher, data=tmp_path / "a.json", image_root=world.root
+        )
+        with within_bounds("answers", seed):
+            evaluation.evaluate(config, Silent())
+            scored += 1
+    assert scored > 75
 
 
 def seed_files(folder: Path) -> list[Path]:
