@@ -16,6 +16,8 @@ from torch import Tensor
 BLOCK = 64
 """Entries of a block."""
 
+_CACHE_BYTES = 1 << 20  # logits worked on at a time, so that passes over them stay in a CPU's cache
+
 
 @dataclass(frozen=True, slots=True)
 class BlockStatistics:
@@ -27,45 +29,38 @@ class BlockStatistics:
     moment: Tensor
 
 
-def block_statistics(
-    logits: Tensor, temperatures: tuple[float, ...], scratch: tuple[Tensor, Tensor] | None = None
-) -> BlockStatistics:
-    """The statistics of logits (n, V) float32; the last block may be shorter. 1 is one of the temperatures.
-
-    scratch: two buffers of the size of the logits for intermediate values, else fresh memory is taken.
-    """
+def block_statistics(logits: Tensor, temperatures: tuple[float, ...]) -> BlockStatistics:
+    """The statistics of logits (n, V) float32; the last block may be shorter. temperatures contain 1."""
     if fused := kernels(logits.device):
         return BlockStatistics(*fused.fused_statistics(logits, temperatures, BLOCK))
-    whole = logits.shape[1] // BLOCK * BLOCK
+    vocab = logits.shape[1]
+    whole = vocab // BLOCK * BLOCK
+    rows = len(logits) if logits.device.type != "cpu" else _CACHE_BYTES // (4 * vocab)
     parts = [
-        _statistics(logits[:, columns].unflatten(1, (-1, size)), temperatures, room)
-        for columns, size, room in (
-            (slice(0, whole), BLOCK, scratch),
-            (slice(whole, None), logits.shape[1] - whole, None),
-        )
+        _statistics(logits[:, columns].unflatten(1, (-1, size)), temperatures, max(1, rows))
+        for columns, size in ((slice(0, whole), BLOCK), (slice(whole, None), vocab - whole))
         if logits[:, columns].shape[1]
     ]
     return BlockStatistics(*(torch.cat(values, dim=-1) for values in zip(*parts, strict=True)))
 
 
-def _statistics(
-    blocks: Tensor, temperatures: tuple[float, ...], scratch: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """peak, mass and moment of blocks (n, B, size)."""
-    rooms: list[Tensor | None] = [None, None]
-    if scratch is not None:
-        rooms = [room.flatten()[: blocks.numel()].view(blocks.shape) for room in scratch]
-    peak = blocks.amax(dim=2)
-    fall = torch.sub(blocks, peak[:, :, None], out=rooms[0])
-    mass = []
-    for temperature in temperatures:
-        if temperature == 1.0:
-            weights = torch.exp(fall, out=rooms[1])
-            moment = torch.linalg.vecdot(weights, fall)
-        else:
-            weights = torch.div(fall, temperature, out=rooms[1]).exp_()
-        mass.append(weights.sum(dim=2))
-    return peak, torch.stack(mass), moment
+def _statistics(blocks: Tensor, temperatures: tuple[float, ...], rows: int) -> list[Tensor]:
+    """peak, mass and moment of blocks (n, B, size), `rows` of the n at a time."""
+    falls, others = torch.empty(2, min(rows, len(blocks)), *blocks.shape[1:], device=blocks.device)
+    found = []
+    for piece in blocks.split(rows):
+        peak = piece.amax(dim=2)
+        fall = torch.sub(piece, peak[:, :, None], out=falls[: len(piece)])
+        mass = []
+        for temperature in temperatures:
+            if temperature == 1.0:
+                weights = torch.exp(fall, out=others[: len(piece)])
+                mass.append(weights.sum(dim=2))
+                moment = weights.mul_(fall).sum(dim=2)
+            else:
+                mass.append(torch.div(fall, temperature, out=others[: len(piece)]).exp_().sum(dim=2))
+        found.append((peak, torch.stack(mass), moment))
+    return [torch.cat(values, dim=-2) for values in zip(*found, strict=True)]
 
 
 def kernels(device: torch.device) -> ModuleType | None:

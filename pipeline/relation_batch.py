@@ -78,8 +78,8 @@ def residual_of(whole: Tensor, factor: Tensor) -> Tensor:
     made = factor @ factor.mT
     size = torch.linalg.vector_norm(made, dim=(1, 2), keepdim=True)
     made.div_(torch.where(size > 0, size, 1.0)).sub_(whole)
-    apart: Tensor = torch.linalg.vector_norm(made, dim=(1, 2), dtype=torch.float64)
-    return apart.square() / 2
+    apart: Tensor = torch.linalg.vector_norm(made, dim=(1, 2))
+    return apart.double().square() / 2
 
 
 def _factors_by_need(whole: Tensor, tokens: Tensor, bound: float, max_rank: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from pipeline.block_statistics import BLOCK, block_statistics, kernels
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.relation import Group, RelationMaker, on_device
 
-_CACHE_BYTES = 2 << 20  # logits processed at a time, so that passes over them stay in a CPU's cache
+_GROUP_BYTES = 16 << 20  # logits whose fields a CPU makes together
 _CHUNK_BYTES = 256 << 20  # logits of a chunk
 _MOST_CHUNK_BYTES = 2 << 30  # of an accelerator with much free memory
 
@@ -107,7 +107,7 @@ class TargetMaker:
         self._head = head
         self._spec = spec
         self._rows = max(1, (chunk_bytes or _chunk_bytes(head.weight.device)) // (4 * head.columns))
-        self._scratches: dict[str, Tensor] = {}
+        self._buffer: Tensor | None = None
         self._relations = RelationMaker(head, spec) if "relation" in spec.targets else None
 
     def topk(
@@ -198,9 +198,9 @@ class TargetMaker:
         self, hidden: Tensor, labels: Tensor | None = None, numbers: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The fields of at most self._rows positions, on the head's device."""
-        logits = self._head.logits(hidden, self._scratch("logits", len(hidden)))
+        logits = self._head.logits(hidden, self._scratch(len(hidden)))
         on_cpu = logits.device.type == "cpu"
-        group = max(1, _CACHE_BYTES // (4 * logits.shape[1])) if on_cpu else max(1, len(logits))
+        group = max(1, _GROUP_BYTES // (4 * logits.shape[1])) if on_cpu else max(1, len(logits))
         parts = [self._group(part) for part in logits.split(group)]
         fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if labels is not None:
@@ -211,7 +211,7 @@ class TargetMaker:
             fields["places"] = tail_places(logits, numbers)
         return fields
 
-    def _scratch(self, name: str, rows: int) -> Tensor | None:
+    def _scratch(self, rows: int) -> Tensor | None:
         """(rows, V) of a buffer that is kept, made at the size of its largest use; None off the CPU.
 
         On a CPU fresh memory costs more than what is done in it. An accelerator's allocator keeps it anyway,
@@ -219,9 +219,9 @@ class TargetMaker:
         """
         if self._head.weight.device.type != "cpu":
             return None
-        if name not in self._scratches or len(self._scratches[name]) < rows:
-            self._scratches[name] = torch.empty(rows, self._head.columns)
-        return self._scratches[name][:rows]
+        if self._buffer is None or len(self._buffer) < rows:
+            self._buffer = torch.empty(rows, self._head.columns)
+        return self._buffer[:rows]
 
     def _group(self, logits: Tensor) -> dict[str, Tensor]:
         """The label-free fields of logits (n, V).
@@ -230,9 +230,7 @@ class TargetMaker:
         outside the k is summed from the other blocks and from what is left of these: never as a difference.
         """
         k, vocab = self._spec.top_k, logits.shape[1]
-        fall, weights = (self._scratch(name, len(logits)) for name in ("fall", "weights"))
-        scratch = None if fall is None or weights is None else (fall, weights)
-        blocks = block_statistics(logits, self._spec.temperatures, scratch)
+        blocks = block_statistics(logits, self._spec.temperatures)
         fused = kernels(logits.device)
         if fused and fused.selects(vocab, k, BLOCK):
             statistics = blocks.peak, blocks.mass, blocks.moment

@@ -124,7 +124,7 @@ def test_buffers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     hidden = some_hidden(50, 16)
     kept = [maker.topk(hidden[:9]), maker.topk(hidden)][1]
-    monkeypatch.setattr(TargetMaker, "_scratch", lambda self, name, rows: None)
+    monkeypatch.setattr(TargetMaker, "_scratch", lambda self, rows: None)
     fresh = maker.topk(hidden)
     for name in ("token_ids", "logprobs", "tail_logprob", "logsumexp", "entropy"):
         np.testing.assert_array_equal(getattr(kept, name), getattr(fresh, name))
