@@ -72,8 +72,8 @@ class Optimization:
                 self.student.needs_mask = needs_mask(self.student.hidden_states, inputs)
             if compiled:
                 reason = compile_layers(self.student.model, lambda: self.student.hidden_states(inputs))
-                if reason is not None:
-                    told.append(f"the language model's layers are not compiled: {reason}")
+                state = "compiled" if reason is None else f"not compiled: {reason}"
+                told.append(f"the language model's layers are {state}")
         return told
 
     def gradients(

@@ -117,12 +117,10 @@ def _keeps_activations(
 
 
 def padded_batch(cache: Cache, collator: Collator) -> Batch | None:
-    """The shortest and the longest sample of the first shard; None where they are alike, or cannot be read
-    (training will say so)."""
+    """The shortest and the longest sample of the first shard; None where they cannot be read (training will
+    say so)."""
     first = cache.index().tokens[: cache.shard_length(cache.shards[0])]
     places = [int(np.argmax(first)), int(np.argmin(first))]
-    if first[places[0]] == first[places[1]]:
-        return None
     try:
         return replace(collator, targets=())([cache[place] for place in places])
     except (KdcacheError, OSError):

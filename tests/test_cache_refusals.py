@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache_schema import CacheWriter, IdentityMismatch, KdcacheError, TargetSpec, open_cache
+from cache_schema.format.store import LocalStore
 from cache_schema.operations.verify import verify
 from tests.cache_faults import moments
 from tests.cache_teacher import KILL_SPEC, assert_same_cache, build_cache, capture, make_manifest
@@ -78,6 +79,21 @@ def test_a_directory_with_something_else(tmp_path: Path) -> None:
     with pytest.raises(KdcacheError, match="no cache here"):
         open_cache(tmp_path / "nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_manifest_that_another_worker_writes_meanwhile_is_joined(tmp_path: Path) -> None:
+    """Both workers see no manifest; one writes it before the other looks at what lies there."""
+    manifest = make_manifest(KILL_SPEC, rows=8)
+
+    class Late(LocalStore):
+        def exists(self, path: str) -> bool:
+            found = super().exists(path)
+            if path == "manifest.json" and not found:
+                CacheWriter.join(LocalStore(tmp_path / "cache"), manifest)
+            return found
+
+    writer = CacheWriter.join(Late(tmp_path / "cache"), manifest)
+    assert list(writer.pending())
 
 
 def test_another_identity_is_refused_with_both_values(tmp_path: Path) -> None:

@@ -455,3 +455,13 @@ def measure(world, folder):
     )
     student = DistilledStudent(load_model(folder), LossWeights(), vocab_size=340)
     return measure_cache(student, open_cache(world.cache), collator, device=torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
+def test_compiled_layers_are_named_and_change_nothing_but_rounding(world, tmp_path):
+    said = Said()
+    train(settings(world, tmp_path / "compiled", max_steps=2, compile=True), said)
+    train(settings(world, tmp_path / "plain", max_steps=2), Silent())
+    assert "the language model's layers are compiled" in said.lines
+    compiled, plain = (losses_of(tmp_path / name) for name in ("compiled", "plain"))
+    assert compiled == pytest.approx(plain, rel=1e-4)

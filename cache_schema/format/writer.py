@@ -235,8 +235,11 @@ def store_failure(error: OSError, store: Store) -> KdcacheError:
 
 
 def _refuse_foreign(store: Store, manifest: Manifest) -> None:
-    """Without a manifest, the location must be empty, or be this very cache with its manifest set aside."""
+    """Without a manifest, the location must be empty, or be this very cache with its manifest set aside. One
+    that another worker has written since is compared afterwards."""
     for path in store.list():
+        if path == MANIFEST:
+            continue
         if path.split("/")[0] not in FOLDERS and not path.startswith(".manifest"):
             raise KdcacheError(
                 f"{store.url}: not a cache and not empty ({path}); give an empty or a new directory"
