@@ -303,7 +303,7 @@ def report(
     json_: Json = False,
 ) -> None:
     """Write curves and tables of a training run."""
-    from student.report import report as report_run
+    from views.run_report import report as report_run
 
     _show({"report": str(report_run(run, out))}, json_, "report")
 

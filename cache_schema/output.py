@@ -1,4 +1,4 @@
-"""Places that commands write to, refused before the work."""
+"""Places that commands write to: refused before the work, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,3 +15,26 @@ def require_folder(out: Path, *, new: bool) -> None:
         raise KdcacheError(f"{out}: {place} is not a folder that can be written to; choose another --out")
     if new and out.exists() and any(out.iterdir()):
         raise KdcacheError(f"{out} is not empty; choose another --out or remove it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from cache_schema.runs import read_metrics
 
 STAGES = ("dpt", "sft", "dft")
 TITLES = {
@@ -21,21 +22,6 @@ TERMS = {
 COLORS = {"ce": "#1b6ca8", "response_kl": "#c8553d", "visual_kl": "#3a7d44", "relation": "#8e5ea2"}
 
 
-def read_terms(run: Path) -> tuple[list[int], dict[str, list[float]]]:
-    """Steps and loss terms of a stage's metrics.jsonl."""
-    steps: list[int] = []
-    terms: dict[str, list[float]] = {name: [] for name in TERMS}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        if values["group"] != "train":
-            continue
-        steps.append(values["step"])
-        for name, series in terms.items():
-            old_name = name.removesuffix("_kl")  # of runs up to version 0.1
-            series.append(float(values.get(name) or values.get(old_name) or 0.0))
-    return steps, terms
-
-
 def draw_curves(runs: Mapping[str, Path], out: Path, stages: Sequence[str] = STAGES) -> None:
     """A PNG of the loss terms against the step: solid lines distilled, dashed lines plain."""
     import matplotlib
@@ -47,10 +33,12 @@ def draw_curves(runs: Mapping[str, Path], out: Path, stages: Sequence[str] = STA
     styles = dict(zip(runs, ("-", "--", ":"), strict=False))
     for axis, stage in zip(axes, stages, strict=True):
         for kind, folder in runs.items():
-            steps, terms = read_terms(folder / stage)
-            for name, series in terms.items():
+            lines = [line for line in read_metrics(folder / stage) if line["group"] == "train"]
+            steps = [line["step"] for line in lines]
+            for name, title in TERMS.items():
+                series = [line.get(name) or 0.0 for line in lines]
                 if any(series):
-                    label = f"{TERMS[name]}, {kind}"
+                    label = f"{title}, {kind}"
                     axis.plot(steps, series, styles[kind], color=COLORS[name], label=label, linewidth=1.5)
         axis.set_title(TITLES[stage], fontsize=10)
         axis.set_xlabel("step")

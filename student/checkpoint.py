@@ -21,8 +21,9 @@ from torch import Tensor
 from cache_schema.errors import IdentityMismatch, KdcacheError, first_line
 from cache_schema.format.cache import Cache
 from cache_schema.format.identity import digest_of
+from cache_schema.output import sync, write_text
 from cache_schema.progress import Progress
-from student.folder import WRITE_ERRORS, folder_digest, processor_digest, sync, write_text
+from student.folder import WRITE_ERRORS, folder_digest, processor_digest
 from student.run_state import RunState
 from student.settings import TrainConfig
 

@@ -20,13 +20,12 @@ from cache_schema.datasets.images import open_image, unpack_embedded
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.cache import open_cache
-from cache_schema.output import require_folder
+from cache_schema.output import require_folder, write_text
 from cache_schema.progress import Progress, task
 from models.device import choose_device
 from models.folder import load_model, load_processor
 from models.tokens import adds_special_tokens
 from student.answers import Answered, references_of, score
-from student.folder import write_text
 from student.generation import decode_greedily
 from student.heldout import held_out, measure_cache
 from student.losses import LossWeights

@@ -10,14 +10,15 @@ import torch
 import yaml
 
 from cache_schema.errors import KdcacheError
-from cache_schema.output import require_folder
+from cache_schema.output import require_folder, write_text
 from cache_schema.progress import Progress, task
+from cache_schema.runs import read_result
 from cache_schema.version import VERSION
 from models.folder import load_model, load_processor
 from models.parts import part_of
-from student.folder import folder_digest, save_folder, write_text
+from student.folder import folder_digest, save_folder
 from student.generation import settle_generation
-from student.run_folder import read_history, read_result, write_history
+from student.run_folder import read_history, write_history
 
 
 def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache_schema.errors import KdcacheError, first_line
+from cache_schema.output import sync
 from models.folder import require_model_folder
 from models.parts import NESTED_TOWERS, Part, nested_tower_name, part_of
 
@@ -127,29 +128,6 @@ def replace_folder(temporary: Path, out: Path) -> None:
     temporary.rename(out)
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _restore_vision_keys(folder: Path) -> None:

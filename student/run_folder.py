@@ -19,20 +19,17 @@ import yaml
 from accelerate import Accelerator
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.spec import KINDS
+from cache_schema.output import write_text
+from cache_schema.runs import read_metrics, read_result
 from cache_schema.version import VERSION
 from student import loss_weights
 from student.checkpoint import refuse_other
-from student.folder import write_text
 from student.ranks import Ranks
 from student.run_state import RunState
 from student.settings import TrainConfig
 from student.timing import Stopwatch, shares
 
 TERMS = ("loss", *loss_weights.TERMS)
-
-_OLD_NAMES: dict[str, str] = {kind: f"{kind}_kl" for kind in KINDS}
-"""Of the terms in training lines up to version 0.1."""
 
 
 def write_settings(config: TrainConfig, identity: Mapping[str, Any]) -> None:
@@ -65,20 +62,6 @@ def read_history(model: Path) -> list[dict[str, Any]]:
         return list(json.loads((model / "training.json").read_text(encoding="utf-8"))["stages"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def read_result(out: Path) -> dict[str, Any] | None:
-    """The result of a finished run; None when it is not finished."""
-    path = out / "result.json"
-    if not path.exists():
-        return None
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise KdcacheError(f"{path} is not JSON: {error}; remove it to finish the run again") from error
-    if "train" in result:
-        result["train"] = _renamed(result["train"])
-    return result
 
 
 def finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -153,25 +136,6 @@ class Journal:
         if self._accelerator.is_main_process:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a truncated last line of a killed run is omitted."""
-    path = out / "metrics.jsonl"
-    if not path.exists():
-        return []
-    made = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            made.append(_renamed(json.loads(line)))
-        except json.JSONDecodeError:
-            break
-    return made
-
-
-def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a training or held-out line under the names of today."""
-    return {_OLD_NAMES.get(name, name): value for name, value in values.items()}
 
 
 class Meter:

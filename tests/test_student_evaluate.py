@@ -18,6 +18,7 @@ from transformers import (
 from cache_schema import KdcacheError, TargetSpec, open_cache
 from cache_schema.datasets.images import open_image
 from cache_schema.progress import Silent
+from cache_schema.runs import read_metrics, read_result
 from models.folder import load_model, load_processor
 from student.answers import Answered, plain, score, vqa_soft, vqa_words
 from student.assemble import new_student as assemble
@@ -29,15 +30,14 @@ from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.recipe import train_recipe
-from student.report import StageRun, final_table, report
-from student.run_curves import StageCurves, draw_curves
-from student.run_folder import read_metrics, read_result
 from student.settings import EvaluateConfig, NewStudentConfig
 from student.stages import DFT, DPT, SFT, Recipe, RecipeStage
 from student.train import train
 from tests.student_caches import fake_capture, make_world
 from tests.test_student_train import settings
 from tests.tiny_models import tiny_dataset, tiny_tokenizer
+from views.run_curves import StageRun, draw_curves
+from views.run_report import final_table, report
 
 
 @pytest.fixture(scope="module")
@@ -524,7 +524,7 @@ def curves_of(figure):
 def test_training_and_held_out_share_a_panel():
     train = [{"step": s, "loss": 9 / s, "ce": 4 / s, "relation": 0.0, "lr": 0.1} for s in (1, 2, 3)]
     held_out = [{"step": 3, "ce": 1.5, "response_top1": 0.25, "loss": None}]
-    one = draw_curves([StageCurves(name="dpt", train=train, held_out=held_out)])
+    one = draw_curves([StageRun(name="dpt", train=train, held_out=held_out)])
     assert curves_of(one) == {
         "loss": {"training": [(1, 9.0), (2, 4.5), (3, 3.0)]},
         "cross entropy, nats per token": {
@@ -535,11 +535,11 @@ def test_training_and_held_out_share_a_panel():
         "learning rate": {"training": [(1, 0.1), (2, 0.1), (3, 0.1)]},
     }
     never = [{"step": 3, "response_top1": 0.0}]
-    at_zero = draw_curves([StageCurves(name="dpt", train=[], held_out=never)])
+    at_zero = draw_curves([StageRun(name="dpt", train=[], held_out=never)])
     assert curves_of(at_zero) == {"most likely token is the teacher's": {"held out, response": [(3, 0.0)]}}
     stage = StageRun(name="dpt", settings={}, result={}, train=train, held_out=never)
     assert dict(final_table([stage]))["most likely token is the teacher's, response"] == ["0.0000"]
     assert "relation, 1 - cos" not in dict(final_table([stage])), "not in this stage's loss"
-    two = draw_curves([StageCurves(name=name, train=train, held_out=[]) for name in ("dpt", "sft")])
+    two = draw_curves([StageRun(name=name, train=train, held_out=[]) for name in ("dpt", "sft")])
     assert len(two.axes) == 6, "one row per quantity, one column per stage"
-    assert draw_curves([StageCurves(name="new", train=[], held_out=[])]).axes[0].texts[0].get_text()
+    assert draw_curves([StageRun(name="new", train=[], held_out=[])]).axes[0].texts[0].get_text()

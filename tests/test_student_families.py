@@ -6,10 +6,10 @@ import pytest
 
 from cache_schema import TargetSpec, open_cache
 from cache_schema.progress import Silent
+from cache_schema.runs import read_metrics
 from pipeline.capture import build
 from pipeline.settings import BuildConfig
 from student.evaluate import evaluate
-from student.run_folder import read_metrics
 from student.settings import EvaluateConfig, TrainConfig
 from student.stages import DFT
 from student.train import train

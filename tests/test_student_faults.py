@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from cache_schema import KdcacheError, open_cache
 from cache_schema.errors import IdentityMismatch, WrongUsage
-from student.run_folder import locked, read_metrics
+from cache_schema.runs import read_metrics
+from student.run_folder import locked
 from student.run_state import RunState
 from student.train import train
 from tests.student_caches import fake_capture, make_world

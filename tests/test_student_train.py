@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from cache_schema import KdcacheError, StoppedEarly, open_cache
 from cache_schema.progress import Silent
+from cache_schema.runs import read_metrics
 from models.folder import load_model, load_processor
 from models.parts import part_of
 from student.collate import Collator
@@ -22,7 +23,6 @@ from student.heldout import measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
-from student.run_folder import read_metrics
 from student.settings import TrainConfig
 from student.stages import CE_ONLY, DFT, DPT, PT, SFT
 from student.train import train

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,12 +22,15 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageCurves:
-    """The journal of one stage: its training and held-out lines, as in metrics.jsonl."""
+class StageRun:
+    """One stage of a run: its lines in metrics.jsonl, its settings in recipe.yaml, its result (empty while it
+    runs)."""
 
     name: str
     train: Lines
     held_out: Lines
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ QUANTITIES = (
 )
 
 
-def draw_curves(stages: Sequence[StageCurves]) -> Figure:
+def draw_curves(stages: Sequence[StageRun]) -> Figure:
     """The figure: for several stages one row per quantity, for one stage three panels per row. Quantities
     that no stage has are omitted."""
     shown = [quantity for quantity in QUANTITIES if any(_has(quantity, stage) for stage in stages)]
@@ -85,18 +88,18 @@ def _curve(lines: Lines, name: str | None) -> list[tuple[float, float]]:
     return [(line["step"], line[name]) for line in lines if name and line.get(name) is not None]
 
 
-def _trained(quantity: Quantity, stage: StageCurves) -> list[tuple[float, float]]:
+def _trained(quantity: Quantity, stage: StageRun) -> list[tuple[float, float]]:
     """The curve of the training lines; none for a term that is always 0, which is not in the stage's loss."""
     found = _curve(stage.train, quantity.train)
     return found if any(value for _, value in found) else []
 
 
-def _has(quantity: Quantity, stage: StageCurves) -> bool:
+def _has(quantity: Quantity, stage: StageRun) -> bool:
     held_out = any(_curve(stage.held_out, name) for name in quantity.held_out)
     return held_out or bool(_trained(quantity, stage))
 
 
-def _panel(axes: Axes, quantity: Quantity, stage: StageCurves) -> None:
+def _panel(axes: Axes, quantity: Quantity, stage: StageRun) -> None:
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ import yaml
 from matplotlib.figure import Figure
 
 from cache_schema.errors import KdcacheError
-from student.folder import write_text
-from student.run_curves import StageCurves, draw_curves
-from student.run_folder import TERMS, read_metrics, read_result
-from student.timing import LAPS
+from cache_schema.output import write_text
+from cache_schema.runs import read_metrics, read_result
+from views.run_curves import Lines, StageRun, draw_curves
 
-_HELD_OUT = (*TERMS, "response_top1", "visual_top1")
 _NAMES = {
     "loss": "loss",
     "ce": "cross entropy",
-    "relation": "relation, 1 - cos",
     "response_kl": "KL, response",
     "visual_kl": "KL, visual",
     "prompt_kl": "KL, prompt",
+    "relation": "relation, 1 - cos",
     "response_top1": "most likely token is the teacher's, response",
     "visual_top1": "most likely token is the teacher's, visual",
 }
@@ -52,17 +49,6 @@ img{max-width:100%;display:block}
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageRun:
-    """One stage of a run: its settings, its journal, its result (empty while it runs)."""
-
-    name: str
-    settings: dict[str, Any]
-    train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-    result: dict[str, Any]
-
-
 def report(run: Path, out: Path | None = None) -> Path:
     """Writes the report of a run, or of a recipe's folder of runs, and returns its path.
 
@@ -71,7 +57,7 @@ def report(run: Path, out: Path | None = None) -> Path:
     is in progress. KdcacheError when there is no run, or `out` cannot be written.
     """
     stages = _stages(run)
-    figure = draw_curves([StageCurves(name=s.name, train=s.train, held_out=s.held_out) for s in stages])
+    figure = draw_curves(stages)
     target = out or run / "report.html"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,21 +105,21 @@ def final_table(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
             [_figure(_last(stage.train).get("samples_per_second"), ".1f") for stage in stages],
         ),
     ]
-    for heading, names, ends in (
-        ("training, mean since the previous line", TERMS, [_terms_in_use(stage.train) for stage in stages]),
-        ("held out", _HELD_OUT, [_last(stage.held_out) for stage in stages]),
+    for heading, ends in (
+        ("training, mean since the previous line", [_terms_in_use(stage.train) for stage in stages]),
+        ("held out", [_last(stage.held_out) for stage in stages]),
     ):
-        found = [(_NAMES[name], [_figure(end.get(name), ".4f") for end in ends]) for name in names]
+        found = [(title, [_figure(end.get(name), ".4f") for end in ends]) for name, title in _NAMES.items()]
         present = [(name, texts) for name, texts in found if set(texts) != {"-"}]
         lines += [(heading, []), *present] if present else []
     return lines
 
 
-def _last(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _last(lines: Lines) -> Mapping[str, Any]:
     return lines[-1] if lines else {}
 
 
-def _terms_in_use(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _terms_in_use(lines: Lines) -> dict[str, Any]:
     """The last line without the terms that are 0 in it: they are not in the stage's loss."""
     return {name: value for name, value in _last(lines).items() if value}
 
@@ -208,9 +194,8 @@ def _settings(stage: StageRun) -> list[tuple[str, str]]:
         ("held-out cache", str(stage.settings.get("eval_cache") or "none")),
         ("versions", ", ".join(f"{name} {value}" for name, value in stage.settings["versions"].items())),
     ]
-    if latest:
-        rows.append(("time", ", ".join(f"{name} {latest.get(f'time {name}', 0.0):.0%}" for name in LAPS)))
-    return rows
+    laps = [f"{name[5:]} {share:.0%}" for name, share in latest.items() if name.startswith("time ")]
+    return [*rows, ("time", ", ".join(laps))] if laps else rows
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
