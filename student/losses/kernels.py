@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _NONE = tl.constexpr(-3.0e38)  # a maximum of nothing: finite, so that differences with it are numbers
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -39,11 +40,25 @@ def _slope(x, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _fold(top, total, plain, x, cold, APART: tl.constexpr):
+    """The sums of `_sums` so far with one more logit x each; cold = log2(e) / T."""
+    ahead = x - top
+    grown = ahead > 0
+    small = tl.exp2(-tl.abs(ahead) * cold)
+    total = tl.where(grown, total * small + 1.0, total + small)
+    if APART:
+        small = tl.exp2(-tl.abs(ahead) * _LOG2E)
+        plain = tl.where(grown, plain * small + 1.0, plain + small)
+    return tl.maximum(top, x), total, plain
+
+
+@triton.jit
 def _sums(
     row,
     bias,
     begin,
     end,
+    columns,
     scale,
     cap,
     cold,
@@ -51,27 +66,38 @@ def _sums(
     CAPPED: tl.constexpr,
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """(top, sum exp((x - top) / T), sum exp(x - top)) of the columns begin..end; cold = 1 / T."""
+    """(top, sum exp((x - top) / T), sum exp(x - top)) of the columns begin..end; cold = log2(e) / T.
+
+    A mask whose edge is no multiple of 16 makes loads 4 bytes wide: whole blocks are loaded without one, the
+    others up to `columns`.
+    """
     top = tl.full((BLOCK,), _NONE, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     plain = tl.zeros((BLOCK,), tl.float32)
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        raw = tl.load(row + at, mask=at < end, other=-float("inf")).to(tl.float32)
-        offset = tl.load(bias + at, mask=at < end, other=0.0) if HAS_BIAS else 0.0
-        x = _logit(raw, offset, scale, cap, HAS_BIAS, CAPPED)
-        ahead = x - top
-        grown = ahead > 0
-        small = tl.exp(-tl.abs(ahead) * cold)
-        total = tl.where(grown, total * small + 1.0, total + small)
-        if APART:
-            small = tl.exp(-tl.abs(ahead))
-            plain = tl.where(grown, plain * small + 1.0, plain + small)
-        top = tl.maximum(top, x)
+    place = tl.arange(0, BLOCK)
+    first = tl.cdiv(begin, BLOCK) * BLOCK
+    whole = tl.maximum(end // BLOCK * BLOCK, first)
+    for start in tl.range(first, whole, BLOCK, num_stages=STAGES):
+        at = tl.multiple_of(start, BLOCK) + place
+        offset = tl.load(bias + at) if HAS_BIAS else 0.0
+        x = _logit(tl.load(row + at).to(tl.float32), offset, scale, cap, HAS_BIAS, CAPPED)
+        top, total, plain = _fold(top, total, plain, x, cold, APART)
+    # What lies before the first whole block and behind the last one.
+    for edge in tl.static_range(2):
+        start = begin // BLOCK * BLOCK if edge == 0 else whole
+        stop = tl.minimum(first, end) if edge == 0 else end
+        if tl.maximum(start, begin) < stop:
+            at = tl.multiple_of(start, BLOCK) + place
+            raw = tl.load(row + at, mask=at < columns, other=-float("inf")).to(tl.float32)
+            raw = tl.where((at >= begin) & (at < stop), raw, -float("inf"))
+            offset = tl.load(bias + at, mask=at < columns, other=0.0) if HAS_BIAS else 0.0
+            x = _logit(raw, offset, scale, cap, HAS_BIAS, CAPPED)
+            top, total, plain = _fold(top, total, plain, x, cold, APART)
     most = tl.max(top, axis=0)
-    total_sum = tl.sum(total * tl.exp((top - most) * cold), axis=0)
-    plain_sum = tl.sum(plain * tl.exp(top - most), axis=0) if APART else total_sum
+    total_sum = tl.sum(total * tl.exp2((top - most) * cold), axis=0)
+    plain_sum = tl.sum(plain * tl.exp2((top - most) * _LOG2E), axis=0) if APART else total_sum
     return most, total_sum, plain_sum
 
 
@@ -107,6 +133,7 @@ def _row_kernel(
     E: tl.constexpr,
     E_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     APART: tl.constexpr,
@@ -116,6 +143,7 @@ def _row_kernel(
 ):
     infinity = float("inf")
     cold = 1.0 / temperature
+    fast = cold * _LOG2E
     for number in range(tl.program_id(0), count, tl.num_programs(0)):
         line = tl.cast(number, tl.int64)
         row = logits + line * logits_stride
@@ -139,13 +167,13 @@ def _row_kernel(
         tl.debug_barrier()
 
         top_out, sum_out, plain_out = _sums(
-            row, bias, 0, tokens, scale, cap, cold, HAS_BIAS, CAPPED, APART, BLOCK
+            row, bias, 0, tokens, columns, scale, cap, fast, HAS_BIAS, CAPPED, APART, BLOCK, STAGES
         )
         top_in = tl.maximum(tl.max(inside, axis=0), _NONE)
         top = tl.maximum(top_out, top_in)
         if PADDED:
             top_pad, sum_pad, plain_pad = _sums(
-                row, bias, tokens, columns, scale, cap, cold, HAS_BIAS, CAPPED, APART, BLOCK
+                row, bias, tokens, columns, columns, scale, cap, fast, HAS_BIAS, CAPPED, APART, BLOCK, STAGES
             )
             top = tl.maximum(top, top_pad)
         inside = inside - top
@@ -196,19 +224,33 @@ def _row_kernel(
                 pushed_pad = push * tl.exp(log_pad - log_all) / tl.where(sum_pad > 0, sum_pad, 1.0)
                 pushed_pad = tl.where(sum_pad > 0, pushed_pad, 0.0)
             target = grads + line * grads_stride
-            for start in range(0, columns, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                raw = tl.load(row + at, mask=at < columns, other=-infinity).to(tl.float32)
+            whole = tokens // BLOCK * BLOCK
+            place = tl.arange(0, BLOCK)
+            for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+                at = tl.multiple_of(start, BLOCK) + place
+                raw = tl.load(row + at).to(tl.float32)
                 # Gradients of half the width lie where other threads may still have logits to read.
+                tl.debug_barrier()
+                offset = tl.load(bias + at) if HAS_BIAS else 0.0
+                x = _logit(raw, offset, scale, cap, HAS_BIAS, CAPPED)
+                slope = pushed_out * tl.exp2((x - top_out) * fast)
+                if APART:
+                    slope += ce_weight * tl.exp2((x - (top + log_plain)) * _LOG2E)
+                slope *= _slope(x, scale, cap, CAPPED)
+                slope = tl.where(raw == -infinity, 0.0, slope)
+                tl.store(target + at, slope.to(grads.dtype.element_ty))
+            for start in range(whole, columns, BLOCK):
+                at = tl.multiple_of(start, BLOCK) + place
+                raw = tl.load(row + at, mask=at < columns, other=-infinity).to(tl.float32)
                 tl.debug_barrier()
                 offset = tl.load(bias + at, mask=at < columns, other=0.0) if HAS_BIAS else 0.0
                 x = _logit(raw, offset, scale, cap, HAS_BIAS, CAPPED)
-                slope = pushed_out * tl.exp((x - top_out) * cold)
+                slope = pushed_out * tl.exp2((x - top_out) * fast)
                 if PADDED:
-                    padding = pushed_pad * tl.exp((x - top_pad) * cold)
+                    padding = pushed_pad * tl.exp2((x - top_pad) * fast)
                     slope = tl.where(at < tokens, slope, padding)
                 if APART:
-                    slope += ce_weight * tl.exp(x - (top + log_plain))
+                    slope += ce_weight * tl.exp2((x - (top + log_plain)) * _LOG2E)
                 slope *= _slope(x, scale, cap, CAPPED)
                 slope = tl.where(raw == -infinity, 0.0, slope)
                 tl.store(target + at, slope.to(grads.dtype.element_ty), mask=at < columns)
@@ -230,11 +272,13 @@ def _row_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How the kernel is laid out: columns at a time, warps a program, programs a multiprocessor."""
+    """How the kernel is laid out: columns at a time, warps a program, programs a multiprocessor, and blocks
+    under way at a time (1: none is loaded ahead)."""
 
     block: int = 8192
     warps: int = 16
     programs: int = 2
+    stages: int = 1
 
 
 LAUNCH = Launch()
@@ -296,6 +340,7 @@ def row_kernel(
         E=width,
         E_BLOCK=triton.next_power_of_2(width),
         BLOCK=min(launch.block, triton.next_power_of_2(columns)),
+        STAGES=launch.stages,
         HAS_BIAS=bias is not None,
         CAPPED=softcap is not None,
         APART=apart,
