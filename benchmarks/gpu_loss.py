@@ -31,6 +31,7 @@ from student.losses import (
     DistillationTargets,
     Head,
     LossWeights,
+    PlannedTargets,
     PositionTargets,
     RelationTargets,
 )
@@ -106,7 +107,7 @@ def micro_batch(samples: int) -> dict[str, Any]:
         "hidden": hidden,
         "weight": weight,
         "labels": labels.to(GPU),
-        "targets": targets.to(GPU),
+        "targets": PlannedTargets.of(labels, targets).to(GPU),
         "counts": Denominators.of(labels, targets),
     }
 
@@ -207,9 +208,10 @@ def check_loss() -> list[str]:
         kind: replace(one, **dict(zip(FIELDS, records(len(one), tokens, K, GPU), strict=True)))
         for kind, one in targets.positions.items()
     }
-    targets = replace(targets, positions=at)
     labels = batch["labels"] % tokens
     labels[batch["labels"] < 0] = -100
+    relations = tuple(one.to(GPU) for one in targets.relations)
+    targets = PlannedTargets.of(labels, DistillationTargets(positions=at, relations=relations))
 
     def dense(h: Tensor, w: Tensor, cast: torch.dtype | None) -> tuple[Tensor, ...]:
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=cast is not None):
@@ -292,7 +294,7 @@ def dense_step(batch: dict[str, Any]) -> None:
             q = F.log_softmax(logits[part], dim=-1, dtype=torch.float32)
             loss = loss + F.kl_div(q, p, reduction="batchmean")
         seen = logits[:VISUAL, :TOKENS]
-        gram, factor = (seen @ seen.t()).float(), batch["targets"].relations[0].factor
+        gram, factor = (seen @ seen.t()).float(), batch["targets"].relations[0].factor.to(GPU)
         loss = loss + 0.5 * (1 - F.cosine_similarity(gram.flatten(), (factor @ factor.t()).flatten(), dim=0))
     loss.backward()
 

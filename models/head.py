@@ -74,8 +74,13 @@ class Head:
 
     def check_labels(self, labels: Tensor) -> None:
         """ValueError when one of `labels`, which must not contain ignored ones, is not a token."""
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.columns:
-            worst = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        if len(labels):
+            self.check_label_range(int(labels.min()), int(labels.max()))
+
+    def check_label_range(self, least: int, greatest: int) -> None:
+        """ValueError when the least or the greatest of some labels is not a token."""
+        if not 0 <= least <= greatest < self.columns:
+            worst = least if least < 0 else greatest
             raise ValueError(f"label {worst} is not a token: the head has {self.columns} tokens")
 
     @classmethod

@@ -16,7 +16,13 @@ from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
 from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK, positions_by_kind
 from cache_schema.format.spec import KINDS, Kind
 from models.inputs import open_recorded, pad
-from student.losses import Denominators, DistillationTargets, PositionTargets, RelationTargets
+from student.losses import (
+    Denominators,
+    DistillationTargets,
+    PlannedTargets,
+    PositionTargets,
+    RelationTargets,
+)
 from student.pixels import PixelInputs
 
 
@@ -93,7 +99,7 @@ class Collator:
         inputs |= _extra_inputs(samples, length)
         inputs |= self.images([sample.images for sample in samples], [sample.row for sample in samples])
         labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)
-        targets = self._targets(samples, length)
+        targets = PlannedTargets.of(labels, self._targets(samples, length))
         return Batch(
             inputs=inputs,
             labels=labels,

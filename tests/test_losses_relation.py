@@ -18,6 +18,7 @@ from student.losses import (
     cross_entropy,
     relation_loss,
 )
+from student.losses.plan import group_images
 from student.losses.products import Gradients, HeadProducts
 from student.losses.relation import RelationWork, run_relations, takes_gram
 from tests.dense_twins import Operations, dense_logits, relation_twin
@@ -45,7 +46,7 @@ def both_ways(hidden, head, image, memory_budget=2**20):
         gradients = Gradients(hidden, head, products, (True, True, head.bias is not None))
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             patch.setattr("student.losses.relation.takes_gram", lambda *_, way=through_gram: way)
-            work = RelationWork(images=(image,), weights=(0.7,))
+            work = RelationWork(groups=group_images((image,)), weights=hidden.new_full((1,), 0.7))
             value = run_relations(hidden, head, work, products, gradients, memory_budget)
         weight = gradients.weight.result()
         bias = [] if gradients.bias is None else [gradients.bias]

@@ -4,6 +4,7 @@ from models.head import Head
 from student.loss_weights import LossWeights
 from student.losses.functions import cross_entropy, relation_loss, sparse_kl
 from student.losses.objective import DistillationLoss, LossParts
+from student.losses.plan import PlannedTargets
 from student.losses.targets import (
     Denominators,
     DistillationTargets,
@@ -18,6 +19,7 @@ __all__ = [
     "Head",
     "LossParts",
     "LossWeights",
+    "PlannedTargets",
     "PositionTargets",
     "RelationTargets",
     "cross_entropy",

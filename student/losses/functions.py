@@ -18,6 +18,7 @@ from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
 from student.loss_weights import Tail
 from student.losses.fused import fused_losses
+from student.losses.plan import Layout, group_images
 from student.losses.positions import position_work
 from student.losses.products import wide_dtype
 from student.losses.records import entries_of, no_entries
@@ -66,10 +67,9 @@ def sparse_kl(
     entries = entries_of(target, tail=tail, temperature=temperature, head=head, dtype=dtype)
     rows = weights.nonzero()[:, 0]
     work = position_work(
-        positions=rows,
+        layout=Layout.of(rows, rows[:0]),
         entries=entries.pick(rows),
         weights=weights[rows],
-        label_positions=rows[:0],
         labels=rows[:0],
         label_weights=weights[:0],
         columns=head.rows,
@@ -105,10 +105,9 @@ def cross_entropy(
     rows = (supervised & (weights != 0)).nonzero()[:, 0]
     head.check_labels(labels[rows])
     work = position_work(
-        positions=rows[:0],
+        layout=Layout.of(rows[:0], rows),
         entries=no_entries(hidden.device, dtype),
         weights=weights[:0],
-        label_positions=rows,
         labels=labels[rows],
         label_weights=weights[rows],
         columns=head.rows,
@@ -145,7 +144,8 @@ def relation_loss(
         raise ValueError(f"relation_loss: gram must be ({count}, {count}), not {tuple(gram.shape)}")
     everything = torch.arange(count, device=hidden.device)
     image = RelationTargets(positions=everything, sample=0, factor=factor, gram=gram)
-    work = RelationWork(images=(image,), weights=(1.0,))
+    weights = torch.ones(1, dtype=wide_dtype(hidden.dtype, lm_head_weight.dtype), device=hidden.device)
+    work = RelationWork(groups=group_images((image,)), weights=weights)
     return fused_losses(hidden, head, relations=work, memory_budget=memory_budget).total
 
 

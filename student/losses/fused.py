@@ -26,8 +26,8 @@ def memory_budget_of(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Values:
-    """total: the weighted sum of everything, differentiable. The rest is detached and unweighted: kl
-    (layers, n) and ce (n,) as `PositionWork` numbers them, relation (I,)."""
+    """total: the weighted sum of everything, differentiable. The rest is detached and unweighted: kl (m,)
+    and ce (n,) by the rows of `PositionWork`, relation (I,)."""
 
     total: Tensor
     kl: Tensor
@@ -91,14 +91,14 @@ class _FusedLosses(torch.autograd.Function):
             products = HeadProducts(head, hidden.dtype, compute)
             gradients = Gradients(hidden, head, products, wanted)
             total = torch.zeros((), dtype=products.dtype, device=hidden.device)
-            kl, ce, relation = total.new_zeros(1, 0), total.new_zeros(0), total.new_zeros(0)
+            kl, ce, relation = total.new_zeros(0), total.new_zeros(0), total.new_zeros(0)
             if positions is not None:
                 kl, ce = run_positions(hidden, positions, products, gradients, memory_budget)
-                total += _weighted(torch.stack([layer.weights for layer in positions.layers]), kl)
-                total += _weighted(positions.layers[0].label_weights, ce)
-            if relations is not None and relations.images:
+                total += _weighted(positions.rows.weights, kl)
+                total += _weighted(positions.rows.label_weights[: len(ce)], ce)
+            if relations is not None and relations.groups:
                 relation = run_relations(hidden, head, relations, products, gradients, memory_budget)
-                total += _weighted(relation.new_tensor(relations.weights), relation)
+                total += _weighted(relations.weights, relation)
         ctx.save_for_backward(
             None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
             None if gradients.weight is None else gradients.weight.result(),

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import KINDS, Kind
 from models.head import Head
 from student.loss_weights import TERMS, LossWeights
 from student.losses.fused import fused_losses
+from student.losses.plan import Plan, groups_of, plan_of
 from student.losses.positions import position_work
 from student.losses.products import wide_dtype
 from student.losses.records import Entries, entries_of, join, no_entries
 from student.losses.relation import RelationWork
-from student.losses.targets import Denominators, DistillationTargets, RelationTargets
+from student.losses.targets import Denominators, DistillationTargets, PositionTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,10 +44,9 @@ class LossParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Term:
-    """A kind of KL term: its distributions at `positions` (N,), and the share (N,) of each in its mean."""
+    """A kind of KL term: its distributions, and the share (N,) of each in its mean."""
 
     kind: Kind
-    positions: Tensor
     entries: Entries
     shares: Tensor
 
@@ -80,7 +79,8 @@ class DistillationLoss:
         targets lack contributes 0, as in a batch of text-only rows. The head must be used inside the forward
         of the module that DDP or FSDP wraps. ValueError: shapes that do not fit, a label that is not a token,
         whatever `sparse_kl` refuses. compute: the dtype of the products' factors in a mixed-precision step,
-        whatever dtype hidden and head have; that of hidden when None.
+        whatever dtype hidden and head have; that of hidden when None. Nothing waits for the device when the
+        targets are `PlannedTargets` of all kinds that have weight, and their labels too.
         """
         if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
             shapes = f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
@@ -89,93 +89,70 @@ class DistillationLoss:
         targets = DistillationTargets() if targets is None else targets
         batch, length, width = hidden.shape
 
-        supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T - 1)
-        samples, offsets = supervised.nonzero(as_tuple=True)
-        if weights.ce == 0:
-            samples, offsets = samples[:0], offsets[:0]
-        next_tokens = labels[samples, offsets + 1]
-        head.check_labels(next_tokens)
-        ce_shares = self._shares(samples, batch, denominators.samples, denominators.ce_tokens, dtype)
-        terms = self._terms(targets, batch, head, denominators, dtype)
+        kinds = tuple(
+            kind for kind, target in targets.positions.items() if len(target) and weights.by_target[kind]
+        )
+        plan = plan_of(labels, targets, kinds, supervised=weights.ce != 0)
+        if plan.label_range is not None:
+            head.check_label_range(*plan.label_range)
+        ce_shares = self._shares(plan.label_siblings, denominators.samples, denominators.ce_tokens, dtype)
+        terms = [self._term(kind, targets.positions[kind], plan, head, denominators, dtype) for kind in kinds]
         factors = [weights.by_target[term.kind] * world_size * term.shares for term in terms]
         work = position_work(
-            positions=torch.cat([samples[:0], *(term.positions for term in terms)]),
+            layout=plan.layout,
             entries=join([no_entries(hidden.device, dtype), *(term.entries for term in terms)], head.rows),
             weights=torch.cat([ce_shares[:0], *factors]),
-            label_positions=samples * length + offsets,
-            labels=next_tokens,
+            labels=plan.labels,
             label_weights=ce_shares * (weights.ce * world_size),
             columns=head.rows,
             temperature=weights.temperature,
             inside_only=weights.tail == "renormalize",
         )
-        images = targets.relations if weights.relation != 0 else ()
-        image_shares = self._image_shares(images, denominators)
-        image_weights = tuple(share * weights.relation * world_size for share in image_shares)
+        groups = groups_of(targets) if weights.relation != 0 else ()
+        siblings = torch.cat([ce_shares[:0], *(group.siblings.to(dtype) for group in groups)])
+        image_shares = self._shares(siblings, denominators.samples, denominators.images, dtype)
         values = fused_losses(
             hidden.reshape(batch * length, width),
             head,
             positions=work,
-            relations=RelationWork(images=images, weights=image_weights),
+            relations=RelationWork(groups=groups, weights=image_shares * (weights.relation * world_size)),
             memory_budget=self.memory_budget,
             compute=compute,
         )
 
-        ce = (ce_shares * values.ce[work.label_row]).sum()
-        kl = dict.fromkeys(KINDS, torch.zeros_like(ce))
+        kl = dict.fromkeys(KINDS, values.total.new_zeros(()))
         at = 0
         for term in terms:
-            end = at + len(term.positions)
-            kl[term.kind] = (term.shares * values.kl[work.layer_of[at:end], work.row_of[at:end]]).sum()
-            at = end
+            rows = plan.layout.kl_rows[at : at + len(term.shares)]
+            kl[term.kind] = (term.shares * values.kl[rows]).sum()
+            at += len(rows)
         return LossParts(
             total=values.total,
-            ce=ce,
+            ce=(ce_shares * values.ce[plan.layout.ce_rows]).sum(),
             kl=kl,
-            relation=(values.relation * values.relation.new_tensor(image_shares)).sum(),
-            unsupervised=int((~supervised.any(dim=1)).sum()),
+            relation=(image_shares * values.relation).sum(),
+            unsupervised=plan.unsupervised,
         )
 
-    def _terms(
+    def _term(
         self,
-        targets: DistillationTargets,
-        batch: int,
+        kind: Kind,
+        target: PositionTargets,
+        plan: Plan,
         head: Head,
         denominators: Denominators,
         dtype: torch.dtype,
-    ) -> list[_Term]:
-        """The KL terms that have a weight and targets."""
-        terms = []
-        for kind, target in targets.positions.items():
-            if len(target) == 0 or self.weights.by_target[kind] == 0:
-                continue
-            entries = entries_of(
-                target,
-                tail=self.weights.tail,
-                temperature=self.weights.temperature,
-                head=head,
-                dtype=dtype,
-            )
-            shares = self._shares(
-                target.samples, batch, denominators.samples, denominators.tokens[kind], dtype
-            )
-            terms.append(_Term(kind=kind, positions=target.positions, entries=entries, shares=shares))
-        return terms
+    ) -> _Term:
+        """The KL term of a kind that has a weight and targets."""
+        weights = self.weights
+        entries = entries_of(
+            target, tail=weights.tail, temperature=weights.temperature, head=head, dtype=dtype
+        )
+        shares = self._shares(plan.siblings[kind], denominators.samples, denominators.tokens[kind], dtype)
+        return _Term(kind=kind, entries=entries, shares=shares)
 
-    def _shares(
-        self, samples: Tensor, batch: int, all_samples: float, all_tokens: float, dtype: torch.dtype
-    ) -> Tensor:
-        """(N,) the share of each of a term's N tokens, which belong to `samples` (N,), in its mean."""
+    def _shares(self, siblings: Tensor, all_samples: float, all_items: float, dtype: torch.dtype) -> Tensor:
+        """(N,) the share of each of a term's N tokens (images), of whose sample there are `siblings` (N,)."""
         if self.weights.reduction == "token_mean":
-            return torch.full((len(samples),), 1.0 / max(all_tokens, 1.0), dtype=dtype, device=samples.device)
-        counts = torch.bincount(samples, minlength=batch).to(dtype)
-        return 1.0 / (counts[samples] * max(all_samples, 1.0))
-
-    def _image_shares(
-        self, images: tuple[RelationTargets, ...], denominators: Denominators
-    ) -> tuple[float, ...]:
-        """The share of each image in the relation loss."""
-        if self.weights.reduction == "token_mean":
-            return (1.0 / max(denominators.images, 1.0),) * len(images)
-        owners = [image.sample for image in images]
-        return tuple(1.0 / (owners.count(owner) * max(denominators.samples, 1.0)) for owner in owners)
+            return torch.full_like(siblings, 1.0 / max(all_items, 1.0), dtype=dtype)
+        return 1.0 / (siblings.to(dtype) * max(all_samples, 1.0))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.head import Head
 from student.loss_weights import Tail
+from student.losses.targets import range_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +71,8 @@ def entries_of(target: Any, *, tail: Tail, temperature: float, head: Head, dtype
     if ids.dim() != 2 or ids.shape != logprobs.shape:
         shapes = f"{tuple(ids.shape)} and {tuple(logprobs.shape)}"
         raise ValueError(f"sparse target: token_ids and logprobs must both be (N, K), not {shapes}")
-    ids = _tokens(ids, logprobs > -math.inf, head)
+    known = getattr(target, "id_range", None)
+    ids = _tokens(ids, known or range_of(ids, logprobs > -math.inf), head)
     nothing = logprobs.new_full((len(logprobs),), -math.inf)
     # At T != 1 the entries are known up to a factor, which their common mass fixes.
     tempered = torch.log_softmax(logprobs / temperature, dim=1).nan_to_num(nan=-math.inf)
@@ -95,11 +97,12 @@ def entries_of(target: Any, *, tail: Tail, temperature: float, head: Head, dtype
     raise ValueError(f"sparse target: tail must be bucket, renormalize, drop or sampled, not {tail}")
 
 
-def _tokens(ids: Tensor, used: Tensor, head: Head) -> Tensor:
-    """ids, blank where they are not tokens. ValueError when a used one is not a token."""
+def _tokens(ids: Tensor, used: tuple[int, int], head: Head) -> Tensor:
+    """ids, blank where they are not tokens. used: the least and the greatest with mass. ValueError when one
+    of these is not a token."""
     strange = (ids < 0) | (ids >= head.columns)
-    if bool((strange & used).any()):
-        worst = int(ids[strange & used][0])
+    if used[0] < 0 or used[1] >= head.columns:
+        worst = used[0] if used[0] < 0 else used[1]
         raise ValueError(
             f"sparse target: token id {worst} has mass, but the student has {head.columns} tokens"
         )
@@ -130,7 +133,9 @@ def _draws(target: Any, temperature: float, log_tail: Tensor, head: Head) -> tup
             " biased; use that temperature or another tail"
         )
     counts = target.sampled_counts.to(log_tail.dtype)
-    ids = _tokens(target.sampled_ids.long(), counts > 0, head).masked_fill(counts == 0, head.rows)
+    ids = target.sampled_ids.long()
+    used = getattr(target, "drawn_range", None) or range_of(ids, counts > 0)
+    ids = _tokens(ids, used, head).masked_fill(counts == 0, head.rows)
     ids, counts = _merged(ids, counts, head.rows)
     share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
     return ids, log_tail[:, None] + share.log()

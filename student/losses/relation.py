@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from models.head import Head
+from student.losses.plan import RelationGroup
 from student.losses.products import Gradients, HeadProducts, add_product
-from student.losses.targets import RelationTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RelationWork:
-    """Images whose relation loss is asked, and the weight (I,) of each in the total."""
+    """Images whose relation loss is asked, and the weight (I,) of each in the total, group after group."""
 
-    images: tuple[RelationTargets, ...]
-    weights: tuple[float, ...]
+    groups: tuple[RelationGroup, ...]
+    weights: Tensor
 
 
 _frozen_grams: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -95,94 +95,67 @@ def run_relations(
     memory_budget: int,
 ) -> Tensor:
     """The loss (I,) of each image of `work` at hidden (N, D); adds the weighted gradients to `gradients`."""
-    values = torch.zeros(len(work.images), dtype=products.dtype, device=hidden.device)
-    lengths = [len(image.positions) for image in work.images]
+    lengths = [length for group in work.groups for length in group.lengths]
+    weights = work.weights.split([len(group.lengths) for group in work.groups])
+    values: list[Tensor] = []
     if takes_gram(head, lengths, gradients):
         gram = gram_of(head, products)
         moment = torch.zeros_like(gram)
-        for group in groups_of(lengths, memory_budget // (8 * products.dtype.itemsize)):
-            images = [work.images[number] for number in group]
-            weights = values.new_tensor([work.weights[number] for number in group])
-            found = _through_gram(hidden, images, weights, gram, moment, products, gradients)
-            values.index_copy_(0, torch.tensor(group, device=values.device), found)
+        for group, shares in zip(work.groups, weights, strict=True):
+            count, length = group.places.shape
+            room = max(1, memory_budget // (8 * products.dtype.itemsize * max(1, length**2)))
+            for start in range(0, count, room):
+                part = slice(start, start + room)
+                values.append(
+                    _through_gram(hidden, group.cut(part), shares[part], gram, moment, products, gradients)
+                )
         _add_head_gradients(moment, products, gradients)
-        return values
-    for number, (image, weight) in enumerate(zip(work.images, work.weights, strict=True)):
-        states = hidden.index_select(0, image.positions).to(products.dtype)  # (P, D)
-        teacher = _teacher_grams([image], lengths[number], products.dtype)[0]
-        values[number], pulled = _through_logits(states, teacher, weight, products, gradients, memory_budget)
-        if gradients.hidden is not None and pulled is not None:
-            gradients.hidden.index_add_(0, image.positions, pulled)
-    return values
+        return torch.cat(values)
+    for group, shares in zip(work.groups, weights, strict=True):
+        for number, length in enumerate(group.lengths):
+            places = group.places[number, :length]
+            states = hidden.index_select(0, places).to(products.dtype)  # (P, D)
+            teacher = _teacher_grams(group.cut(slice(number, number + 1)), products.dtype)[0]
+            value, pulled = _through_logits(
+                states, teacher[:length, :length], shares[number], products, gradients, memory_budget
+            )
+            values.append(value[None])
+            if gradients.hidden is not None and pulled is not None:
+                gradients.hidden.index_add_(0, places, pulled)
+    return torch.cat(values)
 
 
-def groups_of(lengths: list[int], elements: int) -> list[list[int]]:
-    """The images of P tokens each in groups to be padded to their longest: at most a quarter longer than
-    their shortest, and P P of them all together at most `elements`; at least one image each."""
-    groups: list[list[int]] = []
-    longest = 0
-    for number in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
-        room = elements // max(1, longest**2)
-        if not groups or len(groups[-1]) >= room or 4 * longest > 5 * lengths[number]:
-            groups.append([])
-            longest = lengths[number]
-        groups[-1].append(number)
-    return groups
-
-
-def _padded(tensors: list[Tensor], length: int) -> Tensor:
-    """(I, length, ...) of tensors (P, ...): zeros follow, also in a second dimension of unequal sizes."""
-    if all(tensor.shape == tensors[0].shape and len(tensor) == length for tensor in tensors):
-        return torch.stack(tensors)
-    width = max(tensor.shape[1] for tensor in tensors) if tensors[0].dim() == 2 else 0
-    table = tensors[0].new_zeros(len(tensors), length, *([width] if width else []))
-    for row, tensor in zip(table, tensors, strict=True):
-        row[tuple(slice(size) for size in tensor.shape)] = tensor
-    return table
-
-
-def _teacher_grams(images: list[RelationTargets], length: int, dtype: torch.dtype) -> Tensor:
-    """R (I, P, P) of images filled up with zeros to `length` tokens."""
-    if all(image.factor is not None for image in images):
-        factors = _padded([image.factor for image in images if image.factor is not None], length)
-        factors = factors.float() if factors.dtype.itemsize < 4 else factors
-        return torch.bmm(factors, factors.transpose(1, 2)).to(dtype)
-    grams = [
-        _teacher_grams([image], len(image.positions), dtype)[0]
-        if image.gram is None
-        else image.gram.to(dtype)
-        for image in images
-    ]
-    table = grams[0].new_zeros(len(grams), length, length)
-    for square, gram in zip(table, grams, strict=True):
-        square[: len(gram), : len(gram)] = gram
-    return table
+def _teacher_grams(group: RelationGroup, dtype: torch.dtype) -> Tensor:
+    """R (I, P, P) of the images of a group."""
+    if group.gram is not None:
+        return group.gram.to(dtype)
+    assert group.factor is not None
+    factors = group.factor.float() if group.factor.dtype.itemsize < 4 else group.factor
+    return torch.bmm(factors, factors.transpose(1, 2)).to(dtype)
 
 
 def _through_gram(
     hidden: Tensor,
-    images: list[RelationTargets],
+    group: RelationGroup,
     weights: Tensor,
     gram: Tensor,
     moment: Tensor,
     products: HeadProducts,
     gradients: Gradients,
 ) -> Tensor:
-    """The loss (I,) of the images; adds its weighted gradient in hidden, and 2 H~^T dR H~ to `moment`."""
-    count, width = len(images), hidden.shape[1]
-    length = max(len(image.positions) for image in images)
-    places = _padded([image.positions for image in images], length).flatten()
+    """The loss (I,) of a group; adds its weighted gradient in hidden, and 2 H~^T dR H~ to `moment`."""
+    (count, length), width = group.places.shape, hidden.shape[1]
+    places = group.places.flatten()
     states = hidden.index_select(0, places).to(products.operand)  # (I P, D)
     if len(gram) > width:
         states = torch.cat([states, states.new_ones(len(states), 1)], dim=1)  # H~
-    if any(len(image.positions) < length for image in images):
-        real = _padded([torch.ones_like(image.positions) for image in images], length).flatten()
-        states *= real[:, None]  # what fills up counts as zeros
+    if group.real is not None:
+        states *= group.real.to(states.dtype).flatten()[:, None]  # what fills up counts as zeros
     stack, twice = (each.unflatten(0, (count, length)) for each in (states, _twice(states, products)))
     pushed = products.product(twice.flatten(0, 1), _in_two(gram, 0, products)).unflatten(0, (count, length))
     values, slopes = cosine_distance(
         products.batched(_in_two(pushed, 2, products), twice.transpose(1, 2)),
-        _teacher_grams(images, length, products.dtype),
+        _teacher_grams(group, products.dtype),
     )
     if not gradients.wanted:
         return values
@@ -227,7 +200,7 @@ def _add_head_gradients(moment: Tensor, products: HeadProducts, gradients: Gradi
 def _through_logits(
     states: Tensor,
     teacher: Tensor,
-    weight: float,
+    weight: Tensor,
     products: HeadProducts,
     gradients: Gradients,
     memory_budget: int,

@@ -24,7 +24,8 @@ class PositionTargets:
     the K entries at each of `temperatures` (n_T,) float32. sampled_ids (N, M), none of them among
     token_ids, with sampled_counts (N, M): draws from the tail at `sample_temperature`; places with count 0
     are unused.
-    `temperatures` stays on the CPU.
+    `temperatures` stays on the CPU. id_range: the least and the greatest id with mass, and those among draws
+    with a count, where `checked` has found them; then nothing waits for the device to learn them.
     """
 
     positions: Tensor
@@ -36,9 +37,18 @@ class PositionTargets:
     sampled_ids: Tensor | None = None
     sampled_counts: Tensor | None = None
     sample_temperature: float = 1.0
+    id_range: tuple[int, int] | None = None
+    drawn_range: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def checked(self) -> PositionTargets:
+        """The same with the ranges of its ids."""
+        drawn = None
+        if self.sampled_ids is not None and self.sampled_counts is not None:
+            drawn = range_of(self.sampled_ids, self.sampled_counts > 0)
+        return replace(self, id_range=range_of(self.token_ids, self.logprobs > -math.inf), drawn_range=drawn)
 
     def to(self, device: torch.device | str) -> PositionTargets:
         """The same targets with their tensors on `device`."""
@@ -48,6 +58,15 @@ class PositionTargets:
             value = getattr(self, name)
             moved[name] = None if value is None else value.to(device, non_blocking=True)
         return replace(self, **moved)
+
+
+def range_of(ids: Tensor, used: Tensor) -> tuple[int, int]:
+    """The least and the greatest of `ids` where they are used; (0, 0) where none is."""
+    if not bool(used.any()):
+        return 0, 0
+    limits = torch.iinfo(ids.dtype)
+    least, greatest = ids.masked_fill(~used, limits.max).min(), ids.masked_fill(~used, limits.min).max()
+    return int(least), int(greatest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
