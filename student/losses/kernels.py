@@ -276,8 +276,8 @@ class Launch:
     under way at a time (1: none is loaded ahead)."""
 
     block: int = 8192
-    warps: int = 16
-    programs: int = 2
+    warps: int = 32
+    programs: int = 1
     stages: int = 1
 
 
