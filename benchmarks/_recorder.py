@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -102,15 +103,18 @@ class Recorder(TorchDispatchMode):
 
 
 def _operation(func: Any, name: str, args: Any, kwargs: Any, out: Any, waits: bool) -> Operation | None:
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    given = {key: value for key, value in kwargs.items() if key != "out"}
+    inputs = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
     outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
     if func.namespace == "prim" or (not waits and (name in _FREE or _is_view(func, inputs, outputs))):
         return None
     flops, dtype = 0, ""
     count = flop_registry.get(func._overloadpacket)
     if count is not None and inputs:
-        flops = int(count(*args, **kwargs, out_val=out) * _filling(name, args))
-        dtype = str(inputs[-1].dtype).removeprefix("torch.")
+        shapes = [each for each in args if not isinstance(each, torch.dtype)]
+        flops = int(count(*shapes, out_val=out) * _filling(name, args))
+        factor = args[_FACTORS[name]] if name in _FACTORS else inputs[-1]
+        dtype = str(factor.dtype).removeprefix("torch.")
     return Operation(
         name=name,
         dtype=dtype,
@@ -220,6 +224,25 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+@torch.library.custom_op("kdcache_recorder::row_kernel", mutates_args=())
+def _row_kernel(logits: Tensor, again: Tensor, grads: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    return torch.empty(2, len(logits))
+
+
+@_row_kernel.register_fake
+def _(logits: Tensor, again: Tensor, grads: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    return logits.new_empty(2, len(logits))
+
+
+def row_kernel(products: Tensor, rows: Any, *, grads: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
+    """In place of `student.losses.kernels.row_kernel`, which fake tensors cannot run: its traffic."""
+    # Reads the logits once for the sums and once for the gradient, which it writes.
+    second = products[:0] if grads is None else products
+    grads = products[:0] if grads is None else grads
+    kl, ce = _row_kernel(products, second, grads, rows.entries.ids, rows.entries.logprobs).unbind()
+    return kl, ce
+
+
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -257,6 +280,18 @@ class _FlashAttention(TorchFunctionMode):
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             return _attention(query, key, value)
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """The losses choose what they choose on CUDA, under `imagined`."""
+    with (
+        patch("student.losses.products.multiplies_wide", lambda device: True),
+        patch("student.losses.products.in_blocks", lambda device: False),
+        patch("student.losses.positions.kernel_for", lambda device, dtype: row_kernel),
+        patch("student.losses.fused.memory_budget_of", lambda device: 640 * 2**20),
+    ):
+        yield
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._recorder import Operation, Recording, imagined
+from benchmarks._recorder import Operation, Recording, as_on_cuda, imagined
 
 CALIBRATION = Path(__file__).with_name("calibration.json")
 SAMPLES = 16
@@ -102,7 +102,7 @@ def recordings() -> dict[str, Recording]:
     import torch
 
     from benchmarks import _shapes
-    from student.losses import LossWeights
+    from student.losses import LossWeights, PlannedTargets
     from student.model import DistilledStudent
     from student.stages import CE_ONLY
 
@@ -110,7 +110,8 @@ def recordings() -> dict[str, Recording]:
         batch = _shapes.batch_of(Path(folder), _shapes.STUDENT, samples=SAMPLES, rank=64)
 
     def record(weights: LossWeights, *, whole: bool) -> Recording:
-        with imagined() as recorder:
+        targets = batch.targets if weights != CE_ONLY else PlannedTargets.of(batch.labels, None)
+        with imagined() as recorder, as_on_cuda():
             student = DistilledStudent(
                 _shapes.STUDENT.build(),
                 weights,
@@ -122,7 +123,7 @@ def recordings() -> dict[str, Recording]:
                 student.hidden_states = lambda _: states
             recorder.operations.clear()
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                parts = student(batch.inputs, batch.labels, batch.targets, batch.denominators)
+                parts = student(batch.inputs, batch.labels, targets, batch.denominators)
             parts.total.backward()
             return recorder.operations
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from benchmarks._recorder import imagined
+from benchmarks._recorder import as_on_cuda, imagined
 from benchmarks.roofline import DEVICES, calibration, foretell
+from student.losses import Denominators, DistillationLoss, Head, LossWeights, PlannedTargets
+from tests.distillation_batches import LENGTH, SPANS, D, V, collate, make_samples
 
 
 @pytest.mark.parametrize("case", calibration(), ids=lambda case: case["name"])
@@ -76,3 +78,37 @@ def test_code_that_waits_runs_host_and_device_in_turn():
         waiting = foretell(recorder.operations, DEVICES["H100"])
     assert free.seconds == max(free.device, free.host)
     assert waiting.seconds == waiting.device + waiting.host
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 4.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("reduction", ["sample_mean", "token_mean"])
+@pytest.mark.parametrize(
+    ("tail", "temperature"), [("bucket", 1.0), ("renormalize", 2.0), ("drop", 2.0), ("sampled", 2.0)]
+)
+def test_the_loss_of_planned_targets_waits_for_nothing(tail, temperature, reduction, head):
+    """Forward and backward, every term; targets that bring no plan do wait."""
+    drawn = {"draws": 4, "drawn_at": 2.0} if tail == "sampled" else {}
+    labels, samples = make_samples(torch.Generator().manual_seed(0), SPANS, LENGTH, **drawn)
+    bare = collate(samples, LENGTH)
+    counts = Denominators.of(labels, bare)
+    weights = LossWeights(prompt=0.3, tail=tail, temperature=temperature, reduction=reduction)
+    waits = []
+    for targets in (PlannedTargets.of(labels, bare), bare):
+        with imagined() as recorder, as_on_cuda():
+            hidden, weight, bias = (
+                torch.empty(*shape, requires_grad=True)
+                for shape in ((len(SPANS), LENGTH, D), (V + 3, D), (V + 3,))
+            )
+            recorder.operations.clear()
+            parts = DistillationLoss(weights)(
+                hidden,
+                labels,
+                targets,
+                Head(weight=weight, bias=bias, vocab_size=V, **head),
+                counts,
+                compute=torch.bfloat16,
+            )
+            parts.total.backward()
+        waits.append(sum(each.waits * count for each, count in recorder.operations.items()))
+        assert sum(count for each, count in recorder.operations.items() if each.name == "row_kernel") == 1
+    assert waits[0] == 0 < waits[1]

@@ -14,9 +14,14 @@ _PANEL = 256
 """Columns of W^T W made at a time: its lower triangle is copied, not computed."""
 
 
+def in_blocks(device: torch.device) -> bool:
+    """Whether products there are made in blocks that a cache holds, not in as few launches as can be."""
+    return device.type == "cpu"
+
+
 def block_rows(matrix: Tensor, itemsize: int) -> int:
     """Rows of a (V, D) matrix to work on at a time: what a CPU's cache holds, or what fills a GPU."""
-    block_bytes = 4 * 2**20 if matrix.device.type == "cpu" else 64 * 2**20
+    block_bytes = 4 * 2**20 if in_blocks(matrix.device) else 64 * 2**20
     return max(1, block_bytes // (matrix.shape[1] * itemsize))
 
 
@@ -63,7 +68,7 @@ class HeadProducts:
 
     def blocks(self, end: int, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Row ranges of the matrix up to `end`, of at most `most` rows, and those rows (v, D) as operand."""
-        whole = self.weight.device.type != "cpu" and self.weight.dtype == self.operand
+        whole = not in_blocks(self.weight.device) and self.weight.dtype == self.operand
         rows = min(end if whole else block_rows(self.weight, self.operand.itemsize), most or end)
         for start in range(0, end, rows):
             block = slice(start, min(start + rows, end))
@@ -131,7 +136,7 @@ class HeadProducts:
         size = width + (self.bias is not None)
         gram = torch.zeros((size, size), dtype=self.dtype, device=self.weight.device)
         # Panels save half of the work, and cost launches.
-        step = _PANEL if self.weight.device.type == "cpu" else width
+        step = _PANEL if in_blocks(self.weight.device) else width
         for block, matrix in self.blocks(self.columns):
             for start in range(0, width, step):
                 panel = slice(start, min(start + step, width))
