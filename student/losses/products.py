@@ -162,25 +162,35 @@ class WeightGradient:
         if weight.dtype != products.dtype:
             self._size = max(1, _PIECE_BYTES // (weight.shape[1] * products.dtype.itemsize))
         rows = weight.split(self._size)
-        self._pieces = [torch.zeros(r.shape, dtype=products.dtype, device=weight.device) for r in rows]
+        self._pieces = [torch.empty(r.shape, dtype=products.dtype, device=weight.device) for r in rows]
+        self._begun = [False] * len(rows)
 
     def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
         """Add left (v, n) right (n, D) to these rows."""
         for number in range(rows.start // self._size, -(-rows.stop // self._size)):
             begin = number * self._size
             first, last = max(rows.start, begin), min(rows.stop, begin + self._size)
-            total = self._pieces[number][first - begin : last - begin]
             factor = left[first - rows.start : last - rows.start]
-            add_product(total, factor.to(self._products.operand), right.to(self._products.operand))
+            if not self._begun[number] and last - first == len(self._pieces[number]):
+                self._products.product(factor, right, self._pieces[number])
+            else:
+                total = self._piece(number)[first - begin : last - begin]
+                add_product(total, factor.to(self._products.operand), right.to(self._products.operand))
+            self._begun[number] = True
 
     def result(self) -> Tensor:
         """The gradient, in the dtype of the matrix. The last call to make."""
         if len(self._pieces) == 1:
-            return self._pieces.pop().to(self._dtype)
+            return self._piece(0).to(self._dtype)
         gradient = torch.empty(self._shape, dtype=self._dtype, device=self._pieces[0].device)
-        for rows in reversed(gradient.split(self._size)):
-            rows.copy_(self._pieces.pop())
+        for number, rows in reversed(list(enumerate(gradient.split(self._size)))):
+            rows.copy_(self._piece(number))
+            self._pieces.pop()
         return gradient
+
+    def _piece(self, number: int) -> Tensor:
+        """The sum so far: 0 before the first product."""
+        return self._pieces[number] if self._begun[number] else self._pieces[number].zero_()
 
 
 class Gradients:
