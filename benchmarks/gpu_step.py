@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from benchmarks import _shapes
 from models.device import device_name, peak_flops
 from models.parts import Part
-from student.losses import LossWeights
+from student.losses import LossWeights, PlannedTargets
 from student.model import DistilledStudent
 from student.stages import CE_ONLY
 from student.throughput import StepFlops, hold_frozen
@@ -75,10 +75,10 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
     inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
     taken = 0
 
-    def step(student: DistilledStudent) -> None:
+    def step(student: DistilledStudent, targets: PlannedTargets) -> None:
         nonlocal taken
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            parts = student(inputs, batch.labels, batch.targets, batch.denominators)
+            parts = student(inputs, batch.labels, targets, batch.denominators)
         parts.total.backward()
         taken += 1
         if taken % ACCUMULATE == 0:
@@ -96,8 +96,9 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
             alone(inputs, batch.labels, batch.targets, batch.denominators).total.backward()
         states.grad = None
 
-    steps["SFT"] = lambda: step(sft)
-    steps["DFT from the cache"] = lambda: step(dft)
+    labels_only = PlannedTargets.of(batch.labels, None)
+    steps["SFT"] = lambda: step(sft, labels_only)
+    steps["DFT from the cache"] = lambda: step(dft, batch.targets)
     steps["loss of DFT alone"] = loss_alone
     found = timed(steps, repeats, SAMPLES)
     if live:
