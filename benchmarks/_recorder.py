@@ -289,7 +289,7 @@ def as_on_cuda() -> Iterator[None]:
         patch("student.losses.products.multiplies_wide", lambda device: True),
         patch("student.losses.products.in_blocks", lambda device: False),
         patch("student.losses.positions.kernel_for", lambda device, dtype: row_kernel),
-        patch("student.losses.fused.memory_budget_of", lambda device: 640 * 2**20),
+        patch("student.losses.fused.memory_budget_of", lambda device: 648 * 2**20),
     ):
         yield
 

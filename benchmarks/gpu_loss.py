@@ -39,6 +39,7 @@ from benchmarks._loss_batch import (
     records,
 )
 from student.losses import DistillationLoss, Head, LossWeights
+from student.losses.fused import memory_budget_of
 from student.losses.kernels import LAUNCH, Launch, row_kernel
 from student.losses.logit_rows import LogitRows
 from student.losses.products import HeadProducts, add_product
@@ -243,7 +244,7 @@ def main() -> None:
     batch["hidden"].grad = batch["weight"].grad = None
     low, total = batch["weight"].detach().bfloat16(), torch.zeros(V, D, device=GPU)
     rows = options.samples * (VISUAL + RESPONSE)
-    chunks = math.ceil(rows / (640 * 2**20 // (4 * V)))
+    chunks = math.ceil(rows / (memory_budget_of(GPU) // (4 * V)))
     buffer = torch.empty(math.ceil(rows / chunks), V, device=GPU)
     found["floor, float32 sums, chunks"] = timed(floor_step(batch, low, buffer, total))
     found |= parts_of(batch, low, buffer, total, options)

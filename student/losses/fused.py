@@ -21,7 +21,7 @@ def memory_budget_of(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 96 * 2**20
-    return min(640 * 2**20, torch.cuda.get_device_properties(device).total_memory // 16)
+    return min(648 * 2**20, torch.cuda.get_device_properties(device).total_memory // 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -146,7 +146,7 @@ def _run_kernel(
     # A row's gradient lies in the row's own memory, half as wide where the factors of products are.
     slots = buffer.view(products.operand)
     states = hidden.index_select(0, sources).to(products.operand)  # (n, D)
-    pulled = None if gradients.hidden is None else kl.new_empty(len(sources), width)
+    pulled = None if gradients.hidden is None else kl.new_empty(len(buffer), width)
     matrix = products.operand_matrix()
     for start in range(0, len(sources), size):
         chunk = slice(start, min(start + size, len(sources)))
@@ -166,14 +166,13 @@ def _run_kernel(
         )
         if grads is None:
             continue
-        if pulled is not None:
-            products.product(grads, matrix, pulled[chunk])
+        if gradients.hidden is not None and pulled is not None:
+            part = products.product(grads, matrix, pulled[: len(grads)])
+            gradients.hidden.index_add_(0, sources[chunk], part)
         if gradients.weight is not None:
             gradients.weight.add(slice(0, columns), grads.t(), states[chunk])
         if gradients.bias is not None:
             gradients.bias += grads.sum(dim=0, dtype=dtype)
-    if gradients.hidden is not None and pulled is not None:
-        gradients.hidden.index_add_(0, sources, pulled)
     return kl, ce[: work.layout.positions]
 
 
