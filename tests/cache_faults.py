@@ -52,7 +52,7 @@ def moments(at: int, strike: Callable[[], None]) -> Iterator[Moments]:
     counter = Moments(at, strike)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_write", counter.write)
-        patch.setattr(store, "_sync", counter.before("sync", store._sync))
+        patch.setattr(store, "sync", counter.before("sync", store.sync))
         patch.setattr(os, "rename", counter.before("rename", os.rename))
         patch.setattr(os, "link", counter.before("link", os.link))
         yield counter

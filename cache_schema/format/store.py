@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import fsspec
 
 from cache_schema.errors import KdcacheError, WrongUsage, first_line
+from cache_schema.output import sync
 
 RANGE_BYTES = 8 << 20
 """Objects above this size are read as several ranges at once."""
@@ -111,11 +112,11 @@ class LocalStore:
         part = self._part(path)
         try:
             _write(part, data)
-            _sync(part)
+            sync(part)
             os.rename(part, self.root / path)
         finally:
             part.unlink(missing_ok=True)
-        _sync(part.parent)
+        sync(part.parent)
 
     def put_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
         part = self._part(folder)
@@ -125,18 +126,18 @@ class LocalStore:
                 _write(part / name, data)
             folders = [Path(parent) for parent, _, _ in os.walk(part, topdown=False)]
             with ThreadPoolExecutor(WORKERS) as pool:  # fsyncs at once share one journal commit
-                list(pool.map(_sync, [part / name for name in files]))
-                list(pool.map(_sync, folders))
+                list(pool.map(sync, [part / name for name in files]))
+                list(pool.map(sync, folders))
             os.rename(part, self.root / folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        _sync(part.parent)
+        sync(part.parent)
 
     def create(self, path: str, data: bytes) -> bool:
         part = self._part(path)
         try:
             _write(part, data)
-            _sync(part)
+            sync(part)
             os.link(part, self.root / path)
         except FileExistsError:
             return False
@@ -146,14 +147,14 @@ class LocalStore:
             return self._create_without_links(path, data)
         finally:
             part.unlink(missing_ok=True)
-        _sync(part.parent)
+        sync(part.parent)
         return True
 
     def move(self, path: str, target: str) -> None:
         (self.root / target).parent.mkdir(parents=True, exist_ok=True)
         os.rename(self.root / path, self.root / target)
-        _sync((self.root / target).parent)
-        _sync((self.root / path).parent)
+        sync((self.root / target).parent)
+        sync((self.root / path).parent)
 
     def remove(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -166,7 +167,7 @@ class LocalStore:
         final = self.root / path
         if not final.parent.exists():
             final.parent.mkdir(parents=True, exist_ok=True)
-            _sync(final.parent.parent)
+            sync(final.parent.parent)
         return final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.part"
 
     def _create_without_links(self, path: str, data: bytes) -> bool:
@@ -176,8 +177,8 @@ class LocalStore:
             _write(self.root / path, data)
         except FileExistsError:
             return False
-        _sync(self.root / path)
-        _sync((self.root / path).parent)
+        sync(self.root / path)
+        sync((self.root / path).parent)
         return True
 
 
@@ -271,11 +272,3 @@ class ObjectStore:
 def _write(path: Path, data: bytes) -> None:
     with open(path, "xb") as file:
         file.write(data)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

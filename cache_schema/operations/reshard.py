@@ -21,6 +21,7 @@ from cache_schema.format.shard import SAMPLE_SCHEMA, write_table
 from cache_schema.format.store import LocalStore
 from cache_schema.format.writer import CacheWriter, store_failure
 from cache_schema.operations.partial_shards import Piece, join_pieces, quarantine_table
+from cache_schema.output import sync
 from cache_schema.progress import Progress, task
 
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
@@ -181,9 +182,7 @@ def _link(cache: Cache, writer: CacheWriter, paths: Mapping[str, str]) -> bool:
             raise
         return False
     for folder in {parent for new in made for parent in (target.root / new).relative_to(target.root).parents}:
-        descriptor = os.open(target.root / folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(target.root / folder)
     return True
 
 
