@@ -34,10 +34,11 @@ class Shape:
     vision_inner: int = 4304
     image_size: int = 384
     vocab: int = VOCAB
+    patch_size: int = 14
 
     @property
     def visual(self) -> int:
-        return (self.image_size // 14) ** 2
+        return (self.image_size // self.patch_size) ** 2
 
     def config(self) -> LlavaConfig:
         """Its configuration, with attention that torch fuses."""
@@ -47,7 +48,7 @@ class Shape:
             num_hidden_layers=self.vision_layers,
             num_attention_heads=self.vision_heads,
             image_size=self.image_size,
-            patch_size=14,
+            patch_size=self.patch_size,
             vision_use_head=False,
         )
         text = Qwen2Config(

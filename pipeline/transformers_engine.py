@@ -16,7 +16,8 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.errors import KdcacheError, first_line
+from cache_schema.errors import KdcacheError
+from models.compiled import compile_layers
 from models.device import choose_device, device_name
 from models.folder import load_model
 from models.head import Head, verified_head
@@ -107,19 +108,14 @@ class TransformersEngine:
         if not layers:
             return f"{type(text).__name__} has no list of layers"
         (reference,) = self.hidden_states([sample])
-        self._compiled, problem = True, None
-        try:
-            for layer in layers:
-                layer.compile()
+
+        def check() -> str | None:
             (hidden,) = self.hidden_states([sample])
-            if not same_states(hidden, reference):
-                problem = "compiled, it gives other hidden states"
-        except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the teacher runs without it
-            problem = f"torch.compile fails: {first_line(error)}"
-        if problem is not None:
-            self._compiled = False
-            for layer in layers:
-                layer._compiled_call_impl = None
+            return None if same_states(hidden, reference) else "compiled, it gives other hidden states"
+
+        self._compiled = True
+        problem = compile_layers(layers, check)
+        self._compiled = problem is None
         return problem
 
     def _positions(self, sample: PreparedSample) -> NDArray[np.int64]:

@@ -26,7 +26,7 @@ from student.model import DistilledStudent, unsharded
 from student.run_folder import TERMS
 from student.run_state import RunState
 from student.stages import Stage
-from student.throughput import compile_layers, needs_mask
+from student.throughput import compile_language_model, needs_mask
 from student.timing import Stopwatch
 
 SUMS = (*TERMS, "unsupervised")
@@ -71,7 +71,9 @@ class Optimization:
             if device.type != "cpu":
                 self.student.needs_mask = needs_mask(self.student.hidden_states, inputs)
             if compiled:
-                reason = compile_layers(self.student.model, lambda: self.student.hidden_states(inputs))
+                reason = compile_language_model(
+                    self.student.model, lambda: self.student.hidden_states(inputs)
+                )
                 state = "compiled" if reason is None else f"not compiled: {reason}"
                 told.append(f"the language model's layers are {state}")
         return told

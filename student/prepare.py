@@ -122,7 +122,8 @@ def padded_batch(cache: Cache, collator: Collator) -> Batch | None:
     first = cache.index().tokens[: cache.shard_length(cache.shards[0])]
     places = [int(np.argmax(first)), int(np.argmin(first))]
     try:
-        return replace(collator, targets=())([cache[place] for place in places])
+        block = cache.read_shard(cache.shards[0], parts=())
+        return replace(collator, targets=())([block.sample(place) for place in places])
     except (KdcacheError, OSError):
         return None
 

@@ -3,14 +3,13 @@ layers, an estimate of the memory of a step, and its floating-point operations."
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cache_schema.errors import first_line
+from models.compiled import compile_layers
 from models.parts import Part, part_of
 
 Inputs = Mapping[str, Tensor]
@@ -64,11 +63,10 @@ def needs_mask(hidden_states: Any, inputs: Inputs) -> bool:
     return bool((without[real].float() - with_mask).abs().max() > 0.02 * with_mask.std())
 
 
-def compile_layers(model: Any, step: Callable[[], Tensor]) -> str | None:
-    """Compiles the layers of the language model, each on its own, so that one compilation serves all.
-
-    step: runs the model on a batch and returns its states, which must be the same before and after. Returns
-    why the layers stay as they are, None where they are compiled.
+def compile_language_model(model: Any, step: Callable[[], Tensor]) -> str | None:
+    """Compiles the layers of the language model. step: runs the model on a batch and returns its states,
+    which must be the same before and after. Returns why the layers stay as they are, None where they are
+    compiled.
     """
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     layers = [
@@ -80,24 +78,16 @@ def compile_layers(model: Any, step: Callable[[], Tensor]) -> str | None:
         return f"{type(model).__name__} does not say what its layers are"
     with torch.no_grad():
         plain = step()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # compilers warn of their own parts
-            for layer in layers:
-                layer.compile()
-            step().float().sum().backward()
+
+    def check() -> str | None:
+        step().float().sum().backward()
         with torch.no_grad():
             difference = (step() - plain).float().abs().max() / plain.float().std()
-        reason = (
-            None if difference <= 0.05 else f"its states differ by {float(difference):.1e} of their spread"
-        )
-    except Exception as error:  # noqa: BLE001  (compilers fail in many ways, and none may end a run)
-        reason = first_line(error)
+        return None if difference <= 0.05 else f"its states differ by {float(difference):.1e} of their spread"
+
+    problem = compile_layers(layers, check)
     model.zero_grad()
-    if reason is not None:
-        for layer in layers:
-            layer._compiled_call_impl = None
-    return reason
+    return problem
 
 
 def activations_fit(model: Any, device: torch.device, *, tokens: int) -> tuple[bool, str]:

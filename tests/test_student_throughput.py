@@ -5,46 +5,35 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
+from benchmarks._random_cache import IMAGE_ID
+from benchmarks._shapes import Shape
 from models.folder import load_model
 from student.folder import freeze
-from student.throughput import StepFlops, activations_fit, compile_layers, hold_frozen, needs_mask
+from student.throughput import StepFlops, activations_fit, compile_language_model, hold_frozen, needs_mask
 from tests import tiny_families
 
-IMAGE_ID = 3
 VOCAB, WIDTH, LAYERS, PATCHES = 96, 64, 2, 16
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    vision = SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+    return Shape(
+        name="tiny",
+        width=WIDTH,
+        layers=LAYERS,
+        heads=4,
+        inner=128,
+        tied=True,
+        vision_width=32,
+        vision_layers=2,
+        vision_heads=2,
+        vision_inner=64,
         image_size=32,
+        vocab=VOCAB,
         patch_size=8,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE_ID,
-        vision_feature_select_strategy="full",
-        tie_word_embeddings=True,
-    )
-    return LlavaForConditionalGeneration(config)
+    ).build()
 
 
 def padded_inputs():
@@ -154,7 +143,7 @@ def test_compiled_layers_give_the_same_states_or_are_left_alone(model):
     inputs = padded_inputs()
     del inputs["attention_mask"]
     before = hidden_states(model)(inputs).detach()
-    assert compile_layers(model, lambda: hidden_states(model)(inputs)) is None
+    assert compile_language_model(model, lambda: hidden_states(model)(inputs)) is None
     layers = model.model.language_model.layers
     assert all(layer._compiled_call_impl is not None for layer in layers)
     torch.testing.assert_close(hidden_states(model)(inputs), before, rtol=1e-4, atol=1e-5)
@@ -167,7 +156,7 @@ def test_layers_that_do_not_compile_are_left_as_they_are(model, monkeypatch):
 
     layer = type(model.model.language_model.layers[0])
     monkeypatch.setattr(layer, "compile", broken)
-    reason = compile_layers(model, lambda: hidden_states(model)(padded_inputs()))
+    reason = compile_language_model(model, lambda: hidden_states(model)(padded_inputs()))
     assert "division by zero" in reason
     hidden_states(model)(padded_inputs())
 

@@ -1,7 +1,7 @@
 """One Triton kernel: losses and gradient of a row of logits while the row is near the processor.
 
-It computes what `rows.row_losses` does, for all rows of a chunk in one launch: a pass over the row that sums
-(reading 4 bytes a logit), and, where a gradient is wanted, a second one that puts it in the row's place.
+It computes what `logit_rows.row_losses` does, for all rows of a chunk in one launch: a pass over the row that
+sums (reading 4 bytes a logit), and, where a gradient is wanted, a second one that puts it in the row's place.
 Importing this file needs Triton, which torch's CUDA and ROCm builds bring along.
 """
 
