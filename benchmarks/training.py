@@ -35,17 +35,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    SiglipVisionConfig,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from benchmarks._memory import peak
 from benchmarks._random_cache import IMAGE_ID, write_cache
+from benchmarks._shapes import Shape
 from cache_schema import Cache, ImageRecord, open_cache
 from student.collate import Batch, Collator
 from student.loader import load_ahead
@@ -189,32 +186,21 @@ STUDENT = (192, 6)  # width and layers
 def llava(width: int, layers: int, seed: int = 0) -> Any:
     """A random Llava whose tower makes 196 tokens of an image."""
     torch.manual_seed(seed)
-    vision = SiglipVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        image_size=392,
-        patch_size=28,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        tie_word_embeddings=True,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE_ID,
-        vision_feature_select_strategy="full",
-        tie_word_embeddings=True,
-    )
-    return LlavaForConditionalGeneration(config)
+    return Shape(
+        name="student of the benchmark",
+        width=width,
+        layers=layers,
+        heads=width // 32,
+        inner=4 * width,
+        tied=True,
+        vision_width=192,
+        vision_layers=4,
+        vision_heads=3,
+        vision_inner=768,
+        image_size=IMAGE_SIZE,
+        vocab=VOCAB,
+        patch_size=PATCH,
+    ).build()
 
 
 def step_cache(folder: Path, rows: int) -> Path:
