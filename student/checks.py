@@ -35,7 +35,7 @@ def warn_of_cache(cache: Cache, progress: Progress) -> None:
         progress.message(
             f"cache {cache.url} is not complete: {len(missing)} of {cache.plan.shards} shards are missing "
             f"({', '.join(map(str, missing[:8]))}{more}); only the {len(cache)} samples in it now are used; "
-            "let `kdcache build` finish first"
+            "let `kdcache build` finish first, or use --wait"
         )
     if "tokenizer_parts" not in cache.manifest.fingerprint.training:
         progress.message(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cache_schema.settings import Help, at_least, check
+from cache_schema.settings import Help, at_least, check, positive
 from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps, Stage
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -120,6 +120,10 @@ class TrainConfig:
     device: Annotated[Literal["auto", "cpu"], Help("auto: an accelerator where there is one.", _SPEED)] = (
         "auto"
     )
+    wait: Annotated[
+        bool, Help("Wait until `kdcache build` has finished the caches; else what is there is used.")
+    ] = False
+    wait_minutes: Annotated[float, positive, Help("End --wait when nothing was added for so long.")] = 60.0
     adopt_template: Annotated[
         bool, Help("Give the student the cache's chat template instead of refusing another one.")
     ] = False
@@ -153,7 +157,7 @@ class TrainConfig:
         values = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(replace(self, stage=self.resolved_stage)).items()
-            if name not in ("stage", "resume", *_OVERRIDES)
+            if name not in ("stage", "resume", "wait", "wait_minutes", *_OVERRIDES)
         }
         return {"stage": self.resolved_stage.to_json(), **values, "trackers": list(self.trackers)}
 

@@ -19,6 +19,7 @@ from cache_schema.interrupt import Interrupt
 from cache_schema.output import require_folder
 from cache_schema.progress import Progress, task
 from models.device import peak_flops
+from student.cache_wait import wait_for_caches
 from student.checkpoint import Checkpoints, identity_of
 from student.checks import warn_of_cache
 from student.collate import Batch, Collator
@@ -59,6 +60,8 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     if config.cache is None:
         raise WrongUsage(f"stage {config.stage.name} has no cache to learn from: give --cache")
     require_folder(config.out, new=False)
+    if config.wait:
+        wait_for_caches(config, progress)
     cache = open_cache(config.cache)
     identity = identity_of(config, cache)
     done = finished(config.out, identity)
@@ -254,12 +257,8 @@ class _Run:
         """Saves the weights as they are before this step and names the samples that broke it."""
         self.optimization.drop_gradients()
         where = self._save()
-        names = [
-            f"{sample_id} (row {row})"
-            for batch in suspects
-            for sample_id, row in zip(batch.sample_ids, batch.rows, strict=True)
-        ]
-        names = gather_object(names)
+        named = (pair for batch in suspects for pair in zip(batch.sample_ids, batch.rows, strict=True))
+        names = gather_object([f"{sample_id} (row {row})" for sample_id, row in named])
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise KdcacheError(
             f"the loss or its gradient is not finite at step {self.state.step} for samples "

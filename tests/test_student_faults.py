@@ -260,3 +260,47 @@ def test_the_progress_of_an_old_checkpoint_is_read(world, tmp_path):
 def test_no_cache_is_wrong_usage(world, tmp_path):
     with pytest.raises(WrongUsage, match="no cache to learn from"):
         train(replace(settings(world, tmp_path), cache=None), Said())
+
+
+def growing(world, folder):
+    """A copy of the world's cache without its last two commit records, and those records."""
+    shutil.copytree(world.cache, folder)
+    return sorted((folder / "commits").iterdir())[-2:]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_run_waits_for_the_missing_shards_and_then_reads_them_all(world, tmp_path, monkeypatch, held_out):
+    missing = growing(world, tmp_path / "cache")
+    kept = {path: path.read_bytes() for path in missing}
+    manifest = tmp_path / "cache/manifest.json"
+    kept[manifest] = manifest.read_bytes()
+    for path in kept:
+        path.unlink()
+    coming = [manifest, *missing]
+
+    def build(seconds):
+        coming[0].write_bytes(kept[coming.pop(0)])
+
+    monkeypatch.setattr("student.cache_wait.time.sleep", build)
+    said = Said()
+    chosen = {"eval_cache" if held_out else "cache": str(tmp_path / "cache")}
+    train(settings(world, tmp_path / "run", wait=True, **chosen), said)
+    assert not coming
+    assert "holds no cache yet: waiting" in said.lines[0]
+    assert not any("is not complete" in line for line in said.lines)
+    train(settings(world, tmp_path / "whole", **{name: str(world.cache) for name in chosen}), Said())
+    assert equal(tmp_path / "run", tmp_path / "whole")
+    assert [line["samples"] for line in held_out_lines(tmp_path / "run")] == [24] * held_out
+
+
+def test_waiting_ends_when_nothing_was_added_for_so_long(world, tmp_path):
+    for path in growing(world, tmp_path / "cache"):
+        path.unlink()
+    for cache, state in (
+        (tmp_path / "cache", "2 of 4 shards are missing"),
+        (tmp_path / "no", "no cache is there"),
+    ):
+        config = settings(world, tmp_path / "run", cache=cache, wait=True, wait_minutes=1e-9)
+        with pytest.raises(KdcacheError, match=f"{state}, and nothing was added for 1e-09 minutes"):
+            train(config, Said())
+    assert not (tmp_path / "run").exists()
