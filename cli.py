@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
+from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage, shown
 from cache_schema.operations.settings import DiffConfig, VerifyConfig
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig
@@ -126,11 +127,7 @@ def inspect(
 
 
 @command()
-def verify(
-    cache: CachePath,
-    config: VerifyConfig,
-    json_: Json = False,
-) -> None:
+def verify(cache: CachePath, config: VerifyConfig, json_: Json = False) -> None:
     """Check every file, count and number of a cache and report all problems at once."""
     from cache_schema.operations.verify import verify as verify_cache
 
@@ -342,6 +339,8 @@ def _outcome(error: Exception) -> tuple[str, int]:
         return f"error: {told}" if told else "", 2
     if isinstance(error, KdcacheError):
         return f"error: {error}", 2 if isinstance(error, WrongUsage) else 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"error: a path is too long: {shown(str(error.filename))}", 2
     name = type(error).__name__
     return f"error: an internal error of kdcache ({name}: {error}); --debug shows the traceback", 1
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from cache_schema.errors import KdcacheError, StoppedEarly
 from cache_schema.format.cache import open_cache
-from cache_schema.output import require_folder
+from cache_schema.output import require_folder, write_text, writing
 from cache_schema.progress import Progress
 from demo.curves import draw_curves
 from demo.easy_vqa import write_dataset
@@ -60,7 +60,8 @@ class Story:
         self.folder = folder
         self._file = folder / "state.json"
         require_folder(folder, new=False)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._state: dict[str, Any] = {"settings": dict(settings), "steps": {}}
         if self._file.exists():
             self._state = json.loads(self._file.read_text(encoding="utf-8"))
@@ -86,9 +87,7 @@ class Story:
         result = work()
         seconds = round(time.perf_counter() - began, 1)
         self._state["steps"][name] = {"seconds": seconds, "result": result}
-        draft = self._file.with_suffix(".part")
-        draft.write_text(json.dumps(self._state, indent=2), encoding="utf-8")
-        draft.replace(self._file)
+        write_text(self._file, json.dumps(self._state, indent=2))
         notes.print(f"✓ {name}: {seconds:.0f} s", markup=False)
         return result
 
@@ -155,7 +154,7 @@ def run_demo(config: DemoConfig, progress: Progress, settings: DemoSettings | No
         results["students"][str(number)] = _students(story, number, settings, held_out, progress)
 
     results["seconds"] = story.seconds
-    (out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_text(out / "results.json", json.dumps(results, indent=2))
     draw_curves({kind: out / f"seed-{config.seed}" / kind for kind in KINDS_OF_STUDENT}, out / "curves.png")
     return results
 

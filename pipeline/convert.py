@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 
 from cache_schema.datasets.conversations import IMAGE_MARK
 from cache_schema.errors import KdcacheError
-from cache_schema.output import require_folder
+from cache_schema.output import require_folder, writing_folder
 from cache_schema.progress import Progress, task
 
 _SPLIT = ("language_model", "vision_tower", "connector")
@@ -58,16 +57,13 @@ def convert(checkpoint: Path, out: Path, progress: Progress) -> dict[str, Any]:
         config = _llava_config(checkpoint, settings, state)
         tokenizer = _tokenizer_with_image(checkpoint, config)
         _make_room(state, config, len(tokenizer))
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            config.save_pretrained(out)
-            _processor(checkpoint, settings, config, tokenizer).save_pretrained(out)
-            save_torch_state_dict(state, out, max_shard_size="4GB")
+        processor = _processor(checkpoint, settings, config, tokenizer)
+        with writing_folder(out) as folder:
+            config.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            save_torch_state_dict(state, folder, max_shard_size="4GB")
             progress.update(2)
-            _check(out)
-        except KdcacheError:
-            shutil.rmtree(out)
-            raise
+            _check(folder)
         progress.update(3)
     return {
         "out": str(out),

@@ -21,7 +21,7 @@ from torch import Tensor
 from cache_schema.errors import IdentityMismatch, KdcacheError, first_line
 from cache_schema.format.cache import Cache
 from cache_schema.format.identity import digest_of
-from cache_schema.output import sync, write_text
+from cache_schema.output import sync, write_text, writing
 from cache_schema.progress import Progress
 from student.folder import WRITE_ERRORS, folder_digest, processor_digest
 from student.run_state import RunState
@@ -114,12 +114,10 @@ class Checkpoints:
     def update(self, state: RunState) -> None:
         """Writes the state of a step whose weights are saved anew. KdcacheError when the disk refuses."""
         path = self.path(state.step) / "state.json"
-        try:
+        with writing(path):
             document = {**json.loads(path.read_text(encoding="utf-8")), "progress": state.to_json()}
             write_text(path, json.dumps(document, indent=1))
             self._prune(state.best_step)
-        except OSError as error:
-            raise KdcacheError(f"{path} cannot be written: {first_line(error)}; free space") from error
 
     def take_up(self, identity: Mapping[str, Any], *, resume: bool, progress: Progress) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None for a new run; a damaged one is passed over with a

@@ -20,7 +20,7 @@ from cache_schema.datasets.images import open_image, unpack_embedded
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.cache import open_cache
-from cache_schema.output import require_folder, write_text
+from cache_schema.output import require_file, write_text
 from cache_schema.progress import Progress, task
 from models.device import choose_device
 from models.folder import load_model, load_processor
@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     means of `measure_cache` when a cache is given. The same on every run with the same device and batch."""
     started = time.perf_counter()
     if config.predictions is not None:
-        require_folder(config.predictions.parent, new=False)
+        require_file(config.predictions)
     device = torch.device(choose_device(config.device))
     processor = load_processor(config.model)
     # On a CPU float32 is fastest, whatever dtype the weights are saved in.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache_schema.errors import KdcacheError, first_line
-from cache_schema.output import sync
+from cache_schema.output import writing_folder
 from models.folder import require_model_folder
 from models.parts import NESTED_TOWERS, Part, nested_tower_name, part_of
 
@@ -101,33 +99,18 @@ def save_folder(model: Any, processor: Any, out: Path) -> None:
     SigLIP and CLIP towers keep `vision_tower.vision_model.` in their keys, which transformers reads as well
     as without and vLLM requires (transformers 5 alone drops it).
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = head is embeddings  # as the weights are: others drop a head by it
-    try:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        _restore_vision_keys(temporary)
-        for file in temporary.iterdir():
-            sync(file)
-        replace_folder(temporary, out)
-    except WRITE_ERRORS as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise KdcacheError(f"the model {out} cannot be written: {first_line(error)}; free space") from error
-
-
-def replace_folder(temporary: Path, out: Path) -> None:
-    """Renames `temporary` to `out`; an `out` that exists is set aside first and removed afterwards."""
-    sync(temporary)
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    if out.exists():
-        out.rename(old)
-    temporary.rename(out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with writing_folder(out) as temporary:
+        try:
+            model.save_pretrained(temporary)
+            processor.save_pretrained(temporary)
+            _restore_vision_keys(temporary)
+        except WRITE_ERRORS as error:
+            raise KdcacheError(
+                f"the model {out} cannot be written: {first_line(error)}; free space"
+            ) from error
 
 
 def _restore_vision_keys(folder: Path) -> None:

@@ -405,5 +405,48 @@ def test_errors_of_libraries_are_told_where_they_arise(world, arguments, said, t
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "--model", "TEACHER", "--out"),
+        ("build", "--teacher", "TEACHER", "--data", "DATA", "--image-root", "IMAGES", "--out"),
+        (
+            "train",
+            "--stage",
+            "dft",
+            "--student",
+            "TEACHER",
+            "--cache",
+            "CACHE",
+            "--image-root",
+            "IMAGES",
+            "--out",
+        ),
+        ("select", "CACHE", "--where", "tokens > 9", "--out"),
+        ("to-arrow", "CACHE", "--out"),
+        ("new-student", "--vision-tower", "TEACHER", "--language-model", "TEACHER", "--out"),
+        ("inspect", "CACHE", "--html"),
+        ("plan", "--teacher", "TEACHER", "--data", "DATA", "--image-root", "IMAGES", "--write"),
+        ("evaluate", "--model", "TEACHER", "--data", "DATA", "--image-root", "IMAGES", "--predictions"),
+        ("demo", "--out"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_places_that_cannot_be_made_are_refused_before_the_work(world, cache, arguments, capsys):
+    """/proc says that root may write to it, and makes nothing."""
+    names = {"TEACHER": world.teacher, "CACHE": cache, "DATA": world.data, "IMAGES": world.images}
+    known = [names.get(word, word) for word in arguments]
+    for place in ("/proc/nope/x", "/proc/x"):
+        code, out, err = run(*known, place, capsys=capsys)
+        assert (code in (1, 2), out) == (True, "")
+        (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+        assert "/proc" in line
+        assert "internal error" not in line
+    code, out, err = run(*known, "n" * 300, capsys=capsys)
+    assert (code in (1, 2), out) == (True, "")
+    assert "too long" in err
+    assert "internal error" not in err
+
+
 def test_version(capsys):
     assert run("--version", capsys=capsys) == (0, f"kdcache {VERSION}\n", "")

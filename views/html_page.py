@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from cache_schema.datasets.images import open_image
-from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.errors import RowRejected
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import Relation, Sample
 from cache_schema.operations.scores import scores_of
 from cache_schema.operations.summary import summarise
+from cache_schema.output import require_file, write_text
 from cache_schema.progress import Progress, Silent, task
 from views.grid import framed
 from views.html_summary import summary_html
@@ -49,6 +50,7 @@ def write_html(
     only the patches are shown. The relation of a patch is drawn from the strongest 48 columns of the factor,
     in 8 bits: for display only.
     """
+    require_file(out)
     progress = progress or Silent()
     text = TokenText.of_assets(cache.assets)
     words: dict[str, str] = {}
@@ -72,11 +74,7 @@ def write_html(
     filled = pieces[0] + "".join(
         parts[piece.partition("}}")[0]] + piece.partition("}}")[2] for piece in pieces[1:]
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(filled, encoding="utf-8")
-    except OSError as error:
-        raise KdcacheError(f"{out}: {error.strerror or error}; give a file that can be written") from error
+    write_text(out, filled)
     return out
 
 

@@ -13,7 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from cache_schema.errors import KdcacheError
-from cache_schema.output import write_text
+from cache_schema.output import require_file, write_text, writing
 from cache_schema.runs import read_metrics, read_result
 from views.run_curves import Lines, StageRun, draw_curves
 
@@ -57,17 +57,16 @@ def report(run: Path, out: Path | None = None) -> Path:
     is in progress. KdcacheError when there is no run, or `out` cannot be written.
     """
     stages = _stages(run)
-    figure = draw_curves(stages)
     target = out or run / "report.html"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".png":
-            _add_table(figure, stages)
+    require_file(target)
+    figure = draw_curves(stages)
+    if target.suffix == ".png":
+        _add_table(figure, stages)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(target, format="png", dpi=110)
-        else:
-            write_text(target, _page(run, stages, figure))
-    except OSError as error:
-        raise KdcacheError(f"{target}: {error.strerror or error}; give a file that can be written") from error
+    else:
+        write_text(target, _page(run, stages, figure))
     return target
 
 

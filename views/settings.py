@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cache_schema.output import require_file
 from cache_schema.settings import Help, at_least, check
 
 _PAGE = "The page of --html"
@@ -40,4 +41,7 @@ class ForecastFiles:
             if file is not None
         }
         other = self.plot is not None and self.plot.suffix.lower() not in pictures
+        for file in (self.write, self.plot):
+            if file is not None and file.parent.is_dir():
+                require_file(file)
         check(self, {f"{self.plot} is not a {', '.join(pictures)} file": other, **faults})

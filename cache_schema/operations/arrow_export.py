@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.records import Relation, Sample
 from cache_schema.format.spec import KINDS, Kind, TargetSpec
 from cache_schema.format.store import refuse_inside
 from cache_schema.operations.scores import scores_of
-from cache_schema.output import require_folder
+from cache_schema.output import require_folder, writing_folder
 from cache_schema.progress import Progress, Silent, task
 
 ROWS = 64
@@ -45,26 +43,14 @@ def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[st
     source = open_cache(cache)
     refuse_inside(out, [source.store])
     require_folder(out, new=True)
-    part = out.parent / f".{out.name}.part"
     told = json.dumps({"spec": source.spec.to_json(), "dataset": source.manifest.dataset})
     files = 0
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        (part / "data").mkdir(parents=True)
-        with task(progress, "exporting", len(source.shards)):
-            for number, shard in enumerate(source.shards):
-                name = f"train-{number:05d}-of-{len(source.shards):05d}.parquet"
-                files += _write_shard(source, shard, part / "data" / name, told)
-                progress.update(number + 1)
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except OSError as error:
-        raise KdcacheError(
-            f"{out}: {error.strerror or error}; free space or give another location"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with writing_folder(out) as part, task(progress, "exporting", len(source.shards)):
+        (part / "data").mkdir()
+        for number, shard in enumerate(source.shards):
+            name = f"train-{number:05d}-of-{len(source.shards):05d}.parquet"
+            files += _write_shard(source, shard, part / "data" / name, told)
+            progress.update(number + 1)
     size = sum(file.stat().st_size for file in (out / "data").iterdir())
     return {"out": str(out), "samples": len(source), "files": files, "bytes": size}
 
