@@ -1,22 +1,15 @@
-"""Scores of free answers: exact match, VQA-soft accuracy, yes/no accuracy and F1, against the majority."""
+"""Scores of free answers by published rules: exact match, VQA accuracy, yes/no accuracy and F1, majority."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cache_schema.errors import RowRejected
-
-_ARTICLES = {"a", "an", "the"}
-_NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {"zero": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
-_COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
-_POINT_OUTSIDE_NUMBER = re.compile(r"\.(?!\d)")
-_MARKS = re.compile(r"[;/\[\]\"{}()=+\\_<>@`?!:,]")
+from student.benchmarks.rules import gqa_words, pope_answer, textvqa_score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,45 +57,30 @@ def _rejected(what: str) -> RowRejected:
     return RowRejected("annotations", f"its `answers` {what}")
 
 
-def plain(text: str) -> str:
-    """Lower case, single spaces, no final full stop: the form compared by exact match."""
-    return " ".join(text.lower().split()).rstrip(".").rstrip()
-
-
-def vqa_words(text: str) -> str:
-    """The text as the VQA evaluation compares it (Antol et al. 2015): without punctuation and articles,
-    number words as digits. Its list of contractions is not applied."""
-    text = _COMMA_IN_NUMBER.sub("", " ".join(text.lower().split()))
-    text = _POINT_OUTSIDE_NUMBER.sub("", _MARKS.sub(" ", text))
-    return " ".join(_DIGITS.get(word, word) for word in text.split() if word not in _ARTICLES)
-
-
-def vqa_soft(prediction: str, references: Sequence[str]) -> float:
-    """VQA accuracy: the mean over leaving out one reference of min(1, matches among the others / 3)."""
-    said = vqa_words(prediction)
-    same = [vqa_words(reference) == said for reference in references]
-    return sum(min(1.0, (sum(same) - left_out) / 3.0) for left_out in same) / len(same)
-
-
 def score(answered: Sequence[Answered]) -> dict[str, Any]:
-    """Scores over all questions and by kind.
+    """Scores over all questions and by kind; `rules` names the published rule of each.
 
-    exact_match: share of predictions that are one of the references. majority: the score of always
-    giving the kind's most frequent reference. yes_no: over questions whose first reference is yes or no, with
-    `yes` as the positive class; a prediction counts by its first word, and one that is neither is wrong.
-    vqa_soft: over questions with several references. Parts without a question are omitted.
+    exact_match: share of predictions that are one of the references, both as GQA's evaluation gets them.
+    majority: the score of always giving the kind's most frequent reference. yes_no: over questions whose
+    first reference is yes or no, by POPE's rule, with `yes` as the positive class. vqa_soft: over questions
+    with several references, by TextVQA's rule. Parts without a question are omitted.
     """
     kinds = sorted({each.kind for each in answered})
     result: dict[str, Any] = _exact(answered)
+    result["rules"] = {"exact_match": "GQA"}
     if len(kinds) > 1:
         result["by_kind"] = {kind: _exact([each for each in answered if each.kind == kind]) for kind in kinds}
-    binary = [each for each in answered if plain(each.references[0]) in ("yes", "no")]
+    binary = [each for each in answered if _plain(each.references[0]) in ("yes", "no")]
     if binary:
-        result["yes_no"] = _yes_no(binary)
+        result["yes_no"] = yes_no(
+            [_plain(each.references[0]) for each in binary], [each.prediction for each in binary]
+        )
+        result["rules"]["yes_no"] = "POPE"
     several = [each for each in answered if len(each.references) > 1]
     if several:
-        soft = [vqa_soft(each.prediction, each.references) for each in several]
+        soft = [textvqa_score(each.prediction, each.references) for each in several]
         result["vqa_soft"] = {"questions": len(soft), "accuracy": sum(soft) / len(soft)}
+        result["rules"]["vqa_soft"] = "TextVQA"
     return result
 
 
@@ -110,8 +88,8 @@ def _exact(answered: Sequence[Answered]) -> dict[str, Any]:
     count = len(answered)
     if not count:
         return {"questions": 0}
-    right = sum(plain(each.prediction) in {plain(text) for text in each.references} for each in answered)
-    frequent, times = Counter(plain(each.references[0]) for each in answered).most_common(1)[0]
+    right = sum(_plain(each.prediction) in {_plain(text) for text in each.references} for each in answered)
+    frequent, times = Counter(_plain(each.references[0]) for each in answered).most_common(1)[0]
     return {
         "questions": count,
         "exact_match": right / count,
@@ -119,19 +97,25 @@ def _exact(answered: Sequence[Answered]) -> dict[str, Any]:
     }
 
 
-def _yes_no(answered: Sequence[Answered]) -> dict[str, Any]:
-    truths = [plain(each.references[0]) == "yes" for each in answered]
-    words = [(re.findall(r"[a-z]+", each.prediction.lower()) or [""])[0] for each in answered]
-    right = sum(word == ("yes" if truth else "no") for word, truth in zip(words, truths, strict=True))
-    hits = sum(word == "yes" and truth for word, truth in zip(words, truths, strict=True))
-    said = sum(word == "yes" for word in words)
-    precision = hits / said if said else 0.0
-    recall = hits / sum(truths) if any(truths) else 0.0
+def yes_no(truths: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, precision, recall, F1 of `yes`, and its share among the predictions, by POPE's rule.
+
+    truths: yes or no for each prediction; at least one. Ratios without a denominator are 0.
+    """
+    said = [pope_answer(each) == "yes" for each in predictions]
+    true = [each == "yes" for each in truths]
+    hits = sum(one and other for one, other in zip(said, true, strict=True))
+    precision = hits / sum(said) if any(said) else 0.0
+    recall = hits / sum(true) if any(true) else 0.0
     return {
-        "questions": len(answered),
-        "accuracy": right / len(answered),
+        "questions": len(true),
+        "accuracy": sum(one == other for one, other in zip(said, true, strict=True)) / len(true),
         "precision": precision,
         "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        "yes_share": said / len(answered),
+        "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
+        "yes_share": sum(said) / len(true),
     }
+
+
+def _plain(text: str) -> str:
+    return gqa_words(text.strip())
