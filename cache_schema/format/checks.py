@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.format.records import Relation, StoredRelation, TopK
+from cache_schema.format.codecs.hidden import LARGEST
+from cache_schema.format.records import HiddenStates, Relation, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
 
 
@@ -67,6 +68,26 @@ def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list
         outside = drawn & ((record.sampled_ids < 0) | (record.sampled_ids >= limit))
         if outside.any():
             problems.append(f"sampled ids outside 0..{limit - 1} at {_first(outside)}")
+    return problems
+
+
+def hidden_problems(states: HiddenStates, positions: int) -> list[str]:
+    """Every way in which the hidden states of `positions` positions are invalid."""
+    width = states.values.shape[-1]
+    shapes = states.values.shape, states.scales.shape, states.channel_of.shape, states.channels.shape[1:]
+    if shapes != ((positions, width), (positions,), (positions,), (2, width)):
+        return [f"shapes {', '.join(map(str, shapes))} for {positions} positions"]
+    if states.channel_of.size and not 0 <= states.channel_of.min() <= states.channel_of.max() < len(
+        states.channels
+    ):
+        return [f"channel_of names a table outside 0..{len(states.channels) - 1}"]
+    problems = [
+        f"{name} is not finite at {_first(~np.isfinite(values))}"
+        for name, values in (("scales", states.scales), ("channels", states.channels))
+        if not np.isfinite(values).all()
+    ]
+    if (low := states.values < -LARGEST).any():
+        problems.append(f"a value is below -{LARGEST} at {_first(low)}")
     return problems
 
 

@@ -52,6 +52,23 @@ class TopK:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenStates:
+    """The teacher's final hidden states at N positions, after the last norm, in 8 bits.
+
+    values (N, D) int8, scales (N,) float32, channels (C, 2, D) float32: C tables of a mean and a unit per
+    channel; channel_of (N,) int32: the table of each position. See `cache_schema.format.codecs.hidden`.
+    """
+
+    values: NDArray[np.int8]
+    scales: Float32
+    channels: Float32
+    channel_of: Int32
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
     """The Gram matrix R = Z Z^T (P, P) of an image's raw logits Z (P, V) (LLaVA-KD eq. 4).
 

@@ -79,7 +79,7 @@ CHUNK_BYTES = 256 << 20
 
 _PLAIN_TYPES = {
     name: np.dtype(name).newbyteorder("<")
-    for name in ("uint8", "uint16", "uint32", "int32", "int64", "float16", "float32", "float64")
+    for name in ("int8", "uint8", "uint16", "uint32", "int32", "int64", "float16", "float32", "float64")
 }
 """Types that `read_groups` decodes itself."""
 
@@ -355,5 +355,7 @@ def _chunks(values: NDArray[Any]) -> tuple[int, ...]:
 
 def _compressor(values: NDArray[Any]) -> BloscCodec:
     # Bytes of floats and bits of integers repeat across values: see benchmarks/codecs.py.
-    shuffle = "shuffle" if values.dtype.kind == "f" else "bitshuffle"
+    shuffle = (
+        "noshuffle" if values.dtype == np.int8 else "shuffle" if values.dtype.kind == "f" else "bitshuffle"
+    )
     return BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=values.dtype.itemsize)
