@@ -275,10 +275,12 @@ def test_recipes(tmp_path: Path) -> None:
 def test_answer_files(world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows with references and kinds through `evaluate`, whose model says nothing."""
     monkeypatch.setattr(
-        evaluation._Answerer, "answer", lambda self, questions, progress: [""] * len(questions)
+        evaluation.Answerer,
+        "answer",
+        lambda self, questions, image_root: iter([dict.fromkeys(range(len(questions)), "")]),
     )
-    model = evaluation.load_model(world.teacher)
-    monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: model)
+    loaded = evaluation.load_for_answers(world.teacher, "cpu")
+    monkeypatch.setattr(evaluation, "load_for_answers", lambda *_: loaded)
     said = seed_rows()[1]
     asked = [
         said | {"answers": answers, "kind": kind}

@@ -20,10 +20,11 @@ from cache_schema.datasets.images import open_image
 from cache_schema.progress import Silent
 from cache_schema.runs import read_metrics, read_result
 from models.folder import load_model, load_processor
+from student.answering import Answerer
 from student.answers import Answered, score
 from student.assemble import new_student as assemble
 from student.collate import Collator
-from student.evaluate import _Answerer, evaluate
+from student.evaluate import evaluate
 from student.export import export
 from student.heldout import measure_cache
 from student.losses import LossWeights
@@ -200,13 +201,13 @@ def test_answers_are_those_of_transformers_asked_one_by_one(world, data, tmp_pat
 
 def test_models_that_cannot_share_a_beginning_answer_the_same(world, data, tmp_path, monkeypatch):
     first = ask(world, data, predictions=tmp_path / "shared.jsonl")
-    prepare = _Answerer.__init__
+    prepare = Answerer.__init__
 
     def without(self, *arguments):
         prepare(self, *arguments)
         self.shares = False
 
-    monkeypatch.setattr(_Answerer, "__init__", without)
+    monkeypatch.setattr(Answerer, "__init__", without)
     second = ask(world, data, predictions=tmp_path / "whole.jsonl")
     assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
