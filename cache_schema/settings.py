@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -55,6 +55,18 @@ def within(low: float, high: float, ends: str = "[]") -> Range:
 
 
 positive = Range(0.0, math.inf, "()", "be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How a field's value is written as text: `read` raises ValueError for what it cannot read.
+
+    form: what is to be written, as a help text shows it.
+    """
+
+    read: Callable[[str], Any]
+    write: Callable[[Any], str]
+    form: str
 
 
 class Only:
@@ -148,8 +160,14 @@ def _faults(name: str, hint: Any, value: Any, number: str = "one") -> Iterator[s
             yield from _faults(name, get_args(kind)[0], part, "some")
     elif origin is Mapping:
         for key, part in value.items():
+            yield from _faults(name, get_args(kind)[0], key)
             yield from _faults(f"{name} of {key}", get_args(kind)[1], part)
     elif origin in (Union, UnionType):
+        by_key = next((part for part in get_args(kind) if get_origin(part) is Mapping), None)
+        if by_key is not None:
+            part = by_key if isinstance(value, Mapping) else get_args(kind)[0]
+            yield from _faults(name, part, value)
+            return
         part, words = number_and_words(kind)
         if value not in words:
             yield from _faults(name, part, value)

@@ -19,7 +19,8 @@ from cache_schema.format.records import (
     StoredRelation,
     TopK,
 )
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import Kind, TargetSpec
+from pipeline.entry_rules import cut, fitted, limits_of
 from pipeline.packing import Pack, Wanted
 from pipeline.samples import PreparedSample
 from pipeline.targets import Asked, BatchRecords
@@ -32,6 +33,7 @@ def asked_of(packs: Sequence[Pack], lengths: Sequence[int], spec: TargetSpec) ->
     none: NDArray[np.integer] = np.empty(0, dtype=np.int64)
     places, labels, rows, positions = [none], [none], [none], [none]
     images: list[NDArray[np.integer]] = []
+    kinds: list[Kind] = []
     for (sample, want), start in zip(_wanted_of(packs), np.cumsum([0, *lengths[:-1]]), strict=True):
         ids = np.append(sample.input_ids[1:], IGNORE_INDEX)
         for part in want.positions(sample, spec):
@@ -39,6 +41,7 @@ def asked_of(packs: Sequence[Pack], lengths: Sequence[int], spec: TargetSpec) ->
             labels.append(ids[part])
             rows.append(np.full(len(part), sample.row))
             positions.append(part)
+        kinds += want.kinds(spec)
         if "relation" in spec.targets:
             owned = zip(sample.images, want.owned, strict=True)
             images += [start + image.positions for image, own_it in owned if own_it]
@@ -48,6 +51,7 @@ def asked_of(packs: Sequence[Pack], lengths: Sequence[int], spec: TargetSpec) ->
         rows=np.concatenate(rows),
         positions=np.concatenate(positions),
         images=images,
+        limits=limits_of(kinds, [len(part) for part in positions[1:]], spec),
     )
 
 
@@ -72,10 +76,13 @@ def captured_by_engine(
     packs: Sequence[Pack], given: Sequence[Sequence[TopK]], spec: TargetSpec
 ) -> list[Captured]:
     """The samples of the packs from the records that an engine gave of each."""
-    return [
-        _assemble(sample, want, own, (), all(np.isfinite(record.logprobs).all() for record in own), spec)
-        for (sample, want), own in zip(_wanted_of(packs), given, strict=True)
-    ]
+    found = []
+    for (sample, want), own in zip(_wanted_of(packs), given, strict=True):
+        finite = all(np.isfinite(record.logprobs).all() for record in own)
+        rules = [spec.rule(kind) for kind in want.kinds(spec)]
+        records = [cut(record, rule) for record, rule in zip(own, rules, strict=True)] if finite else own
+        found.append(_assemble(sample, want, records, (), finite, spec))
+    return found
 
 
 def _wanted_of(packs: Sequence[Pack]) -> list[tuple[PreparedSample, Wanted]]:
@@ -97,6 +104,8 @@ def _assemble(
     spec: TargetSpec,
 ) -> Captured:
     """records, relations: those of the sample's parts and owned images, in order."""
+    rules = [spec.rule(kind) for kind in want.kinds(spec)]
+    records = [fitted(record, rule) for record, rule in zip(records, rules, strict=True)]
     left, related = iter(records), iter(relations)
     response = next(left) if want.response is not None else None
     prompt = next(left) if want.prompt is not None else None

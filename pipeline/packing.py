@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import Kind, TargetSpec
 from pipeline.samples import PreparedSample
 
 _LONGEST = 3  # a pack is at most so many times its prefix: beyond, attention over other rests costs more
@@ -40,6 +40,12 @@ class Wanted:
             images = zip(sample.images, self.owned, strict=True)
             parts += [image.positions for image, owned in images if owned]
         return parts
+
+    def kinds(self, spec: TargetSpec) -> list[Kind]:
+        """The kind of each of these arrays."""
+        kinds: list[Kind] = ["response"] if self.response is not None else []
+        kinds += ["prompt"] if self.prompt is not None else []
+        return kinds + (["visual"] * sum(self.owned) if "visual" in spec.targets else [])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

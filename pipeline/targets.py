@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.errors import KdcacheError
 from cache_schema.format.records import IGNORE_INDEX, Relation, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
 from pipeline.block_statistics import BLOCK, block_statistics, kernels
 from pipeline.draws import counted, tail_places, uniforms
+from pipeline.entry_rules import kept, most_selected, narrow
 from pipeline.relation import Group, RelationMaker, on_device
 
 _GROUP_BYTES = 16 << 20  # logits whose fields a CPU makes together
@@ -28,7 +28,8 @@ _MOST_CHUNK_BYTES = 2 << 30  # of an accelerator with much free memory
 class Asked:
     """The requests for a batch's hidden states (M, D).
 
-    places (N,): rows of them whose records are wanted. labels, rows, positions (N,): see `TargetMaker.topk`.
+    places (N,): rows of them whose records are wanted. labels, rows, positions (N,), limits (N, 2): see
+    `TargetMaker.topk`.
     images: of each image whose relation is wanted its rows (P,).
     """
 
@@ -37,6 +38,7 @@ class Asked:
     rows: NDArray[np.integer]
     positions: NDArray[np.integer]
     images: Sequence[NDArray[np.integer]] = ()
+    limits: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +104,7 @@ class TargetMaker:
     """
 
     def __init__(self, head: Head, spec: TargetSpec, *, chunk_bytes: int | None = None) -> None:
-        if spec.top_k > head.columns:
-            raise KdcacheError(f"top_k {spec.top_k} exceeds the teacher's {head.columns} tokens")
+        self._k = most_selected(spec, head.columns)
         self._head = head
         self._spec = spec
         self._rows = max(1, (chunk_bytes or _chunk_bytes(head.weight.device)) // (4 * head.columns))
@@ -117,14 +118,16 @@ class TargetMaker:
         *,
         rows: NDArray[np.integer] | None = None,
         positions: NDArray[np.integer] | None = None,
+        limits: NDArray[np.float32] | None = None,
     ) -> TopK:
         """The records of hidden (N, D).
 
         labels (N,): the token that follows, IGNORE_INDEX where none does (its label_logprob is then 0);
         None: no label_logprob. rows, positions (N,): which dataset row and position each is, which decide
-        the tail draws; needed when the spec asks for them. The order of ids with equal logits is not defined.
+        the tail draws; needed when the spec asks for them. limits (N, 2): see pipeline.entry_rules; None: the
+        most entries of any kind. The order of ids with equal logits is not defined.
         """
-        fields = self._fields(hidden, labels, rows, positions)
+        fields = self._fields(hidden, labels, rows, positions, limits)
         return self.topk_record({name: field.cpu().numpy() for name, field in fields.items()})
 
     def rows_of(self, count: int) -> int:
@@ -146,7 +149,7 @@ class TargetMaker:
             hidden = states.index_select(0, on_device(asked.places.astype(np.int64), states.device))
             finite = hidden.isfinite().all(dim=1)
             hidden = hidden.masked_fill(~finite[:, None], 0.0)
-            fields = self._fields(hidden, asked.labels, asked.rows, asked.positions)
+            fields = self._fields(hidden, asked.labels, asked.rows, asked.positions, asked.limits)
             fields["finite"] = finite & fields["logsumexp"].isfinite().to(finite.device)
         groups = []
         if asked.images:
@@ -174,6 +177,7 @@ class TargetMaker:
         labels: NDArray[np.integer] | None,
         rows: NDArray[np.integer] | None,
         positions: NDArray[np.integer] | None,
+        limits: NDArray[np.float32] | None,
     ) -> dict[str, Tensor]:
         """The fields of a record as tensors on the head's device; `places` (N, M): the tail draws."""
         device, spec = self._head.weight.device, self._spec
@@ -185,6 +189,8 @@ class TargetMaker:
             assert positions is not None
             numbers = uniforms(spec.tail_samples, seed=spec.seed, rows=rows, positions=positions)
             given["numbers"] = on_device(numbers, device)
+        if limits is not None:
+            given["limits"] = on_device(limits, device)
         with torch.inference_mode():
             step = self.rows_of(len(hidden))
             pieces = [slice(start, start + step) for start in range(0, max(len(hidden), 1), step)]
@@ -195,7 +201,11 @@ class TargetMaker:
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _chunk(
-        self, hidden: Tensor, labels: Tensor | None = None, numbers: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        numbers: Tensor | None = None,
+        limits: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The fields of at most self._rows positions, on the head's device."""
         logits = self._head.logits(hidden, self._scratch(len(hidden)))
@@ -206,10 +216,13 @@ class TargetMaker:
         if labels is not None:
             chosen = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] - fields["logsumexp"]
             fields["label_logprob"] = chosen.masked_fill(labels == IGNORE_INDEX, 0.0)
+        inside = None if limits is None else kept(fields["logprobs"], limits)
         if numbers is not None:
-            logits.scatter_(1, fields["token_ids"].long(), -math.inf).div_(self._spec.sample_temperature)
+            ids = fields["token_ids"].long()
+            left = -math.inf if inside is None else logits.gather(1, ids).masked_fill_(inside, -math.inf)
+            logits.scatter_(1, ids, left).div_(self._spec.sample_temperature)
             fields["places"] = tail_places(logits, numbers)
-        return fields
+        return fields if inside is None else narrow(fields, inside, self._spec.temperatures)
 
     def _scratch(self, rows: int) -> Tensor | None:
         """(rows, V) of a buffer that is kept, made at the size of its largest use; None off the CPU.
@@ -229,7 +242,7 @@ class TargetMaker:
         The k largest lie within the k blocks of the largest entries, so only those are searched. What lies
         outside the k is summed from the other blocks and from what is left of these: never as a difference.
         """
-        k, vocab = self._spec.top_k, logits.shape[1]
+        k, vocab = self._k, logits.shape[1]
         blocks = block_statistics(logits, self._spec.temperatures)
         fused = kernels(logits.device)
         if fused and fused.selects(vocab, k, BLOCK):

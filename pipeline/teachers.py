@@ -13,6 +13,7 @@ from models.device import choose_device
 from models.head import Head, read_head
 from pipeline.batch_size import DEFAULT, batch_tokens_for
 from pipeline.engine import Engine, RecordEngine, release_memory
+from pipeline.entry_rules import most_selected
 from pipeline.job import Job
 from pipeline.prefix import packing_is_exact, prefix_is_independent
 from pipeline.samples import PreparedSample
@@ -113,7 +114,7 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
             max_length=job.rules["max_length"],
             batch_tokens=config.batch_tokens or DEFAULT,
             memory_share=config.memory_share,
-            top_k=config.spec.top_k,
+            top_k=most_selected(config.spec, job.vocab_size),
             processor=job.processor,
             vision_type=getattr(getattr(job.teacher_config, "vision_config", None), "model_type", ""),
         )
@@ -131,7 +132,7 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
             head = replace(head, softcap=softcap)
             engine = hidden_engine(llm, head, **places)
         else:
-            engine = logprob_engine(llm, top_k=config.spec.top_k, **places)
+            engine = logprob_engine(llm, top_k=most_selected(config.spec, job.vocab_size), **places)
         theirs = finding_of(engine, head, config.spec, samples)
         require_agreement(ours, theirs, samples, dtype=job.dtype, engine="vllm")
         # Log-probabilities make no targets of images, so there is nothing to share.

@@ -228,26 +228,36 @@ def _position_targets(
             return None
         return torch.from_numpy(np.concatenate(arrays))
 
-    token_ids = joined("token_ids")
-    logprobs = joined("logprobs")
+    token_ids, logprobs = _entries([record for _, _, record in records])
     tail = joined("tail_logprob")
     counts_drawn = joined("sampled_counts")
-    assert token_ids is not None
-    assert logprobs is not None
     assert tail is not None
     counts = [len(record) for _, _, record in records]
     places = np.repeat([place for place, _, _ in records], counts)
     return PositionTargets(
         positions=torch.from_numpy(np.concatenate([positions for _, positions, _ in records])),
         samples=torch.from_numpy(places.astype(np.int64)),
-        token_ids=token_ids,
-        logprobs=logprobs,
+        token_ids=torch.from_numpy(token_ids),
+        logprobs=torch.from_numpy(logprobs),
         tail_logprob=tail,
         temperatures=torch.from_numpy(np.array(records[0][2].temperatures, dtype=np.float32)),
         sampled_ids=joined("sampled_ids"),
         sampled_counts=None if counts_drawn is None else counts_drawn.float(),
         sample_temperature=sample_temperature,
     )
+
+
+def _entries(records: Sequence[TopK]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """token_ids and logprobs (N, K) of all records, K the most of any; where no entry is, id -1 and -inf."""
+    shape = sum(map(len, records)), max(record.token_ids.shape[1] for record in records)
+    token_ids, logprobs = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
+    start = 0
+    for record in records:
+        rows, width = slice(start, start + len(record)), record.token_ids.shape[1]
+        np.copyto(token_ids[rows, :width], record.token_ids, where=record.there)
+        np.copyto(logprobs[rows, :width], record.logprobs, where=record.there)
+        start += len(record)
+    return token_ids, logprobs
 
 
 def _relation_targets(samples: Sequence[Sample], length: int) -> tuple[RelationTargets, ...]:

@@ -9,10 +9,11 @@ from cache_schema.format.codecs.relation import encode_relation
 from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.manifest import Plan
 from cache_schema.format.records import Relation, TopK
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import EntryRule, TargetSpec
 from models.head import Head
+from pipeline.entry_rules import cut
 from pipeline.forecast.choice import choose
-from pipeline.forecast.fidelity import Agreement, as_stored, compare, narrowed, noise_of_kl, relation_angle
+from pipeline.forecast.fidelity import Agreement, as_stored, compare, noise_of_kl, relation_angle
 from pipeline.forecast.footprint import relation_footprint, topk_footprint
 from pipeline.forecast.stand_in import NoisyTeacher, Picked, agreement_at, kl_between
 from pipeline.forecast.workload import MeasuredSample, Speed, break_even, workload_of
@@ -42,10 +43,10 @@ def test_a_narrowed_record_is_what_a_capture_with_fewer_entries_gives(size: floa
     head, hidden = a_head(), some_hidden(size=size)
     wide = record_of(head, hidden, 128, TEMPERATURES)
     for k in (1, 8, 127, 128):
-        direct, cut = record_of(head, hidden, k, TEMPERATURES), narrowed(wide, k)
-        np.testing.assert_array_equal(cut.token_ids, direct.token_ids)
-        np.testing.assert_allclose(cut.logprobs, direct.logprobs, atol=1e-5)
-        np.testing.assert_allclose(cut.tail_logprob, direct.tail_logprob, rtol=2e-5, atol=2e-5)
+        direct, narrow = record_of(head, hidden, k, TEMPERATURES), cut(wide, EntryRule(most=k))
+        np.testing.assert_array_equal(narrow.token_ids, direct.token_ids)
+        np.testing.assert_allclose(narrow.logprobs, direct.logprobs, atol=1e-5)
+        np.testing.assert_allclose(narrow.tail_logprob, direct.tail_logprob, rtol=2e-5, atol=2e-5)
 
 
 def test_a_record_of_the_whole_vocabulary_narrows_too() -> None:
@@ -53,9 +54,11 @@ def test_a_record_of_the_whole_vocabulary_narrows_too() -> None:
     wide = record_of(head, hidden, 40, TEMPERATURES)
     assert np.isneginf(wide.tail_logprob).all()
     np.testing.assert_allclose(
-        narrowed(wide, 5).tail_logprob, record_of(head, hidden, 5, TEMPERATURES).tail_logprob, atol=2e-5
+        cut(wide, EntryRule(most=5)).tail_logprob,
+        record_of(head, hidden, 5, TEMPERATURES).tail_logprob,
+        atol=2e-5,
     )
-    assert np.isneginf(narrowed(wide, 40).tail_logprob).all()
+    assert np.isneginf(cut(wide, EntryRule(most=40)).tail_logprob).all()
 
 
 def dense_agreement(log_p: Tensor, log_q: Tensor, record: TopK) -> Agreement:
@@ -88,8 +91,8 @@ def test_an_agreement_is_that_of_the_dense_gradients(k: int, precision: str) -> 
     states = hidden + 0.2 * some_hidden(seed=5, size=1.0)
     wide = record_of(head, hidden, 64)
     records = {
-        "asked": as_stored(narrowed(wide, k), precision),
-        "other": as_stored(narrowed(wide, 64), "compact"),
+        "asked": as_stored(cut(wide, EntryRule(most=k)), precision),
+        "other": as_stored(cut(wide, EntryRule(most=64)), "compact"),
     }
     found = compare(head.logits(hidden), head.logits(states), records)["asked"]
     log_p, log_q = ((h.double() @ head.weight.double().T).log_softmax(dim=1) for h in (hidden, states))

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import KdcacheError
+from cache_schema.format.checks import topk_problems
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
+from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import IGNORE_INDEX, StoredRelation, TopK
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import Kind, TargetSpec
 from models.head import Head, _padded_product
 from pipeline.draws import counted, tail_places, uniforms
+from pipeline.entry_rules import fitted, limits_of
 from pipeline.relation import groups_of, truncate
 from pipeline.relation_batch import factors_of, quantised, steps_of
 from pipeline.targets import Asked, TargetMaker
@@ -299,19 +304,24 @@ def test_the_kernel_is_what_torch_says() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_batch_is_what_its_parts_are() -> None:
+@pytest.mark.parametrize("rules", [{"top_k": 8}, {"top_k": 8, "entries": {"visual": 0.02}}])
+def test_a_batch_is_what_its_parts_are(rules: dict[str, Any]) -> None:
     head = a_head(**HEADS["biased"])
-    spec = TargetSpec(top_k=8, tail_samples=5)
+    spec = TargetSpec(**rules, tail_samples=5)
+    limits = limits_of(["visual", "response"], [3, 1], spec)
+    assert (limits is None) == ("entries" not in rules)
     states = some_hidden(90, 16)
     places, images = np.array([3, 80, 3, 17]), [np.arange(20, 60), np.array([1, 2, 5]), np.arange(20, 60)]
     labels, rows = np.array([7, IGNORE_INDEX, 9, 0]), np.array([4, 4, 5, 6])
     maker = TargetMaker(head, spec)
     found = maker.batch(
-        states, Asked(places=places, labels=labels, rows=rows, positions=places, images=images)
+        states, Asked(places=places, labels=labels, rows=rows, positions=places, images=images, limits=limits)
     ).wait()
-    alone = maker.topk(states[torch.from_numpy(places)], labels, rows=rows, positions=places)
+    alone = maker.topk(states[torch.from_numpy(places)], labels, rows=rows, positions=places, limits=limits)
     for name in TopK.__dataclass_fields__:
-        np.testing.assert_allclose(getattr(found.topk, name), getattr(alone, name), rtol=1e-5, atol=1e-5)
+        if name != "counts" or limits is not None:
+            np.testing.assert_allclose(getattr(found.topk, name), getattr(alone, name), rtol=1e-5, atol=1e-5)
+    assert (found.topk.counts is None) == (alone.counts is None) == (limits is None)
     assert found.finite.all()
     assert found.images_finite.all()
     logits = dense_logits(head, states).numpy()
@@ -414,3 +424,62 @@ def test_images_of_alike_sizes_are_worked_on_together() -> None:
     groups = groups_of([729, 700, 256, 729, 10_000])
     assert [group.images.tolist() for group in groups] == [[4], [0, 3, 1], [2]]
     assert [group.tokens.tolist() for group in groups] == [[10_000], [729, 729, 700], [256]]
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (0.5, 1.0, 3.0)])
+@pytest.mark.parametrize("cap", [256, 7])
+def test_entries_by_the_rule_of_their_kind(temperatures: tuple[float, ...], cap: int) -> None:
+    """Against the softmax in float64: what a threshold keeps, what a number keeps, and the tails outside."""
+    head = a_head(vocab=352, width=16)
+    hidden = some_hidden(40, 16)
+    hidden[5] *= 20.0  # sure of one token
+    hidden[6] *= 0.0  # every token alike: the threshold keeps none but the first
+    spec = TargetSpec(
+        targets=("response", "visual", "prompt"),
+        top_k={"prompt": 5},
+        entries={"response": 0.01, "visual": 0.05},
+        max_entries=cap,
+        temperatures=temperatures,
+    )
+    kinds: list[Kind] = ["response", "prompt", "visual"]
+    limits = limits_of(kinds, [20, 8, 12], spec)
+    found = TargetMaker(head, spec, chunk_bytes=4 * 352 * 9).topk(hidden, limits=limits)
+    logits = dense_logits(head, hidden).double().numpy()
+    log_p = logits - np.logaddexp.reduce(logits, axis=1)[:, None]
+    for kind, rows in zip(kinds, (slice(0, 20), slice(20, 28), slice(28, 40)), strict=True):
+        record, rule = fitted(topk_at(found, rows), spec.rule(kind)), spec.rule(kind)
+        assert topk_problems(record, kind, replace(spec, tail_samples=0), 352) == []
+        for n, row in enumerate(log_p[rows]):
+            above = rule.most if rule.least_p is None else max(int((np.exp(row) >= rule.least_p).sum()), 1)
+            ids = np.argsort(-row, kind="stable")[: min(above, rule.most)]
+            mine = record.token_ids[n][record.there[n]]
+            assert len(mine) == len(ids)
+            np.testing.assert_allclose(record.logprobs[n][record.there[n]], row[ids], atol=1e-4)
+            outside = np.delete(np.arange(352), mine)
+            for column, temperature in enumerate(temperatures):
+                scaled = logits[rows][n] / temperature
+                tail = np.logaddexp.reduce(scaled[outside]) - np.logaddexp.reduce(scaled)
+                np.testing.assert_allclose(record.tail_logprob[n, column], tail, rtol=1e-4, atol=1e-5)
+
+
+def test_draws_come_from_outside_the_entries_that_are_kept() -> None:
+    """Dropped entries belong to the tail, so draws hit them as often as their mass says."""
+    head = a_head(vocab=90, width=4)
+    spec = TargetSpec(targets=("response",), entries={"response": 0.05}, max_entries=60, tail_samples=40_000)
+    hidden = some_hidden(2, 4)
+    limits = limits_of(["response"], [2], spec)
+    record = TargetMaker(head, spec).topk(
+        hidden, rows=np.array([0, 0]), positions=np.array([0, 1]), limits=limits
+    )
+    log_p = dense_logits(head, hidden).log_softmax(1).numpy()
+    assert record.sampled_ids is not None
+    assert record.sampled_counts is not None
+    for n in range(2):
+        kept_ids = record.token_ids[n][record.there[n]]
+        used = record.sampled_counts[n] > 0
+        drawn = record.sampled_ids[n][used]
+        assert not set(drawn) & set(kept_ids)
+        share = record.sampled_counts[n][used] / 40_000
+        np.testing.assert_allclose(share, np.exp(log_p[n, drawn] - record.tail_logprob[n, 0]), atol=0.01)
+        # more is left out than 60 entries would leave out: the dropped ones are drawn from
+        assert len(drawn) > 30

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from cache_schema.format.spec import TargetSpec
 from cache_schema.operations.build_state import seconds_since
 
 GAPS = 8
@@ -81,7 +82,7 @@ def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("template", _template(training.get("template_name"))),
         (
             "targets",
-            f"{', '.join(spec['targets'])}; top {spec['top_k']}, temperatures "
+            f"{', '.join(spec['targets'])}; {TargetSpec.from_json(spec).entry_words}, temperatures "
             f"{', '.join(f'{t:g}' for t in spec['temperatures'])}, {spec['precision']}"
             + (f", {spec['tail_samples']} tail samples" if spec["tail_samples"] else ""),
         ),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 from rich.markup import escape
 
-from cache_schema.settings import Only, Setting, number_and_words, resolved, settings_of
+from cache_schema.settings import Only, Setting, Written, number_and_words, resolved, settings_of
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]+")
 _AS_TYPED = (int, float, str, bool, Path)
@@ -124,7 +124,9 @@ def _documented(setting: Setting, *names: str, metavar: str | None = None) -> An
 
 def _option(setting: Setting) -> inspect.Parameter:
     name, kind, default, metavar = _name(setting), setting.kind, setting.default, None
-    if kind is bool and setting.optional:
+    if (written := _written(setting)) is not None:
+        kind, metavar, default = str, written.form, written.write(default)
+    elif kind is bool and setting.optional:
         name = f"{name}/--no-{name[2:]}"
     elif kind == tuple[str, ...]:
         kind, default = list[str], list(default)
@@ -138,6 +140,10 @@ def _option(setting: Setting) -> inspect.Parameter:
         default=inspect.Parameter.empty if default is MISSING else default,
         annotation=Annotated[hint, _documented(setting, name, metavar=metavar)],
     )
+
+
+def _written(setting: Setting) -> Written | None:
+    return next((note for note in setting.notes if isinstance(note, Written)), None)
 
 
 def _metavar(kind: Any) -> str:
@@ -160,6 +166,12 @@ def _as_text(value: Any) -> str:
 
 def _from_text(setting: Setting, value: Any) -> Any:
     kind, origin = setting.kind, get_origin(setting.kind)
+    if (written := _written(setting)) is not None:
+        try:
+            return written.read(value)
+        except ValueError:
+            problem = f"{value!r} is not {written.form}"
+            raise typer.BadParameter(problem, param_hint=_name(setting)) from None
     if kind == tuple[str, ...]:
         return tuple(word for text in value for word in words(text))
     if value is None or origin is None or origin is Literal:

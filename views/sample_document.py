@@ -120,7 +120,7 @@ def _response(sample: Sample, text: TokenText, top: int) -> list[dict[str, Any]]
     text.learn(labels)
     entries = []
     for n, (position, label) in enumerate(zip(sample.response_positions, labels, strict=True)):
-        place = np.flatnonzero(record.token_ids[n] == label)
+        place = np.flatnonzero((record.token_ids[n] == label) & record.there[n])
         entries.append(
             {
                 "position": int(position),
@@ -214,15 +214,15 @@ def top_entries(
     record: TopK, text: TokenText, top: int, rows: slice = slice(None)
 ) -> list[list[dict[str, Any]]]:
     """The `top` most likely tokens at the positions `rows` of the record: id, text, probability."""
-    ids = record.token_ids[rows, :top]
+    ids, there = record.token_ids[rows, :top], record.there[rows, :top]
     probabilities = np.exp(record.logprobs[rows, :top].astype(np.float64))
     text.learn(ids.ravel())
     return [
         [
             {"id": int(i), "text": text.piece(int(i)), "probability": round(float(p), 6)}
-            for i, p in zip(row_ids, row_probabilities, strict=True)
+            for i, p in zip(row_ids[row_there], row_probabilities[row_there], strict=True)
         ]
-        for row_ids, row_probabilities in zip(ids, probabilities, strict=True)
+        for row_ids, row_probabilities, row_there in zip(ids, probabilities, there, strict=True)
     ]
 
 

@@ -9,20 +9,19 @@ from numpy.typing import NDArray
 
 from cache_schema.format.codecs.hidden import LARGEST
 from cache_schema.format.records import HiddenStates, Relation, StoredRelation, TopK
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import EntryRule, Kind, TargetSpec
 
 
-def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list[str]:
-    """Every way in which a block of positions violates `spec`; empty when it is valid.
+def topk_problems(record: TopK, kind: Kind, spec: TargetSpec, vocab_size: int | None) -> list[str]:
+    """Every way in which a block of positions of a kind violates `spec`; empty when it is valid.
 
     vocab_size: ids must be below it; None: only not negative.
     """
     positions = len(record)
     problems: list[str] = []
-    if record.token_ids.shape != (positions, spec.top_k) or record.logprobs.shape != (positions, spec.top_k):
-        return [
-            f"shapes {record.token_ids.shape}, {record.logprobs.shape} are not ({positions}, {spec.top_k})"
-        ]
+    if found := _shape_problem(record, spec.rule(kind)):
+        return [found]
+    there = record.there
     if record.tail_logprob.shape != (positions, len(spec.temperatures)):
         return [f"tail of shape {record.tail_logprob.shape}, temperatures are {list(spec.temperatures)}"]
     if not np.array_equal(record.temperatures, np.array(spec.temperatures, np.float32)):
@@ -34,12 +33,15 @@ def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> lis
     ]
     for name in ("logsumexp", "entropy", "label_logprob", "logprobs"):
         values = getattr(record, name)
-        if values is not None and not np.isfinite(values).all():
-            problems.append(f"{name} is not finite at {_first(~np.isfinite(values))}")
+        bad = None if values is None else ~np.isfinite(values)
+        if bad is not None and name == "logprobs":
+            bad &= there
+        if bad is not None and bad.any():
+            problems.append(f"{name} is not finite at {_first(bad)}")
     bad = np.isnan(record.tail_logprob) | (record.tail_logprob > 1e-6)
     if bad.any():
         problems.append(f"tail_logprob is not the log of a probability at {_first(bad)}")
-    rising = np.diff(record.logprobs, axis=1) > 0
+    rising = there[:, 1:] & (record.logprobs[:, 1:] > record.logprobs[:, :-1])
     if rising.any():
         problems.append(f"logprobs increase along the entries at {_first(rising)}")
     elif not problems and positions:
@@ -51,13 +53,31 @@ def topk_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> lis
     return problems
 
 
+def _shape_problem(record: TopK, rule: EntryRule) -> str | None:
+    """Whether there are as many entries as the rule says."""
+    positions, shape = len(record), record.token_ids.shape
+    if rule.least_p is None:
+        right = record.counts is None and shape == record.logprobs.shape == (positions, rule.most)
+        told = f"shapes {shape}, {record.logprobs.shape} are not ({positions}, {rule.most})"
+        return None if right else told
+    if record.counts is None or record.counts.shape != (positions,):
+        return "counts are missing"
+    wrong = (record.counts < 1) | (record.counts > rule.most)
+    if wrong.any():
+        return f"not 1 to {rule.most} entries at {_first(wrong)}"
+    if shape != record.logprobs.shape or shape[1] < record.counts.max(initial=0):
+        return f"shapes {shape}, {record.logprobs.shape} hold no {record.counts.max(initial=0)} entries"
+    return None
+
+
 def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list[str]:
     limit = vocab_size if vocab_size is not None else 2**31 - 1
     problems = []
     outside = (record.token_ids < 0) | (record.token_ids >= limit)
     if outside.any():
         problems.append(f"token ids outside 0..{limit - 1} at {_first(outside)}")
-    ordered = np.sort(record.token_ids, axis=1)
+    padding = -1 - np.arange(record.token_ids.shape[1], dtype=np.int32)
+    ordered = np.sort(np.where(record.there, record.token_ids, padding), axis=1)
     twice = ordered[:, 1:] == ordered[:, :-1]
     if twice.any():
         problems.append(f"a token id occurs twice at a position: {_first(twice)}")

@@ -25,10 +25,12 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
-    """The teacher's distribution at N positions: K entries and the tail outside them.
+    """The teacher's distribution at N positions: up to K entries and the tail outside them.
 
     token_ids (N, K) int32, most likely first; logprobs (N, K) float32, natural log of the full softmax
-    at temperature 1, non-increasing along K. tail_logprob (N, n_T) float32: the log of the mass outside
+    at temperature 1, non-increasing along K. counts (N,) int32: the entries of each position, 1 to K, where
+    the spec gives no fixed number; what follows them is filled up with id 0 and log-probability -inf. None:
+    all have K. tail_logprob (N, n_T) float32: the log of the mass outside
     the K entries of the distribution at each of `temperatures` (n_T,) float32, -inf where there is none.
     logsumexp (N,) float32 of the raw logits. entropy (N,) float32 in nats, temperature 1; both None in a
     cache whose spec is `without` them.
@@ -46,9 +48,17 @@ class TopK:
     label_logprob: Float32 | None = None
     sampled_ids: Int32 | None = None
     sampled_counts: Int32 | None = None
+    counts: Int32 | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def there(self) -> NDArray[np.bool_]:
+        """(N, K): which entries are there."""
+        if self.counts is None:
+            return np.ones(self.token_ids.shape, np.bool_)
+        return np.arange(self.token_ids.shape[1]) < self.counts[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

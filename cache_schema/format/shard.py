@@ -18,7 +18,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from cache_schema.errors import CacheDamaged
 from cache_schema.format.codecs.relation import encode_relation, pack_relations
-from cache_schema.format.codecs.topk import Arrays, encode_topk, join_topk
+from cache_schema.format.codecs.topk import Arrays, encode_records
 from cache_schema.format.records import CapturedImage, CapturedSample, QuarantinedRow, StoredRelation, TopK
 from cache_schema.format.spec import KINDS, TargetSpec
 from cache_schema.format.statistics import relation_statistics, sample_statistics, topk_statistics
@@ -147,10 +147,9 @@ def encode_shard(
     groups: dict[str, Arrays] = {}
     statistics = sample_statistics(samples, quarantined)
     for kind, records in targets.blocks.items():
-        joined = join_topk(records) if records else None
-        statistics[kind] = topk_statistics(joined)
-        if joined is not None:
-            groups[kind] = encode_topk(joined, spec.precision)
+        statistics[kind] = topk_statistics(records)
+        if records:
+            groups[kind] = encode_records(records, spec.precision)
     stored = targets.relations
     if stored:
         groups["relation"] = pack_relations(stored)

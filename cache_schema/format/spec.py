@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 from cache_schema.errors import WrongUsage
-from cache_schema.settings import Help, at_least, check, positive, within
+from cache_schema.settings import Help, Written, at_least, check, positive, within
 
 Kind = Literal["response", "visual", "prompt"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -22,6 +24,60 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 _PANEL = "Targets"
 
+TOP_K = 32
+"""Entries per position of a kind for which nothing is said."""
+
+_LEAST = re.compile(r"(?:(\w+)\s*:)?\s*p\s*>=\s*(\S+)")
+
+
+def read_top_k(text: str) -> int | dict[Kind, int]:
+    """`32`, or `response=16,visual=64`. ValueError for anything else; an unknown kind is left to the spec."""
+    if "=" not in text:
+        return int(text)
+    pairs = [word.split("=") for word in text.split(",")]
+    return _by_kind([(name.strip(), int(number)) for name, number in pairs])
+
+
+def write_top_k(value: int | Mapping[Kind, int]) -> str:
+    """The inverse of `read_top_k`."""
+    if isinstance(value, int):
+        return str(value)
+    return ",".join(f"{kind}={number}" for kind, number in value.items())
+
+
+def read_entries(text: str) -> dict[Kind, float]:
+    """`p>=0.003` for all kinds, or `response:p>=0.003,visual:p>=0.01`; empty: none. ValueError for anything
+    else; an unknown kind is left to the spec."""
+    found: list[tuple[str, float]] = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        match = _LEAST.fullmatch(word)
+        if match is None:
+            raise ValueError(word)
+        kinds = KINDS if match[1] is None else (match[1],)
+        found += [(kind, float(match[2])) for kind in kinds]
+    return _by_kind(found)
+
+
+def write_entries(value: Mapping[Kind, float]) -> str:
+    """The inverse of `read_entries`."""
+    return ",".join(f"{kind}:p>={least:g}" for kind, least in value.items())
+
+
+def _by_kind(pairs: Sequence[tuple[str, Any]]) -> dict[Kind, Any]:
+    found: dict[Any, Any] = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a kind is named twice")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryRule:
+    """How many entries of a position are kept: every one with a probability of at least `least_p`, at least 1
+    and at most `most`; least_p None: exactly `most`."""
+
+    most: int
+    least_p: float | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSpec:
@@ -32,7 +88,23 @@ class TargetSpec:
         "visual",
         "relation",
     )
-    top_k: Annotated[int, at_least(1), Help("Entries stored per position.", _PANEL)] = 32
+    top_k: Annotated[
+        Annotated[int, at_least(1)] | Mapping[Kind, Annotated[int, at_least(1)]],
+        Help("Entries stored per position, one number or one for some kinds of positions.", _PANEL),
+        Written(read_top_k, write_top_k, "NUMBER or KIND=NUMBER,..."),
+    ] = TOP_K
+    entries: Annotated[
+        Mapping[Kind, Annotated[float, within(0.0, 1.0, "()")]],
+        Help(
+            "Instead of a number: every entry of at least this probability, for all kinds of positions or "
+            "some; at least 1, at most --max-entries.",
+            _PANEL,
+        ),
+        Written(read_entries, write_entries, "p>=NUMBER or KIND:p>=NUMBER,..."),
+    ] = field(default_factory=dict)
+    max_entries: Annotated[
+        int, within(1, 65535), Help("Most entries of a position where --entries decides.", _PANEL)
+    ] = 256
     temperatures: Annotated[
         tuple[Annotated[float, within(0.0, 100.0, "(]")], ...],
         Help("Temperatures whose tail mass is stored, ascending; 1 must be among them.", _PANEL),
@@ -88,12 +160,58 @@ class TargetSpec:
             ),
         }
         check(self, more)
+        self._normalize()
+
+    def _normalize(self) -> None:
+        """Equal rules in one form, so that equal specs have equal identities. WrongUsage for a rule of a kind
+        that is not among the targets."""
+        asked = [kind for kind in KINDS if kind in self.targets]
+        rules: dict[str, Mapping[Kind, Any]] = {"entries": self.entries}
+        if isinstance(self.top_k, Mapping):
+            rules["top_k"] = self.top_k
+        for name, rule in rules.items():
+            strange = set(rule) - set(asked)
+            if strange and set(rule) != set(KINDS):
+                raise WrongUsage(f"{name} names {', '.join(sorted(strange))}, not among the targets")
+        entries = {kind: float(self.entries[kind]) for kind in asked if kind in self.entries}
+        object.__setattr__(self, "entries", entries)
+        if isinstance(self.top_k, Mapping):
+            fixed = {kind: self.top_k.get(kind, TOP_K) for kind in asked if kind not in entries}
+            twice = [kind for kind in entries if kind in self.top_k and set(self.top_k) != set(KINDS)]
+            if twice:
+                raise WrongUsage(f"top_k and entries both name {', '.join(twice)}")
+            different = set(fixed.values())
+            one = different.pop() if len(different) == 1 else TOP_K
+            object.__setattr__(self, "top_k", fixed if different else one)
+
+    def rule(self, kind: Kind) -> EntryRule:
+        """How many entries are kept at positions of this kind."""
+        if kind in self.entries:
+            least = self.entries[kind]
+            return EntryRule(most=min(self.max_entries, int(1.0 / least)), least_p=least)
+        return EntryRule(most=self.top_k if isinstance(self.top_k, int) else self.top_k.get(kind, TOP_K))
+
+    @property
+    def entry_words(self) -> str:
+        """The rules in words."""
+        asked = [kind for kind in KINDS if kind in self.targets]
+        words = {kind: self._words_of(self.rule(kind)) for kind in asked}
+        if len(set(words.values())) == 1:
+            return words[asked[0]]
+        return ", ".join(f"{kind} {told}" for kind, told in words.items())
+
+    @staticmethod
+    def _words_of(rule: EntryRule) -> str:
+        return f"top {rule.most}" if rule.least_p is None else f"p >= {rule.least_p:g}, at most {rule.most}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""
         document = asdict(self)
         document["targets"] = list(self.targets)
         document["temperatures"] = list(self.temperatures)
+        for name, default in (("entries", {}), ("max_entries", 256)):
+            if document[name] == default:
+                del document[name]
         if self.without:
             document["without"] = list(self.without)
         else:  # as every cache before this key existed

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache_schema.format.records import CapturedSample, QuarantinedRow, TopK
 
@@ -17,28 +18,36 @@ RANK_EDGES: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1
 """Bin edges of a relation's rank; rank 0 is a stored triangle."""
 
 
-def topk_statistics(record: TopK | None) -> dict[str, Any]:
-    """positions; histogram of the covered mass over MASS_EDGES; sums of entropy (where there is one), of
-    the tail's mass and of the label's log-probability (nats); labels; how many of them are the first entry.
+def topk_statistics(records: Sequence[TopK]) -> dict[str, Any]:
+    """positions; histogram of the covered mass over MASS_EDGES; sums of the entries where positions have
+    different numbers of them, of entropy (where there is one), of the tail's mass and of the label's
+    log-probability (nats); labels; how many of them are the first entry.
 
     A label counts as first when its log-probability is that of the first entry, to float32 rounding.
     """
-    if record is None or len(record) == 0:
+
+    def joined(name: str) -> NDArray[Any] | None:
+        parts = [getattr(record, name) for record in records]
+        return None if parts[0] is None else np.concatenate(parts)
+
+    if not sum(map(len, records)):
         return {"positions": 0}
-    at_one = record.temperatures.tolist().index(1.0)
-    tail = np.exp(record.tail_logprob[:, at_one].astype(np.float64))
+    at_one = records[0].temperatures.tolist().index(1.0)
+    tail = np.exp(np.concatenate([record.tail_logprob[:, at_one] for record in records]).astype(np.float64))
     found: dict[str, Any] = {
-        "positions": len(record),
+        "positions": len(tail),
         "covered_mass": np.histogram(np.clip(1.0 - tail, 0.0, 1.0), MASS_EDGES)[0].tolist(),
         "sum_tail_mass": float(tail.sum()),
     }
-    if record.entropy is not None:
-        found["sum_entropy"] = float(record.entropy.sum(dtype=np.float64))
-    if record.label_logprob is not None:
-        first = record.label_logprob >= record.logprobs[:, 0] - 1e-5
+    if (counts := joined("counts")) is not None:
+        found["sum_entries"] = int(counts.sum())
+    if (entropy := joined("entropy")) is not None:
+        found["sum_entropy"] = float(entropy.sum(dtype=np.float64))
+    if (label := joined("label_logprob")) is not None:
+        first = label >= np.concatenate([record.logprobs[:, 0] for record in records]) - 1e-5
         found |= {
-            "labels": len(record),
-            "sum_label_logprob": float(record.label_logprob.sum(dtype=np.float64)),
+            "labels": len(label),
+            "sum_label_logprob": float(label.sum(dtype=np.float64)),
             "label_is_first": int(first.sum()),
         }
     return found

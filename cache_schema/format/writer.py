@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from cache_schema.format.identity import compare
 from cache_schema.format.manifest import CommitRecord, Manifest, StoredFile, commit_path
 from cache_schema.format.records import CapturedSample, QuarantinedRow
 from cache_schema.format.shard import EncodedShard, encode_shard, response_count
+from cache_schema.format.spec import Kind
 from cache_schema.format.statistics import bytes_by_part
 from cache_schema.format.store import Store, open_store
 
@@ -191,7 +192,8 @@ class CacheWriter:
                 if image.relation is not None and (found := relation_problems(image.relation, tokens)):
                     raise ValueError(f"{where}, image {number}, relation: {'; '.join(found)}")
             for name, (record, count) in parts.items():
-                asked = name.split()[0] in spec.targets
+                kind = cast(Kind, name.split()[0])
+                asked = kind in spec.targets
                 if asked != (record is not None):
                     raise ValueError(
                         f"{where}: {name} targets are {'missing' if asked else 'present, against the spec'}"
@@ -200,7 +202,7 @@ class CacheWriter:
                     continue
                 if count is not None and len(record) != count:
                     raise ValueError(f"{where}: {name} has {len(record)} positions, not {count}")
-                if found := topk_problems(record, spec, self._vocab_size):
+                if found := topk_problems(record, kind, spec, self._vocab_size):
                     raise ValueError(f"{where}, {name}: {'; '.join(found)}")
             ends = np.append(sample.label_spans.ravel(), len(sample.input_ids))
             if (np.diff(ends) < 0).any() or (ends < 0).any():

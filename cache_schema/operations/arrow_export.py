@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cache_schema.format.cache import Cache, open_cache
-from cache_schema.format.records import Relation, Sample
+from cache_schema.format.records import Relation, Sample, TopK
 from cache_schema.format.spec import KINDS, Kind, TargetSpec
 from cache_schema.format.store import refuse_inside
 from cache_schema.operations.scores import scores_of
@@ -24,6 +24,7 @@ ROWS = 64
 """Samples per row group."""
 
 _MATRICES = ("token_ids", "logprobs", "tail_logprob")
+_ENTRIES = ("token_ids", "logprobs")
 _NUMBERS = ("logsumexp", "entropy")
 _SCORES = ("confidence", "disagreement", "perplexity")
 
@@ -100,7 +101,8 @@ def _kind(samples: Sequence[Sample], kind: Kind, spec: TargetSpec) -> dict[str, 
         dtype = np.int32 if name in ("token_ids", "sampled_ids", "sampled_counts") else np.float32
         empty = np.zeros((0,) if name in (*_NUMBERS, "label_logprob") else (0, 0), dtype)
         values = [None if record is None else getattr(record, name) for record in records]
-        columns[f"{kind}_{name}"] = _lists([empty if v is None else v for v in values], dtype, empty.ndim)
+        arrays = [empty if value is None else value for value in values]
+        columns[f"{kind}_{name}"] = _lists(arrays, dtype, empty.ndim, records if name in _ENTRIES else ())
     return columns
 
 
@@ -132,16 +134,27 @@ def _relations(relations: Sequence[Sequence[Relation]], spec: TargetSpec) -> dic
     return columns
 
 
-def _lists(arrays: Sequence[NDArray[Any]], dtype: type[np.generic], ndim: int = 1) -> pa.ListArray:
-    """Arrays of `ndim` dimensions as nested lists, one entry per array; their shapes may differ."""
-    flat = np.concatenate([np.zeros(0, dtype), *(np.asarray(a, dtype).ravel() for a in arrays)])
-    values = pa.array(flat)
+def _lists(
+    arrays: Sequence[NDArray[Any]],
+    dtype: type[np.generic],
+    ndim: int = 1,
+    records: Sequence[TopK | None] = (),
+) -> pa.ListArray:
+    """Arrays of `ndim` dimensions as nested lists, one entry per array; their shapes may differ. records: of
+    each array the record whose entries it holds, with as many in a row as are there."""
+    there = [None if record is None else record.there for record in records] or [None] * len(arrays)
+    parts = [a if mask is None else a[mask] for a, mask in zip(arrays, there, strict=True)]
+    values = pa.array(np.concatenate([np.zeros(0, dtype), *(np.asarray(a, dtype).ravel() for a in parts)]))
     if ndim == 2:
-        values = _nested([array.shape[1] for array in arrays for _ in range(len(array))], values)
+        widths = [
+            np.full(len(array), array.shape[1]) if mask is None else mask.sum(axis=1)
+            for array, mask in zip(arrays, there, strict=True)
+        ]
+        values = _nested(np.concatenate([np.zeros(0, np.int64), *widths]), values)
     return _nested([len(array) for array in arrays], values)
 
 
-def _nested(counts: Sequence[int], values: pa.Array) -> pa.ListArray:
+def _nested(counts: Sequence[int] | NDArray[np.int64], values: pa.Array) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     assert offsets[-1] < 1 << 31, "ROWS keeps a row group below what 32-bit offsets reach"
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)

@@ -22,10 +22,11 @@ def kl(a: TopK, b: TopK) -> Float64:
     if len(a) != len(b):
         raise ValueError(f"KL of {len(a)} positions against {len(b)}")
     log_p, log_q = a.logprobs.astype(np.float64), b.logprobs.astype(np.float64)
-    in_b = _places(a.token_ids, b.token_ids)  # (N, K_a)
-    in_a = _places(b.token_ids, a.token_ids)  # (N, K_b)
+    ids_a, ids_b = _distinct(a, -1), _distinct(b, -2)
+    in_b = _places(ids_a, ids_b)  # (N, K_a)
+    in_a = _places(ids_b, ids_a)  # (N, K_b)
     same = np.take_along_axis(log_q, np.maximum(in_b, 0), axis=1)
-    terms = np.where(in_b >= 0, np.exp(log_p) * (log_p - same), 0.0).sum(axis=1)
+    terms = (np.exp(log_p) * np.subtract(log_p, same, out=np.zeros_like(log_p), where=in_b >= 0)).sum(axis=1)
     rest_p = _rest(a, log_p, in_b < 0)
     rest_q = np.maximum(_rest(b, log_q, in_a < 0), LOG_NOTHING)
     rest = np.exp(rest_p) * (np.maximum(rest_p, LOG_NOTHING) - rest_q)
@@ -41,10 +42,15 @@ def relation_cosine(a: Relation, b: Relation) -> float:
     return float(np.clip(_inner(a, b) / norms, -1.0, 1.0)) if norms > 0 else 1.0
 
 
+def _distinct(record: TopK, filling: int) -> Int32:
+    """token_ids with `filling`, which must be below 0, where there is no entry."""
+    return np.where(record.there, record.token_ids, np.int32(filling)).astype(np.int32)
+
+
 def _places(ids: Int32, among: Int32) -> NDArray[np.int64]:
     """For each entry of ids (N, K): its place in the same row of among (N, M), or -1."""
     count, width = among.shape
-    stride = int(max(ids.max(initial=0), among.max(initial=0))) + 1
+    stride = int(max(ids.max(initial=0), among.max(initial=0))) + 3  # rows stay apart, ids below 0 included
     offset = np.arange(count, dtype=np.int64)[:, None] * stride
     keys = (among + offset).ravel()
     order = np.argsort(keys, kind="stable")

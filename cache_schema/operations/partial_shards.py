@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cache_schema.format.cache import Cache
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
-from cache_schema.format.codecs.topk import Arrays, decode_topk, join_stored
+from cache_schema.format.codecs.topk import Arrays, decode_whole, join_stored
 from cache_schema.format.records import (
     CapturedSample,
     QuarantinedRow,
@@ -137,12 +137,13 @@ class _Joined:
         statistics = sample_statistics(samples, lost)
         for kind in KINDS:
             stored = groups.get(kind)
-            record = decode_topk(stored, slice(None), temperatures) if stored else None
-            statistics[kind] = topk_statistics(record)
-            if kind == "response" and record is not None and len(record):
+            records = decode_whole(stored, temperatures) if stored else []
+            statistics[kind] = topk_statistics(records)
+            if kind == "response" and records:
                 labels = np.concatenate([s.input_ids[_response_of(s) + 1] for s in samples])
                 # Stored log-probabilities are rounded; ids are exact.
-                statistics[kind]["label_is_first"] = int((record.token_ids[:, 0] == labels).sum())
+                firsts = np.concatenate([record.token_ids[:, 0] for record in records])
+                statistics[kind]["label_is_first"] = int((firsts == labels).sum())
         if self.relations:
             groups["relation"] = pack_relations(self.relations)
         ranks = [r.rank for r in self.relations]

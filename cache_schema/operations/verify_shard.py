@@ -105,7 +105,7 @@ def _check_content(
                 continue
             if kind != "visual":  # an image's rows may serve several samples
                 counts[f"{kind}_positions"] += len(topk)
-            for what in topk_problems(topk, spec, vocab_size):
+            for what in topk_problems(topk, kind, spec, vocab_size):
                 problem(base + kind, f"{where}: {what}")
         if "relation" in spec.targets and len(sample.relations) != len(sample.images):
             problem(base + "relation", f"{where}: not one relation per image")

@@ -14,12 +14,13 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import Relation, TopK
-from cache_schema.format.spec import KINDS, Precision, TargetSpec
+from cache_schema.format.spec import KINDS, EntryRule, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress, task
 from models.head import Head
+from pipeline.entry_rules import cut
 from pipeline.forecast.choice import build_arguments, choose, chosen_spec
-from pipeline.forecast.fidelity import as_stored, covered, narrowed, relation_angle
+from pipeline.forecast.fidelity import as_stored, covered, relation_angle
 from pipeline.forecast.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
 from pipeline.forecast.stand_in import GivenStudent, NoisyTeacher, StandIn, agreement_at, exact_relations
 from pipeline.forecast.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
@@ -133,11 +134,11 @@ def _measure_positions(
     stored: dict[tuple[int, Precision], TopK] = {}
     rows = []
     for k in config.top_ks:
-        narrow = narrowed(picked, k)
-        mass = covered(whole, k)
+        narrow = cut(picked, EntryRule(most=k))
+        mass = covered(whole, EntryRule(most=k))
         for precision in config.precisions:
             stored[k, precision] = as_stored(narrow, precision)
-            footprint = topk_footprint(narrowed(part, k), precision, head.columns)
+            footprint = topk_footprint(cut(part, EntryRule(most=k)), precision, head.columns)
             footprints[kind, k, precision] = footprint
             error = kl(narrow, stored[k, precision])
             total = footprint.total(workload.positions[kind], workload.shards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_at
 from cache_schema.format.records import Relation, TopK
-from cache_schema.format.spec import Precision
+from cache_schema.format.spec import EntryRule, Precision
 from cache_schema.operations.divergence import relation_cosine
+from pipeline.entry_rules import cut
 
 Float64 = NDArray[np.float64]
 
@@ -22,37 +23,11 @@ _ROWS = 32768  # positions worked on at a time
 _NOTHING = 1e-300  # keeps the log of a mass that a float cannot hold finite
 
 
-def narrowed(record: TopK, top_k: int) -> TopK:
-    """The record of the same positions with the first top_k of its K entries; the rest is added to every
-    tail.
-
-    Equal to a capture with top_k up to rounding. Without tail draws, which belong to one K alone.
-    """
-    logits = record.logprobs.astype(np.float64)  # up to a constant a position, which cancels below
-    tails = []
-    with np.errstate(divide="ignore"):
-        for index, temperature in enumerate(record.temperatures.astype(np.float64)):
-            tail = record.tail_logprob[:, index].astype(np.float64)
-            weights = logits / temperature
-            inside = np.logaddexp.reduce(weights, axis=1)
-            total = inside - np.log(-np.expm1(tail))
-            dropped = np.logaddexp.reduce(weights[:, top_k:], axis=1, initial=-np.inf)
-            tails.append(np.logaddexp(tail, dropped - total))
-    return replace(
-        record,
-        token_ids=np.ascontiguousarray(record.token_ids[:, :top_k]),
-        logprobs=np.ascontiguousarray(record.logprobs[:, :top_k]),
-        tail_logprob=np.stack(tails, axis=1).astype(np.float32),
-        sampled_ids=None,
-        sampled_counts=None,
-    )
-
-
-def covered(record: TopK, top_k: int) -> float:
-    """The mean mass within the first top_k entries at temperature 1."""
+def covered(record: TopK, rule: EntryRule) -> float:
+    """The mean mass within the entries that a rule keeps, at temperature 1."""
     total = 0.0
     for start in range(0, len(record), _ROWS):
-        part = narrowed(topk_at(record, slice(start, start + _ROWS)), top_k)
+        part = cut(topk_at(record, slice(start, start + _ROWS)), rule)
         total += float(-np.expm1(_tail(part)).sum())
     return total / max(len(record), 1)
 
@@ -122,22 +97,24 @@ def compare(teacher: Tensor, student: Tensor, records: Mapping[Any, TopK]) -> di
     dense = float(np.square(q_in - p_in).sum() + _numpy(_dot(gradient, gradient)).sum())
     found = {}
     for key, record in records.items():
-        k = record.token_ids.shape[1]
-        beyond = q_in[:, k:]
+        there = np.zeros(q_in.shape, np.bool_)
+        there[:, : record.token_ids.shape[1]] = record.there
+        beyond = np.where(there, 0.0, q_in)
         q_tail = np.maximum(mass + beyond.sum(axis=1), _NOTHING)
         squares_out = squares + np.square(beyond).sum(axis=1)
-        product_out = product + (beyond * p_in[:, k:]).sum(axis=1)
+        product_out = product + (beyond * p_in).sum(axis=1)
         log_p_tail = _tail(record)
         p_tail = np.exp(log_p_tail)
         shrink = 1.0 - p_tail / q_tail  # s = shrink * q outside the entries
-        log_stored = record.logprobs.astype(np.float64)
-        stored = np.exp(log_stored)
-        inside = q_in[:, :k] - stored
-        seen = (stored * (log_stored - log_q_in[:, :k])).sum()
+        log_stored = np.zeros(q_in.shape)
+        log_stored[there] = record.logprobs[record.there]
+        stored = np.where(there, np.exp(log_stored), 0.0)
+        inside = np.where(there, q_in - stored, 0.0)
+        seen = (stored * (log_stored - log_q_in)).sum()
         seen += (p_tail * (np.maximum(log_p_tail, np.log(_NOTHING)) - np.log(q_tail))).sum()
         found[key] = Agreement(
             positions=len(record),
-            dot=float((inside * (q_in - p_in)[:, :k]).sum() + (shrink * (squares_out - product_out)).sum()),
+            dot=float((inside * (q_in - p_in)).sum() + (shrink * (squares_out - product_out)).sum()),
             dense=dense,
             sparse=float(np.square(inside).sum() + (np.square(shrink) * squares_out).sum()),
             dense_kl=dense_kl,

@@ -71,6 +71,9 @@ def entries_of(target: Any, *, tail: Tail, temperature: float, head: Head, dtype
     if ids.dim() != 2 or ids.shape != logprobs.shape:
         shapes = f"{tuple(ids.shape)} and {tuple(logprobs.shape)}"
         raise ValueError(f"sparse target: token_ids and logprobs must both be (N, K), not {shapes}")
+    if (counts := getattr(target, "counts", None)) is not None:
+        beyond = torch.arange(ids.shape[1], device=ids.device) >= counts[:, None]
+        ids, logprobs = ids.masked_fill(beyond, -1), logprobs.masked_fill(beyond, -math.inf)
     known = getattr(target, "id_range", None)
     ids = _tokens(ids, known or range_of(ids, logprobs > -math.inf), head)
     nothing = logprobs.new_full((len(logprobs),), -math.inf)

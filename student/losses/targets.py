@@ -19,11 +19,11 @@ class PositionTargets:
     """The teacher's distribution at N positions of a batch, flattened over its samples.
 
     positions (N,) int64 into hidden.reshape(B * T, D); samples (N,) int64 in 0..B-1:
-    whose position it is. token_ids (N, K) int32 or int64, distinct along K; logprobs (N, K) float32,
-    natural log of the full softmax at temperature 1; tail_logprob (N, n_T) float32: log of the mass outside
-    the K entries at each of `temperatures` (n_T,) float32. sampled_ids (N, M), none of them among
-    token_ids, with sampled_counts (N, M): draws from the tail at `sample_temperature`; places with count 0
-    are unused.
+    whose position it is. token_ids (N, K) int32 or int64, distinct along K, -1 where a position has fewer
+    than K entries; logprobs (N, K) float32, natural log of the full softmax at temperature 1, -inf there;
+    tail_logprob (N, n_T) float32: log of the mass outside the entries at each of `temperatures` (n_T,)
+    float32. sampled_ids (N, M), none of them among token_ids, with sampled_counts (N, M): draws from the
+    tail at `sample_temperature`; places with count 0 are unused.
     `temperatures` stays on the CPU. id_range: the least and the greatest id with mass, and those among draws
     with a count, where `checked` has found them; then nothing waits for the device to learn them.
     """

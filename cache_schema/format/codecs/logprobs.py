@@ -27,16 +27,27 @@ LARGEST = np.float32(np.finfo(np.float16).max)
 _SMALLEST = np.float32(2.0**-24)  # the smallest positive float16
 
 
+def rounded(values: Float32, bits: int) -> Float32:
+    """`values` with `bits` binary digits; an error of at most 2 ** -bits of each."""
+    mantissa, exponent = np.frexp(values)
+    found: Float32 = np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
+    return found
+
+
 def encode_tail(tail_logprob: Float32) -> Float16:
     """Log of a tail's mass as float16; -inf stays, all other values stay finite and below 0."""
     finite = np.clip(tail_logprob, -LARGEST, -_SMALLEST)
     return np.where(np.isneginf(tail_logprob), tail_logprob, finite).astype(np.float16)
 
 
-def encode_logprobs(logprobs: Float32) -> tuple[UInt8, Float16]:
-    """`steps` (K - 1, N) uint8 and `drop` (N,) float16, in nats, of logprobs (N, K), decreasing along K."""
+def encode_logprobs(logprobs: Float32, bits: int | None = None) -> tuple[UInt8, Float16]:
+    """`steps` (K - 1, N) uint8 and `drop` (N,) float16, in nats, of logprobs (N, K), decreasing along K.
+
+    bits: digits of `drop`; None: all that float16 has.
+    """
     fall = logprobs[:, :1] - logprobs
-    drop = np.minimum(fall[:, -1], LARGEST).astype(np.float16)
+    width = fall[:, -1] if bits is None else rounded(fall[:, -1], bits)
+    drop = np.minimum(width, LARGEST).astype(np.float16)
     unit = np.where(drop > 0, drop, np.float16(1)).astype(np.float32)
     level = np.rint(np.sqrt(fall / unit[:, None]) * LEVELS)
     level = np.minimum(level, LEVELS).astype(np.uint8)
@@ -53,14 +64,19 @@ def levels_of(steps: UInt8) -> UInt8:
 
 def decode_logprobs(steps: UInt8, drop: Float16, tail_logprob: Float16) -> Float32:
     """logprobs (N, K) float32 from steps (K - 1, N), drop (N,) and the tail (N,) at temperature 1."""
-    return decode_levels(levels_of(steps), drop, tail_logprob)
+    return decode_levels(levels_of(steps).T, drop, tail_logprob)
 
 
-def decode_levels(level: UInt8, drop: Float16, tail_logprob: Float16) -> Float32:
-    """logprobs (N, K) float32 from level (K, N), drop (N,) and the tail (N,) at temperature 1."""
-    logprobs = level.T.astype(np.float32, order="C")
+def decode_levels(
+    level: UInt8, drop: Float16, tail_logprob: Float16, there: NDArray[np.bool_] | None = None
+) -> Float32:
+    """logprobs (N, K) float32 from level (N, K), drop (N,) and the tail (N,) at temperature 1; -inf where no
+    entry is `there` (N, K)."""
+    logprobs = level.astype(np.float32, order="C")
     logprobs *= logprobs
     logprobs *= drop.astype(np.float32)[:, None] / -(LEVELS * LEVELS)
+    if there is not None:
+        logprobs[~there] = -np.inf
     inside = np.log(-np.expm1(tail_logprob.astype(np.float32)))
     mass = np.einsum("nk->n", np.exp(logprobs))  # a third of the time of sum(axis=1)
     logprobs += (inside - np.log(mass))[:, None]
