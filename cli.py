@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage, shown
-from cache_schema.operations.settings import DiffConfig, VerifyConfig
+from cache_schema.operations.settings import DiffConfig, MergeConfig, VerifyConfig
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig
 from pipeline.settings import BuildConfig, ForecastConfig
@@ -160,18 +160,18 @@ def diff(
 
 @command()
 def merge(
-    caches: Annotated[list[str], typer.Argument(help="Two or more caches of the same teacher and targets.")],
+    caches: Annotated[list[str], typer.Argument(help="Caches of the same teacher and targets.")],
     out: Annotated[str, typer.Option(help="The new cache.")],
+    config: MergeConfig,
     json_: Json = False,
 ) -> None:
     """Merge caches of one teacher; a row in several caches is taken from the first.
 
-    Whole shards become hard links on one file system (they take no space, and stay valid when the old cache
-    is removed, since files never change), copies elsewhere.
+    Whole shards become hard links on one file system (no space; valid without the old cache), else copies.
     """
     from cache_schema.operations.merge import merge as merge_caches
 
-    _show(merge_caches(caches, out, progress=Bar()), json_, "merged")
+    _show(merge_caches(caches, out, Bar(), config), json_, "merged")
 
 
 @command()

@@ -1,4 +1,6 @@
-"""A build in a process of its own: python -m tests.cache_build_child URL [rank world_size] [--die-at N].
+"""A build in a process of its own.
+
+    python -m tests.cache_build_child URL [rank world_size] [--version V] [--die-at N]
 
 Prints the shards it committed, or with --moments the moments at which it could die.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from cache_schema.format.manifest import FORMAT_VERSION
 from tests.cache_faults import die, moments
 from tests.cache_teacher import KILL_SPEC, build_cache
 
@@ -15,11 +18,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("url")
     parser.add_argument("workers", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--version", type=int, default=FORMAT_VERSION)
     parser.add_argument("--die-at", type=int, default=0)
     parser.add_argument("--moments", action="store_true")
     options = parser.parse_args()
     with moments(options.die_at, die) as counter:
-        made = build_cache(options.url, KILL_SPEC, workers=tuple(options.workers))
+        made = build_cache(options.url, KILL_SPEC, workers=tuple(options.workers), version=options.version)
     print("\n".join(counter.names) if options.moments else " ".join(map(str, made)))
 
 

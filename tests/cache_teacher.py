@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from cache_schema.format.cache import open_cache
 from cache_schema.format.identity import Fingerprint
-from cache_schema.format.manifest import Manifest, Plan
+from cache_schema.format.manifest import FORMAT_VERSION, Manifest, Plan
 from cache_schema.format.records import (
     CapturedImage,
     CapturedSample,
@@ -115,7 +117,13 @@ def make_sample(row: int, spec: TargetSpec, *, tokens: int = 9, share: bool = Fa
     )
 
 
-def make_manifest(spec: TargetSpec, rows: int = 20, shard_size: int = 4, weights: str = "a" * 64) -> Manifest:
+def make_manifest(
+    spec: TargetSpec,
+    rows: int = 20,
+    shard_size: int = 4,
+    weights: str = "a" * 64,
+    version: int = FORMAT_VERSION,
+) -> Manifest:
     order = np.random.default_rng(7).permutation(rows).astype(np.int64)
     return Manifest(
         fingerprint=Fingerprint(
@@ -128,6 +136,7 @@ def make_manifest(spec: TargetSpec, rows: int = 20, shard_size: int = 4, weights
         created="2026-01-01T00:00:00+00:00",
         assets={"tokenizer.json": b'{"vocab": "\xc3\xa4"}', "chat_template.jinja": b"{{ messages }}"},
         dataset={"name": "stand-in", "rows": rows},
+        format_version=version,
     )
 
 
@@ -156,16 +165,24 @@ def build_cache(
     share: bool = False,
     rows: int = 20,
     workers: tuple[int, ...] = (0, 1),
+    version: int = FORMAT_VERSION,
     **options: object,
 ) -> list[int]:
     """Build, or complete, the stand-in cache at `url`, as worker (rank, world size); the shards it made."""
-    writer = CacheWriter.open(url, make_manifest(spec, rows), **options)
+    writer = CacheWriter.open(url, make_manifest(spec, rows, version=version), **options)
     made = []
     for shard in writer.pending(*workers):
         samples, bad = capture(writer.manifest.plan.rows_of(shard).tolist(), spec, share=share)
         if writer.write_shard(shard, samples, bad, engine={"engine": "stand-in"}, seconds=0.5) is not None:
             made.append(shard)
     return made
+
+
+def holding(cache: Path, shard: int, chunk: str) -> Path:
+    """The file of a cache in a directory that holds this chunk of a shard's targets."""
+    alone = list(cache.glob(f"targets/{shard:05d}-*.zarr/{chunk}"))
+    (path,) = alone or cache.glob(f"targets/{shard:05d}-*.zarr.zip")
+    return path
 
 
 def assert_same_cache(url: object, undisturbed: object, **options: object) -> None:

@@ -25,7 +25,7 @@ from cache_schema import (
     open_cache,
 )
 from cache_schema.format.identity import Fingerprint
-from cache_schema.format.manifest import Manifest, Plan
+from cache_schema.format.manifest import FORMAT_VERSION, Manifest, Plan
 
 END, IMAGE = "<|end|>", "<image>"
 HIDDEN = 12
@@ -137,6 +137,7 @@ def make_cache(
     identity: Mapping[str, str] | None = None,
     ids: Mapping[int, str] | None = None,
     processor: Mapping[str, bytes] = PROCESSOR,
+    version: int = FORMAT_VERSION,
 ) -> Cache:
     """A cache of `rows` rows, or of `shards` only. Every second row shares the picture of the one before it.
 
@@ -161,6 +162,7 @@ def make_cache(
         spec=spec,
         plan=plan,
         created="2026-01-01T00:00:00+00:00",
+        format_version=version,
         assets={"tokenizer.json": made.to_str().encode(), **processor},
         dataset={"data": "fake.json", "teacher": "fake-teacher", "rows": rows, "image_root": str(image_root)},
     )

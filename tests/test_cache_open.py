@@ -1,4 +1,4 @@
-"""Stock libraries open every file, and caches of version 1 stay readable for ever.
+"""Stock libraries open every file, and caches of every version stay readable for ever.
 
 The reader here is written after docs/cache-format.md and uses nothing of kdcache. The golden caches under
 tests/golden/cache-v1 were written once; they and the numbers beside them must never be made again.
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
 import zarr
+from numcodecs import Blosc
 
 from cache_schema import Sample, TargetSpec, TopK, open_cache
+from cache_schema.format.archive import unpack
 from cache_schema.operations.verify import verify
-from tests.cache_teacher import build_cache
+from tests.cache_teacher import build_cache, holding
 
 GOLDEN = Path(__file__).parent / "golden" / "cache-v1"
 TARGETS = ("response", "visual", "relation", "prompt")
@@ -66,6 +71,13 @@ def gram(group: zarr.Group, image: int) -> np.ndarray:
     return factor @ factor.T
 
 
+def stock_targets(root: Path, name: str, version: int) -> zarr.Group:
+    if version == 1:
+        return zarr.open_group(root / "targets" / f"{name}.zarr", mode="r")
+    path = root / "targets" / f"{name}.zarr.zip"
+    return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
+
+
 def read_stock(root: Path) -> list[dict[str, Any]]:
     """Every sample of a cache, by json, hashlib, pyarrow and zarr alone."""
     manifest = unsealed(root / "manifest.json")
@@ -74,10 +86,14 @@ def read_stock(root: Path) -> list[dict[str, Any]]:
     for path in sorted((root / "commits").glob("*.json")):
         record = unsealed(path)
         assert record["cache"] == manifest["identity"]
+        assert record["format_version"] == manifest["format_version"]
         for file in record["files"]:
-            assert hashlib.sha256((root / file["path"]).read_bytes()).hexdigest() == file["sha256"]
+            data = (root / file["path"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == file["sha256"]
+            for part in file.get("parts", {}).values():
+                assert hashlib.sha256(data[part["start"] : part["end"]]).hexdigest() == part["sha256"]
         name = f"{record['shard']:05d}-{record['attempt']}"
-        targets = zarr.open(root / "targets" / f"{name}.zarr", mode="r")
+        targets = stock_targets(root, name, manifest["format_version"])
         with pa.OSFile(str(root / "samples" / f"{name}.arrow")) as source:
             table = pa.ipc.open_file(source).read_all()
         for row in table.to_pylist():
@@ -131,6 +147,7 @@ def assert_sample(found: Sample, stock: dict[str, Any]) -> None:
         np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -140,8 +157,8 @@ def assert_sample(found: Sample, stock: dict[str, Any]) -> None:
     ],
     ids=["compact", "full", "relation"],
 )
-def test_stock_libraries_read_what_is_written(tmp_path: Path, spec: TargetSpec) -> None:
-    build_cache(tmp_path, spec, share=True)
+def test_stock_libraries_read_what_is_written(tmp_path: Path, spec: TargetSpec, version: int) -> None:
+    build_cache(tmp_path, spec, share=True, version=version)
     cache = open_cache(tmp_path)
     stock = read_stock(tmp_path)
     assert len(stock) == len(cache)
@@ -149,22 +166,57 @@ def test_stock_libraries_read_what_is_written(tmp_path: Path, spec: TargetSpec) 
         assert_sample(cache[index], sample)
 
 
-def test_every_array_carries_a_checksum(tmp_path: Path) -> None:
-    build_cache(tmp_path, TargetSpec(targets=TARGETS, top_k=5, tail_samples=2))
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_array_carries_a_checksum(tmp_path: Path, version: int) -> None:
+    build_cache(tmp_path, TargetSpec(targets=TARGETS, top_k=5, tail_samples=2), version=version)
     arrays = 0
-    for path in tmp_path.glob("targets/*.zarr"):
-        for _, array in zarr.open_group(path, mode="r").members(max_depth=None):
+    for record in open_cache(tmp_path).commits.values():
+        for _, array in stock_targets(tmp_path, record.name, version).members(max_depth=None):
             if isinstance(array, zarr.Array):
                 arrays += 1
                 assert type(array.compressors[-1]).__name__ == "Crc32cCodec"
                 assert array.metadata.zarr_format == 3
     assert arrays == 5 * (3 * 9 + 2 + 7)
-    chunk = next(tmp_path.glob("targets/*.zarr/response/steps/c/0/0"))
-    data = bytearray(chunk.read_bytes())
-    data[len(data) // 2] ^= 8
-    chunk.write_bytes(data)
-    with pytest.raises(ValueError, match="checksum"):
-        zarr.open(chunk.parents[4], mode="r")["response/steps"][:]
+    path = holding(tmp_path, 0, "response/steps/c/0/0")
+    data = bytearray(path.read_bytes())
+    chunk = data if version == 1 else bytes(unpack(bytes(data))["response/steps/c/0/0"])
+    data[data.index(chunk) + len(chunk) // 2] ^= 8
+    path.write_bytes(data)
+    with pytest.raises((ValueError, zipfile.BadZipFile), match=r"checksum|Bad CRC"):
+        stock_targets(tmp_path, open_cache(tmp_path).commits[0].name, version)["response/steps"][:]
+
+
+def test_a_shard_of_version_2_is_few_files_which_ranges_and_urls_open(tmp_path: Path) -> None:
+    """As docs/cache-format.md tells: a zip through fsspec, and one array by a range of its file."""
+    spec = TargetSpec(targets=TARGETS, top_k=5, tail_samples=2)
+    build_cache(tmp_path, spec, share=True)
+    assert [len(list(tmp_path.glob(f"*/{shard:05d}*"))) for shard in range(5)] == [4] * 5
+    cache = open_cache(tmp_path)
+    record, (_, groups) = cache.commits[0], cache.stored_shard(0, spec.targets)
+    files = fsspec.filesystem("memory")
+    files.pipe("/few/targets.zarr.zip", (tmp_path / record.targets).read_bytes())
+    remote = zarr.open_group("zip::memory://few/targets.zarr.zip", mode="r")
+    assert remote.attrs["temperatures"] == [1.0]
+    for group, arrays in groups.items():
+        for name, values in arrays.items():
+            np.testing.assert_array_equal(remote[f"{group}/{name}"][:], values)
+    with zipfile.ZipFile(tmp_path / record.targets) as archive:
+        listed = {entry.filename: entry for entry in archive.infolist()}
+    assert {(e.compress_type, e.file_size - e.compress_size) for e in listed.values()} == {(0, 0)}
+    chunk = listed["response/logsumexp/c/0"]
+    start = chunk.header_offset + 30 + len(chunk.filename)
+    stored = files.cat_file("/few/targets.zarr.zip", start, start + chunk.file_size)
+    assert zlib.crc32(stored) == chunk.CRC
+    values = np.frombuffer(Blosc().decode(stored[:-4]), "<f4")
+    np.testing.assert_array_equal(values, groups["response"]["logsumexp"])
+
+
+def test_equal_arrays_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build_cache(tmp_path / name, TargetSpec(targets=TARGETS, top_k=5), share=True)
+    a, b = (open_cache(tmp_path / name).commits.values() for name in ("a", "b"))
+    assert [file.sha256 for r in a for file in r.files] == [file.sha256 for r in b for file in r.files]
+    assert len({record.attempt for record in (*a, *b)}) == 10
 
 
 def numbers_of(sample: Sample) -> dict[str, Any]:

@@ -30,13 +30,17 @@ def failing(code: int) -> Callable[[], None]:
     return strike
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 40, 117, 118, 119, 120, 121, 122, 123, 124, 200, 400])
-def test_a_full_disk_at_any_moment(tmp_path: Path, undisturbed: Path, at: int) -> None:
+@pytest.mark.parametrize(
+    ("version", "at"),
+    [(1, at) for at in (1, 2, 3, 40, 117, 118, 119, 120, 121, 122, 123, 124, 200, 400)]
+    + [(2, at) for at in (1, 3, 8, 9, *range(20, 40), 80)],
+)
+def test_a_full_disk_at_any_moment(tmp_path: Path, undisturbed: Path, version: int, at: int) -> None:
     with (
         moments(at, failing(errno.ENOSPC)) as counter,
         pytest.raises(KdcacheError, match="disk is full: free"),
     ):
-        build_cache(tmp_path / "cache", KILL_SPEC)
+        build_cache(tmp_path / "cache", KILL_SPEC, version=version)
     assert len(counter.names) >= at
     if (tmp_path / "cache" / "manifest.json").exists():
         report = verify(tmp_path / "cache")
@@ -111,10 +115,10 @@ def test_another_identity_is_refused_with_both_values(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     manifest = make_manifest(KILL_SPEC)
     newer = type(manifest)(
-        **{n: getattr(manifest, n) for n in manifest.__dataclass_fields__} | {"format_version": 2}
+        **{n: getattr(manifest, n) for n in manifest.__dataclass_fields__} | {"format_version": 3}
     )
     (tmp_path / "manifest.json").write_bytes(newer.to_bytes())
-    with pytest.raises(KdcacheError, match="format version 2, this kdcache reads 1"):
+    with pytest.raises(KdcacheError, match="format version 3, this kdcache reads 1 and 2"):
         open_cache(tmp_path)
 
 

@@ -13,7 +13,7 @@ from cache_schema import (
     open_cache,
 )
 from cache_schema.format.records import CapturedSample, labels_of, positions_by_kind
-from tests.cache_teacher import build_cache, capture, make_manifest
+from tests.cache_teacher import build_cache, capture, holding, make_manifest
 
 SPECS = {
     "compact": TargetSpec(top_k=8),
@@ -124,15 +124,20 @@ def test_parts_of_a_shard_are_read_alone(tmp_path) -> None:
         cache.read_shard(0, parts=("prompt",))
 
 
-def test_a_missing_or_altered_target_raises(tmp_path) -> None:
-    build_cache(str(tmp_path / "cache"), SPECS["compact"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_missing_or_altered_target_raises(tmp_path, version: int) -> None:
+    build_cache(str(tmp_path / "cache"), SPECS["compact"], version=version)
     cache = open_cache(tmp_path / "cache")
-    chunk = next((tmp_path / "cache" / "targets").glob("00001-*/visual/ids/c/0/0"))
+    chunk = holding(tmp_path / "cache", 1, "visual/ids/c/0/0")
     data = chunk.read_bytes()
-    chunk.write_bytes(data[:-3] + bytes([data[-3] ^ 4]) + data[-2:])
-    with pytest.raises(CacheDamaged, match=r"visual/ids/c/0/0: truncated or altered.*verify --repair"):
+    at = len(data) - 3 if version == 1 else cache.commits[1].files[-1].parts["visual"][1] - 3
+    chunk.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    named = "visual/ids/c/0/0" if version == 1 else r"zarr\.zip"
+    with pytest.raises(CacheDamaged, match=rf"{named}: truncated or altered.*verify --repair"):
         cache.read_shard(1)
+    with pytest.raises(CacheDamaged, match="truncated or altered"):
+        cache.read_shard(1, parts=("visual",))
+    cache.read_shard(1, parts=("response",))
     chunk.unlink()
     with pytest.raises(CacheDamaged, match="missing"):
         cache.read_shard(1)
-    cache.read_shard(1, parts=("response",))

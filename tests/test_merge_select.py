@@ -24,7 +24,9 @@ from cache_schema import (
 from cache_schema.format.records import Sample, TopK
 from cache_schema.operations.merge import merge
 from cache_schema.operations.select import select
+from cache_schema.operations.settings import MergeConfig
 from cache_schema.operations.verify import verify
+from tests.cache_teacher import assert_same_cache, holding
 from tests.fake_caches import by_row, make_cache
 
 COMPACT = TargetSpec(top_k=8, temperatures=(1.0, 2.0))
@@ -220,16 +222,20 @@ def test_where_links_are_impossible_files_are_copied(
     assert len(open_cache("memory://selected")) == 8
 
 
-def test_a_damaged_source_is_not_copied(tmp_path: Path, pictures: Path) -> None:
-    source = make_cache(tmp_path / "a", pictures, rows=4, shard_size=4)
-    path = next(f.path for f in source.commits[0].files if "/response/" in f.path and f.bytes > 40)
-    data = bytearray((tmp_path / "a" / path).read_bytes())
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_damaged_source_is_not_copied(tmp_path: Path, pictures: Path, version: int) -> None:
+    make_cache(tmp_path / "a", pictures, rows=4, shard_size=4, version=version)
+    path = holding(tmp_path / "a", 0, "response/steps/c/0/0")
+    data = bytearray(path.read_bytes())
     data[-9] ^= 1
-    (tmp_path / "a" / path).write_bytes(data)
-    with pytest.raises(CacheDamaged, match="response"):
-        select(str(tmp_path / "a"), "row >= 0", "memory://damaged")
-    with pytest.raises(CacheDamaged, match="response"):
+    path.write_bytes(data)
+    with pytest.raises(CacheDamaged, match=path.name):
+        select(str(tmp_path / "a"), "row >= 0", f"memory://damaged-{version}")
+    with pytest.raises(CacheDamaged, match=path.name):
         select(str(tmp_path / "a"), "row > 0", str(tmp_path / "b"))
+    if version == 1:
+        with pytest.raises(CacheDamaged, match=path.name):
+            merge([str(tmp_path / "a")], str(tmp_path / "c"), config=MergeConfig(format=2))
 
 
 def test_nothing_selected_writes_nothing(tmp_path: Path, pictures: Path) -> None:
@@ -300,6 +306,70 @@ def test_a_row_captured_anywhere_leaves_quarantine(tmp_path: Path, pictures: Pat
     merged = sound(tmp_path / "c")
     assert sorted(by_row(merged)) == [0, 1, 2, 3, 4, 6, 7]
     assert [(row.row, row.reason) for row in merged.quarantined()] == [(5, "broken_image")]
+
+
+# Format versions
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_one_cache_of_version_1_becomes_version_2(tmp_path: Path, pictures: Path, name: str) -> None:
+    """As stored, bit by bit, and nothing else of the cache changes."""
+    old = make_cache(
+        tmp_path / "a", pictures, rows=11, spec=SPECS[name], patches=(9, 5), bad={4: "no_turns"}, version=1
+    )
+    told = merge([str(tmp_path / "a")], str(tmp_path / "b"), config=MergeConfig(format=2))
+    assert (told["repacked_shards"], told["shards"], told["samples"]) == (3, 3, 10)
+    assert_same_cache(tmp_path / "b", tmp_path / "a")
+    new = open_cache(tmp_path / "b")
+    assert (old.manifest.format_version, new.manifest.format_version) == (1, 2)
+    assert replace(new.manifest, format_version=1).to_bytes() == old.manifest.to_bytes()
+    for shard, record in new.commits.items():
+        before = old.commits[shard]
+        assert len(record.files) == 3
+        assert (record.counts, record.engine, record.seconds) == (
+            before.counts,
+            before.engine,
+            before.seconds,
+        )
+        ours, theirs = (
+            {k: v for k, v in r.statistics.items() if k != "bytes"} | {"slowest": []}
+            for r in (record, before)
+        )
+        assert ours == theirs
+    again = merge([str(tmp_path / "a")], str(tmp_path / "b"), config=MergeConfig(format=2))
+    assert again["already_there"] == 3
+
+
+def test_versions_are_merged_into_the_newest_among_them(tmp_path: Path, pictures: Path) -> None:
+    """Parts of one build, and other datasets; whole shards and parts of shards."""
+    parts = {"a": (1, (0, 2)), "b": (2, (1, 3))}
+    for name, (version, shards) in parts.items():
+        make_cache(tmp_path / name, pictures, rows=14, shards=shards, version=version)
+    make_cache(tmp_path / "c", pictures, rows=5, identity={"dataset": "e"}, bad={0: "no_turns"}, version=1)
+    whole = make_cache(tmp_path / "whole", pictures, rows=14)
+    told = merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "d"))
+    assert (told["repacked_shards"], told["linked_shards"]) == (2, 2)
+    assert sound(tmp_path / "d").manifest.format_version == 2
+    assert_same_cache(tmp_path / "d", tmp_path / "whole")
+    select(str(tmp_path / "whole"), "row != 5", str(tmp_path / "e"))
+    told = merge([str(tmp_path / name) for name in "ace"], str(tmp_path / "f"))
+    merged = by_row(sound(tmp_path / "f"))
+    assert set(merged) == {*range(14), 15, 16, 17, 18} - {5}
+    before = by_row(whole)
+    for row in {*range(14)} - {5}:
+        assert_same(before[row], merged[row])
+    for row, sample in by_row(open_cache(tmp_path / "c")).items():
+        assert_same(sample, merged[row + 14], offset=14)
+
+
+def test_old_caches_stay_in_their_version(tmp_path: Path, pictures: Path) -> None:
+    for name in "ab":
+        make_cache(tmp_path / name, pictures, rows=6, identity={"dataset": name}, version=1)
+    merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
+    select(str(tmp_path / "a"), "row != 1", str(tmp_path / "d"))
+    assert [sound(tmp_path / name).manifest.format_version for name in "cd"] == [1, 1]
+    with pytest.raises(KdcacheError, match=r"in format version 1, not 2; give another --out"):
+        merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"), config=MergeConfig(format=2))
 
 
 def test_other_teachers_are_not_merged(tmp_path: Path, pictures: Path) -> None:

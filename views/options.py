@@ -174,7 +174,9 @@ def _from_text(setting: Setting, value: Any) -> Any:
             raise typer.BadParameter(problem, param_hint=_name(setting)) from None
     if kind == tuple[str, ...]:
         return tuple(word for text in value for word in words(text))
-    if value is None or origin is None or origin is Literal:
+    if origin is Literal:
+        return next((choice for choice in get_args(kind) if str(choice) == value), value)
+    if value is None or origin is None:
         return value
     if origin is Mapping:
         return _by_name(setting, value)

@@ -16,14 +16,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.errors import CacheDamaged, KdcacheError
+from cache_schema.format.archive import unpack
 from cache_schema.format.block import ShardBlock
 from cache_schema.format.codecs.topk import Arrays
 from cache_schema.format.file_cache import FileCache
-from cache_schema.format.manifest import CommitRecord, Manifest, Plan, StoredFile
+from cache_schema.format.manifest import CommitRecord, Manifest, Plan
 from cache_schema.format.records import QuarantinedRow, Sample
 from cache_schema.format.shard import read_groups, read_table
 from cache_schema.format.spec import TargetSpec
-from cache_schema.format.store import Store, open_store
+from cache_schema.format.store import Range, Store, open_store
 from cache_schema.format.writer import MANIFEST
 
 KEPT_SHARDS = 3
@@ -116,18 +117,20 @@ class Cache:
         if unknown := set(parts) - set(self.spec.targets):
             raise ValueError(f"{self.url}: has no {', '.join(sorted(unknown))} targets")
         record = self.commits[shard]
-        base = f"targets/{shard:05d}-{record.attempt}.zarr/"
+        found = self._read(record.extents("samples") | record.target_extents(parts))
+        table = next(data for place, data in found.items() if place.path.startswith("samples/"))
+        try:
+            return read_table(table), read_groups(hierarchy(record, found))
+        except ValueError as error:
+            raise CacheDamaged(f"{self.url}/{record.targets}: {error}; {REMEDY}") from error
 
-        def needed(path: str) -> bool:
-            if not path.startswith(base):
-                return path.startswith("samples/")
-            pieces = path.removeprefix(base).split("/")
-            return len(pieces) == 1 or pieces[0] in parts
-
-        files = self._read(record, needed)
-        groups = read_groups({p.removeprefix(base): d for p, d in files.items() if p.startswith(base)})
-        table = next(data for path, data in files.items() if path.startswith("samples/"))
-        return read_table(table), groups
+    def files_of(self, shard: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        """A shard as stored: its tables by their path, and the zarr hierarchy of its targets."""
+        record = self.commits[shard]
+        wanted = {place: digest for file in record.files for place, digest in file.whole.items()}
+        found = self._read(wanted)
+        tables = {place.path: data for place, data in found.items() if not place.path.startswith("targets/")}
+        return tables, {path: bytes(data) for path, data in hierarchy(record, found).items()}
 
     def index(self) -> CacheIndex:
         """Sizes of every sample, without reading a target."""
@@ -156,37 +159,48 @@ class Cache:
                 yield QuarantinedRow(**row)
 
     def _table(self, shard: int, kind: str, columns: list[str] | None = None) -> Any:
-        files = self._read(self.commits[shard], lambda path: path.startswith(f"{kind}/"))
-        return read_table(next(iter(files.values())), columns)
+        (data,) = self._read(self.commits[shard].extents(kind)).values()
+        return read_table(data, columns)
 
-    def _read(self, record: CommitRecord, needed: Any) -> dict[str, bytes]:
-        wanted = {file.path: file for file in record.files if needed(file.path)}
-        files = self._from_blocks(wanted)
-        absent = {path: file.bytes for path, file in wanted.items() if path not in files}
+    def _read(self, wanted: Mapping[Range, str]) -> dict[Range, bytes]:
+        """Parts of files, each with its SHA-256, by which it is checked."""
+        found = self._from_blocks(wanted)
+        absent = [place for place in wanted if place not in found]
         try:
-            fetched = self.store.read_many(absent)
+            fetched = dict(zip(absent, self.store.read_many(absent), strict=True))
         except FileNotFoundError as error:
-            missing = next((p for p in wanted if not self.store.exists(p)), "a file")
+            missing = next((place.path for place in wanted if not self.store.exists(place.path)), "a file")
             raise CacheDamaged(f"{self.url}/{missing}: missing; {REMEDY}") from error
         except OSError as error:
             raise _unreadable(self.store, error) from error
-        for path, data in fetched.items():
-            if not _is(data, wanted[path]):
-                raise CacheDamaged(f"{self.url}/{path}: truncated or altered; {REMEDY}")
+        for place, data in fetched.items():
+            if not _is(data, place, wanted[place]):
+                raise CacheDamaged(f"{self.url}/{place.path}: truncated or altered; {REMEDY}")
         if self._blocks is not None and fetched:
-            self._blocks.put({wanted[path].sha256: data for path, data in fetched.items()})
-        return files | fetched
+            self._blocks.put({wanted[place]: data for place, data in fetched.items()})
+        return found | fetched
 
-    def _from_blocks(self, wanted: Mapping[str, StoredFile]) -> dict[str, bytes]:
-        """Those of the files that the local file cache holds, verified."""
+    def _from_blocks(self, wanted: Mapping[Range, str]) -> dict[Range, bytes]:
+        """Those that the local file cache holds, verified."""
         if self._blocks is None:
             return {}
-        here = self._blocks.get({file.sha256 for file in wanted.values()})
-        files = {path: here[file.sha256] for path, file in wanted.items() if file.sha256 in here}
-        for path in [path for path, data in files.items() if not _is(data, wanted[path])]:
-            self._blocks.forget(wanted[path].sha256)
-            del files[path]
-        return files
+        here = self._blocks.get(set(wanted.values()))
+        found = {place: here[digest] for place, digest in wanted.items() if digest in here}
+        for place in [place for place, data in found.items() if not _is(data, place, wanted[place])]:
+            self._blocks.forget(wanted[place])
+            del found[place]
+        return found
+
+
+def hierarchy(record: CommitRecord, read: Mapping[Range, bytes]) -> dict[str, bytes | memoryview]:
+    """The zarr hierarchy of a shard's targets, path inside it -> bytes, of what was read of it.
+
+    ValueError when a zip cannot be taken apart.
+    """
+    of_targets = {place: data for place, data in read.items() if place.path.startswith("targets/")}
+    if record.format_version == 1:
+        return {place.path.removeprefix(f"{record.targets}/"): data for place, data in of_targets.items()}
+    return {path: entry for data in of_targets.values() for path, entry in unpack(data).items()}
 
 
 def open_cache(
@@ -218,16 +232,17 @@ def _read_commits(store: Store, manifest: Manifest) -> dict[int, CommitRecord]:
     commits, identity = {}, manifest.identity
     sizes = store.list("commits")
     paths = [path for path in sizes if not path.startswith("commits/.")]
-    for path, data in store.read_many({path: sizes[path] for path in paths}).items():
+    for path, data in zip(paths, store.read_many([Range(p, 0, sizes[p]) for p in paths]), strict=True):
         record = CommitRecord.from_bytes(data, f"{store.url}/{path}")
-        if record.path != path or record.cache != identity:
+        mine = record.cache == identity and record.format_version == manifest.format_version
+        if record.path != path or not mine:
             raise CacheDamaged(f"{store.url}/{path}: it belongs to another shard or cache; {REMEDY}")
         commits[record.shard] = record
     return commits
 
 
-def _is(data: bytes, file: StoredFile) -> bool:
-    return len(data) == file.bytes and hashlib.sha256(data).hexdigest() == file.sha256
+def _is(data: bytes, place: Range, digest: str) -> bool:
+    return len(data) == place.end - place.start and hashlib.sha256(data).hexdigest() == digest
 
 
 def _unreadable(store: Store, error: OSError) -> KdcacheError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,15 @@ from cache_schema.errors import CacheDamaged, KdcacheError
 from cache_schema.format.identity import Fingerprint, digest_of
 from cache_schema.format.sealed import seal, unseal
 from cache_schema.format.spec import TargetSpec
+from cache_schema.format.store import Range
 from cache_schema.version import VERSION
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of new caches."""
+
+VERSIONS = (1, 2)
+"""The versions that are read, and in which a cache that was begun is continued. 1: targets are a folder of
+files; 2: one zip per shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +146,10 @@ class Manifest:
         document = unseal(data, where)
         if document.get("format") != "kdcache":
             raise KdcacheError(f"{where}: not the manifest of a kdcache cache; give another directory")
-        if document["format_version"] != FORMAT_VERSION:
+        if document["format_version"] not in VERSIONS:
             raise KdcacheError(
                 f"{where}: format version {document['format_version']}, this kdcache reads "
-                f"{FORMAT_VERSION}; install a kdcache that reads it"
+                f"{' and '.join(map(str, VERSIONS))}; install a kdcache that reads it"
             )
         assets = {name: _unpack(entry["data"]) for name, entry in document["assets"].items()}
         for name, entry in document["assets"].items():
@@ -163,11 +169,45 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
-    """A file of a shard: path from the cache's root, size in bytes, SHA-256 in hex."""
+    """A file of a shard: path from the cache's root, size in bytes, SHA-256 in hex.
+
+    parts: of the targets in version 2, the bytes of each group: (start, end, SHA-256).
+    """
 
     path: str
     bytes: int
     sha256: str
+    parts: Mapping[str, tuple[int, int, str]] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> dict[Range, str]:
+        """All its bytes, and their SHA-256."""
+        return {Range(self.path, 0, self.bytes): self.sha256}
+
+    def some(self, groups: Collection[str]) -> dict[Range, str]:
+        """The bytes of these groups, each with its SHA-256; the whole file when it has no others."""
+        if groups == self.parts.keys():
+            return self.whole
+        return {Range(self.path, *self.parts[name][:2], whole=False): self.parts[name][2] for name in groups}
+
+    def to_json(self) -> dict[str, Any]:
+        """As in a commit record."""
+        document: dict[str, Any] = {"path": self.path, "bytes": self.bytes, "sha256": self.sha256}
+        if self.parts:
+            document["parts"] = {
+                name: {"start": start, "end": end, "sha256": digest}
+                for name, (start, end, digest) in self.parts.items()
+            }
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> StoredFile:
+        """The file of a commit record."""
+        parts = {
+            name: (part["start"], part["end"], part["sha256"])
+            for name, part in document.get("parts", {}).items()
+        }
+        return cls(path=document["path"], bytes=document["bytes"], sha256=document["sha256"], parts=parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +230,35 @@ class CommitRecord:
     seconds: float
     created: str
     kdcache_version: str = VERSION
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def name(self) -> str:
+        """What the names of its files begin with."""
+        return f"{self.shard:05d}-{self.attempt}"
+
+    @property
+    def targets(self) -> str:
+        """The path of its targets from the cache's root: a folder in version 1, a file in version 2."""
+        return targets_path(self.name, self.format_version)
+
+    def extents(self, kind: str) -> dict[Range, str]:
+        """All bytes of the files below the folder `kind`, with their SHA-256."""
+        found: dict[Range, str] = {}
+        for file in self.files:
+            if file.path.startswith(f"{kind}/"):
+                found |= file.whole
+        return found
+
+    def target_extents(self, targets: Collection[str]) -> dict[Range, str]:
+        """The bytes that hold the groups of these targets, with their SHA-256."""
+        found: dict[Range, str] = {}
+        for file in self.files:
+            if file.path == self.targets:
+                found |= file.some({name for name in file.parts if name.split("_")[0] in targets})
+            elif file.path.removeprefix(f"{self.targets}/").split("/")[0] in targets:
+                found |= file.whole
+        return found
 
     @property
     def path(self) -> str:
@@ -201,7 +270,7 @@ class CommitRecord:
         return seal(
             {
                 "format": "kdcache-commit",
-                "format_version": FORMAT_VERSION,
+                "format_version": self.format_version,
                 "cache": self.cache,
                 "shard": self.shard,
                 "attempt": self.attempt,
@@ -211,7 +280,7 @@ class CommitRecord:
                 "engine": self.engine,
                 "counts": self.counts,
                 "statistics": self.statistics,
-                "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
+                "files": [file.to_json() for file in self.files],
             }
         )
 
@@ -219,11 +288,9 @@ class CommitRecord:
     def from_bytes(cls, data: bytes, where: str) -> CommitRecord:
         """The record in `data`. CacheDamaged when altered."""
         document = unseal(data, where)
-        if document["format"] != "kdcache-commit" or document["format_version"] != FORMAT_VERSION:
-            raise CacheDamaged(f"{where}: not a commit record of format version {FORMAT_VERSION}")
-        document["files"] = tuple(
-            StoredFile(path=f["path"], bytes=f["bytes"], sha256=f["sha256"]) for f in document["files"]
-        )
+        if document["format"] != "kdcache-commit" or document["format_version"] not in VERSIONS:
+            raise CacheDamaged(f"{where}: not a commit record of format version {VERSIONS}")
+        document["files"] = tuple(map(StoredFile.from_json, document["files"]))
         document.setdefault("kdcache_version", "")
         return cls(**{name: document[name] for name in cls.__dataclass_fields__})
 
@@ -231,6 +298,11 @@ class CommitRecord:
 def commit_path(shard: int) -> str:
     """Path of a shard's commit record from the cache's root."""
     return f"commits/{shard:05d}.json"
+
+
+def targets_path(name: str, version: int) -> str:
+    """Path of the targets of the shard `name` ("00000-<attempt>") from the cache's root."""
+    return f"targets/{name}.zarr{'.zip' if version > 1 else ''}"
 
 
 def _pack(data: bytes) -> str:

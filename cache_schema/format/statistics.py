@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,3 @@ def sample_statistics(
         "cut": sum(s.answers_cut > 0 for s in samples),
         "quarantined": dict(Counter(row.reason for row in quarantined)),
     }
-
-
-def bytes_by_part(files: Mapping[str, bytes]) -> dict[str, int]:
-    """Bytes of a shard's files: samples, quarantine, response, visual, prompt, relation, other."""
-    sizes: Counter[str] = Counter()
-    for path, data in files.items():
-        pieces = path.split("/")
-        part = pieces[0] if pieces[0] != "targets" else (pieces[2] if len(pieces) > 3 else "other")
-        sizes[part] += len(data)
-    return dict(sorted(sizes.items()))

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 
@@ -27,6 +27,16 @@ WORKERS = 8
 _CREATION = threading.Lock()
 
 
+class Range(NamedTuple):
+    """The bytes of a file from `start` to `end`. whole: all that the file should hold, so that a longer one
+    shows where that costs nothing."""
+
+    path: str
+    start: int
+    end: int
+    whole: bool = True
+
+
 class Store(Protocol):
     """The storage operations that a cache needs. Paths are relative, with forward slashes.
 
@@ -39,7 +49,7 @@ class Store(Protocol):
 
     def read(self, path: str) -> bytes: ...
 
-    def read_many(self, sizes: Mapping[str, int]) -> dict[str, bytes]: ...
+    def read_many(self, ranges: Sequence[Range]) -> list[bytes]: ...
 
     def exists(self, path: str) -> bool: ...
 
@@ -89,9 +99,16 @@ class LocalStore:
     def read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
 
-    def read_many(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
+    def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
         with ThreadPoolExecutor(WORKERS) as pool:
-            return dict(zip(sizes, pool.map(self.read, sizes), strict=True))
+            return list(pool.map(self._read_range, ranges))
+
+    def _read_range(self, wanted: Range) -> bytes:
+        if wanted.whole:
+            return self.read(wanted.path)
+        with open(self.root / wanted.path, "rb") as file:
+            file.seek(wanted.start)
+            return file.read(wanted.end - wanted.start)
 
     def exists(self, path: str) -> bool:
         return (self.root / path).exists()
@@ -202,23 +219,23 @@ class ObjectStore:
         assert isinstance(data, bytes)
         return data
 
-    def read_many(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
-        ranges = [
-            (path, start, min(start + RANGE_BYTES, size))
-            for path, size in sizes.items()
-            for start in range(0, max(size, 1), RANGE_BYTES)
+    def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
+        split = [
+            (number, start, min(start + RANGE_BYTES, wanted.end))
+            for number, wanted in enumerate(ranges)
+            for start in range(wanted.start, max(wanted.end, wanted.start + 1), RANGE_BYTES)
         ]
         pieces = self._call(
             "cat_ranges",
-            [self._at(path) for path, _, _ in ranges],
-            [start for _, start, _ in ranges],
-            [end for _, _, end in ranges],
+            [self._at(ranges[number].path) for number, _, _ in split],
+            [start for _, start, _ in split],
+            [end for _, _, end in split],
             on_error="raise",
         )
-        joined: dict[str, list[bytes]] = {path: [] for path in sizes}
-        for (path, _, _), piece in zip(ranges, pieces, strict=True):
-            joined[path].append(piece)
-        return {path: b"".join(parts) for path, parts in joined.items()}
+        joined: list[list[bytes]] = [[] for _ in ranges]
+        for (number, _, _), piece in zip(split, pieces, strict=True):
+            joined[number].append(piece)
+        return [parts[0] if len(parts) == 1 else b"".join(parts) for parts in joined]
 
     def exists(self, path: str) -> bool:
         self._fs.invalidate_cache()

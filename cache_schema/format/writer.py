@@ -7,20 +7,28 @@ import errno
 import hashlib
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
 import numpy as np
 
 from cache_schema.errors import IdentityMismatch, KdcacheError
+from cache_schema.format.archive import Place, pack
 from cache_schema.format.checks import relation_problems, topk_problems
 from cache_schema.format.identity import compare
-from cache_schema.format.manifest import CommitRecord, Manifest, StoredFile, commit_path
+from cache_schema.format.manifest import (
+    CommitRecord,
+    Manifest,
+    StoredFile,
+    commit_path,
+    targets_path,
+)
 from cache_schema.format.records import CapturedSample, QuarantinedRow
 from cache_schema.format.shard import EncodedShard, encode_shard, response_count
 from cache_schema.format.spec import Kind
-from cache_schema.format.statistics import bytes_by_part
 from cache_schema.format.store import Store, open_store
 
 MANIFEST = "manifest.json"
@@ -43,7 +51,7 @@ class CacheWriter:
         *,
         storage_options: Mapping[str, Any] | None = None,
     ) -> CacheWriter:
-        """Create the cache at `url`, or join an existing one.
+        """Create the cache at `url`, or join an existing one, which keeps its format version.
 
         IdentityMismatch when the existing cache has another fingerprint, spec or plan; KdcacheError when
         something else is there or it cannot be written.
@@ -55,7 +63,7 @@ class CacheWriter:
         """As `open`, on a store."""
         try:
             if not store.exists(MANIFEST):
-                _refuse_foreign(store, manifest)
+                manifest = replace(manifest, format_version=_version_of_the_rest(store, manifest))
                 if store.create(MANIFEST, manifest.to_bytes()) and store.create(MANIFEST, b""):
                     raise KdcacheError(
                         f"{store.url}: this store cannot create files exclusively, so a cache is not safe "
@@ -113,10 +121,30 @@ class CacheWriter:
         self, index: int, attempt: str, shard: EncodedShard, *, engine: Mapping[str, str], seconds: float
     ) -> CommitRecord | None:
         """Write the files of an encoded shard, then its record; None when another attempt was first."""
-        record = self._record(index, attempt, shard, engine, seconds)
+        version = self.manifest.format_version
+        targets, tables, parts = targets_path(shard.name, version), dict(shard.tables), {}
+        if version == 1:
+            files = tables | {f"{targets}/{path}": data for path, data in shard.arrays.items()}
+        else:
+            tables[targets], parts[targets] = pack(shard.arrays)
+            files = tables
+        stored = tuple(_stored(path, files[path], parts.get(path, {})) for path in sorted(files))
+        record = CommitRecord(
+            cache=self.manifest.identity,
+            shard=index,
+            attempt=attempt,
+            counts=shard.counts,
+            statistics=shard.statistics | {"bytes": _bytes_by_part(stored, parts.get(targets, {}))},
+            files=stored,
+            engine=dict(engine),
+            seconds=seconds,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            format_version=version,
+        )
         try:
-            self.store.put_folder(shard.targets, shard.arrays)
-            for path, data in shard.tables.items():
+            if version == 1:
+                self.store.put_folder(targets, shard.arrays)
+            for path, data in tables.items():
                 self.store.put(path, data)
             self.store.create(record.path, record.to_bytes())
             winner = self._winner(record)
@@ -145,25 +173,6 @@ class CacheWriter:
     def reopen(self, index: int) -> None:
         """Set a shard aside so that it is captured again (`--retry-quarantine`)."""
         set_aside(self.store, commit_path(index))
-
-    def _record(
-        self, index: int, attempt: str, shard: EncodedShard, engine: Mapping[str, str], seconds: float
-    ) -> CommitRecord:
-        files = shard.files
-        return CommitRecord(
-            cache=self.manifest.identity,
-            shard=index,
-            attempt=attempt,
-            counts=shard.counts,
-            statistics=shard.statistics | {"bytes": bytes_by_part(files)},
-            files=tuple(
-                StoredFile(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-                for path, data in sorted(files.items())
-            ),
-            engine=dict(engine),
-            seconds=seconds,
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        )
 
     def _refuse_unsound(
         self, index: int, samples: Sequence[CapturedSample], quarantined: Sequence[QuarantinedRow]
@@ -236,9 +245,39 @@ def store_failure(error: OSError, store: Store) -> KdcacheError:
     return KdcacheError(f"{store.url}: {remedy}; every committed shard is intact")
 
 
-def _refuse_foreign(store: Store, manifest: Manifest) -> None:
-    """Without a manifest, the location must be empty, or be this very cache with its manifest set aside. One
-    that another worker has written since is compared afterwards."""
+def _stored(path: str, data: bytes, parts: Mapping[str, Place]) -> StoredFile:
+    def digest(start: int, end: int) -> str:
+        return hashlib.sha256(memoryview(data)[start:end]).hexdigest()
+
+    return StoredFile(
+        path=path,
+        bytes=len(data),
+        sha256=digest(0, len(data)),
+        parts={name: (at.start, at.end, digest(at.start, at.end)) for name, at in parts.items()},
+    )
+
+
+def _bytes_by_part(files: Sequence[StoredFile], zipped: Mapping[str, Place]) -> dict[str, int]:
+    """Bytes of a shard's files: samples, quarantine, the groups of the targets, other."""
+    sizes: Counter[str] = Counter()
+    for file in files:
+        pieces = file.path.split("/")
+        sizes[pieces[0] if pieces[0] != "targets" else pieces[2] if len(pieces) > 3 else "other"] += (
+            file.bytes
+        )
+    for group, (start, end, listed) in zipped.items():
+        sizes[group] += end - start + listed
+        sizes["other"] -= end - start + listed
+    return dict(sorted(sizes.items()))
+
+
+def _version_of_the_rest(store: Store, manifest: Manifest) -> int:
+    """The format version for a manifest that is not there: that of the committed shards, else its own.
+
+    Refused unless the location is empty, or this very cache with its manifest set aside. One that another
+    worker has written since is compared afterwards.
+    """
+    version = manifest.format_version
     for path in store.list():
         if path == MANIFEST:
             continue
@@ -248,11 +287,13 @@ def _refuse_foreign(store: Store, manifest: Manifest) -> None:
             )
         if path.startswith("commits/") and not path.startswith("commits/."):
             record = CommitRecord.from_bytes(store.read(path), f"{store.url}/{path}")
+            version = record.format_version
             if record.cache != manifest.identity:
                 raise IdentityMismatch(
                     f"{store.url}: it has no manifest, and {path} belongs to a cache of another identity; "
                     "build with the same teacher, data and settings, or into another directory"
                 )
+    return version
 
 
 def _refuse_other_identity(store: Store, ours: Manifest, present: Manifest) -> None:

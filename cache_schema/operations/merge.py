@@ -18,12 +18,18 @@ from cache_schema.format.records import QuarantinedRow
 from cache_schema.format.store import refuse_inside
 from cache_schema.operations.partial_shards import Piece
 from cache_schema.operations.reshard import Shards, arrange, plan_of, write_cache
+from cache_schema.operations.settings import MergeConfig
 from cache_schema.progress import Progress, Silent, task
 from cache_schema.version import VERSION
 
 
-def merge(caches: Sequence[str], out: str, progress: Progress | None = None) -> dict[str, Any]:
+def merge(
+    caches: Sequence[str], out: str, progress: Progress | None = None, config: MergeConfig | None = None
+) -> dict[str, Any]:
     """Write the samples of all `caches` as the cache `out`; whole shards are linked where possible.
+
+    `out` has the newest format version among them, or the one that is asked for: shards of another are packed
+    anew, their arrays as stored, bit by bit. One cache alone is taken for that.
 
     All must have the teacher, template, tokenizer and targets of the first (IdentityMismatch otherwise).
     Parts of one build, with one plan, become that build, and `build` can continue it. For the same dataset,
@@ -32,8 +38,11 @@ def merge(caches: Sequence[str], out: str, progress: Progress | None = None) -> 
     quarantine stays there unless some cache holds it.
     """
     progress = progress or Silent()
-    if len(caches) < 2:
-        raise KdcacheError("merge: give at least two caches")
+    config = config or MergeConfig()
+    if len(caches) < 2 and config.format is None:
+        raise KdcacheError(
+            "merge: give at least two caches, or one and --format, which writes it in another version"
+        )
     opened = [open_cache(cache) for cache in caches]
     refuse_inside(out, [cache.store for cache in opened])
     for other in opened[1:]:
@@ -42,6 +51,8 @@ def merge(caches: Sequence[str], out: str, progress: Progress | None = None) -> 
         manifest, shards = opened[0].manifest, _same_plan(opened)
     else:
         manifest, shards = _new_plan(opened, progress)
+    newest = max(cache.manifest.format_version for cache in opened)
+    manifest = replace(manifest, format_version=config.format or newest)
     return write_cache(out, manifest, shards, "merging", progress)
 
 

@@ -73,7 +73,7 @@ def quarantine_table(pieces: Sequence[Piece]) -> pa.Table:
 
 
 def join_pieces(name: str, pieces: Sequence[Piece], spec: TargetSpec) -> EncodedShard:
-    """The files of the shard `name` ("00000-<attempt>") that holds the pieces, one after the other."""
+    """The content of the shard `name` ("00000-<attempt>") that holds the pieces, one after the other."""
     joined = _Joined()
     for piece in pieces:
         joined.add(piece)
@@ -149,11 +149,11 @@ class _Joined:
         ranks = [r.rank for r in self.relations]
         statistics["relation"] = relation_statistics(ranks, [r.residual for r in self.relations])
         return EncodedShard(
+            name=name,
             tables={
                 f"samples/{name}.arrow": write_table(pa.Table.from_pylist(self.rows, SAMPLE_SCHEMA)),
                 f"quarantine/{name}.arrow": write_table(quarantine_table(pieces)),
             },
-            targets=f"targets/{name}.zarr",
             arrays=write_groups(groups, {"temperatures": list(spec.temperatures)}),
             counts={
                 "samples": len(samples),

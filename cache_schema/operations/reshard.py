@@ -1,4 +1,5 @@
-"""New caches out of the shards of others: whole shards are linked, parts of shards are joined as stored."""
+"""New caches out of the shards of others: whole shards are linked, or packed anew for another format version;
+parts of shards are joined as stored."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cache_schema.errors import CacheDamaged
+from cache_schema.errors import CacheDamaged, KdcacheError
 from cache_schema.format.cache import Cache
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan, StoredFile
-from cache_schema.format.shard import SAMPLE_SCHEMA, write_table
+from cache_schema.format.shard import SAMPLE_SCHEMA, EncodedShard, write_table
 from cache_schema.format.store import LocalStore
 from cache_schema.format.writer import CacheWriter, store_failure
 from cache_schema.operations.partial_shards import Piece, join_pieces, quarantine_table
@@ -67,10 +68,15 @@ def write_cache(
 ) -> dict[str, Any]:
     """Writes or continues the cache `out` of these shards and returns a summary; no target is decoded.
 
-    KdcacheError when something else is at `out` or it cannot be written; CacheDamaged when a source is
-    damaged.
+    KdcacheError when something else is at `out` (this cache in another format version, too), or it cannot be
+    written; CacheDamaged when a source is damaged.
     """
     writer = CacheWriter.open(out, manifest)
+    if (there := writer.manifest.format_version) != manifest.format_version:
+        raise KdcacheError(
+            f"{out}: this cache is there in format version {there}, not {manifest.format_version}; "
+            "give another --out"
+        )
     ways: Counter[str] = Counter()
     with task(progress, what, len(shards)):
         for index in writer.pending():
@@ -78,9 +84,7 @@ def write_cache(
                 continue
             pieces = shards[index]
             try:
-                ways[
-                    _take_over(writer, index, pieces[0]) if _alone(pieces) else _join(writer, index, pieces)
-                ] += 1
+                ways[_write(writer, index, pieces)] += 1
             except OSError as error:
                 raise store_failure(error, writer.store) from error
             progress.update(sum(ways.values()))
@@ -92,19 +96,24 @@ def write_cache(
         "linked_shards": ways["linked"],
         "copied_shards": ways["copied"],
         "joined_shards": ways["joined"],
+        "repacked_shards": ways["repacked"],
         "already_there": len(shards) - sum(ways.values()),
     }
 
 
-def _alone(pieces: Sequence[Piece]) -> bool:
-    return len(pieces) == 1 and pieces[0].whole
+def _write(writer: CacheWriter, index: int, pieces: Sequence[Piece]) -> str:
+    if len(pieces) > 1 or not pieces[0].whole:
+        return _join(writer, index, pieces)
+    (piece,) = pieces
+    same = piece.cache.manifest.format_version == writer.manifest.format_version
+    return _take_over(writer, index, piece) if same else _repack(writer, index, piece)
 
 
 def _take_over(writer: CacheWriter, index: int, piece: Piece) -> str:
     """The shard as it is under a new number: targets linked, tables rewritten only where rows change."""
     record = piece.cache.commits[piece.shard]
     attempt = uuid.uuid4().hex[:12]
-    old, new = f"{record.shard:05d}-{record.attempt}", f"{index:05d}-{attempt}"
+    old, new = record.name, f"{index:05d}-{attempt}"
     rewritten = _changed_tables(piece, new)
     moved = {file.path: file.path.replace(old, new, 1) for file in record.files}
     same = {path: target for path, target in moved.items() if target not in rewritten}
@@ -121,24 +130,50 @@ def _take_over(writer: CacheWriter, index: int, piece: Piece) -> str:
         else:
             digest = hashlib.sha256(new_data).hexdigest()
             files.append(StoredFile(path=path, bytes=len(new_data), sha256=digest))
-    statistics = record.statistics | {
-        "longest": [[row + piece.offset, tokens] for row, tokens in record.statistics["longest"]],
-        "slowest": [[row + piece.offset, spent] for row, spent in record.statistics.get("slowest", [])],
-        "quarantined": dict(Counter(row.reason for row in piece.quarantined)),
-        "bytes": record.statistics["bytes"] | _part_bytes(files),
-    }
     taken = replace(
         record,
         cache=writer.manifest.identity,
         shard=index,
         attempt=attempt,
-        counts=record.counts | {"quarantined": len(piece.quarantined)},
-        statistics=statistics,
+        counts=_counts(piece),
+        statistics=_statistics(piece) | {"bytes": record.statistics["bytes"] | _part_bytes(files)},
         files=tuple(sorted(files, key=lambda file: file.path)),
     )
     if not writer.store.create(taken.path, taken.to_bytes()):
         writer.store.remove(list(moved.values()))
     return way
+
+
+def _repack(writer: CacheWriter, index: int, piece: Piece) -> str:
+    """The shard in another format version, its arrays as stored."""
+    record, attempt = piece.cache.commits[piece.shard], uuid.uuid4().hex[:12]
+    name = f"{index:05d}-{attempt}"
+    tables, arrays = piece.cache.files_of(piece.shard)
+    shard = EncodedShard(
+        name=name,
+        tables={path.replace(record.name, name, 1): data for path, data in tables.items()}
+        | _changed_tables(piece, name),
+        arrays=arrays,
+        counts=_counts(piece),
+        statistics=_statistics(piece),
+    )
+    writer.commit(index, attempt, shard, engine=record.engine, seconds=record.seconds)
+    return "repacked"
+
+
+def _counts(piece: Piece) -> dict[str, int]:
+    """Those of a shard that is kept whole."""
+    return piece.cache.commits[piece.shard].counts | {"quarantined": len(piece.quarantined)}
+
+
+def _statistics(piece: Piece) -> dict[str, Any]:
+    """Those of a shard that is kept whole, but for its bytes."""
+    statistics = piece.cache.commits[piece.shard].statistics
+    return statistics | {
+        "longest": [[row + piece.offset, tokens] for row, tokens in statistics["longest"]],
+        "slowest": [[row + piece.offset, spent] for row, spent in statistics.get("slowest", [])],
+        "quarantined": dict(Counter(row.reason for row in piece.quarantined)),
+    }
 
 
 def _changed_tables(piece: Piece, name: str) -> dict[str, bytes]:

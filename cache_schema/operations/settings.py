@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cache_schema.settings import Help, at_least, check
 
@@ -15,6 +15,22 @@ class VerifyConfig:
     repair: Annotated[bool, Help("Set damaged shards aside and remove leftovers.")] = False
     quick: Annotated[bool, Help("Sizes and digests of files alone; nothing is decoded.")] = False
     jobs: Annotated[int, at_least(1), Help("Processes that share the shards.")] = 1
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeConfig:
+    """How caches are merged."""
+
+    format: Annotated[
+        Literal[2] | None,
+        Help(
+            "Format version of the new cache, else the newest among the given ones. With it one cache is "
+            "enough: its arrays are taken over bit by bit."
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)

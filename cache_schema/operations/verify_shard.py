@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache_schema.errors import CacheDamaged
+from cache_schema.format.archive import disagreement, unpack
 from cache_schema.format.block import ShardBlock
+from cache_schema.format.cache import hierarchy
 from cache_schema.format.checks import relation_problems, topk_problems
 from cache_schema.format.manifest import CommitRecord, Manifest
 from cache_schema.format.shard import read_groups, read_table
-from cache_schema.format.store import Store
+from cache_schema.format.store import Range, Store
 
 REMAKE = "run `kdcache verify --repair`, then the same `kdcache build` again: it makes this shard again"
 
@@ -62,8 +64,8 @@ def _check_files(
     record: CommitRecord, store: Store, present: Mapping[str, int], problem: Report
 ) -> dict[str, bytes] | None:
     """The shard's files by path, None when one is missing or altered."""
-    whole = {f.path: f.bytes for f in record.files if present.get(f.path) == f.bytes}
-    found = store.read_many(whole)
+    whole = {f.path: Range(f.path, 0, f.bytes) for f in record.files if present.get(f.path) == f.bytes}
+    found = dict(zip(whole, store.read_many(list(whole.values())), strict=True))
     for file in record.files:
         if file.path not in present:
             problem(file.path, "missing")
@@ -79,13 +81,16 @@ def _check_files(
 def _check_content(
     record: CommitRecord, files: Mapping[str, bytes], manifest: Manifest, problem: Report
 ) -> None:
-    name = f"{record.shard:05d}-{record.attempt}"
-    base = f"targets/{name}.zarr/"
+    name, base = record.name, f"{record.targets}/"
     quarantine = read_table(files[f"quarantine/{name}.arrow"])
-    groups = read_groups({p.removeprefix(base): d for p, d in files.items() if p.startswith(base)})
+    if record.format_version > 1:
+        for what in [disagreement(files[record.targets]), *_misplaced(record, files[record.targets])]:
+            if what:
+                problem(record.targets, what)
+    groups = hierarchy(record, {Range(path, 0, len(data)): data for path, data in files.items()})
     block = ShardBlock(
         read_table(files[f"samples/{name}.arrow"]),
-        groups,
+        read_groups(groups),
         manifest.spec,
         frozenset(manifest.spec.targets),
     )
@@ -117,3 +122,17 @@ def _check_content(
     for name, count in counts.items():
         if record.counts[name] != count:
             problem(record.path, f"{name}: {record.counts[name]} counted, {count} there")
+
+
+def _misplaced(record: CommitRecord, data: bytes) -> list[str]:
+    """The groups that are not where the commit record says."""
+    (file,) = (file for file in record.files if file.path == record.targets)
+    there = {path for path in unpack(data) if "/" in path}
+    return [
+        f"{name}: not at the bytes that the commit record names"
+        for name, (start, end, digest) in file.parts.items()
+        if hashlib.sha256(data[start:end]).hexdigest() != digest
+        or unpack(data[start:end]).keys() != {path for path in there if path.startswith(f"{name}/")}
+    ] + [
+        f"{path}: of no group of the commit record" for path in there if path.split("/")[0] not in file.parts
+    ]

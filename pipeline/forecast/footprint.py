@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cache_schema.format.archive import pack
 from cache_schema.format.codecs.relation import pack_relations
 from cache_schema.format.codecs.topk import Arrays, encode_topk, topk_at
 from cache_schema.format.records import CapturedSample, StoredRelation, TopK
@@ -71,11 +72,10 @@ def table_footprint(samples: Sequence[CapturedSample], spec: TargetSpec, *, shar
             for image in sample.images  # a key is a digest: its length, and incompressible
         ]
         bare.append(replace(sample, response=None, prompt=None, images=tuple(images)))
-    empty = sum(map(len, encode_shard("", [], [], spec).files.values()))
+    empty = _file_bytes([], spec)
 
     def sizes(count: int) -> tuple[int, int, int]:
-        files = encode_shard("", bare[:count], [], spec).files
-        return sum(map(len, files.values())) - empty, empty, 0
+        return _file_bytes(bare[:count], spec) - empty, empty, 0
 
     return _line(len(bare), sizes)
 
@@ -94,16 +94,19 @@ def _line(items: int, sizes: Callable[[int], tuple[int, int, int]]) -> Footprint
     )
 
 
+def _file_bytes(samples: Sequence[CapturedSample], spec: TargetSpec) -> int:
+    shard = encode_shard("", samples, [], spec)
+    return sum(map(len, shard.tables.values())) + len(pack(shard.arrays)[0])
+
+
 def _sizes(arrays: Arrays) -> tuple[int, int, int]:
     """Bytes of the values, of the metadata, and of the dictionary of ids."""
-    data = fixed = vocabulary = 0
-    for path, content in write_groups({"targets": arrays}, {}).items():
-        if path == "zarr.json":
-            continue  # the root of a shard: counted with its tables
-        if path.endswith("zarr.json"):
-            fixed += len(content)
-        elif path.startswith("targets/vocabulary/"):
+    data = vocabulary = 0
+    files = write_groups({"targets": arrays}, {})
+    for path, content in files.items():
+        if path.startswith("targets/vocabulary/c/"):
             vocabulary += len(content)
-        else:
+        elif not path.endswith("zarr.json"):
             data += len(content)
-    return data, fixed, vocabulary
+    start, end, listed = pack(files)[1]["targets"]  # the root of a shard is counted with its tables
+    return data, end - start + listed - data - vocabulary, vocabulary
