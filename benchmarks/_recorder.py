@@ -243,6 +243,22 @@ def row_kernel(products: Tensor, rows: Any, *, grads: Tensor | None, **_: Any) -
     return kl, ce
 
 
+@torch.library.custom_op("kdcache_recorder::row_entropy", mutates_args=())
+def _row_entropy(logits: Tensor) -> Tensor:
+    return torch.empty(len(logits))
+
+
+@_row_entropy.register_fake
+def _(logits: Tensor) -> Tensor:
+    return logits.new_empty(len(logits))
+
+
+def row_entropy(products: Tensor, **_: Any) -> Tensor:
+    """In place of `student.losses.entropy_kernel.kernel_entropy`: the logits are read once."""
+    entropy: Tensor = _row_entropy(products)
+    return entropy
+
+
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -289,6 +305,7 @@ def as_on_cuda() -> Iterator[None]:
         patch("student.losses.products.multiplies_wide", lambda device: True),
         patch("student.losses.products.in_blocks", lambda device: False),
         patch("student.losses.positions.kernel_for", lambda device, dtype: row_kernel),
+        patch("student.losses.positions._entropy_kernel", lambda: row_entropy),
         patch("student.losses.fused.memory_budget_of", lambda device: 648 * 2**20),
     ):
         yield

@@ -110,7 +110,8 @@ def recordings() -> dict[str, Recording]:
         batch = _shapes.batch_of(Path(folder), _shapes.STUDENT, samples=SAMPLES, rank=64)
 
     def record(weights: LossWeights, *, whole: bool) -> Recording:
-        targets = batch.targets if weights != CE_ONLY else PlannedTargets.of(batch.labels, None)
+        given = batch.targets if weights != CE_ONLY else None
+        targets = PlannedTargets.of(batch.labels, given, weights.kl_share)
         with imagined() as recorder, as_on_cuda():
             student = DistilledStudent(
                 _shapes.STUDENT.build(),
@@ -129,6 +130,8 @@ def recordings() -> dict[str, Recording]:
 
     return {
         f"loss of {SAMPLES} samples, DFT": record(LossWeights(), whole=False),
+        f"loss of {SAMPLES} samples, DFT, kl_share 0.5": record(LossWeights(kl_share=0.5), whole=False),
+        f"loss of {SAMPLES} samples, DFT, kl_share 0.2": record(LossWeights(kl_share=0.2), whole=False),
         f"step of {SAMPLES} samples, SFT": record(CE_ONLY, whole=True),
         f"step of {SAMPLES} samples, DFT from the cache": record(LossWeights(), whole=True),
     }

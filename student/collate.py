@@ -73,7 +73,8 @@ class Collator:
     start from. pad_token_id: fills the right of shorter samples. targets: which of the cache's targets
     become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every image's
     placeholder tokens are replaced by this many of `image_token_id` (for a student with another number of
-    visual tokens than the teacher; visual and relation targets are then impossible).
+    visual tokens than the teacher; visual and relation targets are then impossible). kl_share: as in
+    `LossWeights`.
     """
 
     pixels: PixelInputs
@@ -83,6 +84,7 @@ class Collator:
     targets: tuple[str, ...] = ()
     sample_temperature: float = 1.0
     placeholders: int | None = None
+    kl_share: float = 1.0
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A Batch of `samples`. KdcacheError when an image is missing or is not the captured one."""
@@ -99,7 +101,7 @@ class Collator:
         inputs |= _extra_inputs(samples, length)
         inputs |= self.images([sample.images for sample in samples], [sample.row for sample in samples])
         labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)
-        targets = PlannedTargets.of(labels, self._targets(samples, length))
+        targets = PlannedTargets.of(labels, self._targets(samples, length), self.kl_share)
         return Batch(
             inputs=inputs,
             labels=labels,

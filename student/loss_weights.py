@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cache_schema.format.spec import KINDS, Target
-from cache_schema.settings import Help, at_least, check, positive
+from cache_schema.settings import Help, at_least, check, positive, within
 
 Tail = Literal["bucket", "renormalize", "drop", "sampled"]
 Reduction = Literal["sample_mean", "token_mean"]
@@ -39,6 +39,14 @@ class LossWeights:
             "each (image means for the relation); token_mean: the mean over all tokens (images)."
         ),
     ] = "sample_mean"
+    kl_share: Annotated[
+        float,
+        within(0.0, 1.0, "(]"),
+        Help(
+            "Share of a sample's positions of each kind at which the KL is trained: those of the student's "
+            "highest entropy. Their mean stands for that of all positions."
+        ),
+    ] = 1.0
 
     def __post_init__(self) -> None:
         check(self)

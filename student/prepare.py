@@ -102,6 +102,7 @@ def prepare_student(
         targets=stage.targets,
         sample_temperature=cache.spec.sample_temperature,
         placeholders=placeholders,
+        kl_share=stage.losses.kl_share,
     )
     return student.train(), collator
 

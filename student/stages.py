@@ -120,8 +120,11 @@ class Stage:
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `stage_from` turns back into an equal stage."""
         values = {**asdict(self), "trainable": list(self.trainable)}
-        if self.mega_batch == 1:  # as every run before this field existed
+        # As every run before these fields existed.
+        if self.mega_batch == 1:
             del values["mega_batch"]
+        if self.losses.kl_share == 1.0:
+            del values["losses"]["kl_share"]
         return values
 
 

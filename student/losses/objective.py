@@ -56,7 +56,9 @@ class DistillationLoss:
 
     L_CE: -log q of the next token at every position whose next label is supervised. L_res, L_vis, L_prompt:
     `sparse_kl` at the response, visual and prompt positions. L_rel: `relation_loss` of every image. Means as
-    `LossWeights.reduction` says. All terms share one pass: a position's logits are made once.
+    `LossWeights.reduction` says. All terms share one pass: a position's logits are made once. With a
+    `kl_share` below 1 the KL terms count the selected positions alone, each of them for as many as were
+    asked for each selected one.
     """
 
     def __init__(self, weights: LossWeights, *, memory_budget: int | None = None) -> None:
@@ -92,7 +94,7 @@ class DistillationLoss:
         kinds = tuple(
             kind for kind, target in targets.positions.items() if len(target) and weights.by_target[kind]
         )
-        plan = plan_of(labels, targets, kinds, supervised=weights.ce != 0)
+        plan = plan_of(labels, targets, kinds, supervised=weights.ce != 0, kl_share=weights.kl_share)
         if plan.label_range is not None:
             head.check_label_range(*plan.label_range)
         ce_shares = self._shares(plan.label_siblings, denominators.samples, denominators.ce_tokens, dtype)

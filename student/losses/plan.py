@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import Kind
+from student.losses.selection import Selection, rows_by_sample
 from student.losses.targets import DistillationTargets, RelationTargets
 
 _GROUP_ELEMENTS = 2**24
@@ -23,12 +24,14 @@ class Layout:
     sources (m,): the position of each row, m >= n: one row for each of the n positions, ascending, and one
     for each further distribution at a position that has several; base (m - n,), ascending, is the row of
     that position. kl_rows (M,), distinct, and ce_rows (C,), below n: the rows of distributions and labels.
+    selection: where only some rows get a gradient; rows then stand in its order, and none in `base`.
     """
 
     sources: Tensor
     base: Tensor
     kl_rows: Tensor
     ce_rows: Tensor
+    selection: Selection | None = None
 
     @property
     def positions(self) -> int:
@@ -56,7 +59,8 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """The same on `device`."""
         names = ("sources", "base", "kl_rows", "ce_rows")
-        return Layout(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return Layout(**moved, selection=None if self.selection is None else self.selection.to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -157,11 +161,12 @@ class Plan:
     kinds: whose distributions have rows in `layout`, one kind after the other; labels (C,) int64: the next
     tokens, where they are supervised and asked for, label_range the least and the greatest of them (None:
     there is none). siblings: the supervised tokens (C,), and the positions (M_kind,) of each kind, of each
-    one's sample, float32. unsupervised: samples with no supervised token.
+    one's sample, float32. unsupervised: samples with no supervised token. kl_share: as in `LossWeights`.
     """
 
     kinds: tuple[Kind, ...]
     supervised: bool
+    kl_share: float
     layout: Layout
     labels: Tensor
     label_range: tuple[int, int] | None
@@ -171,7 +176,12 @@ class Plan:
 
     @classmethod
     def of(
-        cls, labels: Tensor, targets: DistillationTargets, kinds: tuple[Kind, ...], supervised: bool
+        cls,
+        labels: Tensor,
+        targets: DistillationTargets,
+        kinds: tuple[Kind, ...],
+        supervised: bool,
+        kl_share: float,
     ) -> Plan:
         """That of labels (B, T), unshifted. supervised: whether labels are asked for. On the device of the
         labels, which is waited for."""
@@ -184,13 +194,26 @@ class Plan:
         positions = [targets.positions[kind].positions for kind in kinds]
         siblings = {kind: targets.positions[kind].samples for kind in kinds}
 
+        label_positions = samples * length + offsets
+        if kl_share < 1.0:
+            owners = [siblings[kind] for kind in kinds]
+            sources, kl_rows, ce_rows, selection = rows_by_sample(
+                positions, owners, label_positions, samples, batch, kl_share
+            )
+            layout = Layout(
+                sources=sources, base=sources[:0], kl_rows=kl_rows, ce_rows=ce_rows, selection=selection
+            )
+        else:
+            layout = Layout.of(torch.cat([samples[:0], *positions]), label_positions)
+
         def counted(owners: Tensor) -> Tensor:
             return torch.bincount(owners, minlength=batch).float()[owners]
 
         return cls(
             kinds=kinds,
             supervised=supervised,
-            layout=Layout.of(torch.cat([samples[:0], *positions]), samples * length + offsets),
+            kl_share=kl_share,
+            layout=layout,
             labels=next_tokens,
             label_range=(int(next_tokens.min()), int(next_tokens.max())) if len(next_tokens) else None,
             label_siblings=counted(samples),
@@ -220,14 +243,14 @@ class PlannedTargets(DistillationTargets):
     groups: tuple[RelationGroup, ...]
 
     @classmethod
-    def of(cls, labels: Tensor, targets: DistillationTargets | None) -> PlannedTargets:
-        """targets of a batch with labels (B, T), unshifted, all on the host."""
+    def of(cls, labels: Tensor, targets: DistillationTargets | None, kl_share: float = 1.0) -> PlannedTargets:
+        """targets of a batch with labels (B, T), unshifted, all on the host. kl_share: of `LossWeights`."""
         targets = DistillationTargets() if targets is None else targets
         kinds = tuple(kind for kind, target in targets.positions.items() if len(target))
         return cls(
             positions={kind: target.checked() for kind, target in targets.positions.items()},
             relations=targets.relations,
-            plan=Plan.of(labels, targets, kinds, supervised=True),
+            plan=Plan.of(labels, targets, kinds, supervised=True, kl_share=kl_share),
             groups=group_images(targets.relations),
         )
 
@@ -241,13 +264,15 @@ class PlannedTargets(DistillationTargets):
         )
 
 
-def plan_of(labels: Tensor, targets: DistillationTargets, kinds: tuple[Kind, ...], supervised: bool) -> Plan:
-    """The plan that the targets bring, or, where they bring none of these kinds, a new one."""
+def plan_of(
+    labels: Tensor, targets: DistillationTargets, kinds: tuple[Kind, ...], supervised: bool, kl_share: float
+) -> Plan:
+    """The plan that the targets bring, or a new one where that is for other kinds or another share."""
     if isinstance(targets, PlannedTargets):
         plan = targets.plan
-        if (plan.kinds, plan.supervised) == (kinds, supervised):
+        if (plan.kinds, plan.supervised, plan.kl_share) == (kinds, supervised, kl_share):
             return plan
-    return Plan.of(labels, targets, kinds, supervised)
+    return Plan.of(labels, targets, kinds, supervised, kl_share)
 
 
 def groups_of(targets: DistillationTargets) -> tuple[RelationGroup, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 
@@ -15,6 +15,7 @@ from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.plan import Layout
 from student.losses.products import Gradients, HeadProducts
 from student.losses.records import Entries
+from student.losses.selection import row_entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +71,9 @@ def run_positions(
 ) -> tuple[Tensor, Tensor]:
     """KL (m,) of the rows of `work` and cross entropy (n,) at its n positions; adds to `gradients`.
 
-    memory_budget: bytes of logits and of what is made from them at a time; at least one position's.
+    memory_budget: bytes of logits and of what is made from them at a time; at least one position's, and with
+    a selection one sample's; the selected ones come on top of it. Where rows are selected, their KL counts as
+    often as their weights do in the total, and that of the others is 0.
     """
     kernel = kernel_for(hidden.device, products.dtype)
     if kernel is not None:
@@ -83,29 +86,43 @@ def run_positions(
     apart = work.temperature != 1.0 and len(layout.ce_rows) > 0
     buffers = 1 + apart + (products.softcap is not None) + 0.5 * products.narrow
     size = _chunk_rows(count, further, int(stride * dtype.itemsize * buffers), memory_budget)
-    buffer = torch.empty((min(size, count), stride), dtype=dtype, device=hidden.device)
-    slopes = None if products.softcap is None else torch.empty_like(buffer)
+    starts = range(0, count, size)
+    borders = torch.tensor([*starts, count], device=hidden.device)
+    rest = (torch.searchsorted(layout.base, borders) + count).tolist()  # the rows above n of each chunk
+    capped = products.softcap is not None  # a row then holds its slopes behind its logits
 
-    ends = torch.searchsorted(layout.base, torch.arange(0, count + size, size, device=hidden.device))
-    rest = (ends + count).tolist()  # the rows above n of each chunk
-    for start in range(0, count, size):
-        chunk = slice(start, min(start + size, count))
-        copies = slice(rest[start // size], rest[start // size + 1])
-        index = layout.sources[chunk]
-        states = hidden.index_select(0, index).to(dtype)  # (n, D)
-        logits = buffer[: len(index), : columns + 1]
-        slope = None if slopes is None else slopes[: len(index), :columns]
+    def make(rows: slice, table: Tensor) -> None:
+        states = hidden.index_select(0, layout.sources[rows]).to(dtype)  # (n, D)
         for block, matrix in products.blocks(columns):
-            curve = products.logits(states, block, matrix, logits[:, block])
-            if slope is not None and curve is not None:
-                slope[:, block] = curve
-        logits[:, columns] = -math.inf
-        kl[chunk], kl[copies], ce[chunk] = _losses(logits, work, chunk, copies, products.columns, apart)
+            slope = products.logits(states, block, matrix, table[:, block])
+            if slope is not None:
+                table[:, stride + block.start : stride + block.stop] = slope
+        table[:, columns] = -math.inf
+
+    def entropy_of(table: Tensor) -> Tensor:
+        return row_entropy(table[:, :columns])
+
+    for part in _parts(work, count, size, stride * (1 + capped), make, entropy_of):
+        table, logits = part.table, part.table[:, : columns + 1]
+        index = layout.sources[part.rows]
+        if isinstance(part.rows, slice):
+            number = part.rows.start // size
+            copies = slice(rest[number], rest[number + 1])
+            further_work = work.rows.pick(copies)
+            which = layout.base[copies.start - count : copies.stop - count] - part.rows.start
+            losses = _losses(logits, work, part.asked, further_work, which, products.columns, apart)
+            kl[part.rows], kl[copies], ce[part.rows] = losses
+        else:
+            nothing = part.asked.pick(slice(0, 0))
+            losses = _losses(logits, work, part.asked, nothing, index[:0], products.columns, apart)
+            part.put(losses[0], losses[2], kl, ce)
         if gradients.wanted:
+            slope = table[:, stride : stride + columns] if capped else None
             grad = products.unscale(logits[:, :columns], slope)
             if gradients.hidden is not None:
                 gradients.hidden.index_add_(0, index, products.hidden_gradient(grad))
             if gradients.weight is not None:
+                states = hidden.index_select(0, index).to(dtype)
                 gradients.weight.add(slice(0, columns), grad.t(), states)
             if gradients.bias is not None:
                 gradients.bias[:columns] += grad.sum(dim=0)
@@ -126,6 +143,12 @@ def _row_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
     return row_kernel
 
 
+def _entropy_kernel() -> Callable[..., Tensor]:
+    from student.losses.entropy_kernel import kernel_entropy
+
+    return kernel_entropy
+
+
 def _run_kernel(
     kernel: Callable[..., tuple[Tensor, Tensor]],
     hidden: Tensor,
@@ -135,42 +158,47 @@ def _run_kernel(
     memory_budget: int,
 ) -> tuple[Tensor, Tensor]:
     """`run_positions` in six launches a chunk: products, one pass over the logits, and what gathers."""
-    (columns, width), dtype = products.weight.shape, products.dtype
-    rows, sources = work.rows, work.layout.sources
-    kl = torch.empty(len(sources), dtype=dtype, device=hidden.device)
-    ce = torch.empty_like(kl)
+    columns, dtype = len(products.weight), products.dtype
+    sources = work.layout.sources
+    kl = torch.zeros(len(sources), dtype=dtype, device=hidden.device)
+    ce = torch.zeros_like(kl)
     apart = work.temperature != 1.0
     stride = -(-columns // 16) * 16
     size = _chunk_rows(len(sources), 0, stride * dtype.itemsize, memory_budget)
-    buffer = torch.empty((min(size, len(sources)), stride), dtype=dtype, device=hidden.device)
-    # A row's gradient lies in the row's own memory, half as wide where the factors of products are.
-    slots = buffer.view(products.operand)
     states = hidden.index_select(0, sources).to(products.operand)  # (n, D)
-    pulled = None if gradients.hidden is None else kl.new_empty(len(buffer), width)
     matrix = products.operand_matrix()
-    for start in range(0, len(sources), size):
-        chunk = slice(start, min(start + size, len(sources)))
-        logits = products.product(states[chunk], matrix.t(), buffer[: chunk.stop - start, :columns])
-        grads = slots[: chunk.stop - start, :columns] if gradients.wanted else None
-        kl[chunk], ce[chunk] = kernel(
-            logits,
-            rows.pick(chunk),
+    form = {"bias": products.bias, "scale": products.logit_scale, "softcap": products.softcap}
+
+    def make(rows: slice, table: Tensor) -> None:
+        products.product(states[rows], matrix.t(), table[:, :columns])
+
+    def entropy_of(table: Tensor) -> Tensor:
+        return _entropy_kernel()(table[:, :columns], **form)
+
+    for part in _parts(work, len(sources), size, stride, make, entropy_of):
+        # A row's gradient lies in the row's own memory, half as wide where the factors of products are.
+        grads = part.table.view(products.operand)[:, :columns] if gradients.wanted else None
+        values = kernel(
+            part.table[:, :columns],
+            part.asked,
             grads=grads,
             tokens=products.columns,
             temperature=work.temperature,
             inside_only=work.inside_only,
             apart=apart,
-            bias=products.bias,
-            scale=products.logit_scale,
-            softcap=products.softcap,
+            **form,
         )
+        if isinstance(part.rows, slice):
+            kl[part.rows], ce[part.rows] = values
+        else:
+            part.put(*values, kl, ce)
         if grads is None:
             continue
-        if gradients.hidden is not None and pulled is not None:
-            part = products.product(grads, matrix, pulled[: len(grads)])
-            gradients.hidden.index_add_(0, sources[chunk], part)
+        if gradients.hidden is not None:
+            pulled = products.product(grads, matrix)
+            gradients.hidden.index_add_(0, sources[part.rows], pulled)
         if gradients.weight is not None:
-            gradients.weight.add(slice(0, columns), grads.t(), states[chunk])
+            gradients.weight.add(slice(0, columns), grads.t(), states[part.rows])
         if gradients.bias is not None:
             gradients.bias += grads.sum(dim=0, dtype=dtype)
     return kl, ce[: work.layout.positions]
@@ -184,20 +212,86 @@ def _chunk_rows(count: int, copies: int, row_bytes: int, memory_budget: int) -> 
     return max(1, math.ceil(count / max(1, math.ceil(count / most))))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """Rows whose losses and gradients are made together: their memory (n, width), which begins with their
+    logits, and their requests. rows: a range of all rows, or, where they are selected, the place (n,) of
+    each; then scale (n,) is what the KL of each counts."""
+
+    table: Tensor
+    rows: slice | Tensor
+    asked: LogitRows
+    scale: Tensor | None = None
+
+    def put(self, kl: Tensor, ce: Tensor, all_kl: Tensor, all_ce: Tensor) -> None:
+        """KL (n,) and cross entropy (n,) of selected rows to their places."""
+        assert isinstance(self.rows, Tensor)
+        assert self.scale is not None
+        all_kl.index_copy_(0, self.rows, kl * self.scale)
+        all_ce.index_copy_(0, self.rows, ce)
+
+
+def _parts(
+    work: PositionWork,
+    count: int,
+    size: int,
+    width: int,
+    make: Callable[[slice, Tensor], None],
+    entropy_of: Callable[[Tensor], Tensor],
+) -> Iterator[_Part]:
+    """The first `count` rows in parts of `size`, or the selected ones of whole samples in such parts.
+
+    make: writes the logits of rows into their memory (n, width); it lasts until the next part.
+    """
+    selection, weights = work.layout.selection, work.rows.weights
+    if selection is None:
+        table = weights.new_empty(min(size, count), width)
+        for start in range(0, count, size):
+            rows = slice(start, min(start + size, count))
+            part = table[: rows.stop - start]
+            make(rows, part)
+            yield _Part(table=part, rows=rows, asked=work.rows.pick(rows))
+        return
+    chunks = list(selection.parts(size))
+    most = max((takes.stop - takes.start for _, takes in chunks), default=0)
+    table = weights.new_empty(max((rows.stop - rows.start for rows, _ in chunks), default=0), width)
+    kept = weights.new_empty(max(most, min(size, len(selection.take))), width)
+    places, filled = torch.empty_like(selection.take), 0
+    for number, (rows, takes) in enumerate(chunks):
+        part = table[: rows.stop - rows.start]
+        make(rows, part)
+        place = selection.pick(entropy_of(part), rows, takes)
+        end = filled + len(place)
+        torch.index_select(part, 0, place, out=kept[filled:end])
+        torch.add(place, rows.start, out=places[takes])
+        filled = end
+        coming = chunks[number + 1][1] if number + 1 < len(chunks) else None
+        if coming is None or filled + coming.stop - coming.start > len(kept):
+            these = slice(takes.stop - filled, takes.stop)
+            asked, scale = work.rows.pick(places[these]), selection.scale[these].to(weights.dtype)
+            asked = replace(asked, weights=asked.weights * scale)
+            yield _Part(table=kept[:filled], rows=places[these], asked=asked, scale=scale)
+            filled = 0
+
+
 def _losses(
-    logits: Tensor, work: PositionWork, chunk: slice, copies: slice, tokens: int, apart: bool
+    logits: Tensor,
+    work: PositionWork,
+    first: LogitRows,
+    further: LogitRows,
+    which: Tensor,
+    tokens: int,
+    apart: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL (n,) and (c,), CE (n,) of a chunk of n positions, whose logits (n, V + 1) become the gradient of all
     its terms.
 
-    copies: the rows of further distributions at these positions. tokens: how many of the V columns are not
+    further: c more distributions, and which (c,) of the
+    n positions they stand at. tokens: how many of the V columns are not
     padding. apart: whether KL and CE need softmaxes of their own, for a temperature other than 1.
     """
     temperature = work.temperature
     losses_of = partial(row_losses, tokens=tokens, inside_only=work.inside_only)
-    first, further = work.rows.pick(chunk), work.rows.pick(copies)
-    which = work.layout.base[copies.start - work.layout.positions : copies.stop - work.layout.positions]
-    which = which - chunk.start
     others = logits[which].div_(temperature)
     further_kl, _ = losses_of(others, further, temperature=temperature)
     if apart:
