@@ -54,6 +54,8 @@ def load_model(
     dtype: `auto` is as saved. options: further arguments of from_pretrained. role: its name in the message.
     """
     path = require_model_folder(folder, role)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # its report of missing tensors, told below in one line
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, output_loading_info=True, local_files_only=True, **options
@@ -61,6 +63,8 @@ def load_model(
     except LOAD_ERRORS as error:
         hint = "; `kdcache convert` turns it into a transformers folder" if "tinyllava" in str(error) else ""
         raise KdcacheError(f"cannot load the {role} in {path}: {first_line(error)}{hint}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if any("lm_head" in key for key in missing):
         raise KdcacheError(
@@ -73,6 +77,14 @@ def load_model(
             "would be random; fetch or save the whole folder again"
         )
     return model
+
+
+def outline_of(folder: Path | str, role: str = "model") -> Any:
+    """The model in `folder` without its weights, on the meta device; only the heads of its files are read.
+
+    KdcacheError when tensors are missing, so that this is told before anything long runs.
+    """
+    return load_model(folder, role=role, device_map="meta")
 
 
 def load_config(folder: Path | str, role: str = "model") -> Any:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.progress import Progress
 from models.device import cores_per_process
-from models.folder import load_config, load_processor
+from models.folder import load_config, load_processor, outline_of
 from models.pixels import with_table
 from models.tokens import image_token_id_of, pad_token_id_of
 from pipeline.fingerprint import fingerprint_of, read_assets
@@ -152,7 +153,8 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
         require_bitsandbytes(config.quantization)
     processor = load_processor(config.teacher, "teacher")
     teacher_config = load_config(config.teacher, "teacher")
-    require_capturable(teacher_config, processor, config.teacher)
+    outline = partial(outline_of, config.teacher, "teacher")
+    require_capturable(teacher_config, processor, config.teacher, outline)
     template = load_template(processor, config.template)
     dataset = open_dataset(config.data, progress)
     rows = min(len(dataset), config.limit or len(dataset))

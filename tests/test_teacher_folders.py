@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from cache_schema import KdcacheError, TargetSpec
 from cache_schema.progress import Silent
 from pipeline import teachers
 from pipeline.capture import BuildConfig, build
+from pipeline.job import open_job
 from pipeline.transformers_engine import TransformersEngine
-from tests.tiny_families import SIGLIP, text_config, tokenizer_with
+from tests.tiny_families import SIGLIP, make, text_config, tokenizer_with
 from tests.tiny_models import tiny_dataset, tiny_llava
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 999\n"
@@ -178,3 +180,38 @@ def test_a_processor_that_counts_otherwise_than_the_model_is_named(
     with pytest.raises(KdcacheError, match="count image tokens differently: take both from one checkpoint"):
         build(config_of(whole, data, tmp_path), Silent())
     assert teachers._TRIES > 1
+
+
+FAMILIES = {
+    "paligemma": ("image_processor", {"image_seq_length": 9}),
+    "gemma3": ("", {"image_seq_length": 9}),
+    "llava_next": ("", {"patch_size": 4}),
+    "idefics3": ("", {"image_seq_len": 9}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_processor_of_any_family_is_compared_with_the_model_before_weights_are_read(
+    data: Path, tmp_path: Path, family: str
+) -> None:
+    part, changes = FAMILIES[family]
+    folder = make(family, tmp_path / family)
+    config = replace(config_of(folder, data, tmp_path), template="plain")
+    open_job(config, Silent())
+    file = folder / "processor_config.json"
+    document = json.loads(file.read_text())
+    (document[part] if part else document).update(changes)
+    file.write_text(json.dumps(document))
+    with pytest.raises(KdcacheError, match=r"makes \d+ tokens of an image, the model \d+ features \(96x96\)"):
+        open_job(config, Silent())
+
+
+def test_lost_tensors_are_told_before_weights_are_read(whole: Path, data: Path, tmp_path: Path) -> None:
+    for lost, told in (("lm_head", "no output head"), ("down_proj", "lack 2 tensors of the teacher")):
+        folder = tmp_path / lost
+        shutil.copytree(whole, folder)
+        weights = load_file(folder / "model.safetensors")
+        kept = {name: value for name, value in weights.items() if lost not in name}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(KdcacheError, match=told):
+            open_job(config_of(folder, data, tmp_path), Silent())
