@@ -60,9 +60,9 @@ def _features(model: Any, config: Any, inputs: Mapping[str, Any]) -> int | None:
     vision = config.vision_config
     grids, tiles, merged = inputs.get("image_grid_thw"), inputs["pixel_values"], 0
     if grids is not None and (merged := getattr(vision, "spatial_merge_size", 0)):
-        return int(grids.prod(-1).sum()) // merged**2
+        return int(grids.prod(-1).sum() // merged**2)
     if tiles.ndim == 5 and (merged := getattr(config, "scale_factor", 0)):
-        return int(tiles.shape[1]) * (vision.image_size // vision.patch_size) ** 2 // merged**2
+        return int(tiles.shape[1] * (vision.image_size // vision.patch_size) ** 2 // merged**2)
     known = inspect.signature(model.get_image_features).parameters
     tensors = {name: torch.as_tensor(value) for name, value in inputs.items() if name in known}
     pixels = {

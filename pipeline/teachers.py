@@ -65,25 +65,29 @@ def load_with_transformers(job: Job, progress: Progress) -> tuple[TransformersEn
 def _sample_of_numbers(engine: TransformersEngine, job: Job) -> PreparedSample:
     """A sample on which the teacher works and whose hidden states are finite: one on which it does not says
     nothing of the others. KdcacheError when there is none among the first."""
-    fault = "gives hidden states that are not finite numbers"
-    tried = 0
+    fault, tried = "", 0
     for sample in islice(job.candidates(), _TRIES):
         tried += 1
-        try:
-            (hidden,) = engine.hidden_states([sample])
-        except (KdcacheError, OSError):
-            raise
-        except Exception as error:  # noqa: BLE001 - told below if the next samples fail too
-            fault = f"fails: {first_line(error)}"
-            continue
-        if hidden.isfinite().all():
+        if (found := _fault_at(engine, sample)) is None:
             return sample
+        fault = found
     remedy = "try another --dtype (bfloat16 or float32), or fetch the checkpoint again"
     if "image" in fault and "features" in fault:
         remedy = "processor and model count image tokens differently: take both from one checkpoint"
     raise KdcacheError(
         f"the teacher {job.config.teacher} in {job.dtype} {fault}, on all of {tried} samples tried; {remedy}"
     )
+
+
+def _fault_at(engine: TransformersEngine, sample: PreparedSample) -> str | None:
+    """What is wrong with the teacher's hidden states of a sample; None if they are finite numbers."""
+    try:
+        (hidden,) = engine.hidden_states([sample])
+    except (KdcacheError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 - told if other samples fail too
+        return f"fails: {first_line(error)}"
+    return None if hidden.isfinite().all() else "gives hidden states that are not finite numbers"
 
 
 def _load_transformers(job: Job) -> TransformersEngine:
@@ -102,9 +106,8 @@ def _load_transformers(job: Job) -> TransformersEngine:
 def _load_vllm(job: Job, progress: Progress) -> Teacher:
     """vLLM, after a few samples have gone through transformers and before they go through it."""
     config = job.config
-    samples = job.probes(config.spot_check)
     with task(progress, "running a few samples in transformers"):
-        ours, softcap = _ask_transformers(job, samples)
+        samples, ours, softcap = _ask_transformers(job)
         release_memory()
     with task(progress, "loading the teacher into vLLM"):
         llm = start_vllm(
@@ -146,9 +149,12 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
     )
 
 
-def _ask_transformers(job: Job, samples: list[PreparedSample]) -> tuple[Finding, float | None]:
-    """The output of transformers for the samples, and the soft-cap that its model really applies; the model
-    is freed on return."""
+def _ask_transformers(job: Job) -> tuple[list[PreparedSample], Finding, float | None]:
+    """Samples of finite hidden states, the output of transformers for them, and the soft-cap that its model
+    really applies; the model is freed on return."""
     engine = _load_transformers(job)
+    probes = job.probes(job.config.spot_check)
+    samples = [sample for sample in probes if _fault_at(engine, sample) is None]
+    samples = samples or [_sample_of_numbers(engine, job)]
     head = engine.verified_head(samples[:1])
-    return finding_of(engine, head, job.config.spec, samples), head.softcap
+    return samples, finding_of(engine, head, job.config.spec, samples), head.softcap

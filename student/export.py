@@ -17,12 +17,13 @@ from cache_schema.version import VERSION
 from models.folder import load_model, load_processor
 from models.parts import part_of
 from student.folder import folder_digest, save_folder
-from student.generation import settle_generation
+from student.generation import drop_padding, settle_generation
 from student.run_folder import read_history, write_history
 
 
 def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -> dict[str, Any]:
     """Writes `out`: safetensors, configuration, processor, chat template, generation config and README.md.
+    Columns of the head that are no token are left out.
 
     model: a model folder, or the folder of a finished run, whose stages and metrics are then in the card.
     dtype: of the weights, a torch name or `auto` for as they are. Returns sizes and digest.
@@ -33,6 +34,7 @@ def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -
     with task(progress, "exporting"):
         loaded = load_model(folder, "auto" if dtype == "auto" else _dtype(dtype))
         processor = load_processor(folder)
+        drop_padding(loaded, processor)
         settle_generation(loaded, processor)
         history = read_history(folder) or ([] if run is None else _history(run))
         save_folder(loaded, processor, out)

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import IGNORE_INDEX
-from models.tokens import pad_token_id_of
+from models.tokens import image_token_id_of, pad_token_id_of
 
 _ANSWER = "kdcache-answer"
 _LAST = 3
@@ -35,8 +36,25 @@ def settle_generation(model: Any, processor: Any, ends: Iterable[int] = ()) -> N
     config = model.generation_config
     config.eos_token_id = _one_or_list(end_ids(model, processor) | {*ends})
     config.pad_token_id = pad_token_id_of(processor.tokenizer)
-    never = {*(config.suppress_tokens or ()), *padding_ids(model, processor)}
-    config.suppress_tokens = sorted(never) or None
+    columns = len(model.get_output_embeddings().weight)
+    never = {token for token in config.suppress_tokens or () if token < columns}
+    config.suppress_tokens = sorted({*never, *padding_ids(model, processor)}) or None
+
+
+@torch.no_grad()
+def drop_padding(model: Any, processor: Any) -> None:
+    """Removes the columns of the head after the last token, and makes those between tokens the mean of the
+    others, which is never the most likely one: engines other than transformers need not read
+    `suppress_tokens`."""
+    tokens = sorted(processor.tokenizer.get_vocab().values())
+    columns = 1 + max(tokens[-1], image_token_id_of(model.config))
+    if columns < len(model.get_output_embeddings().weight):
+        model.resize_token_embeddings(columns)
+    if holes := padding_ids(model, processor):
+        head = model.get_output_embeddings()
+        head.weight[holes] = head.weight[tokens].float().mean(0).to(head.weight.dtype)
+        if head.bias is not None:
+            head.bias[holes] = head.bias[tokens].float().mean().to(head.bias.dtype)
 
 
 def decode_greedily(model: Any, processor: Any, max_new_tokens: int) -> list[str]:

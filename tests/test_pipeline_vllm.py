@@ -203,6 +203,30 @@ def test_engines_that_disagree_are_refused_with_both_values(
         assert not (tmp_path / mode).exists()
 
 
+def test_samples_without_finite_states_are_not_compared(
+    setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a teacher whose embedding of one token is no number: the rows that hold it go to quarantine."""
+    job = open_job(config_of(setting, tmp_path / "c"), Silent())
+    tokens = {row: {*job.preparer.prepare(job.dataset[row]).input_ids.tolist()} for row in range(10)}
+    probed = [sample.row for sample in job.probes(4)]
+    token = next(
+        token
+        for token in sorted(tokens[probed[0]])
+        if 2 <= sum(token in every for every in tokens.values()) <= 7
+    )
+    folder = tiny_llava(tmp_path / "hole", tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    (name,) = (key for key in weights if key.endswith("embed_tokens.weight"))
+    weights[name][token] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    install(monkeypatch)
+    config = config_of((folder, setting[1]), tmp_path / "c", engine="vllm", spot_check=4)
+    summary = build(config, Silent())
+    assert summary.quarantined == {"not_finite": sum(token in every for every in tokens.values())}
+    assert verify(config.out).ok
+
+
 @pytest.mark.parametrize(("fault", "reason"), [("refused", "engine"), ("other_ids", "engine_ids")])
 def test_a_row_that_vllm_reads_otherwise_is_kept_in_quarantine(
     setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, reason: str

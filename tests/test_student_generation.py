@@ -83,6 +83,39 @@ def test_padding_columns_are_never_generated(world, tmp_path, tied):
     assert [line["prediction"] for line in lines] == [answer] * 3, "evaluation stops as the export does"
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_export_has_no_padding_to_emit(world, tmp_path, tied):
+    """Without the generation config, which other engines need not read: columns after the last token are
+    gone, and one between tokens is never the most likely. All other logits are as they were."""
+    folder = tiny_llava(tmp_path / "student", tie_word_embeddings=tied)
+    model, processor = load_model(folder), load_processor(folder)
+    holes = [345, 346]
+    processor.tokenizer.add_tokens([f"<extra{number}>" for number in range(9)])  # 340 to 348
+    vocabulary = {
+        token: place for token, place in processor.tokenizer.get_vocab().items() if place not in holes
+    }
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[[*holes, 349, 350, 351]] = 50.0
+    model.generation_config.suppress_tokens = [9, 351]
+    save_folder(model, processor, folder)
+    exported_to, original = tmp_path / "export", load_model(folder).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.get_vocab", lambda self: vocabulary)
+        export(folder, exported_to, Silent())
+    made = load_model(exported_to).eval()
+    assert made.config.get_text_config().vocab_size == 349 == len(made.get_input_embeddings().weight)
+    assert GenerationConfig.from_pretrained(exported_to).suppress_tokens == [9, *holes]
+    ids = torch.arange(340).reshape(10, 34)
+    tokens = [token for token in range(349) if token not in holes]
+    with torch.no_grad():
+        before, after = original(input_ids=ids).logits, made(input_ids=ids).logits
+    torch.testing.assert_close(after[..., tokens], before[..., tokens])
+    assert (before.argmax(-1) >= 345).any()
+    assert not torch.isin(after.argmax(-1), torch.tensor(holes)).any()
+    assert after[..., holes].amax() < after.amax(-1).min()
+
+
 def test_training_pushes_padding_down(world, tmp_path):
     folder = tiny_llava(tmp_path / "student", tie_word_embeddings=False)
     model, processor = load_model(folder), load_processor(folder)
