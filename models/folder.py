@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from cache_schema.errors import KdcacheError, first_line
-from models.folder_files import require_whole_files
+from models.folder_files import require_whole_files, weights_files
 
 LOAD_ERRORS = (
     OSError,
@@ -54,6 +54,7 @@ def load_model(
     dtype: `auto` is as saved. options: further arguments of from_pretrained. role: its name in the message.
     """
     path = require_model_folder(folder, role)
+    weights_files(path)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of missing tensors, told below in one line
     try:

@@ -39,6 +39,14 @@ def require_whole_files(folder: Path) -> dict[str, Any]:
     return documents["config.json"]
 
 
+def weights_files(folder: Path) -> list[Path]:
+    """The weights in `folder`: .safetensors, else .bin. KdcacheError when there are none."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise KdcacheError(f"{folder} holds no weights (*.safetensors); give the whole checkpoint")
+    return files
+
+
 def _document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

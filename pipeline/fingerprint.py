@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from cache_schema.errors import KdcacheError
 from cache_schema.format.identity import Fingerprint, digest_of
 from cache_schema.format.spec import TargetSpec
+from models.folder_files import weights_files
 from models.tokens import digest_of_tokenizer, pad_token_id_of, tokenizer_parts
 from pipeline.templates import ChatTemplate
 
@@ -40,9 +41,7 @@ def weights_digest(folder: Path) -> Future[str]:
 
     KdcacheError when there are none; the result raises it when one cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise KdcacheError(f"{folder} holds no weights (*.safetensors); give the whole checkpoint")
+    files = weights_files(folder)
     digest: Future[str] = Future()
 
     def work() -> None:

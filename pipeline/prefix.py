@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from cache_schema.errors import RowRejected
 from pipeline.engine import Engine, same_states
 from pipeline.packing import make_pack
 from pipeline.samples import PreparedSample
@@ -46,7 +47,7 @@ def packing_is_exact(engine: Engine, sample: PreparedSample) -> bool:
     pair = [sample, _changed_after_images(sample)]
     try:
         (packed,) = engine.packed_hidden_states([make_pack(pair)])
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError, RowRejected):
         return False
     alone = [engine.hidden_states([each])[0] for each in pair]
     return all(same_states(hidden, single) for hidden, single in zip(packed, alone, strict=True))

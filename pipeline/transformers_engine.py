@@ -16,7 +16,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, RowRejected
 from models.compiled import compile_layers
 from models.device import choose_device, device_name
 from models.folder import load_model
@@ -97,6 +97,8 @@ class TransformersEngine:
         config = self._model.config.get_text_config()
         with attention_by_parts(config, packs) if by_parts else nullcontext():
             hidden = self._run(inputs)
+        if not by_parts and not hidden.isfinite().all():  # it spreads through scores that are masked
+            raise RowRejected("not_finite", "a hidden state of its pack is not a finite number")
         return [pack.split(hidden[index]) for index, pack in enumerate(packs)]
 
     def compile(self, sample: PreparedSample) -> str | None:

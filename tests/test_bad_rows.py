@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from cache_schema import Cache, KdcacheError, TargetSpec, open_cache
 from cache_schema.operations.verify import verify
 from cache_schema.progress import Silent
+from pipeline import transformers_engine
 from pipeline.capture import BuildConfig, build
 from pipeline.transformers_engine import TransformersEngine
 from tests.tiny_models import tiny_llava, write_png
@@ -82,15 +83,34 @@ def teacher_with_a_hole(teacher: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize("relation", ["factor", "exact"])
 @pytest.mark.parametrize("first", [BAD, GOOD])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_rows_without_finite_hidden_states(
-    teacher_with_a_hole: Path, tmp_path: Path, relation: str, first: list[Any]
+    teacher_with_a_hole: Path,
+    tmp_path: Path,
+    relation: str,
+    first: list[Any],
+    attention: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Those are in packs with sound ones, to which eager attention spreads what is no number."""
+    packed, plain = [], TransformersEngine.packed_hidden_states
+
+    def with_attention(self: TransformersEngine, packs: Any) -> Any:
+        packed.extend(pack for pack in packs if len(pack.samples) > 2)
+        return plain(self, packs)
+
+    monkeypatch.setattr(TransformersEngine, "packed_hidden_states", with_attention)
+    load = transformers_engine.load_model
+    monkeypatch.setattr(
+        transformers_engine, "load_model", lambda *a, **b: load(*a, attn_implementation=attention, **b)
+    )
     spec = replace(SPEC, relation=relation)
     rows = [*BAD, *GOOD] if first is BAD else [*GOOD, *BAD]
     config = config_of(teacher_with_a_hole, tmp_path, rows, spec=spec)
     assert build(config, Silent()).quarantined == {"not_finite": len(BAD)}
     found = sound(open_cache(config.out))
     assert sorted(found) == [number for number, each in enumerate(rows) if each in GOOD]
+    assert packed
     (tmp_path / "clean").mkdir()
     clean = config_of(teacher_with_a_hole, tmp_path / "clean", GOOD, spec=spec)
     build(clean, Silent())
