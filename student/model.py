@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,12 @@ class DistilledStudent(nn.Module):
     def tie_weights(self) -> None:
         """Shares again what accelerate's FSDP takes apart on the meta device."""
         self.model.tie_weights()
+
+    def one_step(self) -> AbstractContextManager[None]:
+        """Around the micro-batches of a step, in which no weight changes: the losses keep the head's matrix
+        as their products take it. Not under FSDP, which gathers it anew for each."""
+        sharded = any(isinstance(module, FSDPModule) for module in self.modules())
+        return nullcontext() if sharded else self.loss.matrix.kept()
 
     def reshard(self) -> None:
         """Gives back what FSDP has gathered for a forward pass that no backward pass follows: until then

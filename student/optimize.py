@@ -89,13 +89,14 @@ class Optimization:
         ranks = self._accelerator.num_processes
         torch.manual_seed(_seed_of(seed, step, self._accelerator.process_index))
         values = []
-        for place, moved in enumerate(on_device(micro_batches, self._accelerator.device)):
-            last = place == len(micro_batches) - 1
-            with nullcontext() if last else self._accelerator.no_sync(self._wrapped):
-                parts = self._wrapped(moved.inputs, moved.labels, moved.targets, counts, ranks)
-                with self._stopwatch.lap("backward"):
-                    self._accelerator.backward(parts.total)
-            values.append(_sums_of(parts, ranks))
+        with self.student.one_step() if len(micro_batches) > 1 else nullcontext():
+            for place, moved in enumerate(on_device(micro_batches, self._accelerator.device)):
+                last = place == len(micro_batches) - 1
+                with nullcontext() if last else self._accelerator.no_sync(self._wrapped):
+                    parts = self._wrapped(moved.inputs, moved.labels, moved.targets, counts, ranks)
+                    with self._stopwatch.lap("backward"):
+                        self._accelerator.backward(parts.total)
+                values.append(_sums_of(parts, ranks))
         with self._stopwatch.lap("optimizer"):
             norm = self._accelerator.clip_grad_norm_(self.student.parameters(), self._bound)
             return torch.stack(values).cpu().double(), float(unsharded(norm))

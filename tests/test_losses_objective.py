@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from student.losses import (
     Denominators,
@@ -17,7 +18,7 @@ from student.losses import (
     PositionTargets,
     RelationTargets,
 )
-from tests.dense_twins import Operations, objective_twin
+from tests.dense_twins import Operations, imitate_wide_products, objective_twin
 from tests.distillation_batches import LENGTH, SPANS, D, K, V, collate, make_samples
 
 ALL = LossWeights(ce=1.0, response=0.9, visual=0.8, relation=0.5, prompt=0.7)
@@ -185,6 +186,46 @@ def test_logits_of_a_position_are_made_once():
         with Operations() as seen:
             DistillationLoss(weights)(hidden, labels, targets, Head(weight=weight), counts)
         assert seen.multiplications == 3 * len(positions) * D * (V + 3)
+
+
+def test_the_head_is_brought_to_bfloat16_once_a_step_and_again_when_it_has_changed(monkeypatch):
+    imitate_wide_products(monkeypatch)
+    hidden, labels, samples, weight, _ = batch()
+    hidden, weight = (leaf.detach().float().requires_grad_() for leaf in (hidden, weight))
+    targets = collate(samples, LENGTH)
+    counts, loss = Denominators.of(labels, targets), DistillationLoss(LossWeights())
+
+    class Casts(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and made.dtype == torch.bfloat16:
+                self.seen += made.shape == weight.shape
+            return made
+
+    def step(loss):
+        parts = loss(hidden, labels, targets, Head(weight=weight), counts, compute=torch.bfloat16)
+        return parts.total.item(), *torch.autograd.grad(parts.total, (hidden, weight))
+
+    def same(ours, others):
+        return ours[0] == others[0] and all(map(torch.equal, ours[1:], others[1:]))
+
+    with Casts() as casts:
+        with loss.matrix.kept():
+            found = [step(loss), step(loss)]
+        assert casts.seen == 1
+        expected = step(DistillationLoss(LossWeights()))
+        assert same(found[0], expected)
+        assert same(found[1], expected)
+        with torch.no_grad():
+            weight.mul_(1.5)
+        casts.seen = 0
+        with loss.matrix.kept():
+            changed = step(loss)
+        assert casts.seen == 1
+    assert same(changed, step(DistillationLoss(LossWeights())))
+    assert not same(changed, expected)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.head import Head
 from student.losses.positions import PositionWork, run_positions
-from student.losses.products import Gradients, HeadProducts
+from student.losses.products import Gradients, HeadProducts, KeptMatrix
 from student.losses.relation import RelationWork, run_relations
 
 
@@ -43,10 +43,12 @@ def fused_losses(
     relations: RelationWork | None = None,
     memory_budget: int | None = None,
     compute: torch.dtype | None = None,
+    matrix: KeptMatrix | None = None,
 ) -> Values:
     """The losses asked for at hidden (N, D). Gradients reach hidden and the head's weight and bias.
 
-    memory_budget: bytes of logits at a time; what suits the device when None. compute: as in `HeadProducts`.
+    memory_budget: bytes of logits at a time; what suits the device when None. compute, matrix: as in
+    `HeadProducts`.
 
     Gradients are formed in the forward pass, of what requires them, and scaled in the backward pass. Not
     supported: second derivatives (create_graph raises), forward-mode derivatives, gradients in the targets.
@@ -67,6 +69,7 @@ def fused_losses(
         relations,
         memory_budget_of(hidden.device) if memory_budget is None else memory_budget,
         compute,
+        matrix,
         wanted,
     )
     return Values(total=total, kl=kl, ce=ce, relation=relation)
@@ -84,11 +87,12 @@ class _FusedLosses(torch.autograd.Function):
         relations: RelationWork | None,
         memory_budget: int,
         compute: torch.dtype | None,
+        matrix: KeptMatrix | None,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Products choose their own precision: autocast would change it.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            products = HeadProducts(head, hidden.dtype, compute)
+            products = HeadProducts(head, hidden.dtype, compute, matrix)
             gradients = Gradients(hidden, head, products, wanted)
             total = torch.zeros((), dtype=products.dtype, device=hidden.device)
             kl, ce, relation = total.new_zeros(0), total.new_zeros(0), total.new_zeros(0)
@@ -119,7 +123,7 @@ class _FusedLosses(torch.autograd.Function):
                 scale = grad_total.to(gradient.dtype)
                 gradient = gradient * scale if keep else gradient.mul_(scale)
             scaled.append(gradient)
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None)
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:

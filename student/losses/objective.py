@@ -14,7 +14,7 @@ from student.loss_weights import TERMS, LossWeights
 from student.losses.fused import fused_losses
 from student.losses.plan import Plan, groups_of, plan_of
 from student.losses.positions import position_work
-from student.losses.products import wide_dtype
+from student.losses.products import KeptMatrix, wide_dtype
 from student.losses.records import Entries, entries_of, join, no_entries
 from student.losses.relation import RelationWork
 from student.losses.targets import Denominators, DistillationTargets, PositionTargets
@@ -64,6 +64,7 @@ class DistillationLoss:
     def __init__(self, weights: LossWeights, *, memory_budget: int | None = None) -> None:
         self.weights = weights
         self.memory_budget = memory_budget
+        self.matrix = KeptMatrix()
 
     def __call__(
         self,
@@ -120,6 +121,7 @@ class DistillationLoss:
             relations=RelationWork(groups=groups, weights=image_shares * (weights.relation * world_size)),
             memory_budget=self.memory_budget,
             compute=compute,
+            matrix=self.matrix,
         )
 
         kl = dict.fromkeys(KINDS, values.total.new_zeros(()))

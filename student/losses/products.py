@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,16 +46,51 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
+class KeptMatrix:
+    """The head's matrix as products take it, made once for the micro-batches of a step.
+
+    Nothing looks for changes of the weight: it must not change while the matrix is kept.
+    """
+
+    def __init__(self) -> None:
+        self._keeps = False
+        self._made: Tensor | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps what is made first in here, to the end."""
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps, self._made = False, None
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """weight (V, D) in `dtype`."""
+        if self._made is not None and (self._made.shape, self._made.dtype) == (weight.shape, dtype):
+            return self._made
+        made = weight.to(dtype)
+        self._made = made if self._keeps else None
+        return made
+
+
 class HeadProducts:
     """The products that the losses need of one head with matrix (V, D).
 
     columns: how many of its V rows are tokens; the rest are padding. dtype: float64 when hidden states or
     matrix are float64, else float32: of all sums and results. compute: the dtype of a mixed-precision step;
     that of the hidden states when None. operand: what factors are brought to before they are multiplied:
-    bfloat16 when `compute` is and the device multiplies it into float32 (CUDA), else `dtype`.
+    bfloat16 when `compute` is and the device multiplies it into float32 (CUDA), else `dtype`. matrix: keeps
+    what the head's becomes in bfloat16.
     """
 
-    def __init__(self, head: Head, hidden_dtype: torch.dtype, compute: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        head: Head,
+        hidden_dtype: torch.dtype,
+        compute: torch.dtype | None = None,
+        matrix: KeptMatrix | None = None,
+    ) -> None:
         self.columns = head.columns
         self.weight = head.weight.detach()
         self.dtype = wide_dtype(hidden_dtype, self.weight.dtype)
@@ -64,7 +100,7 @@ class HeadProducts:
         low = (compute or hidden_dtype) == torch.bfloat16 and self.dtype == torch.float32
         self.operand = torch.bfloat16 if low and multiplies_wide(self.weight.device) else self.dtype
         if self.operand == torch.bfloat16:
-            self.weight = self.weight.to(torch.bfloat16)  # once, not block by block
+            self.weight = (matrix or KeptMatrix()).of(self.weight, torch.bfloat16)  # not block by block
 
     def blocks(self, end: int, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Row ranges of the matrix up to `end`, of at most `most` rows, and those rows (v, D) as operand."""
