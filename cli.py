@@ -274,11 +274,12 @@ def train(
 
 @command()
 def evaluate(config: EvaluateConfig, json_: Json = False) -> None:
-    """Answer questions by greedy decoding and score exact matches by kind; with --cache also KL and relation
-    loss."""
+    """Answer questions by greedy decoding and score them; with --cache also KL and relation loss."""
     from student.evaluate import evaluate as evaluate_model
+    from views.benchmark_page import print_evaluation
 
-    _show(evaluate_model(config, Bar()), json_, "evaluation")
+    result = evaluate_model(config, Bar())
+    print_json(result) if json_ else print_evaluation(result)
 
 
 @command()

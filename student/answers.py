@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache_schema.errors import RowRejected
-from student.benchmarks.rules import gqa_words, pope_answer, textvqa_score
+from student.benchmarks.rules import gqa_words, pope_scores, textvqa_score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def score(answered: Sequence[Answered]) -> dict[str, Any]:
         result["by_kind"] = {kind: _exact([each for each in answered if each.kind == kind]) for kind in kinds}
     binary = [each for each in answered if _plain(each.references[0]) in ("yes", "no")]
     if binary:
-        result["yes_no"] = yes_no(
+        result["yes_no"] = pope_scores(
             [_plain(each.references[0]) for each in binary], [each.prediction for each in binary]
         )
         result["rules"]["yes_no"] = "POPE"
@@ -94,26 +94,6 @@ def _exact(answered: Sequence[Answered]) -> dict[str, Any]:
         "questions": count,
         "exact_match": right / count,
         "majority": {"answer": frequent, "exact_match": times / count},
-    }
-
-
-def yes_no(truths: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, precision, recall, F1 of `yes`, and its share among the predictions, by POPE's rule.
-
-    truths: yes or no for each prediction; at least one. Ratios without a denominator are 0.
-    """
-    said = [pope_answer(each) == "yes" for each in predictions]
-    true = [each == "yes" for each in truths]
-    hits = sum(one and other for one, other in zip(said, true, strict=True))
-    precision = hits / sum(said) if any(said) else 0.0
-    recall = hits / sum(true) if any(true) else 0.0
-    return {
-        "questions": len(true),
-        "accuracy": sum(one == other for one, other in zip(said, true, strict=True)) / len(true),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes_share": sum(said) / len(true),
     }
 
 

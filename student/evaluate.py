@@ -22,10 +22,14 @@ from cache_schema.output import require_file, write_text
 from cache_schema.progress import Progress, task
 from student.answering import Answerer, Question, load_for_answers
 from student.answers import Answered, references_of, score
+from student.benchmarks.run import evaluate_benchmarks
 from student.heldout import held_out, measure_cache
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.settings import EvaluateConfig
+
+_LONGEST = 32
+"""The longest answer in tokens where nothing else is asked for."""
 
 _SHOWN = 20
 """Rows that were not asked, of which the result gives the reason."""
@@ -41,16 +45,21 @@ class Rated:
 
 
 def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
-    """Scores (`student.answers.score`), rows that could not be used (`skipped`), seconds; `teacher`: the
-    means of `measure_cache` when a cache is given. The same on every run with the same device and batch."""
+    """With benchmarks: `evaluate_benchmarks`. Else scores (`student.answers.score`), rows that could not be
+    used (`skipped`), seconds; `teacher`: the means of `measure_cache` when a cache is given. The same on
+    every run with the same device and batch."""
+    if config.benchmarks:
+        return evaluate_benchmarks(config, progress)
     started = time.perf_counter()
+    assert config.image_root is not None
+    image_root = config.image_root
     if config.predictions is not None:
         require_file(config.predictions)
     model, processor = load_for_answers(config.model, config.device)
-    asked, skipped = _questions(config, processor, progress)
+    asked, skipped = _questions(config, image_root, processor, progress)
     if not asked:
         raise KdcacheError(f"no row of {config.data} can be used: {_summary(skipped)}")
-    answerer = Answerer(model, processor, config.max_new_tokens, config.batch_size)
+    answerer = Answerer(model, processor, config.max_new_tokens or _LONGEST, config.batch_size)
     if answerer.set_aside:
         progress.message(
             f"answers are greedy, without {', '.join(answerer.set_aside)} of the model's generation config"
@@ -58,7 +67,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     answers = [""] * len(asked)
     done = 0
     with task(progress, "answering", len(asked)):
-        for batch in answerer.answer([each.question for each in asked], config.image_root):
+        for batch in answerer.answer([each.question for each in asked], image_root):
             for place, text in batch.items():
                 answers[place] = text
             done += len(batch)
@@ -75,7 +84,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     if answerer.set_aside:
         result["set_aside"] = answerer.set_aside
     if config.cache is not None:
-        result["teacher"] = _distance(config, config.cache, model, processor, progress)
+        result["teacher"] = _distance(config, config.cache, image_root, model, processor, progress)
     result["seconds"] = round(time.perf_counter() - started, 2)
     if skipped:
         progress.message(f"{len(skipped)} rows were not asked: {_summary(skipped)}")
@@ -89,7 +98,7 @@ def _summary(skipped: Sequence[tuple[int, RowRejected]]) -> str:
 
 
 def _questions(
-    config: EvaluateConfig, processor: Any, progress: Progress
+    config: EvaluateConfig, image_root: Path, processor: Any, progress: Progress
 ) -> tuple[list[Rated], list[tuple[int, RowRejected]]]:
     """The questions, and the rows that give none with the reason of each."""
     dataset = open_dataset(config.data, progress)
@@ -102,10 +111,10 @@ def _questions(
     for row in rows:
         try:
             conversation = dataset[row]
-            unpack_embedded(config.image_root, conversation.embedded)
+            unpack_embedded(image_root, conversation.embedded)
             for path in conversation.images:
                 if path not in readable:
-                    readable[path] = _fault(config.image_root, path)
+                    readable[path] = _fault(image_root, path)
                 if (fault := readable[path]) is not None:
                     raise fault
             questions += _asked(conversation, processor)
@@ -145,11 +154,11 @@ def _asked(conversation: Conversation, processor: Any) -> Iterator[Rated]:
 
 
 def _distance(
-    config: EvaluateConfig, url: str, model: Any, processor: Any, progress: Progress
+    config: EvaluateConfig, url: str, image_root: Path, model: Any, processor: Any, progress: Progress
 ) -> dict[str, float]:
     """The distance of the model to the cache's teacher."""
     cache = open_cache(url)
-    measured = held_out(cache, model, processor, config.image_root, adopt_template=True)
+    measured = held_out(cache, model, processor, image_root, adopt_template=True)
     training = cache.manifest.fingerprint.training
     student = DistilledStudent(model, LossWeights(), vocab_size=training["vocab_size"]).eval()
     probe = processor.tokenizer.encode("What is in the image?")

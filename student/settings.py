@@ -14,6 +14,10 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _OVERRIDES = ("epochs", "max_steps", "learning_rate", "global_batch", "lora_rank")
 """Settings of a run that override those of its stage."""
 
+BENCHMARKS = ("vqav2", "gqa", "vizwiz", "sqa", "textvqa", "mme", "mmb", "mmb-cn", "pope", "mmmu")
+"""In the order of the paper's tables."""
+
+_BENCHMARKS = "Benchmarks of the LLaVA-KD paper"
 _HELD_OUT, _RECORDS, _SPEED = "Held-out data", "Checkpoints and records", "Speed and memory"
 
 
@@ -172,17 +176,54 @@ class EvaluateConfig:
     """
 
     model: Annotated[Path, Help("Folder of the model: student, teacher or any other.")]
-    data: Annotated[Path, Help("Rows to answer, in the same formats as for `build`.")]
-    image_root: Annotated[Path, Help("Folder that the image paths of the dataset start from.")]
+    data: Annotated[
+        Path,
+        Help("Rows to answer, in the formats of `build`; for benchmarks LLaVA's eval folder or questions."),
+    ]
+    image_root: Annotated[
+        Path | None,
+        Help("Folder that the image paths start from. Default for benchmarks: as in LLaVA's eval folder."),
+    ] = None
     cache: Annotated[
         str | None, Help("Also measure the distance to the teacher of this cache: KL and relation loss.")
     ] = None
     batch_size: Annotated[int, at_least(1), Help("Questions answered at a time.")] = 64
     limit: Annotated[int | None, at_least(1), Help("Only LIMIT rows, drawn by --seed.")] = None
-    max_new_tokens: Annotated[int, at_least(1), Help("Longest answer in tokens.")] = 32
+    max_new_tokens: Annotated[
+        int | None,
+        at_least(1),
+        Help("Longest answer in tokens. Default: 32; as LLaVA's scripts, 128 or 1024, for benchmarks."),
+    ] = None
     seed: Annotated[int, at_least(0), Help("Seed of sampling.")] = 0
     device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     predictions: Annotated[Path | None, Help("JSONL file for every answer.")] = None
+    benchmarks: Annotated[
+        tuple[str, ...],
+        Help(f"A benchmark: {', '.join(BENCHMARKS)}, or all; several with commas.", _BENCHMARKS, "benchmark"),
+    ] = ()
+    annotations: Annotated[
+        Path | None, Help("Its annotations. Default: as in LLaVA's eval folder.", _BENCHMARKS)
+    ] = None
+    out: Annotated[
+        Path | None, Help("Folder of its answers, upload files and results; goes on with those.", _BENCHMARKS)
+    ] = None
 
     def __post_init__(self) -> None:
-        check(self)
+        unknown = {*self.benchmarks} - {*BENCHMARKS, "all"}
+        single = len(self.benchmarks) == 1 and "all" not in self.benchmarks
+        shared = self.image_root or self.annotations or self.data.is_file()
+        rows_only = self.cache or self.limit or self.predictions
+        check(
+            self,
+            {
+                f"benchmark must be {', '.join(BENCHMARKS)} or all": bool(unknown),
+                "image_root is needed without benchmark": not self.benchmarks and self.image_root is None,
+                "out is needed with benchmark": bool(self.benchmarks) and self.out is None,
+                "annotations and out are for benchmark": not self.benchmarks
+                and bool(self.annotations or self.out),
+                "cache, limit and predictions are not for benchmark": bool(self.benchmarks and rows_only),
+                "several benchmarks need LLaVA's eval folder, without image_root or annotations": bool(
+                    self.benchmarks and not single and shared
+                ),
+            },
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 # ---- VQA, TextVQA ----
 
@@ -93,6 +94,26 @@ def pope_answer(text: str) -> str:
     """yes or no: no where the first sentence, without commas, has the word No, no or not; else yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def pope_scores(truths: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
+    """POPE's accuracy, precision, recall and F1 of `yes`, and the share of `yes` among the predictions.
+
+    truths: yes or no for each prediction; at least one. Ratios without a denominator are 0.
+    """
+    said = [pope_answer(each) == "yes" for each in predictions]
+    true = [each == "yes" for each in truths]
+    hits = sum(one and other for one, other in zip(said, true, strict=True))
+    precision = hits / sum(said) if any(said) else 0.0
+    recall = hits / sum(true) if any(true) else 0.0
+    return {
+        "questions": len(true),
+        "accuracy": sum(one == other for one, other in zip(said, true, strict=True)) / len(true),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
+        "yes_share": sum(said) / len(true),
+    }
 
 
 def mme_answer(text: str) -> str:
