@@ -102,11 +102,16 @@ def check_kernel() -> list[str]:
                     kl_weights, ce_weights = torch.rand(n, device=GPU), torch.rand(n, device=GPU)
                     kl_weights[1], ce_weights[3] = 0, 0
                     rows = LogitRows(
-                        entries=entries, weights=kl_weights, labels=labels, label_weights=ce_weights
+                        entries=entries,
+                        weights=kl_weights,
+                        which=torch.zeros_like(labels),
+                        labels=labels,
+                        label_weights=ce_weights,
                     )
                     wide = LogitRows(
                         entries=Entries(ids=ids, logprobs=logprobs.double(), log_tail=tail[:, 0].double()),
                         weights=kl_weights.double(),
+                        which=torch.zeros_like(labels),
                         labels=labels,
                         label_weights=ce_weights.double(),
                     )

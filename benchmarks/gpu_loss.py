@@ -179,6 +179,7 @@ def parts_of(
     rows = LogitRows(
         entries=Entries(ids=ids, logprobs=logprobs.contiguous(), log_tail=tail[:, 0].contiguous()),
         weights=torch.rand(n, device=GPU),
+        which=torch.zeros(n, dtype=torch.long, device=GPU),
         labels=torch.randint(TOKENS, (n,), device=GPU),
         label_weights=torch.rand(n, device=GPU),
     )

@@ -136,8 +136,9 @@ def axolotl(case: Case) -> float:
     return total
 
 
-def ours(case: Case) -> float:
-    """The objective of student.losses: KL with tail bucket, CE, relation."""
+def ours(case: Case, weights: LossWeights | None = None) -> float:
+    """The objective of student.losses: KL with tail bucket (another divergence by `weights`), CE,
+    relation."""
     count = VISUAL + RESPONSE
     # The last token has a label and no target: position t predicts token t + 1.
     hidden = torch.cat([case.hidden, case.hidden[-1:]])[None]
@@ -159,7 +160,7 @@ def ours(case: Case) -> float:
         positions={"response": records(slice(VISUAL, count)), "visual": records(slice(0, VISUAL))},
         relations=(RelationTargets(positions=torch.arange(VISUAL), sample=0, factor=case.factor),),
     )
-    parts = DistillationLoss(LossWeights())(
+    parts = DistillationLoss(weights or LossWeights())(
         hidden, labels, targets, Head(weight=case.weight), Denominators.of(labels, targets)
     )
     parts.total.backward()

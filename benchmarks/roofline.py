@@ -132,6 +132,9 @@ def recordings() -> dict[str, Recording]:
         f"loss of {SAMPLES} samples, DFT": record(LossWeights(), whole=False),
         f"loss of {SAMPLES} samples, DFT, kl_share 0.5": record(LossWeights(kl_share=0.5), whole=False),
         f"loss of {SAMPLES} samples, DFT, kl_share 0.2": record(LossWeights(kl_share=0.2), whole=False),
+        f"loss of {SAMPLES} samples, DFT, adaptive_kl": record(
+            LossWeights(divergence="adaptive_kl"), whole=False
+        ),
         f"step of {SAMPLES} samples, SFT": record(CE_ONLY, whole=True),
         f"step of {SAMPLES} samples, DFT from the cache": record(LossWeights(), whole=True),
     }

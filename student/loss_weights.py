@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cache_schema.format.spec import KINDS, Target
+from cache_schema.format.spec import KINDS, Kind, Target
 from cache_schema.settings import Help, at_least, check, positive, within
+from student.divergences import FORWARD, Divergence, by_kind
 
 Tail = Literal["bucket", "renormalize", "drop", "sampled"]
 Reduction = Literal["sample_mean", "token_mean"]
@@ -32,6 +33,13 @@ class LossWeights:
     prompt: Annotated[_Weight, Help("Weight of the KL at prompt positions.")] = 0.0
     temperature: Annotated[float, positive, Help("Temperature of the KL, as in `sparse_kl`.")] = 1.0
     tail: Annotated[Tail, Help("The mass outside the stored entries, as in `sparse_kl`.")] = "bucket"
+    divergence: Annotated[
+        str,
+        Help(
+            "What takes the place of the KL: a name, with its parameter as in jsd:0.5, or one for each kind "
+            "of position as in response=reverse_kl,visual=jsd:0.5."
+        ),
+    ] = "forward_kl"
     reduction: Annotated[
         Reduction,
         Help(
@@ -49,7 +57,13 @@ class LossWeights:
     ] = 1.0
 
     def __post_init__(self) -> None:
-        check(self)
+        others = [each.name for each in self.divergences.values() if each != FORWARD]
+        check(self, {f"divergence {each} needs tail `bucket`": self.tail != "bucket" for each in others})
+
+    @property
+    def divergences(self) -> dict[Kind, Divergence]:
+        """The divergence of each kind of position."""
+        return by_kind(self.divergence)
 
     @property
     def by_target(self) -> dict[Target, float]:

@@ -125,6 +125,8 @@ class Stage:
             del values["mega_batch"]
         if self.losses.kl_share == 1.0:
             del values["losses"]["kl_share"]
+        if self.losses.divergence == LossWeights().divergence:
+            del values["losses"]["divergence"]
         return values
 
 

@@ -114,6 +114,75 @@ def sparse_kl_twin(
     return torch.stack(values)
 
 
+def event_twin(
+    student: Tensor,
+    record: Any,
+    divergence: str,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """(N,) T^2 D over entries, tail and padding, from probabilities: sums of numbers, position by
+    position."""
+    column = record.temperatures.tolist().index(temperature)
+    values = []
+    for n in range(len(student)):
+        q = (student[n] / temperature).softmax(0)
+        ids = record.token_ids[n].long()
+        outside = torch.ones(len(q), dtype=torch.bool)
+        outside[vocab_size:] = vocab_size is None
+        outside[ids] = False
+        p_tail = record.tail_logprob[n, column].exp()
+        inside = torch.softmax(record.logprobs[n] / temperature, dim=0) * (1.0 - p_tail)
+        padding = torch.zeros(()) if vocab_size is None else q[vocab_size:].sum()
+        teacher = torch.cat([inside, p_tail[None]])
+        events = torch.cat([q[ids], q[outside].sum()[None]])
+        values.append(temperature**2 * _divergence_twin(divergence, teacher, events, padding))
+    return torch.stack(values)
+
+
+def _divergence_twin(text: str, p: Tensor, q: Tensor, padding: Tensor) -> Tensor:
+    """D of p and q, whose last event is the tail; the padding's p is 0."""
+    name, _, parameter = text.partition(":")
+    value = float(
+        parameter or {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1, "adaptive_kl": 0.5}.get(name, 0)
+    )
+    everywhere = torch.cat([q, padding[None]])
+    teacher = torch.cat([p, torch.zeros(1, dtype=p.dtype)])
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        real = a > 0
+        return (a[real] * (a[real] / b[real]).log()).sum()
+
+    def reverse() -> Tensor:
+        joined = torch.cat([q[:-1], (q[-1] + padding)[None]])
+        return kl(joined, p.clamp(min=math.exp(-30.0)))
+
+    if name == "forward_kl" or (name == "jsd" and value == 0):
+        return kl(p, q)
+    if name == "reverse_kl" or (name == "jsd" and value == 1):
+        return reverse()
+    if name == "jsd":
+        mixed = value * teacher + (1 - value) * everywhere
+        return value * kl(teacher, mixed) + (1 - value) * kl(everywhere, mixed)
+    if name == "total_variation":
+        return 0.5 * (teacher - everywhere).abs().sum()
+    if name == "skew_kl":
+        return kl(p, value * p + (1 - value) * q)
+    if name == "skew_reverse_kl":
+        return kl(everywhere, (1 - value) * teacher + value * everywhere)
+    if name == "adaptive_kl":
+        head = [0]  # the first entry, and those after it while the mass stays within mu
+        while len(head) < len(p) - 1 and p[: len(head) + 1].sum() <= value:
+            head.append(len(head))
+        gaps = (teacher - everywhere).detach().abs()
+        ours, rest = gaps[head].sum(), gaps.sum() - gaps[head].sum()
+    else:
+        ours, rest = (-(x[x > 0] * x[x > 0].log()).sum().detach() for x in (teacher, everywhere))
+    share = ours / (ours + rest) if ours + rest > 0 else 0.5
+    return share * kl(p, q) + (1 - share) * reverse()
+
+
 def _kl_terms(p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p > 0, p * (torch.where(p > 0, p, 1.0).log() - log_q), 0.0)
 
@@ -138,6 +207,7 @@ def objective_twin(
     namespace of positions into the sample and its record) and relations (list of (positions, gram)).
     """
     temperature, tail = weights.temperature, weights.tail
+    forms = weights.divergences
     tokens: dict[str, list[list[Tensor]]] = {
         k: [] for k in ("ce", "response", "visual", "prompt", "relation")
     }
@@ -148,17 +218,14 @@ def objective_twin(
         tokens["ce"].append(list(per_token[labels[b, 1:] != -100]))
         for kind in ("response", "visual", "prompt"):
             part = getattr(sample, kind)
-            values = (
-                []
-                if part is None
-                else sparse_kl_twin(
-                    logits[part.positions],
-                    part.record,
-                    tail=tail,
-                    temperature=temperature,
-                    vocab_size=head.get("vocab_size"),
-                )
-            )
+            options = {"temperature": temperature, "vocab_size": head.get("vocab_size")}
+            if part is None:
+                values = []
+            elif forms[kind].name == "forward_kl":
+                values = sparse_kl_twin(logits[part.positions], part.record, tail=tail, **options)
+            else:
+                text = f"{forms[kind].name}:{forms[kind].value}"
+                values = event_twin(logits[part.positions], part.record, text, **options)
             tokens[kind].append(list(values))
         tokens["relation"].append([relation_twin(tokens_only[p], gram) for p, gram in sample.relations])
     zero = (hidden * 0).sum()

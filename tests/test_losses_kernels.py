@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from student.divergences import FORWARD, Divergence
 from student.losses import Denominators, DistillationLoss, Head
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.records import Entries
@@ -16,6 +17,7 @@ from tests.distillation_batches import LENGTH, V, collate
 from tests.test_losses_objective import ALL, batch
 
 kernels = pytest.importorskip("student.losses.kernels", reason="Triton has no package for this system")
+OTHERS = (Divergence("jsd", 0.3), Divergence("reverse_kl"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -46,7 +48,10 @@ def rows_and_products(n, v, e, tokens, seed=0):
     weights[1], label_weights[3] = 0, 0
     log_tail = torch.full((n,), math.log(1 - math.exp(-0.2)))
     entries = Entries(ids=ids, logprobs=logprobs, log_tail=log_tail)
-    return products, LogitRows(entries=entries, weights=weights, labels=labels, label_weights=label_weights)
+    which = torch.arange(n) % 2
+    return products, LogitRows(
+        entries=entries, weights=weights, which=which, labels=labels, label_weights=label_weights
+    )
 
 
 def on(device, rows, dtype):
@@ -58,6 +63,7 @@ def on(device, rows, dtype):
             log_tail=entries.log_tail.to(device, dtype),
         ),
         weights=rows.weights.to(device, dtype),
+        which=rows.which.to(device),
         labels=rows.labels.to(device),
         label_weights=rows.label_weights.to(device, dtype),
     )
@@ -66,8 +72,14 @@ def on(device, rows, dtype):
 @pytest.mark.parametrize("grads_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["plain", "bias and cap"])
 @pytest.mark.parametrize("tokens", [100, 93], ids=["tokens", "padded"])
-@pytest.mark.parametrize(("temperature", "inside_only"), list(itertools.product([1.0, 2.0], [False, True])))
-def test_the_kernel_is_row_losses(temperature, inside_only, tokens, form, grads_dtype):
+@pytest.mark.parametrize(
+    ("temperature", "inside_only", "divergences"),
+    [
+        *itertools.product([1.0, 2.0], [False, True], [(FORWARD,)]),
+        *itertools.product([1.0, 2.0], [False], [OTHERS]),
+    ],
+)
+def test_the_kernel_is_row_losses(temperature, inside_only, divergences, tokens, form, grads_dtype):
     n, v = 6, 100
     products, rows = rows_and_products(n, v, 5, tokens)
     bias, cap, scale = (None, None, 1.0) if form == "plain" else (torch.randn(v), 4.0, 0.7)
@@ -81,7 +93,7 @@ def test_the_kernel_is_row_losses(temperature, inside_only, tokens, form, grads_
     exact = torch.cat([exact, torch.full((n, 1), -math.inf, dtype=torch.float64)], dim=1)
     tempered = exact / temperature
     kl_rows, ce_rows = on("cpu", rows, torch.float64).split(v)
-    options = {"tokens": tokens, "inside_only": inside_only}
+    options = {"tokens": tokens, "inside_only": inside_only, "divergences": divergences}
     _, ce = row_losses(exact, ce_rows, temperature=1.0, **options)
     kl, _ = row_losses(tempered, kl_rows, temperature=temperature, **options)
     true = (exact + tempered)[:, :v] * slope
@@ -139,10 +151,16 @@ def step(weights, head, *, dtype, compute=None, **kwargs):
 
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 4.0}], ids=["plain", "softcap"])
-@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "sampled"])
-def test_the_objective_through_the_kernel(monkeypatch, tail, head):
+@pytest.mark.parametrize(
+    ("tail", "divergence"),
+    [
+        *((tail, "forward_kl") for tail in ("bucket", "renormalize", "drop", "sampled")),
+        ("bucket", "response=adaptive_kl,visual=skew_reverse_kl"),
+    ],
+)
+def test_the_objective_through_the_kernel(monkeypatch, tail, divergence, head):
     """Float32 to rounding; with bfloat16 factors at most 3 times as far off as the torch code's."""
-    weights = replace(ALL, tail=tail, temperature=2.0)
+    weights = replace(ALL, tail=tail, temperature=2.0, divergence=divergence)
     made = {"draws": 4 if tail == "sampled" else 0, "drawn_at": 2.0}
     exact = step(weights, head, dtype=torch.float64, **made)
     monkeypatch.setattr("student.losses.positions.kernel_for", lambda device, dtype: kernels.row_kernel)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from student.losses.kernels import _LOG2E, _NONE, LAUNCH, Launch, _logit
+from student.losses.kernels import LAUNCH, Launch
+from student.losses.triton_rows import _LOG2E, _NONE, _logit
 
 
 @triton.jit

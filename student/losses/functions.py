@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache_schema.errors import WrongUsage
 from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
+from student.divergences import FORWARD, Divergence
 from student.loss_weights import Tail
 from student.losses.fused import fused_losses
 from student.losses.plan import Layout, group_images
@@ -38,6 +40,7 @@ def sparse_kl(
     softcap: float | None = None,
     vocab_size: int | None = None,
     memory_budget: int | None = None,
+    divergence: str = "forward_kl",
 ) -> Tensor:
     """sum_n w_n T^2 KL(p_n || q_n), p the teacher at N positions as a sparse record, q the student.
 
@@ -54,8 +57,12 @@ def sparse_kl(
       draws the mean of its gradient is that of the dense KL. Over one draw kept for many epochs it is not,
       and the value is that to p^, which is above the dense one.
 
+    divergence: another one in place of the KL, as `jsd:0.5`, over the events of `bucket` and the student's
+    padding (`student.losses.divergences`).
+
     Gradients are those of this value, the factor T^2 included. ValueError: shapes that do not fit, a T whose
-    tail mass (whose draws) the target does not hold, an id with mass that is not a token of the head.
+    tail mass (whose draws) the target does not hold, an id with mass that is not a token of the head, a
+    divergence that is not known or with another tail.
     """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
     count, dtype = len(hidden), wide_dtype(hidden.dtype, lm_head_weight.dtype)
@@ -64,6 +71,9 @@ def sparse_kl(
     if not temperature > 0:
         raise ValueError(f"sparse_kl: temperature must be positive, not {temperature}")
     weights = _weights(weights, count, 1.0 / max(count, 1), hidden.device, dtype)
+    form = Divergence.parse(divergence)
+    if form != FORWARD and tail != "bucket":
+        raise WrongUsage(f"divergence {form.name} is defined with tail `bucket`, not `{tail}`")
     entries = entries_of(target, tail=tail, temperature=temperature, head=head, dtype=dtype)
     rows = weights.nonzero()[:, 0]
     work = position_work(
@@ -75,6 +85,7 @@ def sparse_kl(
         columns=head.rows,
         temperature=temperature,
         inside_only=tail == "renormalize",
+        divergences=(form,),
     )
     return fused_losses(hidden, head, positions=work, memory_budget=memory_budget).total
 

@@ -2,272 +2,25 @@
 
 It computes what `logit_rows.row_losses` does, for all rows of a chunk in one launch: a pass over the row that
 sums (reading 4 bytes a logit), and, where a gradient is wanted, a second one that puts it in the row's place.
+A divergence other than the forward KL takes two launches: one reports the student's log-masses of the events,
+from which the formula (in torch, on some tens of columns) makes slopes, and one takes these in place of p.
 Importing this file needs Triton, which torch's CUDA and ROCm builds bring along.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-_NONE = tl.constexpr(-3.0e38)  # a maximum of nothing: finite, so that differences with it are numbers
-_LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _logit(raw, bias, scale, cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """The logit of a product hidden weight^T; -inf, which marks a column as taken out, stays."""
-    x = raw
-    if HAS_BIAS:
-        x += bias
-    x *= scale
-    if CAPPED:
-        x = cap * (2.0 / (1.0 + tl.exp(-2.0 * x / cap)) - 1.0)
-    return tl.where(raw == -float("inf"), raw, x)
-
-
-@triton.jit
-def _slope(x, scale, cap, CAPPED: tl.constexpr):
-    """d logit / d (product + bias)."""
-    if CAPPED:
-        return scale * (1.0 - (x / cap) * (x / cap))
-    return scale + 0.0 * x
-
-
-@triton.jit
-def _fold(top, total, plain, x, cold, APART: tl.constexpr):
-    """The sums of `_sums` so far with one more logit x each; cold = log2(e) / T."""
-    ahead = x - top
-    grown = ahead > 0
-    small = tl.exp2(-tl.abs(ahead) * cold)
-    total = tl.where(grown, total * small + 1.0, total + small)
-    if APART:
-        small = tl.exp2(-tl.abs(ahead) * _LOG2E)
-        plain = tl.where(grown, plain * small + 1.0, plain + small)
-    return tl.maximum(top, x), total, plain
-
-
-@triton.jit
-def _sums(
-    row,
-    bias,
-    begin,
-    end,
-    columns,
-    scale,
-    cap,
-    cold,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    APART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """(top, sum exp((x - top) / T), sum exp(x - top)) of the columns begin..end; cold = log2(e) / T.
-
-    A mask whose edge is no multiple of 16 makes loads 4 bytes wide: whole blocks are loaded without one, the
-    others up to `columns`.
-    """
-    top = tl.full((BLOCK,), _NONE, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    plain = tl.zeros((BLOCK,), tl.float32)
-    place = tl.arange(0, BLOCK)
-    first = tl.cdiv(begin, BLOCK) * BLOCK
-    whole = tl.maximum(end // BLOCK * BLOCK, first)
-    for start in tl.range(first, whole, BLOCK, num_stages=STAGES):
-        at = tl.multiple_of(start, BLOCK) + place
-        offset = tl.load(bias + at) if HAS_BIAS else 0.0
-        x = _logit(tl.load(row + at).to(tl.float32), offset, scale, cap, HAS_BIAS, CAPPED)
-        top, total, plain = _fold(top, total, plain, x, cold, APART)
-    # What lies before the first whole block and behind the last one.
-    for edge in tl.static_range(2):
-        start = begin // BLOCK * BLOCK if edge == 0 else whole
-        stop = tl.minimum(first, end) if edge == 0 else end
-        if tl.maximum(start, begin) < stop:
-            at = tl.multiple_of(start, BLOCK) + place
-            raw = tl.load(row + at, mask=at < columns, other=-float("inf")).to(tl.float32)
-            raw = tl.where((at >= begin) & (at < stop), raw, -float("inf"))
-            offset = tl.load(bias + at, mask=at < columns, other=0.0) if HAS_BIAS else 0.0
-            x = _logit(raw, offset, scale, cap, HAS_BIAS, CAPPED)
-            top, total, plain = _fold(top, total, plain, x, cold, APART)
-    most = tl.max(top, axis=0)
-    total_sum = tl.sum(total * tl.exp2((top - most) * cold), axis=0)
-    plain_sum = tl.sum(plain * tl.exp2((top - most) * _LOG2E), axis=0) if APART else total_sum
-    return most, total_sum, plain_sum
-
-
-@triton.jit
-def _add_logs(a, b):
-    """log(exp a + exp b), also where one or both are -inf."""
-    high = tl.maximum(a, b)
-    base = tl.where(high == -float("inf"), 0.0, high)
-    return tl.log(tl.exp(a - base) + tl.exp(b - base)) + base
-
-
-@triton.jit
-def _row_kernel(
-    logits,
-    grads,
-    bias,
-    ids,
-    logprobs,
-    log_tails,
-    weights,
-    labels,
-    label_weights,
-    kl_out,
-    ce_out,
-    count,
-    tokens,
-    columns,
-    logits_stride,
-    grads_stride,
-    scale,
-    cap,
-    temperature,
-    E: tl.constexpr,
-    E_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    APART: tl.constexpr,
-    INSIDE_ONLY: tl.constexpr,
-    PADDED: tl.constexpr,
-    GRADIENT: tl.constexpr,
-):
-    infinity = float("inf")
-    cold = 1.0 / temperature
-    fast = cold * _LOG2E
-    for number in range(tl.program_id(0), count, tl.num_programs(0)):
-        line = tl.cast(number, tl.int64)
-        row = logits + line * logits_stride
-        place = tl.arange(0, E_BLOCK)
-        token = tl.load(ids + line * E + place, mask=place < E, other=columns)
-        real = token < columns
-        log_p = tl.load(logprobs + line * E + place, mask=place < E, other=-infinity)
-        log_tail = tl.load(log_tails + line)
-        kl_weight = tl.load(weights + line) * temperature
-        label = tl.load(labels + line)
-        labelled = label < columns
-        ce_weight = tl.load(label_weights + line)
-        inside = tl.load(row + token, mask=real, other=-infinity).to(tl.float32)
-        own = tl.load(row + label, mask=labelled, other=-infinity).to(tl.float32)
-        inside_bias = tl.load(bias + token, mask=real, other=0.0) if HAS_BIAS else 0.0
-        own_bias = tl.load(bias + label, mask=labelled, other=0.0) if HAS_BIAS else 0.0
-        inside = _logit(inside, inside_bias, scale, cap, HAS_BIAS, CAPPED)
-        own = _logit(own, own_bias, scale, cap, HAS_BIAS, CAPPED)
-        tl.debug_barrier()
-        tl.store(row + token, -infinity, mask=real)
-        tl.debug_barrier()
-
-        top_out, sum_out, plain_out = _sums(
-            row, bias, 0, tokens, columns, scale, cap, fast, HAS_BIAS, CAPPED, APART, BLOCK, STAGES
-        )
-        top_in = tl.maximum(tl.max(inside, axis=0), _NONE)
-        top = tl.maximum(top_out, top_in)
-        if PADDED:
-            top_pad, sum_pad, plain_pad = _sums(
-                row, bias, tokens, columns, columns, scale, cap, fast, HAS_BIAS, CAPPED, APART, BLOCK, STAGES
-            )
-            top = tl.maximum(top, top_pad)
-        inside = inside - top
-        sum_in = tl.sum(tl.exp((inside - (top_in - top)) * cold), axis=0)
-        log_in = (top_in - top) * cold + tl.log(sum_in)
-        log_out = (top_out - top) * cold + tl.log(sum_out)
-        log_all = _add_logs(log_in, log_out)
-        if PADDED:
-            log_pad = (top_pad - top) * cold + tl.log(sum_pad)
-            log_all = _add_logs(log_all, log_pad)
-        log_plain = log_all
-        if APART:
-            plain_in = tl.sum(tl.exp(inside), axis=0)
-            plain = plain_in + plain_out * tl.exp(top_out - top)
-            if PADDED:
-                plain += plain_pad * tl.exp(top_pad - top)
-            log_plain = tl.log(plain)
-
-        log_norm = log_all
-        if INSIDE_ONLY:
-            log_norm = tl.where(log_in == -infinity, 0.0, log_in)
-        log_q = inside * cold - log_norm
-        log_q_tail = log_out - log_all
-        p = tl.exp(log_p)
-        p_tail = tl.exp(log_tail)
-        kl = tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0), axis=0)
-        kl += tl.where(p_tail > 0, p_tail * (log_tail - log_q_tail), 0.0)
-        kl = tl.where(kl_weight != 0, kl * temperature * temperature, 0.0)
-        ce = tl.where(ce_weight != 0, log_plain - (own - top), 0.0)
-        tl.store(kl_out + line, kl)
-        tl.store(ce_out + line, ce)
-
-        if GRADIENT:
-            mass = tl.sum(p, axis=0) + p_tail
-            push = kl_weight * mass
-            pull = kl_weight * p_tail
-            if INSIDE_ONLY:
-                push *= 0.0
-                pull *= 0.0
-            fused_ce = ce_weight
-            if APART:
-                fused_ce *= 0.0
-            push += fused_ce
-            pushed_out = (push * tl.exp(log_q_tail) - pull) / tl.where(sum_out > 0, sum_out, 1.0)
-            pushed_out = tl.where(sum_out > 0, pushed_out, 0.0)
-            pushed_pad = 0.0
-            if PADDED:
-                pushed_pad = push * tl.exp(log_pad - log_all) / tl.where(sum_pad > 0, sum_pad, 1.0)
-                pushed_pad = tl.where(sum_pad > 0, pushed_pad, 0.0)
-            target = grads + line * grads_stride
-            whole = tokens // BLOCK * BLOCK
-            place = tl.arange(0, BLOCK)
-            for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-                at = tl.multiple_of(start, BLOCK) + place
-                raw = tl.load(row + at).to(tl.float32)
-                # Gradients of half the width lie where other threads may still have logits to read.
-                tl.debug_barrier()
-                offset = tl.load(bias + at) if HAS_BIAS else 0.0
-                x = _logit(raw, offset, scale, cap, HAS_BIAS, CAPPED)
-                slope = pushed_out * tl.exp2((x - top_out) * fast)
-                if APART:
-                    slope += ce_weight * tl.exp2((x - (top + log_plain)) * _LOG2E)
-                slope *= _slope(x, scale, cap, CAPPED)
-                slope = tl.where(raw == -infinity, 0.0, slope)
-                tl.store(target + at, slope.to(grads.dtype.element_ty))
-            for start in range(whole, columns, BLOCK):
-                at = tl.multiple_of(start, BLOCK) + place
-                raw = tl.load(row + at, mask=at < columns, other=-infinity).to(tl.float32)
-                tl.debug_barrier()
-                offset = tl.load(bias + at, mask=at < columns, other=0.0) if HAS_BIAS else 0.0
-                x = _logit(raw, offset, scale, cap, HAS_BIAS, CAPPED)
-                slope = pushed_out * tl.exp2((x - top_out) * fast)
-                if PADDED:
-                    padding = pushed_pad * tl.exp2((x - top_pad) * fast)
-                    slope = tl.where(at < tokens, slope, padding)
-                if APART:
-                    slope += ce_weight * tl.exp2((x - (top + log_plain)) * _LOG2E)
-                slope *= _slope(x, scale, cap, CAPPED)
-                slope = tl.where(raw == -infinity, 0.0, slope)
-                tl.store(target + at, slope.to(grads.dtype.element_ty), mask=at < columns)
-            tl.debug_barrier()
-            slope = kl_weight * (mass * tl.exp(log_q) - p)
-            slope += ce_weight * tl.exp(inside - log_plain)
-            met = (token == label) & real
-            slope = tl.where(met, slope - ce_weight, slope)
-            slope = tl.where(real, slope * _slope(inside + top, scale, cap, CAPPED), 0.0)
-            tl.store(target + token, slope.to(grads.dtype.element_ty), mask=real)
-            alone = pushed_out * tl.exp((own - top_out) * cold)
-            if APART:
-                alone += ce_weight * tl.exp(own - (top + log_plain))
-            alone = (alone - ce_weight) * _slope(own, scale, cap, CAPPED)
-            lonely = labelled & (tl.sum(met.to(tl.int32), axis=0) == 0)
-            tl.store(target + label, alone.to(grads.dtype.element_ty), mask=lonely)
-        tl.debug_barrier()
+from student.divergences import FORWARD, Divergence
+from student.losses.divergences import value_and_slopes
+from student.losses.triton_rows import rows_on_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +46,7 @@ def row_kernel(
     temperature: float,
     inside_only: bool,
     apart: bool,
+    divergences: Sequence[Divergence] = (FORWARD,),
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -305,30 +59,81 @@ def row_kernel(
     sum_n weights_n T^2 KL_n + label_weights_n CE_n; it may lie in the memory of `products`, each row in its
     row. apart: cross entropy is that at temperature 1.
     """
-    count, columns = products.shape
-    kl = torch.empty(count, dtype=torch.float32, device=products.device)
+    options: dict[str, Any] = {
+        "tokens": tokens,
+        "temperature": temperature,
+        "inside_only": inside_only,
+        "apart": apart,
+        "bias": bias,
+        "scale": scale,
+        "softcap": softcap,
+        "launch": launch,
+    }
+    kl = torch.empty(len(products), dtype=torch.float32, device=products.device)
     ce = torch.empty_like(kl)
-    if count == 0:
+    if len(products) == 0:
         return kl, ce
     entries = rows.entries
-    width = entries.ids.shape[1]
+    if tuple(divergences) == (FORWARD,):
+        _launch(products, rows, entries.logprobs, entries.log_tail, kl, ce, grads=grads, **options)
+        return kl, ce
+    events = kl.new_empty(len(kl), entries.ids.shape[1] + 2)
+    _launch(products, rows, entries.logprobs, entries.log_tail, kl, ce, events=events, **options)
+    nothing = torch.full_like(entries.log_tail, -math.inf)
+    teacher = torch.cat([entries.logprobs, entries.log_tail[:, None], nothing[:, None]], dim=1)
+    kl, slopes = value_and_slopes(divergences, rows.which, teacher, events)
+    kl = torch.where(rows.weights != 0, kl * temperature**2, 0.0)
+    if grads is not None:
+        inside, tail, padding = (each.contiguous() for each in slopes.neg().tensor_split((-2, -1), dim=1))
+        _launch(products, rows, inside, tail, kl, ce, grads=grads, pads=padding, **options)
+    return kl, ce
+
+
+def _launch(
+    products: Tensor,
+    rows: Any,
+    inside: Tensor,
+    tail: Tensor,
+    kl: Tensor,
+    ce: Tensor,
+    *,
+    tokens: int,
+    temperature: float,
+    inside_only: bool,
+    apart: bool,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    launch: Launch,
+    grads: Tensor | None = None,
+    events: Tensor | None = None,
+    pads: Tensor | None = None,
+) -> None:
+    """inside (n, E), tail (n,): the teacher's log-masses; where `pads` (n,) is given all three are slopes
+    with their signs turned, and `kl` is left alone. events (n, E + 2): takes log q of the entries, of the
+    tail and of the padding, and the products stay as they are.
+    """
+    count, columns = products.shape
+    width = inside.shape[1]
     programs = count
     if products.device.type == "cuda":
         processors = torch.cuda.get_device_properties(products.device).multi_processor_count
         programs = min(count, launch.programs * processors)
     target = products if grads is None else grads
-    _row_kernel[(programs,)](
+    rows_on_device[(programs,)](
         products,
         target,
         products if bias is None else bias,
-        entries.ids,
-        entries.logprobs,
-        entries.log_tail,
+        rows.entries.ids,
+        inside,
+        tail,
+        tail if pads is None else pads,
         rows.weights,
         rows.labels,
         rows.label_weights,
         kl,
         ce,
+        kl if events is None else events,
         count,
         tokens,
         columns,
@@ -347,6 +152,7 @@ def row_kernel(
         INSIDE_ONLY=inside_only,
         PADDED=tokens < columns,
         GRADIENT=grads is not None,
+        REPORT=events is not None,
+        GIVEN=pads is not None,
         num_warps=launch.warps,
     )
-    return kl, ce

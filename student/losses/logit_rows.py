@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from student.divergences import FORWARD, Divergence
+from student.losses.divergences import value_and_slopes
 from student.losses.records import Entries
 
 
@@ -15,12 +18,14 @@ from student.losses.records import Entries
 class LogitRows:
     """What is asked of the student at n rows of logits (n, V + 1): tokens, padding, and last the blank.
 
-    entries: the distributions to compare with, all blank where there is none; weights (n,) of their KL;
-    labels (n,) int64, blank where there is none, and label_weights (n,) of their cross entropy.
+    entries: the distributions to compare with, all blank where there is none; weights (n,) of their KL, which
+    is the divergence at place `which` (n,) int64 of those in use; labels (n,) int64, blank where there is
+    none, and label_weights (n,) of their cross entropy.
     """
 
     entries: Entries
     weights: Tensor
+    which: Tensor
     labels: Tensor
     label_weights: Tensor
 
@@ -29,6 +34,7 @@ class LogitRows:
         return LogitRows(
             entries=self.entries.pick(index),
             weights=self.weights[index],
+            which=self.which[index],
             labels=self.labels[index],
             label_weights=self.label_weights[index],
         )
@@ -44,6 +50,7 @@ class LogitRows:
         return cls(
             entries=entries,
             weights=torch.cat([rows.weights for rows in parts]),
+            which=torch.cat([rows.which for rows in parts]),
             labels=torch.cat([rows.labels for rows in parts]),
             label_weights=torch.cat([rows.label_weights for rows in parts]),
         )
@@ -58,15 +65,19 @@ class LogitRows:
         )
         no_labels, no_weights = torch.full_like(self.labels, columns), torch.zeros_like(self.weights)
         return (
-            LogitRows(entries=self.entries, weights=self.weights, labels=no_labels, label_weights=no_weights),
-            LogitRows(
-                entries=blank, weights=no_weights, labels=self.labels, label_weights=self.label_weights
-            ),
+            replace(self, labels=no_labels, label_weights=no_weights),
+            replace(self, entries=blank, weights=no_weights),
         )
 
 
 def row_losses(
-    logits: Tensor, rows: LogitRows, *, tokens: int, temperature: float, inside_only: bool
+    logits: Tensor,
+    rows: LogitRows,
+    *,
+    tokens: int,
+    temperature: float,
+    inside_only: bool,
+    divergences: Sequence[Divergence] = (FORWARD,),
 ) -> tuple[Tensor, Tensor]:
     """KL (n,) times T^2 and cross entropy (n,) of each row, from logits (n, V + 1) divided by T.
 
@@ -79,8 +90,9 @@ def row_losses(
         dKL / dlogit_j = s q_j - p_j in S,  q_j (s - p_tail / q_tail) outside S,  s q_j at padding
         CE = -log q_label
 
-    inside_only: the KL takes q over S alone, as if there were nothing outside. Where T != 1 rows must not
-    carry both terms: CE is that of these logits.
+    For another divergence D over the same events, p, p_tail and the padding's 0 in the gradient give way to
+    -dD / dlog q, s to their sum. inside_only: the KL takes q over S alone, as if there were nothing outside.
+    Where T != 1 rows must not carry both terms: CE is that of these logits.
     """
     ids, log_p, log_tail = rows.entries.ids, rows.entries.logprobs, rows.entries.log_tail
     inside = logits.gather(1, ids)  # (n, E)
@@ -100,19 +112,26 @@ def row_losses(
 
     log_norm = log_inside.nan_to_num(neginf=0.0) if inside_only else log_all
     log_q, log_q_tail = inside - log_norm[:, None], log_outside - log_all
-    p, p_tail = log_p.exp(), log_tail.exp()
-    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1)
-    kl = kl + torch.where(p_tail > 0, p_tail * (log_tail - log_q_tail), 0.0)
+    log_q_padding = log_padding - log_all
+    p, p_tail, p_padding = log_p.exp(), log_tail.exp(), torch.zeros_like(log_tail)
+    if tuple(divergences) == (FORWARD,):
+        kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1)
+        kl = kl + torch.where(p_tail > 0, p_tail * (log_tail - log_q_tail), 0.0)
+    else:
+        teacher = torch.cat([log_p, log_tail[:, None], p_padding[:, None].log()], dim=1)
+        student = torch.cat([log_q, log_q_tail[:, None], log_q_padding[:, None]], dim=1)
+        kl, slopes = value_and_slopes(divergences, rows.which, teacher, student)
+        p, p_tail, p_padding = -slopes[:, :-2], -slopes[:, -2], -slopes[:, -1]
     kl = torch.where(rows.weights != 0, kl * temperature**2, 0.0)
     ce = torch.where(rows.label_weights != 0, log_all - (label - top), 0.0)
 
-    mass, q_tail = p.sum(dim=1) + p_tail, log_q_tail.exp()
+    mass, q_tail = p.sum(dim=1) + p_tail + p_padding, log_q_tail.exp()
     kl_weights, ce_weights = rows.weights * temperature, rows.label_weights
     push = ce_weights if inside_only else ce_weights + kl_weights * mass
     pull = torch.zeros_like(p_tail) if inside_only else kl_weights * p_tail
     outside.mul_(torch.where(sum_outside > 0, (push * q_tail - pull) / sum_outside, 0.0)[:, None])
-    q_padding = (log_padding - log_all).exp()
-    padding.mul_(torch.where(sum_padding > 0, push * q_padding / sum_padding, 0.0)[:, None])
+    pulled = push * log_q_padding.exp() - kl_weights * p_padding
+    padding.mul_(torch.where(sum_padding > 0, pulled / sum_padding, 0.0)[:, None])
     slope = kl_weights[:, None] * (mass[:, None] * log_q.exp() - p)
     logits.scatter_(1, ids, slope + ce_weights[:, None] * (inside - log_all[:, None]).exp())
     logits.scatter_add_(1, rows.labels[:, None], -ce_weights[:, None])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cache_schema.format.spec import KINDS, Kind
 from models.head import Head
+from student.divergences import FORWARD
 from student.loss_weights import TERMS, LossWeights
 from student.losses.fused import fused_losses
 from student.losses.plan import Plan, groups_of, plan_of
@@ -55,10 +56,10 @@ class DistillationLoss:
     """L = ce L_CE + response L_res + visual L_vis + relation L_rel + prompt L_prompt.
 
     L_CE: -log q of the next token at every position whose next label is supervised. L_res, L_vis, L_prompt:
-    `sparse_kl` at the response, visual and prompt positions. L_rel: `relation_loss` of every image. Means as
-    `LossWeights.reduction` says. All terms share one pass: a position's logits are made once. With a
-    `kl_share` below 1 the KL terms count the selected positions alone, each of them for as many as were
-    asked for each selected one.
+    `sparse_kl` at the response, visual and prompt positions, or the divergence of `LossWeights.divergence`.
+    L_rel: `relation_loss` of every image. Means as `LossWeights.reduction` says. All terms share one pass: a
+    position's logits are made once. With a `kl_share` below 1 the KL terms count the selected positions
+    alone, each of them for as many as were asked for each selected one.
     """
 
     def __init__(self, weights: LossWeights, *, memory_budget: int | None = None) -> None:
@@ -101,6 +102,11 @@ class DistillationLoss:
         ce_shares = self._shares(plan.label_siblings, denominators.samples, denominators.ce_tokens, dtype)
         terms = [self._term(kind, targets.positions[kind], plan, head, denominators, dtype) for kind in kinds]
         factors = [weights.by_target[term.kind] * world_size * term.shares for term in terms]
+        divergences = tuple(dict.fromkeys(weights.divergences[kind] for kind in kinds)) or (FORWARD,)
+        which = [
+            torch.full_like(term.shares, divergences.index(weights.divergences[term.kind]), dtype=torch.long)
+            for term in terms
+        ]
         work = position_work(
             layout=plan.layout,
             entries=join([no_entries(hidden.device, dtype), *(term.entries for term in terms)], head.rows),
@@ -110,6 +116,8 @@ class DistillationLoss:
             columns=head.rows,
             temperature=weights.temperature,
             inside_only=weights.tail == "renormalize",
+            which=torch.cat([plan.labels[:0], *which]),
+            divergences=divergences,
         )
         groups = groups_of(targets) if weights.relation != 0 else ()
         siblings = torch.cat([ce_shares[:0], *(group.siblings.to(dtype) for group in groups)])

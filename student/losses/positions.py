@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from student.divergences import FORWARD, Divergence
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.plan import Layout
 from student.losses.products import Gradients, HeadProducts
@@ -27,6 +28,7 @@ class PositionWork:
     rows: LogitRows
     temperature: float
     inside_only: bool
+    divergences: tuple[Divergence, ...]
 
 
 def position_work(
@@ -39,11 +41,15 @@ def position_work(
     columns: int,
     temperature: float,
     inside_only: bool,
+    which: Tensor | None = None,
+    divergences: tuple[Divergence, ...] = (FORWARD,),
 ) -> PositionWork:
     """Bring M distributions, their weights (M,), C labels and theirs (C,) to the rows of their layout.
 
-    columns: the number of logits, with padding.
+    columns: the number of logits, with padding. which (M,) int64: the place of each one's divergence in
+    `divergences`; None: they have the first.
     """
+    which = torch.zeros_like(layout.kl_rows) if which is None else which
 
     def spread(values: Tensor, rows: Tensor, fill: float) -> Tensor:
         table = values.new_full((len(layout.sources), *values.shape[1:]), fill)
@@ -58,11 +64,13 @@ def position_work(
                 log_tail=spread(entries.log_tail, layout.kl_rows, -math.inf),
             ),
             weights=spread(weights, layout.kl_rows, 0.0),
+            which=spread(which, layout.kl_rows, 0),
             labels=spread(labels, layout.ce_rows, columns),
             label_weights=spread(label_weights, layout.ce_rows, 0.0),
         ),
         temperature=temperature,
         inside_only=inside_only,
+        divergences=divergences,
     )
 
 
@@ -185,6 +193,7 @@ def _run_kernel(
             tokens=products.columns,
             temperature=work.temperature,
             inside_only=work.inside_only,
+            divergences=work.divergences,
             apart=apart,
             **form,
         )
@@ -286,12 +295,12 @@ def _losses(
     """KL (n,) and (c,), CE (n,) of a chunk of n positions, whose logits (n, V + 1) become the gradient of all
     its terms.
 
-    further: c more distributions, and which (c,) of the
-    n positions they stand at. tokens: how many of the V columns are not
-    padding. apart: whether KL and CE need softmaxes of their own, for a temperature other than 1.
+    further: c more distributions, and which (c,) of the n positions they stand at. tokens: how many of the V
+    columns are not padding. apart: whether KL and CE need softmaxes of their own, for a temperature other
+    than 1.
     """
     temperature = work.temperature
-    losses_of = partial(row_losses, tokens=tokens, inside_only=work.inside_only)
+    losses_of = partial(row_losses, tokens=tokens, inside_only=work.inside_only, divergences=work.divergences)
     others = logits[which].div_(temperature)
     further_kl, _ = losses_of(others, further, temperature=temperature)
     if apart:

@@ -1,0 +1,136 @@
+"""Divergences between teacher and student over the same events, value and slopes.
+
+The events of a position are the teacher's kept entries, one event for all other tokens (the tail), and one
+for the student's padding columns, which the teacher gives no mass. A formula takes log p and log q (n, m) of
+the m events, the tail last but one and the padding last, and returns (n,) in nats. So it is exact for what
+the cache stores; joining tokens in one event bounds the dense divergence from below where that is an
+f-divergence. Where a formula takes log p of an event of the student's, p counts as at least exp(LEAST).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from student.divergences import Divergence
+
+LEAST = -30.0
+"""Least log p that a reverse divergence sees: a teacher's mass of 0 would make it infinite."""
+
+_NOTHING = -1e30
+"""Stands for the log of 0: finite, so that 0 times it is 0."""
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
+    """sum p (log p - log q)."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
+    """sum q (log q - log p) (MiniLLM, arXiv 2306.08543, exact in place of sampled). The padding counts to the
+    tail, since the teacher has no mass there."""
+    outside = torch.logaddexp(log_q[:, -2], log_q[:, -1])
+    log_q = torch.cat([log_q[:, :-2], outside[:, None]], dim=1)
+    return (log_q.exp() * (log_q - log_p[:, :-1].clamp(min=LEAST))).sum(dim=1)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, with the
+    convention of TRL); at beta = 0 and 1 the forward and the reverse KL, as there."""
+    if beta in (0.0, 1.0):
+        return (reverse_kl if beta else forward_kl)(log_p, log_q, 0.0)
+    mixed = _mixed(log_p, log_q, beta)
+    to_teacher = (log_p.exp() * (log_p - mixed)).sum(dim=1)
+    return beta * to_teacher + (1.0 - beta) * (log_q.exp() * (log_q - mixed)).sum(dim=1)
+
+
+def total_variation(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
+    """sum |p - q| / 2 (f-Distill, arXiv 2307.15190)."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=1)
+
+
+def skew_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898, eq. 3)."""
+    return (log_p.exp() * (log_p - _mixed(log_p, log_q, alpha))).sum(dim=1)
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898)."""
+    return (log_q.exp() * (log_q - _mixed(log_p, log_q, 1.0 - alpha))).sum(dim=1)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
+    """(h KL(p || q) + t KL(q || p)) / (h + t), h and t the sums of |p - q| over head and rest (AKL, arXiv
+    2404.02657).
+
+    The head is the most likely entry and all further ones up to a mass of mu. As in the authors' code h and t
+    are constants of the gradient. The gap of the tail event bounds that of its tokens from below.
+    """
+    p, q = log_p.exp(), log_q.detach().exp()
+    head = p.cumsum(dim=1) <= mu
+    head[:, 0], head[:, -2:] = True, False
+    gap = (p - q).abs()
+    share = _share((gap * head).sum(dim=1), (gap * ~head).sum(dim=1))
+    return share * forward_kl(log_p, log_q, 0.0) + (1.0 - share) * reverse_kl(log_p, log_q, 0.0)
+
+
+def balanced_kl(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
+    """(H_p KL(p || q) + H_q KL(q || p)) / (H_p + H_q), H the entropies over the events, constants of the
+    gradient.
+
+    Our reading of BD-KD (arXiv 2212.12965), which weights both by comparing the entropies: a student less
+    sure than its teacher learns more from the reverse KL, one too sure more from the forward KL.
+    """
+    entropies = [-(log.exp() * log).sum(dim=1) for log in (log_p, log_q.detach())]
+    share = _share(*entropies)
+    return share * forward_kl(log_p, log_q, 0.0) + (1.0 - share) * reverse_kl(log_p, log_q, 0.0)
+
+
+FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    formula.__name__: formula
+    for formula in (
+        forward_kl,
+        reverse_kl,
+        jsd,
+        total_variation,
+        skew_kl,
+        skew_reverse_kl,
+        adaptive_kl,
+        balanced_kl,
+    )
+}
+
+
+def value_and_slopes(
+    divergences: Sequence[Divergence], which: Tensor, log_p: Tensor, log_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The divergence (n,) of each row and its derivatives (n, m) in log q, every event by itself.
+
+    log_p, log_q (n, m): logs of the masses of the events, -inf where there is none, of the same dtype. which
+    (n,): the place in `divergences` of each row's own.
+    """
+    log_p = log_p.detach().clamp(min=_NOTHING)
+    value, slopes = torch.zeros_like(log_p[:, 0]), torch.zeros_like(log_p)
+    for place, divergence in enumerate(divergences):
+        with torch.enable_grad():
+            leaf = log_q.detach().clamp(min=_NOTHING).requires_grad_()
+            found = FORMULAS[divergence.name](log_p, leaf, divergence.value)
+            (slope,) = torch.autograd.grad(found.sum(), leaf)
+        mine = which == place
+        value = torch.where(mine, found.detach(), value)
+        slopes = torch.where(mine[:, None], slope, slopes)
+    return value, slopes
+
+
+def _mixed(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q)."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+
+
+def _share(mine: Tensor, other: Tensor) -> Tensor:
+    """mine / (mine + other), 1/2 where both are 0."""
+    both = mine + other
+    return torch.where(both > 0, mine / torch.where(both > 0, both, 1.0), 0.5)
