@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks._teachers import Teacher, language_teacher, visual_teacher
 from benchmarks.codecs import table
-from cache_schema.format.codecs.hidden import decode_hidden, hidden_arrays
+from cache_schema.format.codecs.hidden import hidden_arrays
 from cache_schema.format.shard import write_groups
 from pipeline.hidden_states import hidden_record, rounded_states
 
@@ -74,7 +74,7 @@ def as_stored(teacher: Teacher, batch: int) -> dict[str, Any]:
         for piece in states.split(batch)
     ]
     groups = {f"{number}": hidden_arrays(piece) for number, piece in enumerate(pieces)}
-    back = np.concatenate([decode_hidden(piece) for piece in pieces])
+    back = np.concatenate([piece.decode() for piece in pieces])
     size = sum(len(data) for data in write_groups(groups, {}).values())
     return {
         "codec": f"as stored, {batch} positions at a time",

@@ -9,11 +9,13 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_schema.format.codecs.hidden import hidden_at
 from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import (
     IGNORE_INDEX,
     CapturedImage,
     CapturedSample,
+    HiddenStates,
     QuarantinedRow,
     Relation,
     StoredRelation,
@@ -45,13 +47,15 @@ def asked_of(packs: Sequence[Pack], lengths: Sequence[int], spec: TargetSpec) ->
         if "relation" in spec.targets:
             owned = zip(sample.images, want.owned, strict=True)
             images += [start + image.positions for image, own_it in owned if own_it]
+    lengths_of_parts = [len(part) for part in positions[1:]]
     return Asked(
         places=np.concatenate(places),
         labels=np.concatenate(labels),
         rows=np.concatenate(rows),
         positions=np.concatenate(positions),
         images=images,
-        limits=limits_of(kinds, [len(part) for part in positions[1:]], spec),
+        limits=limits_of(kinds, lengths_of_parts, spec),
+        hidden=np.repeat([kind in spec.hidden for kind in kinds], lengths_of_parts) if spec.hidden else None,
     )
 
 
@@ -59,6 +63,7 @@ def captured_of(packs: Sequence[Pack], made: BatchRecords, spec: TargetSpec) -> 
     """The samples of the packs from the records of what they asked for."""
     parts = [[len(part) for part in want.positions(sample, spec)] for sample, want in _wanted_of(packs)]
     records = iter(_split(made.topk, [length for own in parts for length in own]))
+    states = iter(_hidden_of(packs, made, spec))
     relations, sound = iter(made.relations), iter(made.images_finite)
     ends = np.cumsum([sum(own) for own in parts])
     found: list[Captured] = []
@@ -68,8 +73,23 @@ def captured_of(packs: Sequence[Pack], made: BatchRecords, spec: TargetSpec) -> 
         images = sum(want.owned) if "relation" in spec.targets else 0
         good = bool(np.concatenate([finite, list(islice(sound, images))]).all())
         own_records, own_relations = list(islice(records, len(own))), list(islice(relations, images))
-        found.append(_assemble(sample, want, own_records, own_relations, good, spec))
+        own_states = [next(states) if kind in spec.hidden else None for kind in want.kinds(spec)]
+        found.append(_assemble(sample, want, own_records, own_relations, good, spec, own_states))
     return found
+
+
+def _hidden_of(packs: Sequence[Pack], made: BatchRecords, spec: TargetSpec) -> list[HiddenStates]:
+    """The hidden states of each part that has some, in order."""
+    if made.hidden is None:
+        return []
+    lengths = [
+        len(part)
+        for sample, want in _wanted_of(packs)
+        for kind, part in zip(want.kinds(spec), want.positions(sample, spec), strict=True)
+        if kind in spec.hidden
+    ]
+    ends = np.cumsum(lengths)
+    return [hidden_at(made.hidden, slice(end - n, end)) for n, end in zip(lengths, ends, strict=True)]
 
 
 def captured_by_engine(
@@ -102,21 +122,25 @@ def _assemble(
     relations: Sequence[Relation | StoredRelation],
     finite: bool,
     spec: TargetSpec,
+    hidden: Sequence[HiddenStates | None] = (),
 ) -> Captured:
-    """records, relations: those of the sample's parts and owned images, in order."""
+    """records, relations, hidden: those of the sample's parts and owned images, in order."""
     rules = [spec.rule(kind) for kind in want.kinds(spec)]
     records = [fitted(record, rule) for record, rule in zip(records, rules, strict=True)]
     left, related = iter(records), iter(relations)
-    response = next(left) if want.response is not None else None
-    prompt = next(left) if want.prompt is not None else None
+    states = iter(hidden or [None] * len(records))
+    response, response_states = (next(left), next(states)) if want.response is not None else (None, None)
+    prompt, _ = (next(left), next(states)) if want.prompt is not None else (None, None)
     images = []
     for image, key, owned in zip(sample.images, want.keys, want.owned, strict=True):
-        visual = relation = None
+        visual = relation = image_states = None
         if owned and "visual" in spec.targets:
-            visual = replace(next(left), label_logprob=None)  # no text follows there
+            visual, image_states = replace(next(left), label_logprob=None), next(states)  # no text follows
         if owned and "relation" in spec.targets:
             relation = next(related)
-        images.append(CapturedImage(record=image, prefix_key=key, visual=visual, relation=relation))
+        images.append(
+            CapturedImage(record=image, prefix_key=key, visual=visual, hidden=image_states, relation=relation)
+        )
     if not finite:
         return QuarantinedRow(
             row=sample.row,
@@ -133,6 +157,7 @@ def _assemble(
         images=tuple(images),
         response=response,
         prompt=prompt,
+        hidden=response_states,
         model_inputs=sample.token_inputs,
         answers_cut=sample.answers_cut,
     )

@@ -14,6 +14,7 @@ from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import open_store
 from cache_schema.format.writer import MANIFEST, CacheWriter
 from cache_schema.progress import Progress, task
+from models.stored_head import head_file
 from pipeline.extract import Extractor
 from pipeline.fingerprint import weights_digest
 from pipeline.job import open_job
@@ -53,15 +54,18 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
             )
         if config.retry_quarantine:
             again = _with_quarantine(config.out, rank, world_size)
-        if not again and len(writer.committed()) == job.plan.shards:
+        if not again and not writer.lacks_head and len(writer.committed()) == job.plan.shards:
             with task(progress, "hashing the teacher's weights"):
                 CacheWriter.open(config.out, job.manifest(known["sharing"], weights.result()))
             progress.message(f"{config.out} is finished: nothing left to capture")
             return _summary(config.out, started, already_done=True)
     teacher = load_teacher(job, progress)
+    head = head_file(teacher.head) if config.spec.hidden and teacher.head is not None else None
     with task(progress, "hashing the teacher's weights"):
-        manifest = job.manifest(teacher.sharing, weights.result())
+        manifest = job.manifest(teacher.sharing, weights.result(), None if head is None else head[0])
     writer = CacheWriter.open(config.out, manifest)
+    if head is not None:
+        writer.put_head(head[1])
     for shard in again:  # only now: a teacher that cannot be loaded costs no shard
         writer.reopen(shard)
     extractor = Extractor(
@@ -97,7 +101,7 @@ def spec_for_engine(config: BuildConfig) -> TargetSpec:
             raise WrongUsage(f"{option} belongs to the engine transformers; omit it with --engine vllm")
     if config.engine_mode == "hidden":
         return spec
-    wanted = [name for name in ("visual", "relation") if name in spec.targets]
+    wanted = [name for name in ("visual", "relation", "hidden") if name in spec.targets]
     if wanted:
         raise WrongUsage(
             f"--engine-mode logprobs gives no logits, so it cannot capture {' and '.join(wanted)}; use "

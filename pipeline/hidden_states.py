@@ -12,6 +12,8 @@ from torch import Tensor
 from cache_schema.format.codecs.hidden import LARGEST
 from cache_schema.format.records import HiddenStates
 
+ROUNDED = ("values", "scales", "channels")
+
 
 def rounded_states(hidden: Tensor) -> dict[str, Tensor]:
     """`values` (N, D) int8, `scales` (N,) and `channels` (1, 2, D) float32 of finite hidden (N, D), as
@@ -19,11 +21,10 @@ def rounded_states(hidden: Tensor) -> dict[str, Tensor]:
     states = hidden.float()
     mean = states.mean(dim=0) if len(states) else states.new_zeros(states.shape[1])
     states = states - mean
-    deviation = states.square().sum(dim=0).div_(max(len(states), 1)).sqrt_()
-    unit = deviation.sqrt_()
+    unit = (torch.linalg.vector_norm(states, dim=0) / max(len(states), 1) ** 0.5).sqrt_()
     unit = unit.masked_fill(unit == 0.0, 1.0)
     states /= unit
-    scales = states.abs().amax(dim=1) / LARGEST
+    scales = torch.linalg.vector_norm(states, ord=torch.inf, dim=1) / LARGEST
     states /= scales.masked_fill(scales == 0.0, 1.0)[:, None]
     return {
         "values": states.round_().clamp_(-LARGEST, LARGEST).to(torch.int8),

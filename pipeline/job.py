@@ -15,6 +15,7 @@ import transformers
 from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
+from cache_schema.format.stored_head import StoredHead
 from cache_schema.progress import Progress
 from models.device import cores_per_process
 from models.folder import load_config, load_processor, outline_of
@@ -67,9 +68,9 @@ class Job:
             return self.config.dtype
         return str(self.teacher_config.dtype or "float32").removeprefix("torch.")
 
-    def manifest(self, sharing: bool, weights: str) -> Manifest:
+    def manifest(self, sharing: bool, weights: str, head: StoredHead | None = None) -> Manifest:
         """The manifest of this build; sharing: whether images with equal prefixes share records. weights: the
-        digest of the teacher's weights."""
+        digest of the teacher's weights. head: that of a cache with hidden states."""
         fingerprint = fingerprint_of(
             weights=weights,
             config=self.teacher_config,
@@ -89,6 +90,7 @@ class Job:
             plan=self.plan,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             assets=read_assets(self.config.teacher),
+            head=head,
             dataset={
                 "data": str(self.config.data),
                 "image_root": str(self.config.image_root),

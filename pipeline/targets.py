@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.format.records import IGNORE_INDEX, Relation, StoredRelation, TopK
+from cache_schema.format.records import IGNORE_INDEX, HiddenStates, Relation, StoredRelation, TopK
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
 from pipeline.block_statistics import BLOCK, block_statistics, kernels
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.entry_rules import kept, most_selected, narrow
+from pipeline.hidden_states import ROUNDED, hidden_record, rounded_states
 from pipeline.relation import Group, RelationMaker, on_device
 
 _GROUP_BYTES = 16 << 20  # logits whose fields a CPU makes together
@@ -31,6 +32,7 @@ class Asked:
     places (N,): rows of them whose records are wanted. labels, rows, positions (N,), limits (N, 2): see
     `TargetMaker.topk`.
     images: of each image whose relation is wanted its rows (P,).
+    hidden (N,): whether the states themselves are wanted, of those whose records are.
     """
 
     places: NDArray[np.integer]
@@ -39,6 +41,7 @@ class Asked:
     positions: NDArray[np.integer]
     images: Sequence[NDArray[np.integer]] = ()
     limits: NDArray[np.float32] | None = None
+    hidden: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,7 @@ class BatchRecords:
     topk: TopK
     finite: NDArray[np.bool_]
     relations: list[Relation | StoredRelation]
+    hidden: HiddenStates | None
     images_finite: NDArray[np.bool_]
 
 
@@ -77,6 +81,7 @@ class PendingRecords:
         left = iter(arrays)
         fields = {name: next(left) for name in self._names}
         finite = fields.pop("finite").astype(np.bool_)
+        states = {name: fields.pop(f"hidden_{name}") for name in ROUNDED if f"hidden_{name}" in fields}
         count = sum(len(group.images) for group, _ in self._groups)
         relations: list[tuple[Relation | StoredRelation, bool]] = [None] * count  # type: ignore[list-item]
         for group, names in self._groups:
@@ -86,6 +91,7 @@ class PendingRecords:
         return BatchRecords(
             topk=self._maker.topk_record(fields),
             finite=finite,
+            hidden=hidden_record(states) if states else None,
             relations=[record for record, _ in relations],
             images_finite=np.array([good for _, good in relations], dtype=np.bool_),
         )
@@ -150,6 +156,10 @@ class TargetMaker:
             finite = hidden.isfinite().all(dim=1)
             hidden = hidden.masked_fill(~finite[:, None], 0.0)
             fields = self._fields(hidden, asked.labels, asked.rows, asked.positions, asked.limits)
+            if asked.hidden is not None:
+                kept = on_device(np.flatnonzero(asked.hidden), hidden.device)
+                rounded = rounded_states(hidden.index_select(0, kept))
+                fields |= {f"hidden_{name}": values for name, values in rounded.items()}
             fields["finite"] = finite & fields["logsumexp"].isfinite().to(finite.device)
         groups = []
         if asked.images:

@@ -11,7 +11,6 @@ from hypothesis.extra import numpy as hnp
 
 from cache_schema.format.checks import hidden_problems
 from cache_schema.format.codecs.hidden import (
-    decode_hidden,
     hidden_arrays,
     hidden_at,
     hidden_of,
@@ -42,7 +41,7 @@ def test_a_value_comes_back_within_half_a_step(block):
     mean, unit = states.channels[0]
     bound = 0.5 * states.scales[:, None] * unit
     rounding = 1e-6 * (np.abs(block) + np.abs(mean) + 127 * bound) + 1e-30
-    assert (np.abs(decode_hidden(states) - block) <= bound + rounding).all()
+    assert (np.abs(states.decode() - block) <= bound + rounding).all()
 
 
 @given(st.lists(blocks(st.just(3)), min_size=1, max_size=4))
@@ -50,20 +49,20 @@ def test_joined_and_cut_blocks_decode_to_the_same_bits(given_blocks):
     parts = [rounded(block) for block in given_blocks]
     whole = join_hidden([*parts, *parts])
     np.testing.assert_array_equal(
-        decode_hidden(whole), np.concatenate([decode_hidden(part) for part in [*parts, *parts]])
+        whole.decode(), np.concatenate([part.decode() for part in [*parts, *parts]])
     )
     assert len(whole.channels) <= max(len(parts), 1)
     picked = np.arange(len(whole))[::-2]
-    np.testing.assert_array_equal(decode_hidden(hidden_at(whole, picked)), decode_hidden(whole)[picked])
+    np.testing.assert_array_equal(hidden_at(whole, picked).decode(), whole.decode()[picked])
     stored = read_groups(write_groups({"hidden_response": hidden_arrays(hidden_at(whole, picked))}, {}))
     back = hidden_of(stored["hidden_response"], slice(1, None))
-    np.testing.assert_array_equal(decode_hidden(back), decode_hidden(whole)[picked][1:])
+    np.testing.assert_array_equal(back.decode(), whole.decode()[picked][1:])
 
 
 def test_one_position_and_equal_positions_come_back_exactly():
     one = np.array([[1.5, -3.25, 700.0]], np.float32)
     for block in (one, np.repeat(one, 4, axis=0)):
-        np.testing.assert_array_equal(decode_hidden(rounded(block)), block)
+        np.testing.assert_array_equal(rounded(block).decode(), block)
 
 
 def test_channels_of_great_size_leave_the_distribution_as_it_is():
@@ -73,7 +72,7 @@ def test_channels_of_great_size_leave_the_distribution_as_it_is():
     hidden[:, 0] += 80.0
     hidden[:, 1] *= 10.0
     weight = (rng.normal(size=(500, 64)) / 4).astype(np.float32)
-    back = decode_hidden(rounded(hidden))
+    back = rounded(hidden).decode()
     own, made = (torch.from_numpy(h @ weight.T).double().log_softmax(1) for h in (hidden, back))
     assert float((own.exp() * (own - made)).sum(1).mean()) < 1e-3
     plain = np.abs(hidden).max(axis=1, keepdims=True) / 127

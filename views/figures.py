@@ -65,7 +65,9 @@ def units_of(part: str, counts: Mapping[str, int]) -> tuple[int, str]:
         return counts.get("samples", 0), "samples"
     if part == "quarantine":
         return counts.get("quarantined", 0), "rows"
-    return counts.get(f"{part}_positions", 0), "positions"
+    if part == "head":
+        return 1, "teacher"
+    return counts.get(f"{part.removeprefix('hidden_')}_positions", 0), "positions"
 
 
 def what_it_is(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cache_schema.format.codecs.hidden import hidden_of
 from cache_schema.format.codecs.relation import RelationBlock
 from cache_schema.format.codecs.topk import Arrays, Places, decode_topk, prepare_topk
 from cache_schema.format.records import (
+    HiddenStates,
     ImageRecord,
     Relation,
     Sample,
@@ -20,7 +22,7 @@ from cache_schema.format.records import (
     positions_by_kind,
 )
 from cache_schema.format.shard import positions_of
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import KINDS, Kind, TargetSpec
 
 
 class ShardBlock:
@@ -31,6 +33,7 @@ class ShardBlock:
     ) -> None:
         self.parts = parts
         self._groups = {kind: prepare_topk(arrays) for kind, arrays in groups.items()}
+        self._hidden_kinds = spec.hidden if "hidden" in parts else ()
         self._temperatures = np.array(spec.temperatures, np.float32)
         self._relations = RelationBlock(groups["relation"]) if "relation" in groups else None
         self._rows = table.drop_columns(["images", "input_ids", "label_spans"]).to_pylist()
@@ -54,6 +57,11 @@ class ShardBlock:
         images = self._image_rows[self._images.slice(position)]
         records = tuple(_image_record(image) for image in images)
         positions = positions_by_kind(labels, (record.positions for record in records))
+        places: dict[Kind, Places | None] = {
+            "response": _span(row["response_start"], len(positions["response"])),
+            "visual": _image_places(images, records),
+            "prompt": _span(row["prompt_start"], len(positions["prompt"])),
+        }
         return Sample(
             row=row["row"],
             sample_id=row["sample_id"],
@@ -61,30 +69,22 @@ class ShardBlock:
             labels=labels,
             positions=positions,
             images=records,
-            records={
-                "response": self._span("response", row["response_start"], len(positions["response"])),
-                "visual": self._visual(images, records),
-                "prompt": self._span("prompt", row["prompt_start"], len(positions["prompt"])),
-            },
+            records={kind: self._record(kind, places[kind]) for kind in KINDS},
             relations=self._relations_of(images),
             model_inputs={entry["name"]: _array_of(entry) for entry in row["model_inputs"]},
+            hidden_states=self._hidden_states(places),
         )
 
-    def _span(self, kind: str, start: int | None, count: int) -> TopK | None:
-        if start is None or kind not in self.parts:
-            return None
-        return self._decode(kind, slice(start, start + count))
+    def _record(self, kind: Kind, places: Places | None) -> TopK | None:
+        return None if places is None or kind not in self.parts else self._decode(kind, places)
 
-    def _visual(self, images: list[dict[str, Any]], records: tuple[ImageRecord, ...]) -> TopK | None:
-        if "visual" not in self.parts or not images or images[0]["visual_start"] is None:
-            return None
-        starts = [image["visual_start"] for image in images]
-        ends = [start + len(r.positions) for start, r in zip(starts, records, strict=True)]
-        if starts[1:] == ends[:-1]:
-            return self._decode("visual", slice(starts[0], ends[-1]))
-        return self._decode(
-            "visual", np.concatenate([np.arange(*span) for span in zip(starts, ends, strict=True)])
-        )
+    def _hidden_states(self, places: Mapping[Kind, Places | None]) -> dict[Kind, HiddenStates]:
+        found: dict[Kind, HiddenStates] = {}
+        for kind in self._hidden_kinds:
+            at = places[kind]
+            if at is not None:
+                found[kind] = hidden_of(self._groups[f"hidden_{kind}"], at)
+        return found
 
     def _relations_of(self, images: list[dict[str, Any]]) -> list[Relation]:
         if self._relations is None:
@@ -93,6 +93,21 @@ class ShardBlock:
 
     def _decode(self, kind: str, places: Places) -> TopK:
         return decode_topk(self._groups[kind], places, self._temperatures)
+
+
+def _span(start: int | None, count: int) -> Places | None:
+    return None if start is None else slice(start, start + count)
+
+
+def _image_places(images: list[dict[str, Any]], records: tuple[ImageRecord, ...]) -> Places | None:
+    """The rows of the visual tokens of all images."""
+    if not images or images[0]["visual_start"] is None:
+        return None
+    starts = [image["visual_start"] for image in images]
+    ends = [start + len(r.positions) for start, r in zip(starts, records, strict=True)]
+    if starts[1:] == ends[:-1]:
+        return slice(starts[0], ends[-1])
+    return np.concatenate([np.arange(*span) for span in zip(starts, ends, strict=True)])
 
 
 class _Lists:

@@ -77,6 +77,25 @@ class Cache:
         """The teacher's tokenizer and processor files, name -> bytes."""
         return self.manifest.assets
 
+    def head_bytes(self) -> bytes:
+        """The file of the teacher's head. KdcacheError in a cache without hidden states, CacheDamaged when it
+        is missing or not as it was."""
+        head = self.manifest.head
+        if head is None:
+            raise KdcacheError(
+                f"{self.url}: has no hidden states; build it with `hidden` among its --targets"
+            )
+        try:
+            data = self.store.read(head.path)
+        except FileNotFoundError as error:
+            raise CacheDamaged(
+                f"{self.url}/{head.path}: missing; run the same `kdcache build` again: it is written again"
+            ) from error
+        except OSError as error:
+            raise _unreadable(self.store, error) from error
+        head.check(data, self.url)
+        return data
+
     def write_assets(self, folder: Path) -> None:
         """Write the assets as files into `folder`, which is created."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from cache_schema.format.identity import Fingerprint, digest_of
 from cache_schema.format.sealed import seal, unseal
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import Range
+from cache_schema.format.stored_head import StoredHead
 from cache_schema.version import VERSION
 
 FORMAT_VERSION = 2
@@ -94,7 +95,8 @@ class Manifest:
 
     assets: the teacher's tokenizer and processor files, name -> bytes. created: ISO 8601, UTC. dataset:
     informative only (name, path as given, image root as given, ...). kdcache_version: of the program that
-    began it; empty where it was not recorded.
+    began it; empty where it was not recorded. head: the teacher's, of a cache with hidden states; it follows
+    from the fingerprint, so it is no part of the identity.
     """
 
     fingerprint: Fingerprint
@@ -105,6 +107,7 @@ class Manifest:
     dataset: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     kdcache_version: str = VERSION
+    head: StoredHead | None = None
 
     @property
     def identity(self) -> str:
@@ -127,6 +130,7 @@ class Manifest:
                 "identity": self.identity,
                 "fingerprint": self.fingerprint.to_json() | {"digest_of_both": self.fingerprint.digest},
                 "spec": self.spec.to_json(),
+                **({} if self.head is None else {"head": self.head.to_json()}),
                 "dataset": self.dataset,
                 "plan": self.plan.to_json(),
                 "assets": {
@@ -164,6 +168,7 @@ class Manifest:
             dataset=document["dataset"],
             format_version=document["format_version"],
             kdcache_version=document.get("kdcache_version", ""),
+            head=StoredHead.from_json(document["head"]) if "head" in document else None,
         )
 
 

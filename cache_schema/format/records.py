@@ -77,6 +77,15 @@ class HiddenStates:
     def __len__(self) -> int:
         return len(self.values)
 
+    def decode(self) -> Float32:
+        """(N, D) float32."""
+        made = self.values * self.scales[:, None]
+        for table in np.unique(self.channel_of):
+            mean, unit = self.channels[table]
+            rows = self.channel_of == table
+            made[rows] = made[rows] * unit + mean
+        return made
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
@@ -132,13 +141,15 @@ class CapturedImage:
     """An image as the capture passes it to the writer.
 
     prefix_key: hex digest of everything that decides the targets of a shared visual prefix, None when
-    prefixes are not shared. `visual` and `relation` may be None although asked for when an earlier sample of
-    the same shard has the same prefix_key: the writer then points at that record.
+    prefixes are not shared. `visual`, `hidden` (of the visual positions) and `relation` may be None although
+    asked for when an earlier sample of the same shard has the same prefix_key: the writer then points at that
+    record.
     """
 
     record: ImageRecord
     prefix_key: str | None = None
     visual: TopK | None = None
+    hidden: HiddenStates | None = None
     relation: Relation | StoredRelation | None = None
 
 
@@ -148,6 +159,7 @@ class CapturedSample:
 
     row: its number in the dataset (its identity); sample_id: the dataset's label, may repeat.
     input_ids (T,) int32; label_spans (S, 2) int32: half-open token ranges that are supervised.
+    hidden: of the response positions.
     model_inputs: all other model inputs derived from the ids (token types, ...), keyed by the model's
     argument name, arrays without a batch dimension. answers_cut: answers removed from the end because the
     sample was too long; only counted. seconds: time spent on reading and preparing it, 0 if unknown;
@@ -161,6 +173,7 @@ class CapturedSample:
     images: tuple[CapturedImage, ...] = ()
     response: TopK | None = None
     prompt: TopK | None = None
+    hidden: HiddenStates | None = None
     model_inputs: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     answers_cut: int = 0
     seconds: float = 0.0
@@ -182,7 +195,7 @@ class Sample:
 
     input_ids, labels (T,) int32 (labels: IGNORE_INDEX where not supervised). positions: of every kind int32,
     ascending; visual ones of all images, in order. records: by kind, in the order of those positions.
-    relations: one per image.
+    relations: one per image. hidden_states: by kind, of those positions, as stored.
     """
 
     row: int
@@ -194,6 +207,7 @@ class Sample:
     records: Mapping[Kind, TopK | None]
     relations: list[Relation]
     model_inputs: Mapping[str, NDArray[np.generic]]
+    hidden_states: Mapping[Kind, HiddenStates] = field(default_factory=dict)
 
     @property
     def response_positions(self) -> Int32:
@@ -209,6 +223,11 @@ class Sample:
     def prompt_positions(self) -> Int32:
         """(N,) int32."""
         return self.positions["prompt"]
+
+    @property
+    def hidden(self) -> dict[Kind, Float32]:
+        """The hidden states by kind, each (N, D) float32."""
+        return {kind: states.decode() for kind, states in self.hidden_states.items()}
 
     @property
     def response(self) -> TopK | None:

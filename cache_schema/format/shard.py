@@ -17,9 +17,17 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
 from cache_schema.errors import CacheDamaged
+from cache_schema.format.codecs.hidden import hidden_arrays, join_hidden
 from cache_schema.format.codecs.relation import encode_relation, pack_relations
 from cache_schema.format.codecs.topk import Arrays, encode_records
-from cache_schema.format.records import CapturedImage, CapturedSample, QuarantinedRow, StoredRelation, TopK
+from cache_schema.format.records import (
+    CapturedImage,
+    CapturedSample,
+    HiddenStates,
+    QuarantinedRow,
+    StoredRelation,
+    TopK,
+)
 from cache_schema.format.spec import KINDS, TargetSpec
 from cache_schema.format.statistics import relation_statistics, sample_statistics, topk_statistics
 
@@ -106,14 +114,17 @@ class _Targets:
         self.spec = spec
         self.blocks: dict[str, list[TopK]] = {kind: [] for kind in KINDS}
         self.lengths = dict.fromkeys(self.blocks, 0)
+        self.hidden: dict[str, list[HiddenStates]] = {kind: [] for kind in spec.hidden}
         self.relations: list[StoredRelation] = []
         self.shared = 0
         self._prefixes: dict[str, tuple[int | None, int | None]] = {}
 
-    def add(self, kind: str, record: TopK | None) -> int | None:
-        """The first row of `record` in its group."""
+    def add(self, kind: str, record: TopK | None, hidden: HiddenStates | None = None) -> int | None:
+        """The first row of `record` in its group, and of `hidden` in that of its own."""
         if record is None:
             return None
+        if hidden is not None:
+            self.hidden[kind].append(hidden)
         start = self.lengths[kind]
         self.blocks[kind].append(record)
         self.lengths[kind] += len(record)
@@ -131,7 +142,7 @@ class _Targets:
             given = image.relation
             stored = given if isinstance(given, StoredRelation) else encode_relation(given, self.spec)
             self.relations.append(stored)
-        places = (self.add("visual", image.visual), relation)
+        places = (self.add("visual", image.visual, image.hidden), relation)
         if key is not None:
             self._prefixes[key] = places
         return places
@@ -149,6 +160,9 @@ def encode_shard(
         statistics[kind] = topk_statistics(records)
         if records:
             groups[kind] = encode_records(records, spec.precision)
+    for kind, states in targets.hidden.items():
+        if states:
+            groups[f"hidden_{kind}"] = hidden_arrays(join_hidden(states))
     stored = targets.relations
     if stored:
         groups["relation"] = pack_relations(stored)
@@ -205,7 +219,7 @@ def _sample_row(sample: CapturedSample, targets: _Targets) -> dict[str, Any]:
         "tokens": len(sample.input_ids),
         "responses": response_count(sample.label_spans),
         "image_count": len(images),
-        "response_start": targets.add("response", sample.response),
+        "response_start": targets.add("response", sample.response, sample.hidden),
         "prompt_start": targets.add("prompt", sample.prompt),
         "input_ids": sample.input_ids,
         "label_spans": sample.label_spans.tolist(),

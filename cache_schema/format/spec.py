@@ -16,11 +16,18 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 position too."""
 
 Target = Literal[Kind, "relation"]
+HiddenKind = Literal["response", "visual"]
+Captured = Literal[Target, "hidden"]
+"""What can be captured: what losses read, and hidden states, from which it can be made."""
+
 Precision = Literal["compact", "full"]
 RelationForm = Literal["factor", "exact"]
 Field = Literal["logsumexp", "entropy"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
+HIDDEN_KINDS: tuple[HiddenKind, ...] = get_args(HiddenKind)
+HIDDEN_CODEC = "int8"
+"""The name of the only codec of hidden states: see cache_schema.format.codecs.hidden."""
 
 _PANEL = "Targets"
 
@@ -83,7 +90,10 @@ class EntryRule:
 class TargetSpec:
     """What is captured. It is part of the identity of a cache: another spec is another cache."""
 
-    targets: Annotated[tuple[Target, ...], Help("The kinds of targets.", _PANEL)] = (
+    targets: Annotated[
+        tuple[Captured, ...],
+        Help("The kinds of targets; hidden: final hidden states, for dense losses and `derive`.", _PANEL),
+    ] = (
         "response",
         "visual",
         "relation",
@@ -117,6 +127,10 @@ class TargetSpec:
     sample_temperature: Annotated[
         float, positive, Help("Temperature of these draws, one of --temperatures.", _PANEL)
     ] = 1.0
+    hidden: Annotated[
+        tuple[HiddenKind, ...],
+        Help("Positions whose hidden states are stored. Default: all of these among the targets.", _PANEL),
+    ] = ()
     precision: Annotated[
         Precision,
         Help("compact: 8-bit log-probabilities and small ids; full: float32 and int32.", _PANEL),
@@ -159,7 +173,9 @@ class TargetSpec:
                 {"visual", "relation"} & set(self.targets) or self.temperatures != (1.0,) or self.tail_samples
             ),
         }
-        check(self, more)
+        check(self, more | self._hidden_faults())
+        if "hidden" in self.targets and not self.hidden:
+            object.__setattr__(self, "hidden", self._with_records())
         self._normalize()
 
     def _normalize(self) -> None:
@@ -204,6 +220,22 @@ class TargetSpec:
     def _words_of(rule: EntryRule) -> str:
         return f"top {rule.most}" if rule.least_p is None else f"p >= {rule.least_p:g}, at most {rule.most}"
 
+    def _with_records(self) -> tuple[HiddenKind, ...]:
+        return tuple(kind for kind in HIDDEN_KINDS if kind in self.targets)
+
+    def _hidden_faults(self) -> dict[str, object]:
+        asked = "hidden" in self.targets
+        return {
+            "hidden states need response or visual among the targets": asked and not self._with_records(),
+            f"hidden names {list(self.hidden)}, but hidden is not among the targets": not asked
+            and self.hidden,
+            f"hidden names {list(self.hidden)}, of which some are named twice or not among the targets": (
+                asked
+                and (set(self.hidden) - set(self._with_records()) or len(set(self.hidden)) < len(self.hidden))
+            ),
+            "hidden states need an engine that gives them": asked and self.without,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""
         document = asdict(self)
@@ -212,6 +244,9 @@ class TargetSpec:
         for name, default in (("entries", {}), ("max_entries", 256)):
             if document[name] == default:
                 del document[name]
+        del document["hidden"]
+        if self.hidden:
+            document["hidden"] = {"kinds": list(self.hidden), "codec": HIDDEN_CODEC}
         if self.without:
             document["without"] = list(self.without)
         else:  # as every cache before this key existed
@@ -225,7 +260,13 @@ class TargetSpec:
         if unknown:
             raise WrongUsage(f"target spec: unknown keys {sorted(unknown)}")
         values = dict(document)
-        for name in ("targets", "temperatures", "without"):
+        hidden = values.pop("hidden", {"kinds": (), "codec": HIDDEN_CODEC})
+        if hidden["codec"] != HIDDEN_CODEC:
+            raise WrongUsage(
+                f"target spec: hidden states in codec {hidden['codec']}, this kdcache reads {HIDDEN_CODEC}"
+            )
+        values["hidden"] = hidden["kinds"]
+        for name in ("targets", "temperatures", "without", "hidden"):
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**values)

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from cache_schema.errors import IdentityMismatch, KdcacheError
+from cache_schema.errors import CacheDamaged, IdentityMismatch, KdcacheError
 from cache_schema.format.archive import Place, pack
-from cache_schema.format.checks import relation_problems, topk_problems
+from cache_schema.format.checks import hidden_problems, relation_problems, topk_problems
 from cache_schema.format.identity import compare
 from cache_schema.format.manifest import (
     CommitRecord,
@@ -26,13 +26,14 @@ from cache_schema.format.manifest import (
     commit_path,
     targets_path,
 )
-from cache_schema.format.records import CapturedSample, QuarantinedRow
+from cache_schema.format.records import CapturedSample, HiddenStates, QuarantinedRow, TopK
 from cache_schema.format.shard import EncodedShard, encode_shard, response_count
-from cache_schema.format.spec import Kind
+from cache_schema.format.spec import HiddenKind, Kind
 from cache_schema.format.store import Store, open_store
+from cache_schema.format.stored_head import HEAD_FOLDER
 
 MANIFEST = "manifest.json"
-FOLDERS = ("commits", "samples", "targets", "quarantine", "aside")
+FOLDERS = ("commits", "samples", "targets", "quarantine", "aside", HEAD_FOLDER)
 
 
 class CacheWriter:
@@ -74,6 +75,31 @@ class CacheWriter:
             raise store_failure(error, store) from error
         _refuse_other_identity(store, manifest, present)
         return cls(store, present)
+
+    @property
+    def lacks_head(self) -> bool:
+        """Whether the cache is to have the teacher's head and does not, in full."""
+        head = self.manifest.head
+        return head is not None and self.store.list(HEAD_FOLDER).get(head.path) != head.size
+
+    def put_head(self, data: bytes) -> None:
+        """Store the teacher's head, before the first shard. IdentityMismatch when it is not the cache's."""
+        head = self.manifest.head
+        if head is None or hashlib.sha256(data).hexdigest() != head.sha256:
+            raise IdentityMismatch(
+                f"{self.store.url}: the teacher's head is not the one of this cache; build with the same "
+                "teacher on the same versions, or into another directory"
+            )
+        if not self.lacks_head:
+            return
+        try:
+            self.store.create(head.path, data)
+        except OSError as error:
+            raise store_failure(error, self.store) from error
+        if self.lacks_head:
+            raise CacheDamaged(
+                f"{self.store.url}/{head.path}: damaged; run `kdcache verify --repair`, then this again"
+            )
 
     def committed(self) -> set[int]:
         """The shards that exist now."""
@@ -190,12 +216,14 @@ class CacheWriter:
                 "response": (sample.response, response_count(sample.label_spans)),
                 "prompt": (sample.prompt, None),
             }
+            self._refuse_hidden(where, "response", sample.hidden, sample.response)
             for number, image in enumerate(sample.images):
                 first = image.prefix_key is None or image.prefix_key not in seen
                 seen.add(image.prefix_key)
                 tokens = len(image.record.positions)
                 if first or image.visual is not None:
                     parts[f"visual {number}"] = (image.visual, tokens)
+                    self._refuse_hidden(where, "visual", image.hidden, image.visual)
                 if "relation" in spec.targets and first and image.relation is None:
                     raise ValueError(f"{where}, image {number}: no relation")
                 if image.relation is not None and (found := relation_problems(image.relation, tokens)):
@@ -218,6 +246,15 @@ class CacheWriter:
                 raise ValueError(
                     f"{where}: label spans {sample.label_spans.tolist()} are not ascending within the sample"
                 )
+
+    def _refuse_hidden(
+        self, where: str, kind: HiddenKind, states: HiddenStates | None, record: TopK | None
+    ) -> None:
+        """ValueError unless the hidden states of a record are as the spec says."""
+        if (kind in self.manifest.spec.hidden) != (states is not None):
+            raise ValueError(f"{where}: {kind} hidden states are not as the spec says")
+        if states is not None and (found := hidden_problems(states, 0 if record is None else len(record))):
+            raise ValueError(f"{where}, {kind} hidden states: {'; '.join(found)}")
 
 
 def set_aside(store: Store, commit: str) -> None:

@@ -65,6 +65,8 @@ def _refuse_others(first: Cache, other: Cache) -> None:
     ]
     a, b = ours.spec.to_json(), theirs.spec.to_json()
     found += [f"{key} {a[key]!r} and {b[key]!r}" for key in a if a[key] != b[key] and not _named(key, found)]
+    if ours.head != theirs.head:
+        found.append("their teachers' heads")
     if found:
         raise IdentityMismatch(
             f"{first.url} and {other.url} are not of the same teacher and targets: {'; '.join(found)}; "

@@ -13,10 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.format.cache import Cache
+from cache_schema.format.codecs.hidden import hidden_arrays, hidden_of, join_hidden
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.codecs.topk import Arrays, decode_whole, join_stored
 from cache_schema.format.records import (
     CapturedSample,
+    HiddenStates,
     QuarantinedRow,
     StoredRelation,
     labels_of,
@@ -88,6 +90,7 @@ class _Joined:
     blocks: dict[str, list[tuple[Arrays, NDArray[np.int64]]]] = field(
         default_factory=lambda: {kind: [] for kind in KINDS}
     )
+    hidden: dict[str, list[HiddenStates]] = field(default_factory=dict)
     lengths: Counter[str] = field(default_factory=Counter)
     relations: list[StoredRelation] = field(default_factory=list)
     shared: int = 0
@@ -127,7 +130,11 @@ class _Joined:
             self.rows.append(row)
         for kind, spans_taken in taken.items():
             if spans_taken:
-                self.blocks[kind].append((groups[kind], np.concatenate(spans_taken)))
+                places = np.concatenate(spans_taken)
+                self.blocks[kind].append((groups[kind], places))
+                if kind in piece.cache.spec.hidden:
+                    states = hidden_of(groups[f"hidden_{kind}"], places)
+                    self.hidden.setdefault(kind, []).append(states)
 
     def encode(self, name: str, spec: TargetSpec, pieces: Sequence[Piece]) -> EncodedShard:
         temperatures = np.array(spec.temperatures, np.float32)
@@ -144,6 +151,8 @@ class _Joined:
                 # Stored log-probabilities are rounded; ids are exact.
                 firsts = np.concatenate([record.token_ids[:, 0] for record in records])
                 statistics[kind]["label_is_first"] = int((firsts == labels).sum())
+        for hidden_kind, states in self.hidden.items():
+            groups[f"hidden_{hidden_kind}"] = hidden_arrays(join_hidden(states))
         if self.relations:
             groups["relation"] = pack_relations(self.relations)
         ranks = [r.rank for r in self.relations]

@@ -77,6 +77,9 @@ def write_cache(
             f"{out}: this cache is there in format version {there}, not {manifest.format_version}; "
             "give another --out"
         )
+    if writer.lacks_head:
+        sources = (piece.cache for pieces in shards.values() for piece in pieces)
+        writer.put_head(next(sources).head_bytes())
     ways: Counter[str] = Counter()
     with task(progress, what, len(shards)):
         for index in writer.pending():

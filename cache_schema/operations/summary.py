@@ -32,7 +32,9 @@ def summarise(cache: Cache) -> dict[str, Any]:
     for record in commits:
         counts.update(record.counts)
     done = counts["samples"] + counts["quarantined"]
-    sizes = _bytes(commits)
+    sizes, head = _bytes(commits), 0
+    if cache.manifest.head is not None:
+        head = sizes["head"] = cache.manifest.head.size
     total = sum(sizes.values())
     return {
         "cache": cache.url,
@@ -47,10 +49,13 @@ def summarise(cache: Cache) -> dict[str, Any]:
         "counts": {name: counts[name] for name in sorted(counts)},
         "bytes": {
             "total": total,
-            "when_complete": round(total / done * cache.plan.rows) if done else None,
+            "when_complete": round(head + (total - head) / done * cache.plan.rows) if done else None,
             "by_part": sizes,
             "a_sample": _ratio(total, counts["samples"]),
-            "a_position": {kind: _ratio(sizes.get(kind, 0), counts[f"{kind}_positions"]) for kind in KINDS},
+            "a_position": {
+                part: _ratio(sizes.get(part, 0), counts[f"{part.removeprefix('hidden_')}_positions"])
+                for part in (*KINDS, *(f"hidden_{kind}" for kind in cache.spec.hidden))
+            },
             "a_relation": _ratio(sizes.get("relation", 0), counts["relations"]),
         },
         "sharing": _sharing(counts, sizes),

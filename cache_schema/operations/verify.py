@@ -25,6 +25,7 @@ GRACE_SECONDS = 6 * 3600.0
 that long between writing a shard's files and committing it."""
 
 UNCHECKED = "contents: files have the committed sizes and digests, but nothing in them was decoded or counted"
+DAMAGED_HEAD = "truncated or altered: it is not the teacher's head of the manifest"
 STRANGER = "not a file of the committed shard"
 _ATTEMPT = re.compile(r"^(?:samples|targets|quarantine)/\.?(\d{5,})-([0-9a-f]{12})\.")
 
@@ -128,6 +129,7 @@ class _Verification:
             )
         self._check_manifest()
         self._read_records([path for path in files if path.startswith("commits/")])
+        self._check_head(files)
         self._check_shards(files)
         self._sort_the_rest(files)
         if repair:
@@ -144,6 +146,21 @@ class _Verification:
                 what,
                 "run `kdcache verify --repair`, then the same `kdcache build` again: it is written again",
             )
+
+    def _check_head(self, files: Mapping[str, int]) -> None:
+        """The teacher's head, which is there before any shard is."""
+        head = None if self.manifest is None else self.manifest.head
+        if head is None:
+            return
+        again = "run `kdcache verify --repair`, then the same `kdcache build` again: it is written again"
+        if head.path not in files:
+            if self.records:
+                self._problem(head.path, "missing", again)
+            return
+        try:
+            head.check(self.store.read(head.path), self.store.url)
+        except CacheDamaged:
+            self._problem(head.path, DAMAGED_HEAD, again)
 
     def _read_records(self, paths: list[str]) -> None:
         for path in paths:
@@ -210,10 +227,13 @@ class _Verification:
 
     def _sort_the_rest(self, files: dict[str, int]) -> None:
         """Files that no commit record lists: leftovers of attempts, or unknown files."""
+        head = None if self.manifest is None else self.manifest.head
         named = {file.path for record in self.records.values() for file in record.files}
         committed = {(r.shard, r.attempt) for r in self.records.values()}
         for path in files:
             attempt = _ATTEMPT.match(path)
+            if head is not None and path == head.path:
+                continue
             if path in named or path == MANIFEST or path.startswith("aside/"):
                 continue
             if path.startswith(".manifest.") or "/." in path:
@@ -233,7 +253,7 @@ class _Verification:
             set_aside(self.store, path)
             self.report.repaired.append(f"set aside {path}")
         for problem in self.report.problems:
-            if problem.what == STRANGER:
+            if problem.what in (STRANGER, DAMAGED_HEAD):
                 self.store.move(problem.file, f"aside/{problem.file}")
                 self.report.repaired.append(f"set aside {problem.file}")
         dead = [path for path in self.report.leftovers if self._is_dead(path)]

@@ -13,7 +13,7 @@ from cache_schema.errors import CacheDamaged
 from cache_schema.format.archive import disagreement, unpack
 from cache_schema.format.block import ShardBlock
 from cache_schema.format.cache import hierarchy
-from cache_schema.format.checks import relation_problems, topk_problems
+from cache_schema.format.checks import hidden_problems, relation_problems, topk_problems
 from cache_schema.format.manifest import CommitRecord, Manifest
 from cache_schema.format.shard import read_groups, read_table
 from cache_schema.format.store import Range, Store
@@ -112,6 +112,20 @@ def _check_content(
                 counts[f"{kind}_positions"] += len(topk)
             for what in topk_problems(topk, kind, spec, vocab_size):
                 problem(base + kind, f"{where}: {what}")
+        for kind in spec.hidden:
+            if kind == "visual" and not sample.images:
+                continue
+            states = sample.hidden_states.get(kind)
+            count = len(sample.positions[kind])
+            told = ["missing"] if states is None else hidden_problems(states, count)
+            for what in told:
+                problem(f"{base}hidden_{kind}", f"{where}: {what}")
+            if (
+                states is not None
+                and manifest.head is not None
+                and states.values.shape[1:] != (manifest.head.width,)
+            ):
+                problem(f"{base}hidden_{kind}", f"{where}: not as wide as the teacher's head")
         if "relation" in spec.targets and len(sample.relations) != len(sample.images):
             problem(base + "relation", f"{where}: not one relation per image")
         for relation, image in zip(sample.relations, sample.images, strict=False):

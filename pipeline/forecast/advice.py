@@ -14,7 +14,7 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import Relation, TopK
-from cache_schema.format.spec import KINDS, EntryRule, Precision, TargetSpec
+from cache_schema.format.spec import KINDS, TARGETS, EntryRule, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress, task
 from models.head import Head
@@ -266,7 +266,9 @@ def _document(
         },
         "recommended": {
             **choice,
-            "max_angle": {name: config.max_angle[name] for name in config.build.spec.targets},
+            "max_angle": {
+                name: config.max_angle[name] for name in TARGETS if name in config.build.spec.targets
+            },
             "max_kl": config.max_kl,
             "bytes": by_part,
             "total_bytes": sum(by_part.values()),

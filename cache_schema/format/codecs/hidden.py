@@ -59,24 +59,13 @@ def join_hidden(parts: Sequence[HiddenStates]) -> HiddenStates:
     )
 
 
-def decode_hidden(states: HiddenStates) -> Float32:
-    """(N, D) float32."""
-    made = states.values * states.scales[:, None]
-    for table in np.unique(states.channel_of):
-        mean, unit = states.channels[table]
-        rows = states.channel_of == table
-        made[rows] = made[rows] * unit + mean
-    return made
-
-
 def hidden_arrays(states: HiddenStates) -> dict[str, NDArray[Any]]:
     """The arrays of a group; see docs/cache-format.md for each."""
-    kept = join_hidden([states])
     return {
-        "values": kept.values,
-        "scales": kept.scales,
-        "channels": kept.channels,
-        "channel_of": kept.channel_of.astype(np.min_scalar_type(len(kept.channels) - 1)),
+        "values": states.values,
+        "scales": states.scales,
+        "channels": states.channels,
+        "channel_of": states.channel_of.astype(np.min_scalar_type(len(states.channels) - 1)),
     }
 
 

@@ -1,0 +1,58 @@
+"""A head as a file of a cache, and back."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from safetensors.torch import load, save
+
+from cache_schema.errors import CacheDamaged, KdcacheError
+from cache_schema.format.cache import Cache
+from cache_schema.format.stored_head import StoredHead
+from models.head import Head
+
+
+def head_file(head: Head) -> tuple[StoredHead, bytes]:
+    """The file of a head, its tokens' rows alone, in the dtype that it has, and what a manifest says of it.
+
+    KdcacheError for a matrix that is not made of plain numbers, as in a quantised layer.
+    """
+    weight = head.weight.detach()
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise KdcacheError(
+            f"the teacher's head is in {str(weight.dtype).removeprefix('torch.')}, which cannot be stored "
+            "beside its hidden states; omit --quantization, or hidden from --targets"
+        )
+    tensors = {"weight": weight[: head.columns].cpu().contiguous()}
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach()[: head.columns].cpu().contiguous()
+    data = save(tensors)
+    return StoredHead(
+        sha256=hashlib.sha256(data).hexdigest(),
+        size=len(data),
+        rows=head.columns,
+        width=weight.shape[1],
+        dtype=str(weight.dtype).removeprefix("torch."),
+        bias=head.bias is not None,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    ), data
+
+
+def head_of(cache: Cache, device: torch.device | str = "cpu") -> Head:
+    """The teacher's head of a cache with hidden states. KdcacheError when it has none, CacheDamaged when its
+    file is missing or not as the manifest says."""
+    data = cache.head_bytes()
+    stored = cache.manifest.head
+    assert stored is not None
+    tensors = load(data)
+    weight, bias = tensors["weight"], tensors.get("bias")
+    if weight.shape != (stored.rows, stored.width) or (bias is not None) != stored.bias:
+        raise CacheDamaged(f"{cache.url}/{stored.path}: not the head that the manifest describes")
+    return Head(
+        weight=weight.to(device),
+        bias=None if bias is None else bias.to(device),
+        softcap=stored.softcap,
+        logit_scale=stored.logit_scale,
+    )
