@@ -149,7 +149,7 @@ class Manifest:
         """The manifest of `manifest.json`. CacheDamaged when altered, KdcacheError for another format."""
         document = unseal(data, where)
         if document.get("format") != "kdcache":
-            raise KdcacheError(f"{where}: not the manifest of a kdcache cache; give another directory")
+            raise CacheDamaged(f"{where}: not the manifest of a kdcache cache; give another directory")
         if document["format_version"] not in VERSIONS:
             raise KdcacheError(
                 f"{where}: format version {document['format_version']}, this kdcache reads "
@@ -261,7 +261,7 @@ class CommitRecord:
         for file in self.files:
             if file.path == self.targets:
                 found |= file.some({name for name in file.parts if name.split("_")[0] in targets})
-            elif file.path.removeprefix(f"{self.targets}/").split("/")[0] in targets:
+            elif file.path.removeprefix(f"{self.targets}/").split("/")[0] in (*targets, "zarr.json"):
                 found |= file.whole
         return found
 
