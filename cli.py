@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage, shown
 from cache_schema.operations.settings import DiffConfig, MergeConfig, VerifyConfig
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig
 from pipeline.settings import BuildConfig, ForecastConfig
 from student.settings import EvaluateConfig, NewStudentConfig, TrainConfig
 from views.options import by_stage, with_options
+from views.outcome import run
 from views.settings import ForecastFiles, PageConfig
 from views.terminal import Bar, print_json, print_problems, print_summary, print_training
 
@@ -32,7 +29,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_UsageError: Any = typer.BadParameter.__mro__[2]  # the base of all of typer's own errors
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 CachePath = Annotated[str, typer.Argument(help="A cache: a folder or an fsspec URL.")]
 
@@ -55,7 +51,7 @@ def _root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """`--debug` is read by `main` wherever it stands."""
+    """`--debug` is read by `run` wherever it stands."""
 
 
 @command()
@@ -310,40 +306,9 @@ def _show(document: dict[str, Any], json_: bool, title: str) -> None:
     print_json(document) if json_ else print_summary(title, document)
 
 
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    raise StoppedEarly(f"stopped by {signal.Signals(signum).name}; run the same command again to continue")
-
-
 def main() -> None:
-    """Run a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable."""
-    debug = "--debug" in sys.argv
-    arguments = [word for word in sys.argv[1:] if word != "--debug"]
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        sys.exit(typer.main.get_command(app).main(arguments, prog_name="kdcache", standalone_mode=False))
-    except Exception as error:
-        if debug and not isinstance(error, StoppedEarly):
-            raise
-        line, code = _outcome(error)
-        if line:
-            print(" ".join(line.split()), file=sys.stderr)
-        sys.exit(code)
-
-
-def _outcome(error: Exception) -> tuple[str, int]:
-    """The error line and the exit code of an exception."""
-    if isinstance(error, StoppedEarly):
-        return f"stopped: {error}", 3
-    if isinstance(error, _UsageError):
-        told = error.format_message()  # empty where the help was shown instead
-        return f"error: {told}" if told else "", 2
-    if isinstance(error, KdcacheError):
-        return f"error: {error}", 2 if isinstance(error, WrongUsage) else 1
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"error: a path is too long: {shown(str(error.filename))}", 2
-    name = type(error).__name__
-    return f"error: an internal error of kdcache ({name}: {error}); --debug shows the traceback", 1
+    """Run a command and exit with its code."""
+    sys.exit(run(app, sys.argv[1:]))
 
 
 if __name__ == "__main__":
