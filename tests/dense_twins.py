@@ -66,6 +66,37 @@ def sparse_record(
     return record
 
 
+def ragged_record(
+    logits: Tensor, counts: Tensor, temperatures: tuple[float, ...] = (1.0,), **rest: Any
+) -> Any:
+    """The record of logits (N, V) with counts (N,) entries at each position, filled up with id 0 and -inf;
+    rest: see `sparse_record`."""
+    rows = [
+        sparse_record(row[None], count, temperatures, **rest)
+        for row, count in zip(logits, counts.tolist(), strict=True)
+    ]
+    width = int(counts.max())
+
+    def joined(name: str, fill: float | None = None) -> Any:
+        parts = [getattr(row, name) for row in rows]
+        if parts[0] is None:
+            return None
+        if fill is not None:
+            parts = [F.pad(part, (0, width - part.shape[1]), value=fill) for part in parts]
+        return torch.cat(parts)
+
+    return SimpleNamespace(
+        token_ids=joined("token_ids", 0),
+        logprobs=joined("logprobs", -math.inf),
+        tail_logprob=joined("tail_logprob"),
+        temperatures=rows[0].temperatures,
+        sampled_ids=joined("sampled_ids"),
+        sampled_counts=joined("sampled_counts"),
+        sample_temperature=rows[0].sample_temperature,
+        counts=counts,
+    )
+
+
 def dense_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """(N,) T^2 KL(teacher || student) of two sets of logits (N, V)."""
     log_p, log_q = (teacher / temperature).log_softmax(1), (student / temperature).log_softmax(1)
@@ -85,17 +116,19 @@ def sparse_kl_twin(
     vocab_size on included."""
     column = record.temperatures.tolist().index(temperature)
     values = []
+    entries = getattr(record, "counts", None)
     for n in range(len(student)):
         log_q = (student[n] / temperature).log_softmax(0)
-        ids = record.token_ids[n].long()
+        kept = slice(None if entries is None else int(entries[n]))
+        ids, log_p = record.token_ids[n, kept].long(), record.logprobs[n, kept]
         outside = torch.ones(student.shape[1], dtype=torch.bool)
         outside[vocab_size:] = vocab_size is None
         outside[ids] = False
         tail_mass = record.tail_logprob[n, column].exp()
         # p at T: proportional to p^(1/T) inside, and what the tail leaves in sum.
-        p = torch.softmax(record.logprobs[n] / temperature, dim=0) * (1.0 - tail_mass)
+        p = torch.softmax(log_p / temperature, dim=0) * (1.0 - tail_mass)
         if tail == "renormalize":
-            p = torch.softmax(record.logprobs[n] / temperature, dim=0)
+            p = torch.softmax(log_p / temperature, dim=0)
             log_q = student[n][ids] / temperature - (student[n][ids] / temperature).logsumexp(0)
             value = _kl_terms(p, log_q).sum()
         elif tail == "drop":

@@ -1,12 +1,14 @@
 """Made-up batches with every kind of target, sample by sample and collated."""
 
+import math
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from cache_schema.format.spec import KINDS
 from student.losses import DistillationTargets, PositionTargets, RelationTargets
-from tests.dense_twins import sparse_record
+from tests.dense_twins import ragged_record, sparse_record
 
 V, D, K = 24, 6, 5
 SPANS = [
@@ -19,11 +21,12 @@ SPANS = [
 LENGTH = 11
 
 
-def make_samples(generator, spans, length, draws=0, drawn_at=1.0):
+def make_samples(generator, spans, length, draws=0, drawn_at=1.0, ragged=False):
     """Samples with the given images, each a list of positions; text after the images, response at the end.
 
     spans: for each sample (images, supervised): positions of its images, and how many tokens at the end are
-    supervised. The last visual token is a response position where the response follows at once.
+    supervised. The last visual token is a response position where the response follows at once. ragged: 1 to
+    K entries at each position, not K.
     """
     labels = torch.full((len(spans), length), -100)
     samples = []
@@ -36,8 +39,14 @@ def make_samples(generator, spans, length, draws=0, drawn_at=1.0):
             if not len(positions):
                 return None
             at = torch.tensor(positions)
-            record = sparse_record(
-                teacher[at], K, (1.0, 2.0), draws=draws, sample_temperature=drawn_at, generator=generator
+            entries = torch.randint(1, K + 1, (len(at),), generator=generator) if ragged else K
+            record = (ragged_record if ragged else sparse_record)(
+                teacher[at],
+                entries,
+                (1.0, 2.0),
+                draws=draws,
+                sample_temperature=drawn_at,
+                generator=generator,
             )
             return SimpleNamespace(positions=at, record=record)
 
@@ -67,11 +76,18 @@ def collate(samples, length):
             return None
         first = parts[0][1].record
         drawn = first.sampled_ids is not None
+        width = max(part.record.token_ids.shape[1] for _, part in parts)
+
+        def entries(name, fill):
+            values = [getattr(part.record, name) for _, part in parts]
+            return torch.cat([F.pad(value, (0, width - value.shape[1]), value=fill) for value in values])
+
+        token_ids, logprobs = entries("token_ids", -1), entries("logprobs", -math.inf)
         return PositionTargets(
             positions=torch.cat([part.positions + b * length for b, part in parts]),
             samples=torch.cat([torch.full_like(part.positions, b) for b, part in parts]),
-            token_ids=torch.cat([part.record.token_ids for _, part in parts]),
-            logprobs=torch.cat([part.record.logprobs for _, part in parts]),
+            token_ids=token_ids.masked_fill(logprobs == -math.inf, -1),
+            logprobs=logprobs,
             tail_logprob=torch.cat([part.record.tail_logprob for _, part in parts]),
             temperatures=first.temperatures,
             sampled_ids=torch.cat([part.record.sampled_ids for _, part in parts]) if drawn else None,

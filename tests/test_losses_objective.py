@@ -62,11 +62,12 @@ def compare(weights, *, seed=0, spans=SPANS, head=None, memory_budget=2**20, **k
 @pytest.mark.parametrize("reduction", ["sample_mean", "token_mean"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "sampled"])
-def test_every_term_equals_the_loop(reduction, temperature, tail):
+@pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
+def test_every_term_equals_the_loop(ragged, reduction, temperature, tail):
     draws = 4 if tail == "sampled" else 0
     weights = replace(ALL, reduction=reduction, temperature=temperature, tail=tail)
     for memory_budget in (1, 2**20):
-        compare(weights, draws=draws, drawn_at=temperature, memory_budget=memory_budget)
+        compare(weights, draws=draws, drawn_at=temperature, memory_budget=memory_budget, ragged=ragged)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.dense_twins import (
     dense_kl,
     dense_logits,
     imitate_wide_products,
+    ragged_record,
     relation_twin,
     sparse_kl_twin,
     sparse_record,
@@ -80,6 +81,33 @@ def test_value_and_gradients_equal_the_dense_twin(tail, temperature, head):
         teacher[:, : head.get("vocab_size")], 4, TEMPERATURES, draws=7, sample_temperature=temperature
     )
     compare(leaves, record, tail=tail, temperature=temperature, **head)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    "head", [{}, {"softcap": 3.0}, {"vocab_size": 19}], ids=["plain", "softcap", "padded"]
+)
+def test_records_of_different_counts_equal_the_dense_twin(tail, temperature, head):
+    """One entry, all but one, and those between; rows are filled up with token 0, which may be an entry."""
+    *leaves, teacher = problem()
+    teacher = teacher[:, : head.get("vocab_size")]
+    counts = torch.tensor([1, 4, teacher.shape[1] - 1, 2, 1, 9])
+    record = ragged_record(teacher, counts, TEMPERATURES, draws=7, sample_temperature=temperature)
+    compare(leaves, record, tail=tail, temperature=temperature, **head)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_counts(data):
+    n, v = data.draw(st.integers(1, 6), label="n"), data.draw(st.integers(2, 30), label="v")
+    counts = torch.tensor(data.draw(st.lists(st.integers(1, v), min_size=n, max_size=n), label="counts"))
+    temperature = data.draw(st.sampled_from(TEMPERATURES), label="T")
+    tail = data.draw(st.sampled_from(TAILS[:3]), label="tail")
+    spread = data.draw(st.sampled_from([0.0, 3.0, 30.0]), label="spread")
+    *leaves, teacher = problem(n, 4, v, seed=data.draw(st.integers(0, 99)), spread=spread)
+    record = ragged_record(teacher, counts, TEMPERATURES)
+    compare(leaves, record, tail=tail, temperature=temperature, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("tail", TAILS)

@@ -80,15 +80,16 @@ def test_code_that_waits_runs_host_and_device_in_turn():
     assert waiting.seconds == waiting.device + waiting.host
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
 @pytest.mark.parametrize("head", [{}, {"softcap": 4.0}], ids=["plain", "softcap"])
 @pytest.mark.parametrize("reduction", ["sample_mean", "token_mean"])
 @pytest.mark.parametrize(
     ("tail", "temperature"), [("bucket", 1.0), ("renormalize", 2.0), ("drop", 2.0), ("sampled", 2.0)]
 )
-def test_the_loss_of_planned_targets_waits_for_nothing(tail, temperature, reduction, head):
+def test_the_loss_of_planned_targets_waits_for_nothing(tail, temperature, reduction, head, ragged):
     """Forward and backward, every term; targets that bring no plan do wait."""
     drawn = {"draws": 4, "drawn_at": 2.0} if tail == "sampled" else {}
-    labels, samples = make_samples(torch.Generator().manual_seed(0), SPANS, LENGTH, **drawn)
+    labels, samples = make_samples(torch.Generator().manual_seed(0), SPANS, LENGTH, ragged=ragged, **drawn)
     bare = collate(samples, LENGTH)
     counts = Denominators.of(labels, bare)
     weights = LossWeights(prompt=0.3, tail=tail, temperature=temperature, reduction=reduction)

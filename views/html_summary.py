@@ -76,6 +76,8 @@ def _bytes(summary: Mapping[str, Any]) -> str:
 
 def _positions(kind: str, found: Mapping[str, Any]) -> str:
     rows = [["mass within the entries", mass(found["mean_covered_mass"])]]
+    if found["mean_entries"] is not None:
+        rows.append(["entries of a position", f"{found['mean_entries']:.3g}"])
     if found["mean_entropy"] is not None:
         rows.append(["entropy", f"{found['mean_entropy']:.3f} nats"])
     if found["labels"]:

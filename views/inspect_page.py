@@ -90,6 +90,8 @@ def _positions(summary: Mapping[str, Any]) -> list[Panel]:
         if not found["positions"]:
             continue
         facts = [f"mass covered {mass(found['mean_covered_mass'])}"]
+        if found["mean_entries"] is not None:
+            facts.append(f"{found['mean_entries']:.3g} entries")
         if found["mean_entropy"] is not None:
             facts.append(f"entropy {found['mean_entropy']:.3f} nats")
         if found["labels"]:

@@ -24,8 +24,8 @@ def summarise(cache: Cache) -> dict[str, Any]:
 
     bytes: of the files of committed shards, without manifest and commit records. Means are over
     positions. label_accuracy: share of labels that are the teacher's most likely token; perplexity: of the
-    teacher on the labels. covered_mass: the probability mass within the K entries. cut: samples that
-    a build cut short at a turn's end.
+    teacher on the labels. covered_mass: the probability mass within the entries. mean_entries: None
+    where every position of the kind has the same number. cut: samples that a build cut short at a turn's end.
     """
     commits = [cache.commits[shard] for shard in cache.shards]
     counts: Counter[str] = Counter()
@@ -112,6 +112,7 @@ def _kind(commits: Sequence[CommitRecord], kind: str) -> dict[str, Any]:
     tail, likelihood = _ratio(sums["sum_tail_mass"], positions), _ratio(sums["sum_label_logprob"], labels)
     return {
         "positions": positions,
+        "mean_entries": _ratio(sums["sum_entries"], positions) if "sum_entries" in sums else None,
         "mean_covered_mass": None if tail is None else 1.0 - tail,
         "covered_mass": {"edges": list(MASS_EDGES), "counts": histogram.tolist()},
         "mean_entropy": _ratio(sums["sum_entropy"], positions) if "sum_entropy" in sums else None,
