@@ -131,8 +131,10 @@ def logprob_codecs(record: TopK) -> list[dict[str, Any]]:
 
 def divergence(exact: TopK, logprobs: Array, tail: Array) -> dict[str, float]:
     """KL(exact || stored) over the K entries and the tail, mean and largest over positions."""
-    p, t = exact.logprobs.astype(np.float64), exact.tail_logprob[:, 0].astype(np.float64)
-    kl = (np.exp(p) * (p - logprobs)).sum(axis=1) + np.exp(t) * (t - tail)
+    t = exact.tail_logprob[:, 0].astype(np.float64)
+    p = np.where(exact.there, exact.logprobs, 0.0).astype(np.float64)
+    error = np.where(exact.there, p - np.where(exact.there, logprobs, 0.0), 0.0)
+    kl = (np.exp(p) * error).sum(axis=1) + np.exp(t) * (t - tail)
     return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
 
 
