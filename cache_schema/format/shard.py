@@ -285,7 +285,7 @@ def write_groups(groups: Mapping[str, Arrays], attributes: dict[str, Any]) -> di
                 shape=values.shape,
                 dtype=values.dtype,
                 chunks=_chunks(values),
-                compressors=[_compressor(values), Crc32cCodec()],
+                compressors=[_compressor(name, values), Crc32cCodec()],
                 config={"write_empty_chunks": True},
             )
             if values.size:
@@ -367,9 +367,13 @@ def _chunks(values: NDArray[Any]) -> tuple[int, ...]:
     return (max(min(len(values), CHUNK_BYTES // width), 1), *(max(size, 1) for size in values.shape[1:]))
 
 
-def _compressor(values: NDArray[Any]) -> BloscCodec:
-    # Bytes of floats and bits of integers repeat across values: see benchmarks/codecs.py.
-    shuffle = (
-        "noshuffle" if values.dtype == np.int8 else "shuffle" if values.dtype.kind == "f" else "bitshuffle"
-    )
+def _compressor(name: str, values: NDArray[Any]) -> BloscCodec:
+    # Bytes of floats and of flat ids, and bits of other integers, repeat across values: see
+    # benchmarks/codecs.py and benchmarks/entries.py.
+    if values.dtype == np.int8:
+        shuffle = "noshuffle"
+    elif values.dtype.kind == "f" or name == "vocabulary" or (name == "ids" and values.ndim == 1):
+        shuffle = "shuffle"
+    else:
+        shuffle = "bitshuffle"
     return BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=values.dtype.itemsize)
