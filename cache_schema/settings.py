@@ -174,6 +174,9 @@ def _faults(name: str, hint: Any, value: Any, number: str = "one") -> Iterator[s
     elif origin is Literal:
         if value not in get_args(kind):
             yield f"{name} must be {number} of {', '.join(map(str, get_args(kind)))}, not {value!r}"
+    elif kind in (bool, str):
+        if not isinstance(value, kind):
+            yield f"{name} must be {'true or false' if kind is bool else 'a text'}, not {value!r}"
     elif kind in (int, float):
         wanted = Integral if kind is int else Real
         if isinstance(value, bool) or not isinstance(value, wanted):

@@ -192,7 +192,7 @@ def stage_from(document: Mapping[str, Any], where: str = "recipe") -> Stage:
     """
     values = dict(document)
     base = values.pop("base", None)
-    if base is not None and base not in STAGES:
+    if base is not None and (not isinstance(base, str) or base not in STAGES):
         raise WrongUsage(f"{where}: base {base!r} is not one of {', '.join(STAGES)}")
     known = settings_of(Stage)
     if unknown := sorted(set(values) - set(known)):
@@ -201,8 +201,10 @@ def stage_from(document: Mapping[str, Any], where: str = "recipe") -> Stage:
         start = STAGES[base].losses if base else LossWeights()
         values["losses"] = _losses_from(start, values["losses"], where)
     if "trainable" in values:
-        listed = values["trainable"]
-        values["trainable"] = (listed,) if isinstance(listed, str) else tuple(listed)
+        listed = [values["trainable"]] if isinstance(values["trainable"], str) else values["trainable"]
+        if not isinstance(listed, list):
+            raise WrongUsage(f"{where}: trainable must be a list of parts, not {listed!r}")
+        values["trainable"] = tuple(listed)
     values = _with_numbers(Stage, values)
     if base is not None:
         return replace(STAGES[base], **values)
@@ -252,7 +254,10 @@ def _recipe_from(document: Any, path: Path) -> Recipe:
     names = [entry.stage.name for entry in stages]
     if not names or len(set(names)) != len(names):
         raise WrongUsage(f"stage names must be distinct, not {names}")
-    return Recipe(name=str(document.get("name", path.stem)), stages=tuple(stages))
+    name = document.get("name", path.stem)
+    if not isinstance(name, str):
+        raise WrongUsage(f"name must be a text, not {name!r}")
+    return Recipe(name=name, stages=tuple(stages))
 
 
 def _losses_from(start: LossWeights, document: Any, where: str) -> LossWeights:

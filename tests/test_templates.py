@@ -196,6 +196,7 @@ def test_template_files_by_their_encoding(tmp_path: Path) -> None:
 GROWING = (
     "{{% set n = namespace(s={}) %}}{{% for i in range(99) %}}{{% set n.s = n.s {} n.s %}}{{% endfor %}}"
 )
+MANY = "'a' * 1000000"
 RUNAWAYS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "filtered loops": "{% for a in range(999) %}{% for b in range(9999) if false %}{% endfor %}{% endfor %}",
@@ -213,6 +214,32 @@ RUNAWAYS = {
     "width of a filter": "{{ '%9999999999d' | format(1) }}",
     "center": "{{ 'a' | center(10000000000) }}",
     "method": "{{ 'a'.ljust(10000000000) }}",
+    "replace": f"{{{{ ({MANY}) | replace('a', {MANY}) }}}}",
+    "method replace": f"{{{{ ({MANY}).replace('a', {MANY}) }}}}",
+    "join": f"{{{{ (['b'] * 200000) | join({MANY}) }}}}",
+    "method join": f"{{{{ ({MANY}).join(['b'] * 200000) }}}}",
+    "join of a map": f"{{{{ (['a'] * 200000) | map('replace', 'a', {MANY}) | join }}}}",
+    "indent": "{{ ('\\n' * 1000000) | indent(1000000) }}",
+    "indent of JSON": "{{ [1] | tojson(indent=1000000) }}",
+    "word wrap": f"{{{{ ({MANY}) | wordwrap(1, true, {MANY}) }}}}",
+    "tabs": "{{ ('\\t' * 1000000).expandtabs(1000000) }}",
+    "translate": f"{{{{ ({MANY}).translate({{97: {MANY}}}) }}}}",
+    "many widths": "{{ ('%9999d' * 100000) % 1 }}",
+    "given width": "{{ '%*d' % (1000000000, 1) }}",
+    "width in braces": "{{ ('{0:4000000}' * 1000).format(1) }}",
+    "named fields": f"{{{{ ('%(a)s' * 100000) % {{'a': {MANY}}} }}}}",
+    "numbered fields": f"{{{{ ('{{0}}' * 100000).format({MANY}) }}}}",
+    "one text many times": f"{{% set x = [{MANY}] * 200000 %}}{{{{ x }}}}",
+    "lists of themselves": "{% set ns = namespace(a=['x']) %}{% for i in range(60) %}"
+    "{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a == ns.a | list }}",
+    "mappings of themselves": "{% set ns = namespace(a=['x']) %}{% for i in range(60) %}"
+    "{% set ns.a = {'a': ns.a, 'b': ns.a} %}{% endfor %}{{ ns.a | tojson }}",
+    "tuples of themselves": "{% set ns = namespace(a=('x',)) %}{% for i in range(60) %}"
+    "{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ ns.a | string }}",
+    "sum of lists": "{{ ([[1, 2]] * 80000) | sum(start=[]) | length }}",
+    "a macro's output": f"{{% macro m() %}}{{% for i in range(90000) %}}{{{{ {MANY} }}}}{{% endfor %}}"
+    "{% endmacro %}{{ m() | length }}",
+    "a block's text": "{% set x %}{% for i in range(90000) %}" + "y" * 99999 + "{% endfor %}{% endset %}",
 }
 
 
