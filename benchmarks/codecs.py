@@ -29,8 +29,8 @@ from cache_schema.format.codecs.ids import decode_ids, encode_ids
 from cache_schema.format.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
 from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
 from cache_schema.format.codecs.topk import decode_topk, encode_topk, topk_at
+from cache_schema.format.groups import write_groups
 from cache_schema.format.records import TopK
-from cache_schema.format.shard import write_groups
 from cache_schema.format.spec import TargetSpec
 from pipeline.forecast.fidelity import Agreement, compare, noise_of_kl
 

@@ -225,7 +225,7 @@ def copied(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def compress(bench: Bench, stored: list[Any], transferred: float) -> None:
-    from cache_schema.format.shard import write_groups
+    from cache_schema.format.groups import write_groups
 
     write_groups({"relation": pack_relations(stored[:1])}, {})  # imports what it needs
     start = time.process_time()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks._teachers import Teacher, language_teacher, visual_teacher
 from benchmarks.codecs import table
 from cache_schema.format.codecs.hidden import hidden_arrays
-from cache_schema.format.shard import write_groups
+from cache_schema.format.groups import write_groups
 from pipeline.hidden_states import hidden_record, rounded_states
 
 Array = NDArray[Any]

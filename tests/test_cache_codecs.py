@@ -17,11 +17,12 @@ from cache_schema.format.codecs.ids import decode_ids, encode_ids
 from cache_schema.format.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
 from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
 from cache_schema.format.codecs.topk import decode_topk, encode_topk
+from cache_schema.format.groups import read_groups, write_groups
 from cache_schema.format.identity import Fingerprint, compare, digest_of, tokenizer_digest
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan, StoredFile
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.sealed import seal, unseal
-from cache_schema.format.shard import positions_of, read_groups, response_count, spans_of, write_groups
+from cache_schema.format.shard import positions_of, response_count, spans_of
 from cache_schema.format.spec import TargetSpec
 from tests.cache_teacher import make_manifest, make_topk
 
@@ -323,7 +324,7 @@ def test_arrays_read_here_are_those_that_zarr_reads(precision, monkeypatch) -> N
     arrays = encode_topk(make_topk(np.random.default_rng(0), 50, spec, vocab=40), precision)
     arrays["empty"] = np.zeros((0, 3), np.float16)
     for size in (1 << 20, 130):
-        monkeypatch.setattr("cache_schema.format.shard.CHUNK_BYTES", size)
+        monkeypatch.setattr("cache_schema.format.groups.CHUNK_BYTES", size)
         files = write_groups({"visual": arrays}, {})
         root = zarr.open_group(_store(files), mode="r")
         found = read_groups(files)["visual"]

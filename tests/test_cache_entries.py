@@ -25,8 +25,8 @@ from cache_schema.format.codecs.topk import (
     prepare_topk,
     topk_at,
 )
+from cache_schema.format.groups import read_groups, write_groups
 from cache_schema.format.records import TopK
-from cache_schema.format.shard import read_groups, write_groups
 from cache_schema.format.spec import (
     EntryRule,
     TargetSpec,

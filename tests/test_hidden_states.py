@@ -16,8 +16,8 @@ from cache_schema.format.codecs.hidden import (
     hidden_of,
     join_hidden,
 )
+from cache_schema.format.groups import read_groups, write_groups
 from cache_schema.format.records import HiddenStates
-from cache_schema.format.shard import read_groups, write_groups
 from pipeline.hidden_states import hidden_record, rounded_states
 
 settings.register_profile("quick", max_examples=60, deadline=None)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cache_schema.errors import CacheDamaged
 from cache_schema.format.codecs.hidden import hidden_of
 from cache_schema.format.codecs.relation import RelationBlock
 from cache_schema.format.codecs.topk import Arrays, Places, decode_topk, prepare_topk
@@ -55,7 +56,7 @@ class ShardBlock:
         input_ids = self._input_ids.numbers(position)
         labels = labels_of(input_ids, self._label_spans.numbers(position).reshape(-1, 2))
         images = self._image_rows[self._images.slice(position)]
-        records = tuple(_image_record(image) for image in images)
+        records = tuple(_image_record(image, len(input_ids)) for image in images)
         positions = positions_by_kind(labels, (record.positions for record in records))
         places: dict[Kind, Places | None] = {
             "response": _span(row["response_start"], len(positions["response"])),
@@ -132,7 +133,10 @@ class _Lists:
         return numbers
 
 
-def _image_record(image: dict[str, Any]) -> ImageRecord:
+def _image_record(image: dict[str, Any], tokens: int) -> ImageRecord:
+    ends = [0, *(end for span in image["spans"] for end in span), tokens]
+    if ends != sorted(ends):
+        raise CacheDamaged(f"{image['path']}: its tokens are not ascending runs among {tokens}")
     return ImageRecord(
         path=image["path"],
         sha256=image["sha256"],

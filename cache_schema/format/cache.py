@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import os
 from collections import OrderedDict
@@ -15,14 +16,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_schema.errors import CacheDamaged, KdcacheError
+from cache_schema.errors import CacheDamaged, KdcacheError, first_line
 from cache_schema.format.archive import unpack
 from cache_schema.format.block import ShardBlock
 from cache_schema.format.codecs.topk import Arrays
 from cache_schema.format.file_cache import FileCache
+from cache_schema.format.groups import read_groups
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan
 from cache_schema.format.records import QuarantinedRow, Sample
-from cache_schema.format.shard import read_groups, read_table
+from cache_schema.format.shard import read_table
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import Range, Store, open_store
 from cache_schema.format.writer import MANIFEST
@@ -129,7 +131,9 @@ class Cache:
     def read_shard(self, shard: int, *, parts: Collection[str] | None = None) -> ShardBlock:
         """A shard in memory. parts: which of the captured targets to read; None: all, (): none."""
         wanted = frozenset(self.spec.targets if parts is None else parts)
-        return ShardBlock(*self.stored_shard(shard, wanted), self.spec, wanted)
+        stored = self.stored_shard(shard, wanted)
+        with self._decoding(self.commits[shard].path):
+            return ShardBlock(*stored, self.spec, wanted)
 
     def stored_shard(self, shard: int, parts: Collection[str]) -> tuple[pa.Table, dict[str, Arrays]]:
         """The table of samples and the arrays of the targets `parts`, by group and name, as stored."""
@@ -137,11 +141,11 @@ class Cache:
             raise ValueError(f"{self.url}: has no {', '.join(sorted(unknown))} targets")
         record = self.commits[shard]
         found = self._read(record.extents("samples") | record.target_extents(parts))
-        table = next(data for place, data in found.items() if place.path.startswith("samples/"))
-        try:
-            return read_table(table), read_groups(hierarchy(record, found))
-        except ValueError as error:
-            raise CacheDamaged(f"{self.url}/{record.targets}: {error}; {REMEDY}") from error
+        ((path, data),) = ((p.path, data) for p, data in found.items() if p.path.startswith("samples/"))
+        with self._decoding(path):
+            table = read_table(data)
+        with self._decoding(record.targets):
+            return table, read_groups(hierarchy(record, found))
 
     def files_of(self, shard: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """A shard as stored: its tables by their path, and the zarr hierarchy of its targets."""
@@ -149,7 +153,8 @@ class Cache:
         wanted = {place: digest for file in record.files for place, digest in file.whole.items()}
         found = self._read(wanted)
         tables = {place.path: data for place, data in found.items() if not place.path.startswith("targets/")}
-        return tables, {path: bytes(data) for path, data in hierarchy(record, found).items()}
+        with self._decoding(record.targets):
+            return tables, {path: bytes(data) for path, data in hierarchy(record, found).items()}
 
     def index(self) -> CacheIndex:
         """Sizes of every sample, without reading a target."""
@@ -178,8 +183,19 @@ class Cache:
                 yield QuarantinedRow(**row)
 
     def _table(self, shard: int, kind: str, columns: list[str] | None = None) -> Any:
-        (data,) = self._read(self.commits[shard].extents(kind)).values()
-        return read_table(data, columns)
+        ((place, data),) = self._read(self.commits[shard].extents(kind)).items()
+        with self._decoding(place.path):
+            return read_table(data, columns)
+
+    @contextlib.contextmanager
+    def _decoding(self, path: str) -> Iterator[None]:
+        """CacheDamaged for what a file of sound digests holds that is not as the format says."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, MemoryError) as error:
+            raise CacheDamaged(
+                f"{self.url}/{path}: cannot be decoded ({first_line(error)}); {REMEDY}"
+            ) from error
 
     def _read(self, wanted: Mapping[Range, str]) -> dict[Range, bytes]:
         """Parts of files, each with its SHA-256, by which it is checked."""

@@ -16,6 +16,7 @@ from cache_schema.format.cache import Cache
 from cache_schema.format.codecs.hidden import hidden_arrays, hidden_of, join_hidden
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.codecs.topk import Arrays, decode_whole, join_stored
+from cache_schema.format.groups import write_groups
 from cache_schema.format.records import (
     CapturedSample,
     HiddenStates,
@@ -29,7 +30,6 @@ from cache_schema.format.shard import (
     SAMPLE_SCHEMA,
     EncodedShard,
     positions_of,
-    write_groups,
     write_table,
 )
 from cache_schema.format.spec import KINDS, TargetSpec

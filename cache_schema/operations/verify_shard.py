@@ -14,8 +14,9 @@ from cache_schema.format.archive import disagreement, unpack
 from cache_schema.format.block import ShardBlock
 from cache_schema.format.cache import hierarchy
 from cache_schema.format.checks import hidden_problems, relation_problems, topk_problems
+from cache_schema.format.groups import read_groups
 from cache_schema.format.manifest import CommitRecord, Manifest
-from cache_schema.format.shard import read_groups, read_table
+from cache_schema.format.shard import read_table
 from cache_schema.format.store import Range, Store
 
 REMAKE = "run `kdcache verify --repair`, then the same `kdcache build` again: it makes this shard again"
@@ -55,7 +56,7 @@ def check_shard(
     if files is not None and manifest is not None and not quick:
         try:
             _check_content(record, files, manifest, problem)
-        except (CacheDamaged, ValueError, KeyError, IndexError) as error:
+        except (CacheDamaged, ValueError, LookupError, TypeError, MemoryError) as error:
             problem(record.path, f"its files cannot be decoded ({error})")
     return problems
 

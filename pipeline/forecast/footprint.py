@@ -10,8 +10,9 @@ import numpy as np
 from cache_schema.format.archive import pack
 from cache_schema.format.codecs.relation import pack_relations
 from cache_schema.format.codecs.topk import Arrays, encode_topk, topk_at
+from cache_schema.format.groups import write_groups
 from cache_schema.format.records import CapturedSample, StoredRelation, TopK
-from cache_schema.format.shard import encode_shard, write_groups
+from cache_schema.format.shard import encode_shard
 from cache_schema.format.spec import Precision, TargetSpec
 
 

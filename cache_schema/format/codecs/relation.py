@@ -165,6 +165,10 @@ class RelationBlock:
             "columns": tokens * rank,
             "triangles": np.where(rank == 0, tokens * (tokens + 1) // 2, 0),
         }
+        for name, size in sizes.items():  # one by one, so that no sum wraps around
+            present = len(arrays[name])
+            if ((size < 0) | (size > present)).any() or size.sum() != present:
+                raise ValueError(f"relation/{name}: {present:,} numbers, which are not those of its images")
         self._ends = {name: np.cumsum(size) for name, size in sizes.items()}
         self._sizes = sizes
 
