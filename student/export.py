@@ -16,6 +16,7 @@ from cache_schema.runs import read_result
 from cache_schema.version import VERSION
 from models.folder import load_model, load_processor
 from models.parts import part_of
+from student.chat_template import settle_template
 from student.folder import folder_digest, save_folder
 from student.generation import drop_padding, settle_generation
 from student.run_folder import read_history, write_history
@@ -32,8 +33,9 @@ def export(model: Path, out: Path, progress: Progress, *, dtype: str = "auto") -
     folder = model if run is None else run / "model"
     require_folder(out, new=True)
     with task(progress, "exporting"):
-        loaded = load_model(folder, "auto" if dtype == "auto" else _dtype(dtype))
         processor = load_processor(folder)
+        settle_template(processor)
+        loaded = load_model(folder, "auto" if dtype == "auto" else _dtype(dtype))
         drop_padding(loaded, processor)
         settle_generation(loaded, processor)
         history = read_history(folder) or ([] if run is None else _history(run))

@@ -128,14 +128,16 @@ def write_xlsx(path: Path, rows: Iterable[Sequence[str]]) -> None:
     )
     parts = {
         "[Content_Types].xml": f'<Types xmlns="{types}"><Default Extension="rels" ContentType='
-        '"application/vnd.openxmlformats-package.relationships+xml"/><Override PartName="/book.xml" '
-        f'ContentType="{kind}.spreadsheetml.sheet.main+xml"/><Override PartName="/sheet.xml" '
+        '"application/vnd.openxmlformats-package.relationships+xml"/><Override PartName="/xl/workbook.xml" '
+        f'ContentType="{kind}.spreadsheetml.sheet.main+xml"/><Override PartName="/xl/worksheets/sheet1.xml" '
         f'ContentType="{kind}.spreadsheetml.worksheet+xml"/></Types>',
-        "_rels/.rels": f'{relations}/officeDocument" Target="book.xml"/></Relationships>',
-        "_rels/book.xml.rels": f'{relations}/worksheet" Target="sheet.xml"/></Relationships>',
-        "book.xml": f'<workbook xmlns="{main}" xmlns:r="{kinds}"><sheets>'
+        "_rels/.rels": f'{relations}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
+        "xl/_rels/workbook.xml.rels": f'{relations}/worksheet" '
+        'Target="worksheets/sheet1.xml"/></Relationships>',
+        "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{kinds}"><sheets>'
         '<sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>',
-        "sheet.xml": f'<worksheet xmlns="{main}"><sheetData>{"".join(cells)}</sheetData></worksheet>',
+        "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{main}"><sheetData>{"".join(cells)}'
+        "</sheetData></worksheet>",
     }
     with writing(path), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in parts.items():
