@@ -12,7 +12,7 @@ import typer
 from cache_schema.operations.settings import DiffConfig, MergeConfig, VerifyConfig
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig
-from pipeline.settings import BuildConfig, ForecastConfig
+from pipeline.settings import BuildConfig, DeriveConfig, ForecastConfig
 from student.settings import EvaluateConfig, NewStudentConfig, TrainConfig
 from views.options import by_stage, with_options
 from views.outcome import run
@@ -195,6 +195,14 @@ def select(
     from cache_schema.operations.select import select as select_samples
 
     _show(select_samples(cache, where, out, progress=Bar()), json_, "selected")
+
+
+@command()
+def derive(cache: CachePath, config: DeriveConfig, json_: Json = False) -> None:
+    """Make a cache of other targets from stored hidden states, without the teacher; run again to continue."""
+    from pipeline.derive import derive as derive_cache
+
+    _show(derive_cache(cache, config, Bar()), json_, "derived")
 
 
 @command("to-arrow")

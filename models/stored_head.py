@@ -1,14 +1,17 @@
-"""A head as a file of a cache, and back."""
+"""A head and hidden states as a cache holds them, and back on a device."""
 
 from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
 
 from cache_schema.errors import CacheDamaged, KdcacheError
 from cache_schema.format.cache import Cache
+from cache_schema.format.records import HiddenStates
 from cache_schema.format.stored_head import StoredHead
 from models.head import Head
 
@@ -56,3 +59,16 @@ def head_of(cache: Cache, device: torch.device | str = "cpu") -> Head:
         softcap=stored.softcap,
         logit_scale=stored.logit_scale,
     )
+
+
+def states_on(states: HiddenStates, device: torch.device | str) -> Tensor:
+    """Hidden states (N, D) in float32 on a device, sent there in 8 bits."""
+    tables = torch.from_numpy(np.ascontiguousarray(states.channels)).to(device)
+    values, scales, table = (
+        torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        for array in (states.values, states.scales, states.channel_of.astype(np.int64))
+    )
+    made = values * scales[:, None]
+    if len(tables) == 1:
+        return made.mul_(tables[0, 1]).add_(tables[0, 0])
+    return made.mul_(tables[table, 1]).add_(tables[table, 0])

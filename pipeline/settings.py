@@ -182,6 +182,21 @@ class ForecastConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeriveConfig:
+    """What `derive` needs to know beside the cache."""
+
+    out: Annotated[str, Help("The new cache: a folder or an fsspec URL. An unfinished one is continued.")]
+    spec: TargetSpec = field(default_factory=TargetSpec)
+    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...", _RUN)] = "auto"
+    batch_tokens: Annotated[
+        int, at_least(1), Help("Tokens per batch; halved when memory runs out.", _RUN)
+    ] = 16384
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSummary:
     """What the cache holds after a build.
 
