@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cache_schema.format.spec import TARGETS, Precision, Target, TargetSpec
+from cache_schema.format.spec import KINDS, TARGETS, EntryRule, Precision, Target, TargetSpec
 from cache_schema.settings import Help, Only, at_least, check, positive, within
 
 EngineName = Literal["transformers", "vllm"]
@@ -110,7 +110,8 @@ class BuildConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastConfig:
-    """What `forecast` needs to know; top_k, precision and relation of `build.spec` are what is looked for."""
+    """What `forecast` needs to know; entries, precision and relation of `build.spec` are what is looked
+    for."""
 
     build: Annotated[
         BuildConfig,
@@ -133,6 +134,10 @@ class ForecastConfig:
     top_ks: Annotated[
         tuple[Annotated[int, at_least(1)], ...], Help("Numbers of entries to try.", _GRID, "top-k")
     ] = (8, 16, 32, 64, 128)
+    least: Annotated[
+        tuple[Annotated[float, within(0.0, 1.0, "()")], ...],
+        Help("Least probabilities of entries to try, as --entries of build.", _GRID, "entries"),
+    ] = (0.01, 0.003, 0.001)
     precisions: Annotated[tuple[Precision, ...], Help("Precisions to try.", _GRID, "precision")] = (
         "compact",
         "full",
@@ -160,8 +165,9 @@ class ForecastConfig:
     seed: Annotated[int, at_least(0), Help("Seed of sampling and of the noise.", _GRID)] = 0
 
     def __post_init__(self) -> None:
-        lists = ("top_ks", "precisions", "relations")
+        lists = ("precisions", "relations")
         faults = {f"{name} is empty: give at least one": not getattr(self, name) for name in lists}
+        faults["top_ks and least are empty: give at least one"] = not self.top_ks + self.least
         hidden = {
             "plan does not measure hidden states: omit hidden from --targets (they take about 0.9 bytes per "
             "channel and position, and the teacher's head once)": "hidden" in self.build.spec.targets
@@ -169,12 +175,21 @@ class ForecastConfig:
         check(self, faults | hidden)
 
     @property
+    def rules(self) -> tuple[EntryRule, ...]:
+        """The rules for entries in the grid."""
+        spec = self.build.spec
+        named = [replace(spec, top_k=k, entries={}) for k in dict.fromkeys(self.top_ks)]
+        named += [replace(spec, entries=dict.fromkeys(KINDS, p)) for p in dict.fromkeys(self.least)]
+        return tuple(one.rule("response") for one in named)
+
+    @property
     def widest(self) -> TargetSpec:
         """The spec that every record of the grid can be cut from."""
         bounds = [one for one in self.relations if one != "exact"]
         return replace(
             self.build.spec,
-            top_k=max(self.top_ks),
+            top_k=max(rule.most for rule in self.rules),
+            entries={},
             tail_samples=0,
             relation="factor",
             relation_bound=min(bounds, default=1e-6),

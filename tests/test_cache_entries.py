@@ -210,7 +210,7 @@ def test_stock_zarr_reads_counted_records(tmp_path: Path) -> None:
         mine = vocabulary[ids[start : start + count]]
         start += count
         level = np.concatenate([[0], np.cumsum(table[: count - 1, n])])
-        fall = float(drop[n]) * (level / 255) ** 2
+        fall = float(drop[n]) * (level / 127) ** 2
         logprobs = np.log(1 - np.exp(float(tail[0, n]))) - np.log(np.exp(-fall).sum()) - fall
         np.testing.assert_array_equal(mine, record.token_ids[n, :count])
         np.testing.assert_allclose(logprobs, record.logprobs[n, :count], atol=0.02 + float(drop[n]) / 64)

@@ -63,7 +63,8 @@ def config_of(world: SimpleNamespace, **rest: Any) -> ForecastConfig:
             **named,
         }
     )
-    grid: dict[str, Any] = {"samples": ROWS, "top_ks": (4, 16, 64), "relations": (1e-2, 1e-4, "exact")}
+    grid: dict[str, Any] = {"samples": ROWS, "top_ks": (4, 16, 64), "least": (0.02,)}
+    grid["relations"] = (1e-2, 1e-4, "exact")
     return ForecastConfig(build=build, **{**grid, **rest})
 
 
@@ -71,7 +72,7 @@ def forecast_words(world: SimpleNamespace, *more: Any) -> list[Any]:
     return [
         *("plan", "--teacher", world.teacher, "--data", world.data, "--image-root", world.images),
         *("--out", world.folder / "the cache", "--dtype", "float32", "--device", "cpu", "--shard-size", 16),
-        *("--samples", ROWS, "--top-k", "4,16,64", "--relation", "1e-2,1e-4", *more),
+        *("--samples", ROWS, "--top-k", "4,16,64", "--entries", "0.02", "--relation", "1e-2,1e-4", *more),
     ]
 
 
@@ -120,16 +121,26 @@ def test_mass_kl_and_angles_are_those_of_the_models_own_logits(
         mean_kl = float((log_p.exp() * (log_p - log_q)).sum() / len(where))
         assert answer["student"]["kl"][kind] == pytest.approx(mean_kl, rel=1e-4)
         rows = [row for row in answer["positions"] if row["target"] == kind]
-        assert [(row["top_k"], row["precision"]) for row in rows] == [
-            (k, precision) for k in (4, 16, 64) for precision in ("compact", "full")
+        assert [(row["rule"], row["precision"]) for row in rows] == [
+            (rule, precision) for rule in ("4", "16", "64", "p>=0.02") for precision in ("compact", "full")
         ]
         for row in rows:
-            values, ids = log_p.topk(row["top_k"], dim=1)
+            fixed = row["rule"].isdecimal()
+            values, ids = log_p.topk(int(row["rule"]) if fixed else 50, dim=1)
+            counts = torch.full_like(ids[:, 0], len(ids[0]))
+            if not fixed:
+                counts = (values.exp() >= 0.02).sum(dim=1).clamp(min=1)
+                values = values.masked_fill(torch.arange(50) >= counts[:, None], -torch.inf)
+            assert row["entries"] == pytest.approx(float(counts.double().mean()), rel=1e-6)
             assert row["mass"] == pytest.approx(float(values.exp().sum(dim=1).mean()), abs=1e-5)
             if row["precision"] == "full":
-                tail = log_p.scatter(1, ids, -torch.inf).logsumexp(dim=1)
+                outside = torch.zeros_like(log_p).scatter_add_(1, ids, values.exp()) == 0
+                tail = log_p.masked_fill(~outside, -torch.inf).logsumexp(dim=1)
                 record = SimpleNamespace(
-                    token_ids=ids.numpy(), logprobs=values.numpy(), tail_logprob=tail.numpy()[:, None]
+                    token_ids=ids.numpy(),
+                    logprobs=values.numpy(),
+                    tail_logprob=tail.numpy()[:, None],
+                    counts=counts.numpy(),
                 )
                 wanted = dense_agreement(log_p, log_q, record)  # type: ignore[arg-type]
                 assert row["angle"] == pytest.approx(wanted.angle, abs=0.01)
@@ -166,7 +177,8 @@ def test_a_build_with_the_recommended_flags_writes_what_was_foretold(
     assert code == 0, err
     cache = open_cache(str(tmp_path / "cache"))
     spec, best = cache.spec, told["recommended"]
-    assert (spec.top_k, spec.precision, spec.relation_bound) == (best["top_k"], precision, best["relation"])
+    assert {kind: spec.rule(kind).name for kind in ("response", "visual")} == best["rules"]
+    assert (spec.precision, spec.relation_bound) == (precision, best["relation"])
     real = summarise(cache)
     assert told["dataset"]["stored_images"] == real["counts"]["relations"]
     assert told["dataset"]["positions"]["visual"] == real["counts"]["visual_positions"]
@@ -204,7 +216,7 @@ def test_the_document_is_json_of_a_known_shape(answer: dict[str, Any]) -> None:
         *("recommended", "break_even", "arguments", "command"),
     }
     assert set(answer["positions"][0]) == {
-        *("target", "top_k", "precision", "mass", "bytes", "kl", "kl_max", "unseen_kl", "angle"),
+        *("target", "rule", "entries", "precision", "mass", "bytes", "kl", "kl_max", "unseen_kl", "angle"),
         "dataset_bytes",
     }
     assert set(answer["relations"][0]) == {
@@ -348,7 +360,7 @@ def test_targets_that_no_sample_has_are_an_error(world: SimpleNamespace, tmp_pat
 def test_relations_alone(world: SimpleNamespace) -> None:
     found = forecast(config_of(world, spec=TargetSpec(targets=("relation",)), samples=6), Silent())
     assert found["positions"] == []
-    assert found["recommended"]["top_k"] is None
+    assert found["recommended"]["rules"] == {}
     assert "--relation-bound" in found["arguments"]
 
 
@@ -438,6 +450,7 @@ def test_rows_are_read_only_where_they_are_drawn(
         (("--top-k", "0"), 2, "top_ks must be at least 1"),
         (("--top-k", "3.5"), 2, "not a comma-separated list of whole numbers"),
         (("--top-k", "inf"), 2, "not a comma-separated list of whole numbers"),
+        (("--entries", "0"), 2, "least must lie in (0, 1), not 0"),
         (("--top-k", "9000"), 1, "exceeds the teacher's"),
         (("--relation", "2"), 2, "relations must lie in (0, 1), not 2"),
         (("--relation", "tight"), 2, "is not a comma-separated list of numbers"),

@@ -12,7 +12,7 @@ from cache_schema.format.records import Relation, TopK
 from cache_schema.format.spec import EntryRule, TargetSpec
 from models.head import Head
 from pipeline.entry_rules import cut
-from pipeline.forecast.choice import choose
+from pipeline.forecast.choice import choose, chosen_spec
 from pipeline.forecast.fidelity import Agreement, as_stored, compare, noise_of_kl, relation_angle
 from pipeline.forecast.footprint import relation_footprint, topk_footprint
 from pipeline.forecast.stand_in import NoisyTeacher, Picked, agreement_at, kl_between
@@ -67,11 +67,15 @@ def dense_agreement(log_p: Tensor, log_q: Tensor, record: TopK) -> Agreement:
     logits = log_q.clone().requires_grad_()
     log_s = logits.log_softmax(dim=1)
     ids = torch.from_numpy(record.token_ids.astype(np.int64))
-    inside = torch.zeros_like(p, dtype=torch.bool).scatter_(1, ids, True)
+    counts = getattr(record, "counts", None)
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    there = places < (ids.shape[1] if counts is None else torch.from_numpy(counts)[:, None])
+    inside = torch.zeros_like(p).scatter_add_(1, ids, there.double()) > 0
     kept = torch.from_numpy(record.logprobs.astype(np.float64))
     tail = torch.from_numpy(record.tail_logprob[:, 0].astype(np.float64))
     rest = log_s.masked_fill(inside, -torch.inf).logsumexp(dim=1)
-    loss = (kept.exp() * (kept - log_s.gather(1, ids))).sum() + (tail.exp() * (tail - rest)).sum()
+    kept, log_in = kept.masked_fill(~there, -torch.inf), log_s.gather(1, ids)
+    loss = (kept.exp() * (kept.masked_fill(~there, 0.0) - log_in)).sum() + (tail.exp() * (tail - rest)).sum()
     (sparse,) = torch.autograd.grad(loss, logits)
     dense = q - p
     return Agreement(
@@ -85,13 +89,15 @@ def dense_agreement(log_p: Tensor, log_q: Tensor, record: TopK) -> Agreement:
 
 
 @pytest.mark.parametrize("precision", ["compact", "full"])
-@pytest.mark.parametrize("k", [1, 8, 64])
-def test_an_agreement_is_that_of_the_dense_gradients(k: int, precision: str) -> None:
+@pytest.mark.parametrize(
+    "rule", [EntryRule(most=1), EntryRule(most=8), EntryRule(most=64), EntryRule(most=64, least_p=0.01)]
+)
+def test_an_agreement_is_that_of_the_dense_gradients(rule: EntryRule, precision: str) -> None:
     head, hidden = a_head(), some_hidden()
     states = hidden + 0.2 * some_hidden(seed=5, size=1.0)
     wide = record_of(head, hidden, 64)
     records = {
-        "asked": as_stored(cut(wide, EntryRule(most=k)), precision),
+        "asked": as_stored(cut(wide, rule), precision),
         "other": as_stored(cut(wide, EntryRule(most=64)), "compact"),
     }
     found = compare(head.logits(hidden), head.logits(states), records)["asked"]
@@ -251,10 +257,10 @@ def test_break_even_is_where_both_have_taken_as_long() -> None:
     assert break_even(slow, work)["capture_seconds"] == pytest.approx(100 * 4.0 / 2)
 
 
-def a_row(target: str, k: int, precision: str, angle: float, kl: float, size: float) -> dict[str, object]:
+def a_row(target: str, rule: str, precision: str, angle: float, kl: float, size: float) -> dict[str, object]:
     return {
         "target": target,
-        "top_k": k,
+        "rule": rule,
         "precision": precision,
         "angle": angle,
         "kl": kl,
@@ -264,12 +270,12 @@ def a_row(target: str, k: int, precision: str, angle: float, kl: float, size: fl
 
 def test_the_smallest_setting_within_the_bounds_is_chosen() -> None:
     positions = [
-        a_row("response", 8, "compact", 4.0, 1e-5, 10),
-        a_row("visual", 8, "compact", 9.0, 1e-5, 10),
-        a_row("response", 16, "compact", 2.0, 1e-5, 20),
-        a_row("visual", 16, "compact", 4.5, 1e-5, 20),
-        a_row("response", 8, "full", 4.0, 0.0, 30),
-        a_row("visual", 8, "full", 4.4, 0.0, 30),
+        a_row("response", "8", "compact", 4.0, 1e-5, 10),
+        a_row("visual", "8", "compact", 9.0, 1e-5, 10),
+        a_row("response", "16", "compact", 2.0, 1e-5, 20),
+        a_row("visual", "16", "compact", 4.5, 1e-5, 20),
+        a_row("response", "8", "full", 4.0, 0.0, 30),
+        a_row("visual", "8", "full", 4.4, 0.0, 30),
     ]
     relations = [
         {"relation": 1e-4, "precision": "compact", "angle": 7.0, "dataset_bytes": 5},
@@ -278,23 +284,31 @@ def test_the_smallest_setting_within_the_bounds_is_chosen() -> None:
     ]
     five = dict.fromkeys(("response", "visual", "relation"), 5.0)
     best = choose(positions, relations, max_angle=five, max_kl=1e-4)
-    assert (best["top_k"], best["precision"], best["relation"]) == (16, "compact", 1e-5)
+    assert best["rules"] == {"response": "8", "visual": "16"}, "each kind its own"
+    assert (best["precision"], best["relation"]) == ("compact", 1e-5)
     assert best["within_bounds"]
-    assert best["target_bytes"] == 49
+    assert best["target_bytes"] == 39
+    smaller = a_row("visual", "p>=0.01", "compact", 4.9, 1e-5, 15)
+    least = choose([*positions, smaller], relations, max_angle=five, max_kl=1e-4)
+    assert least["rules"] == {"response": "8", "visual": "p>=0.01"}
+    spec = chosen_spec(TargetSpec(), least)
+    assert (spec.rule("response"), spec.rule("visual").least_p) == (EntryRule(most=8), 0.01)
     loose = choose(positions, relations, max_angle={**five, "visual": 10.0, "relation": 8.0}, max_kl=1e-4)
-    assert (loose["top_k"], loose["relation"]) == (8, 1e-4)
+    assert loose["rules"] == {"response": "8", "visual": "8"}
+    assert loose["relation"] == 1e-4
     exact = choose(positions, relations, max_angle=five, max_kl=1e-9)
-    assert (exact["precision"], exact["top_k"]) == ("full", 8)
+    assert exact["precision"] == "full"
+    assert exact["rules"] == {"response": "8", "visual": "8"}
     none = choose(positions, relations, max_angle=dict.fromkeys(five, 1.0), max_kl=1e-4)
     assert not none["within_bounds"]
-    assert none["top_k"] == 16
+    assert none["rules"] == {"response": "16", "visual": "16"}
     assert any(miss.startswith("visual: 4.5 degrees") for miss in none["misses"])
 
 
 def test_choices_need_no_relations_and_no_positions() -> None:
-    one = [a_row("response", 8, "compact", 4.0, 1e-5, 10)]
+    one = [a_row("response", "8", "compact", 4.0, 1e-5, 10)]
     bounds = {"response": 5.0, "relation": 5.0}
     assert choose(one, [], max_angle=bounds, max_kl=1e-4)["relation"] is None
     relation = [{"relation": "exact", "precision": "compact", "angle": 0.1, "dataset_bytes": 5}]
     found = choose([], relation, max_angle=bounds, max_kl=1e-4)
-    assert (found["top_k"], found["relation"]) == (None, "exact")
+    assert (found["rules"], found["relation"]) == ({}, "exact")

@@ -52,7 +52,7 @@ def draw_forecast(document: Mapping[str, Any], file: Path) -> None:
         sizes = [row["dataset_bytes"] / 1e9 for row in rows]
         axes.plot(sizes, [row["angle"] for row in rows], marker="o", label=name)
         for row, x in zip(rows, sizes, strict=True):
-            told = str(row.get("top_k") or _form(row["relation"]))
+            told = row["rule"] if "rule" in row else _form(row["relation"])
             axes.annotate(told, (x, row["angle"]), textcoords="offset points", xytext=(4, 4), fontsize=7)
     for bound, names in _bounds(document).items():
         told = f"{', '.join(names)}: at most {bound:g}"
@@ -118,13 +118,13 @@ def _positions(document: Mapping[str, Any]) -> list[Table]:
         seen, whole = (document[part]["positions"][kind] for part in ("samples", "dataset"))
         table = _table(
             f"{kind}: {count(seen)} positions, about {count(whole)} in the dataset",
-            *("top-k", "stored", "mass %", "bytes", "KL stored", "KL unseen", "degrees", "dataset"),
+            *("entries", "stored", "mass %", "bytes", "KL lost", "unseen", "degrees", "dataset"),
         )
         for row in rows:
             if row["target"] == kind:
-                best = row["top_k"] == chosen["top_k"] and row["precision"] == chosen["precision"]
+                best = row["rule"] == chosen["rules"][kind] and row["precision"] == chosen["precision"]
                 table.add_row(
-                    _marked(str(row["top_k"]), best),
+                    _marked(row["rule"], best),
                     row["precision"],
                     f"{100 * row['mass']:.2f}",
                     f"{row['bytes']:.1f}",
@@ -166,7 +166,7 @@ def _relations(document: Mapping[str, Any]) -> Table | None:
 def _legend() -> Text:
     return Text(
         "degrees: between the gradient of the stored target and that of the dense one, for this student. "
-        "KL stored: nats by which storing changes the record. KL unseen: nats of KL(teacher || student) that "
+        "KL lost: nats by which storing changes the record. Unseen: nats of KL(teacher || student) that "
         "the record does not show. mass: within the entries. Bytes: all fields, as the codecs write them.\n",
         "dim",
     )
@@ -222,9 +222,12 @@ def _break_even(document: Mapping[str, Any]) -> Text:
 
 def _recommendation(document: Mapping[str, Any]) -> Text:
     chosen = document["recommended"]
-    words = []
-    if chosen["top_k"] is not None:
-        words.append(f"top {chosen['top_k']}")
+    of_rule: dict[str, list[str]] = {}
+    for kind, rule in chosen["rules"].items():
+        of_rule.setdefault(rule if rule.startswith("p") else f"top {rule}", []).append(kind)
+    words = [
+        rule if len(of_rule) == 1 else f"{' and '.join(kinds)} {rule}" for rule, kinds in of_rule.items()
+    ]
     words.append(chosen["precision"])
     if chosen["relation"] is not None:
         form = chosen["relation"]
@@ -241,7 +244,7 @@ def _recommendation(document: Mapping[str, Any]) -> Text:
     else:
         text.append(
             f" (the nearest; no setting tried is within {bounds}: {'; '.join(chosen['misses'])}. Try a "
-            "larger --top-k or a smaller --relation, or accept more with --max-angle or --max-kl)",
+            "larger --top-k, smaller --entries or --relation, or accept more with --max-angle or --max-kl)",
             "not bold",
         )
     return text

@@ -85,6 +85,11 @@ class EntryRule:
     most: int
     least_p: float | None = None
 
+    @property
+    def name(self) -> str:
+        """As the options of `build` say it: `32`, `p>=0.003`."""
+        return str(self.most) if self.least_p is None else f"p>={self.least_p:g}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSpec:

@@ -14,7 +14,7 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.codecs.relation import RelationBlock, pack_relations
 from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import Relation, TopK
-from cache_schema.format.spec import KINDS, TARGETS, EntryRule, Precision, TargetSpec
+from cache_schema.format.spec import KINDS, TARGETS, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress, task
 from models.head import Head
@@ -51,7 +51,7 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
         job,
         engine,
         head,
-        config.widest,
+        replace(config.widest, top_k=min(max(rule.most for rule in config.rules), job.vocab_size)),
         sharing=sharing,
         batch_tokens=batch_tokens,
         positions=config.positions,
@@ -111,7 +111,7 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
 def _within_vocabulary(config: ForecastConfig, vocab: int, progress: Progress) -> ForecastConfig:
     """Without the numbers of entries that exceed the vocabulary."""
     kept = tuple(sorted({k for k in config.top_ks if k <= vocab}))
-    if not kept:
+    if config.top_ks and not kept:
         raise KdcacheError(f"every top-k of {list(config.top_ks)} exceeds the teacher's {vocab} tokens")
     if len(kept) < len(set(config.top_ks)):
         progress.message(f"numbers of entries above the teacher's {vocab} tokens are skipped")
@@ -128,24 +128,25 @@ def _measure_positions(
     footprints: dict[Any, Footprint],
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], float]:
-    """One row per top-k and precision, and the student's mean KL at these positions."""
+    """One row per rule for entries and precision, and the student's mean KL at these positions."""
     whole, picked = survey.records[kind], survey.picked_records[kind]
     part = topk_at(whole, slice(_ENCODED))
-    stored: dict[tuple[int, Precision], TopK] = {}
+    stored: dict[tuple[str, Precision], TopK] = {}
     rows = []
-    for k in config.top_ks:
-        narrow = cut(picked, EntryRule(most=k))
-        mass = covered(whole, EntryRule(most=k))
+    for rule in config.rules:
+        narrow = cut(picked, rule)
+        mass, entries = covered(whole, rule)
         for precision in config.precisions:
-            stored[k, precision] = as_stored(narrow, precision)
-            footprint = topk_footprint(cut(part, EntryRule(most=k)), precision, head.columns)
-            footprints[kind, k, precision] = footprint
-            error = kl(narrow, stored[k, precision])
+            stored[rule.name, precision] = as_stored(narrow, precision)
+            footprint = topk_footprint(cut(part, rule), precision, head.columns)
+            footprints[kind, rule.name, precision] = footprint
+            error = kl(narrow, stored[rule.name, precision])
             total = footprint.total(workload.positions[kind], workload.shards)
             rows.append(
                 {
                     "target": kind,
-                    "top_k": k,
+                    "rule": rule.name,
+                    "entries": entries,
                     "precision": precision,
                     "mass": mass,
                     "bytes": total / workload.positions[kind],
@@ -158,7 +159,7 @@ def _measure_positions(
     with task(progress, f"comparing gradients at {kind} positions", len(hidden)):
         sums = agreement_at(head, hidden, student, kind, stored, progress.update)
     for row in rows:
-        agreement = sums[row["top_k"], row["precision"]]
+        agreement = sums[row["rule"], row["precision"]]
         row |= {"unseen_kl": agreement.unseen_kl, "angle": agreement.angle}
     return rows, next(iter(sums.values())).mean_kl
 
@@ -232,7 +233,7 @@ def _document(
     bounds = {str(name): bound for name, bound in config.max_angle.items()}
     choice = choose(positions, relations, max_angle=bounds, max_kl=config.max_kl)
     chosen: dict[str, Footprint] = {
-        kind: footprints[kind, choice["top_k"], choice["precision"]] for kind in workload.positions
+        kind: footprints[kind, choice["rules"][kind], choice["precision"]] for kind in workload.positions
     }
     if relations:
         chosen["relation"] = footprints["relation", choice["relation"], choice["precision"]]

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import (
+    KINDS,
+    TOP_K,
+    Kind,
+    TargetSpec,
+    read_entries,
+    write_entries,
+    write_top_k,
+)
 from pipeline.settings import BuildConfig
 
 Row = Mapping[str, Any]
@@ -24,26 +32,25 @@ def choose(
 ) -> dict[str, Any]:
     """The smallest setting whose angles and KL are within the bounds at every kind of target.
 
-    positions: rows of `target`, `top_k`, `precision`, `angle`, `kl`, `dataset_bytes`; relations: rows of
-    `relation`, `precision`, `angle`, `dataset_bytes`. Top-k and relation are chosen separately, the precision
-    for both. Where no setting is within the bounds: the nearest, with `misses`.
+    positions: rows of `target`, `rule`, `precision`, `angle`, `kl`, `dataset_bytes`; relations: rows of
+    `relation`, `precision`, `angle`, `dataset_bytes`. The rule for entries is chosen for each kind of
+    position by itself, as is the relation; the precision is one for all. Where no setting is within the
+    bounds: the nearest, with `misses`.
     """
     found = []
     for precision in dict.fromkeys(row["precision"] for row in positions or relations):
-        of_k: dict[int, list[Row]] = {}
-        for row in positions:
+        tried: dict[str, list[Row]] = {}
+        for row in (*positions, *relations):
             if row["precision"] == precision:
-                of_k.setdefault(row["top_k"], []).append(row)
-        entries = _best(list(of_k.items()), max_angle, max_kl)
-        forms = [(row["relation"], [row]) for row in relations if row["precision"] == precision]
-        relation = _best(forms, max_angle, max_kl)
-        rows = [*entries, *relation]
+                tried.setdefault(_name(row), []).append(row)
+        best = {name: _best(rows, max_angle, max_kl) for name, rows in tried.items()}
+        rows = list(best.values())
         misses = [miss for row in rows for miss in _misses(row, max_angle, max_kl)]
         found.append(
             {
-                "top_k": entries[0]["top_k"] if entries else None,
+                "rules": {name: row["rule"] for name, row in best.items() if name != "relation"},
                 "precision": precision,
-                "relation": relation[0]["relation"] if relation else None,
+                "relation": best["relation"]["relation"] if "relation" in best else None,
                 "angle": max(row["angle"] for row in rows),
                 "target_bytes": sum(row["dataset_bytes"] for row in rows),
                 "within_bounds": not misses,
@@ -53,16 +60,14 @@ def choose(
     return min(found, key=lambda one: (len(one["misses"]), one["target_bytes"]))
 
 
-def _best(settings: Sequence[tuple[Any, list[Row]]], max_angle: Angles, max_kl: float) -> list[Row]:
-    """The rows of the smallest setting within all bounds, or else of the nearest one."""
+def _best(rows: Sequence[Row], max_angle: Angles, max_kl: float) -> Row:
+    """The smallest row within all bounds, or else the nearest one."""
 
-    def rank(setting: tuple[Any, list[Row]]) -> tuple[Any, ...]:
-        rows = setting[1]
-        size = sum(row["dataset_bytes"] for row in rows)
-        excess = max(max(row["angle"] / max_angle[_name(row)], row.get("kl", 0.0) / max_kl) for row in rows)
-        return (excess, size) if excess > 1.0 else (0, size)
+    def rank(row: Row) -> tuple[float, float]:
+        excess = max(row["angle"] / max_angle[_name(row)], row.get("kl", 0.0) / max_kl)
+        return (excess if excess > 1.0 else 0.0, row["dataset_bytes"])
 
-    return min(settings, key=rank)[1] if settings else []
+    return min(rows, key=rank)
 
 
 def _misses(row: Row, max_angle: Angles, max_kl: float) -> list[str]:
@@ -81,8 +86,9 @@ def _name(row: Row) -> str:
 def chosen_spec(spec: TargetSpec, choice: Mapping[str, Any]) -> TargetSpec:
     """The target spec of a choice, with all that was not chosen as in `spec`."""
     chosen = replace(spec, precision=choice["precision"])
-    if choice["top_k"] is not None:
-        chosen = replace(chosen, top_k=choice["top_k"])
+    least = [f"{kind}:{rule}" for kind, rule in choice["rules"].items() if rule.startswith("p")]
+    numbers: dict[Kind, int] = {kind: int(rule) for kind, rule in choice["rules"].items() if rule.isdecimal()}
+    chosen = replace(chosen, top_k=numbers or TOP_K, entries=read_entries(",".join(least)))
     if choice["relation"] == "exact":
         return replace(chosen, relation="exact")
     if choice["relation"] is not None:
@@ -96,7 +102,11 @@ def build_arguments(config: BuildConfig) -> list[str]:
     spec = config.spec
     words = ["build", "--teacher", str(config.teacher), "--data", str(config.data)]
     words += ["--image-root", str(config.image_root), "--out", config.out]
-    words += ["--targets", ",".join(spec.targets), "--top-k", str(spec.top_k), "--precision", spec.precision]
+    words += ["--targets", ",".join(spec.targets)]
+    if set(KINDS) & set(spec.targets) - set(spec.entries):
+        words += ["--top-k", write_top_k(spec.top_k)]
+    words += ["--entries", write_entries(spec.entries)] if spec.entries else []
+    words += ["--precision", spec.precision]
     if "relation" in spec.targets:
         words += ["--relation", spec.relation]
         words += ["--relation-bound", f"{spec.relation_bound:g}"] if spec.relation == "factor" else []

@@ -23,13 +23,14 @@ _ROWS = 32768  # positions worked on at a time
 _NOTHING = 1e-300  # keeps the log of a mass that a float cannot hold finite
 
 
-def covered(record: TopK, rule: EntryRule) -> float:
-    """The mean mass within the entries that a rule keeps, at temperature 1."""
-    total = 0.0
+def covered(record: TopK, rule: EntryRule) -> tuple[float, float]:
+    """The mean mass within the entries that a rule keeps, at temperature 1, and their mean number."""
+    total = entries = 0.0
     for start in range(0, len(record), _ROWS):
         part = cut(topk_at(record, slice(start, start + _ROWS)), rule)
         total += float(-np.expm1(_tail(part)).sum())
-    return total / max(len(record), 1)
+        entries += float(part.there.sum())
+    return total / max(len(record), 1), entries / max(len(record), 1)
 
 
 def as_stored(record: TopK, precision: Precision) -> TopK:

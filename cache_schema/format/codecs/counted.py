@@ -34,6 +34,7 @@ Places = slice | NDArray[np.int64]
 LOGSUMEXP_STEP = 2.0**-10
 ENTROPY_STEP = 2.0**-7
 TAIL_BITS = 8
+LEVELS = np.float32(127)
 DROP_BITS = 6
 
 _SAME = 1e-5
@@ -91,7 +92,7 @@ def decode_counted(prepared: Arrays, places: Places, temperatures: NDArray[np.fl
         token_ids = spread(decode_ids(vocabulary, prepared["ids"][entries]), 0)
         at_one = int(np.flatnonzero(temperatures == 1.0)[0])
         levels = spread(prepared["levels"][entries], 0)
-        logprobs = decode_levels(levels, prepared["drop"][places], tail[at_one], there)
+        logprobs = decode_levels(levels, prepared["drop"][places], tail[at_one], levels=LEVELS, there=there)
         if sampled is not None:
             sampled = decode_ids(vocabulary, sampled)
         if "label_rank" in prepared:
@@ -133,7 +134,7 @@ def _parts(record: TopK, precision: Precision) -> Arrays:
                 arrays[name] = values
         return arrays
     last = np.take_along_axis(record.logprobs, counts[:, None].astype(np.int64) - 1, 1)
-    steps, arrays["drop"] = encode_logprobs(np.where(there, record.logprobs, last), DROP_BITS)
+    steps, arrays["drop"] = encode_logprobs(np.where(there, record.logprobs, last), LEVELS, DROP_BITS)
     arrays["steps"] = steps.T[there[:, 1:]]
     arrays["tail_logprob"] = encode_tail(rounded(record.tail_logprob, TAIL_BITS)).T
     if record.logsumexp is not None:

@@ -40,17 +40,19 @@ def encode_tail(tail_logprob: Float32) -> Float16:
     return np.where(np.isneginf(tail_logprob), tail_logprob, finite).astype(np.float16)
 
 
-def encode_logprobs(logprobs: Float32, bits: int | None = None) -> tuple[UInt8, Float16]:
+def encode_logprobs(
+    logprobs: Float32, levels: np.float32 = LEVELS, bits: int | None = None
+) -> tuple[UInt8, Float16]:
     """`steps` (K - 1, N) uint8 and `drop` (N,) float16, in nats, of logprobs (N, K), decreasing along K.
 
-    bits: digits of `drop`; None: all that float16 has.
+    levels: at the last entry, at most 255. bits: digits of `drop`; None: all that float16 has.
     """
     fall = logprobs[:, :1] - logprobs
     width = fall[:, -1] if bits is None else rounded(fall[:, -1], bits)
     drop = np.minimum(width, LARGEST).astype(np.float16)
     unit = np.where(drop > 0, drop, np.float16(1)).astype(np.float32)
-    level = np.rint(np.sqrt(fall / unit[:, None]) * LEVELS)
-    level = np.minimum(level, LEVELS).astype(np.uint8)
+    level = np.rint(np.sqrt(fall / unit[:, None]) * levels)
+    level = np.minimum(level, levels).astype(np.uint8)
     return np.ascontiguousarray(np.diff(level, axis=1).T), drop
 
 
@@ -68,13 +70,18 @@ def decode_logprobs(steps: UInt8, drop: Float16, tail_logprob: Float16) -> Float
 
 
 def decode_levels(
-    level: UInt8, drop: Float16, tail_logprob: Float16, there: NDArray[np.bool_] | None = None
+    level: UInt8,
+    drop: Float16,
+    tail_logprob: Float16,
+    *,
+    levels: np.float32 = LEVELS,
+    there: NDArray[np.bool_] | None = None,
 ) -> Float32:
     """logprobs (N, K) float32 from level (N, K), drop (N,) and the tail (N,) at temperature 1; -inf where no
     entry is `there` (N, K)."""
     logprobs = level.astype(np.float32, order="C")
     logprobs *= logprobs
-    logprobs *= drop.astype(np.float32)[:, None] / -(LEVELS * LEVELS)
+    logprobs *= drop.astype(np.float32)[:, None] / -(levels * levels)
     if there is not None:
         logprobs[~there] = -np.inf
     inside = np.log(-np.expm1(tail_logprob.astype(np.float32)))
