@@ -11,7 +11,9 @@ another process on the machine counts for little. Variants:
                logits are given and not counted
     distillkit logits (N, V) first, then top-k KL and CE in chunks; no tail, no relation term
     axolotl    logits in chunks, each chunk's gradients made by autograd on the way; no tail, no relation
-    ours       student.losses
+    ours       student.losses, 64 entries a position
+    fixed32    student.losses, 32 entries a position
+    threshold  student.losses, entries by a threshold: 20 a position on average, one position with 256
     floor      the matrix products that no exact way avoids, in chunks, and nothing else
 """
 
@@ -43,7 +45,8 @@ from student.losses import (
 )
 
 VISUAL, RESPONSE, V, D, K, RANK = 729, 729, 151_936, 1_024, 64, 64
-VARIANTS = ("dense", "distillkit", "axolotl", "ours", "floor")
+MEAN, CAP = 20, 256
+VARIANTS = ("dense", "distillkit", "axolotl", "ours", "fixed32", "threshold", "floor")
 CHUNK = 224
 
 
@@ -62,12 +65,23 @@ class Case:
     teacher_logits: Tensor | None
 
 
-def make_case(dtype: torch.dtype, *, trained: bool, dense: bool, seed: int = 0) -> Case:
-    """Random states, head and targets; made without a matrix product, whose scratch memory would stay."""
+def make_case(
+    dtype: torch.dtype, *, trained: bool, dense: bool, entries: int | None = K, seed: int = 0
+) -> Case:
+    """Random states, head and targets; made without a matrix product, whose scratch memory would stay.
+
+    entries: of every position; None: MEAN of them on average, at most CAP.
+    """
     torch.manual_seed(seed)
-    count = VISUAL + RESPONSE
-    ids = (torch.randint(V, (count, 1)) + torch.arange(K) * (V // K)) % V
-    logprobs = torch.randn(count, V // 1024).log_softmax(1)[:, :K].sort(1, descending=True).values
+    count, k = VISUAL + RESPONSE, entries or CAP
+    ids = (torch.randint(V, (count, 1)) + torch.arange(k) * (V // k)) % V
+    logprobs = torch.randn(count, max(V // 1024, 2 * k)).log_softmax(1)[:, :k]
+    logprobs = logprobs.sort(1, descending=True).values
+    if entries is None:
+        counts = torch.empty(count).exponential_(1 / (MEAN - 1)).add(1).long().clamp(max=CAP)
+        counts[0] = CAP
+        beyond = torch.arange(k) >= counts[:, None]
+        ids, logprobs = ids.masked_fill(beyond, -1), logprobs.masked_fill(beyond, -torch.inf)
     return Case(
         hidden=torch.randn(count, D).to(dtype).requires_grad_(),
         weight=torch.empty(V, D, dtype=dtype).normal_(std=0.05).requires_grad_(trained),
@@ -218,8 +232,9 @@ def floor(case: Case) -> float:
 
 def measure(variant: str, dtype: torch.dtype, *, trained: bool, repeats: int) -> dict[str, float]:
     """Seconds (the best of `repeats` after a first step) and peak bytes of a step."""
-    step: Callable[[Case], float] = globals()[variant]
-    case = make_case(dtype, trained=trained, dense=variant == "dense")
+    entries = {"fixed32": 32, "threshold": None}.get(variant, K)
+    step: Callable[[Case], float] = globals()["ours" if variant in ("fixed32", "threshold") else variant]
+    case = make_case(dtype, trained=trained, dense=variant == "dense", entries=entries)
     before = reset_peak()
     loss = step(case)
     peak = peak_bytes() - before
