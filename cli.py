@@ -13,7 +13,7 @@ from cache_schema.operations.settings import DiffConfig, MergeConfig, VerifyConf
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig
 from pipeline.settings import BuildConfig, DeriveConfig, ForecastConfig
-from student.settings import EvaluateConfig, NewStudentConfig, TrainConfig
+from student.settings import AnswersConfig, EvaluateConfig, NewStudentConfig, TrainConfig
 from views.options import by_stage, with_options
 from views.outcome import run
 from views.settings import ForecastFiles, PageConfig
@@ -284,6 +284,14 @@ def evaluate(config: EvaluateConfig, json_: Json = False) -> None:
 
     result = evaluate_model(config, Bar())
     print_json(result) if json_ else print_evaluation(result)
+
+
+@command()
+def answers(config: AnswersConfig, json_: Json = False) -> None:
+    """Write a model's own answers as rows, for the teacher to judge: on-policy distillation in rounds."""
+    from student.own_answers import write_answers
+
+    _show(write_answers(config, Bar()), json_, "answers")
 
 
 @command()

@@ -74,6 +74,12 @@ def decode_greedily(model: Any, processor: Any, max_new_tokens: int) -> list[str
     return [f"{name} {value}" for name, value in own.items() if name not in _EXPECTED]
 
 
+def sample_answers(model: Any, temperature: float, top_p: float) -> None:
+    """Makes a model that answers greedily draw its tokens instead, from torch's random state."""
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_p, config.top_k = True, temperature, top_p, 0
+
+
 def end_ids(model: Any, processor: Any) -> set[int]:
     """The ids at which an answer ends, as generation config, tokenizer and chat template name them."""
     own = model.generation_config.eos_token_id

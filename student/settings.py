@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cache_schema.settings import Help, at_least, check, positive
+from cache_schema.settings import Help, at_least, check, positive, within
 from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps, Stage
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -227,3 +227,25 @@ class EvaluateConfig:
                 ),
             },
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswersConfig:
+    """A model's own answers to the questions of a dataset, as new rows."""
+
+    model: Annotated[Path, Help("Folder of the model that answers.")]
+    data: Annotated[Path, Help("Rows with the questions, in the formats of `build`.")]
+    image_root: Annotated[Path, Help("Folder that the image paths of the dataset start from.")]
+    out: Annotated[Path, Help("JSONL file of the new rows; `build --data` reads it.")]
+    temperature: Annotated[float, at_least(0), Help("Temperature of the answers; 0: greedy.")] = 0.0
+    top_p: Annotated[
+        float, within(0.0, 1.0, "(]"), Help("Mass of the most likely tokens that are drawn from.")
+    ] = 1.0
+    seed: Annotated[int, at_least(0), Help("Seed of the draws, and of the rows of --limit.")] = 0
+    limit: Annotated[int | None, at_least(1), Help("Only LIMIT rows.")] = None
+    max_new_tokens: Annotated[int, at_least(1), Help("Longest answer in tokens.")] = 256
+    batch_size: Annotated[int, at_least(1), Help("Questions answered at a time.")] = 64
+    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+
+    def __post_init__(self) -> None:
+        check(self)
