@@ -22,6 +22,7 @@ from cache_schema import (
     open_cache,
 )
 from cache_schema.format.records import Sample, TopK
+from cache_schema.operations.diff import diff
 from cache_schema.operations.merge import merge
 from cache_schema.operations.select import select
 from cache_schema.operations.settings import MergeConfig
@@ -380,6 +381,15 @@ def test_other_teachers_are_not_merged(tmp_path: Path, pictures: Path) -> None:
         merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
     with pytest.raises(IdentityMismatch, match="top_k 8 and 4"):
         merge([str(tmp_path / "a"), str(tmp_path / "k")], str(tmp_path / "c"))
+    ruled = replace(COMPACT, max_entries=100)
+    make_cache(tmp_path / "e", pictures, rows=4, spec=ruled)
+    for first, second in ("ae", "ea"):  # a field that only one of the manifests names
+        with pytest.raises(IdentityMismatch, match=r"max_entries.*100"):
+            merge([str(tmp_path / first), str(tmp_path / second)], str(tmp_path / "c"))
+        told = diff(open_cache(tmp_path / first), open_cache(tmp_path / second))
+        assert any(each["key"] == "spec.max_entries" for each in told.identity)
+    with pytest.raises(IdentityMismatch, match=r"max_entries.*100"):
+        make_cache(tmp_path / "a", pictures, rows=4, spec=ruled)
     with pytest.raises(KdcacheError, match="at least two"):
         merge([str(tmp_path / "a")], str(tmp_path / "c"))
     assert not (tmp_path / "c").exists()

@@ -16,8 +16,8 @@ from tests.tiny_models import tiny_llava, write_png
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
-    write_png(folder / "images" / "a.png", 1)
-    write_png(folder / "images" / "b.png", 2)
+    write_png(folder / "images" / "a.png", seed=1)
+    write_png(folder / "images" / "b.png", seed=2)
     turns = [
         {"from": "human", "value": "<image>\nwhat colour?"},
         {"from": "gpt", "value": "red"},

@@ -241,6 +241,15 @@ class TargetSpec:
             "hidden states need an engine that gives them": asked and self.without,
         }
 
+    def differences(self, other: TargetSpec) -> dict[str, tuple[Any, Any]]:
+        """The fields that differ, as JSON values of both; also those that a manifest leaves out."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__}
+        return {
+            name: (_json_value(ours), _json_value(theirs))
+            for name, (ours, theirs) in pairs.items()
+            if ours != theirs
+        }
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""
         document = asdict(self)
@@ -275,3 +284,9 @@ class TargetSpec:
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**values)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value

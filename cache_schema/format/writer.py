@@ -337,10 +337,9 @@ def _refuse_other_identity(store: Store, ours: Manifest, present: Manifest) -> N
     if ours.identity == present.identity:
         return
     differences = [str(d) for d in compare(ours.fingerprint, present.fingerprint) if d.blocks != "nothing"]
-    mine, theirs = ours.spec.to_json(), present.spec.to_json()
-    for key in mine:
-        if mine[key] != theirs[key] and not any(key in text for text in differences):
-            differences.append(f"spec.{key}: here {mine[key]}, in the cache {theirs[key]}")
+    for key, (mine, theirs) in ours.spec.differences(present.spec).items():
+        if not any(key in text for text in differences):
+            differences.append(f"spec.{key}: here {mine}, in the cache {theirs}")
     if ours.plan_digest != present.plan_digest:
         a, b = ours.plan, present.plan
         differences.append(

@@ -130,11 +130,10 @@ def _identity(a: Cache, b: Cache, may_differ: Collection[str]) -> list[dict[str,
         for d in compare(a.manifest.fingerprint, b.manifest.fingerprint)
     ]
     told = {entry["key"] for entry in found}
-    ours, theirs = a.spec.to_json(), b.spec.to_json()
     found += [
-        {"key": f"spec.{key}", "a": ours[key], "b": theirs[key], "blocks": "resume"}
-        for key in ours
-        if ours[key] != theirs[key] and f"spec.{key}" not in told
+        {"key": f"spec.{key}", "a": ours, "b": theirs, "blocks": "resume"}
+        for key, (ours, theirs) in a.spec.differences(b.spec).items()
+        if not any(f"{name}.".startswith(f"spec.{key}.") for name in told)
     ]
     for entry in found:
         if any(entry["key"] == key or entry["key"].startswith(f"{key}.") for key in may_differ):

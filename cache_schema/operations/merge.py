@@ -63,8 +63,11 @@ def _refuse_others(first: Cache, other: Cache) -> None:
         for difference in compare(ours.fingerprint, theirs.fingerprint)
         if difference.blocks != "nothing" and not _of_rows(difference.key)
     ]
-    a, b = ours.spec.to_json(), theirs.spec.to_json()
-    found += [f"{key} {a[key]!r} and {b[key]!r}" for key in a if a[key] != b[key] and not _named(key, found)]
+    found += [
+        f"{key} {a!r} and {b!r}"
+        for key, (a, b) in ours.spec.differences(theirs.spec).items()
+        if not _named(key, found)
+    ]
     if ours.head != theirs.head:
         found.append("their teachers' heads")
     if found:
@@ -80,7 +83,7 @@ def _of_rows(key: str) -> bool:
 
 
 def _named(key: str, found: Sequence[str]) -> bool:
-    return any(text.split(" ")[0] == f"spec.{key}" for text in found)
+    return any(f"{text.split(' ')[0]}.".startswith(f"spec.{key}.") for text in found)
 
 
 def _same_plan(caches: Sequence[Cache]) -> Shards:
