@@ -28,6 +28,7 @@ from student.run_state import RunState
 from student.settings import TrainConfig
 
 _NAME = re.compile(r"^step-(\d{8})$")
+_FILES = ("weights.safetensors", "optimizer.pt")
 _READ_ERRORS = (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
@@ -154,7 +155,10 @@ class Checkpoints:
         folder = self.path(step)
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            for name, expected in state["files"].items():
+            if state["step"] != step or not isinstance(state["identity"], Mapping):
+                raise KdcacheError(f"checkpoint {folder} is damaged: its state.json is not of step {step}")
+            for name in _FILES:
+                expected = state["files"][name]
                 with (folder / name).open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != expected:
@@ -187,7 +191,7 @@ class Checkpoints:
         save_file(weights, temporary / "weights.safetensors")
         torch.save(dict(checkpoint.optimizer), temporary / "optimizer.pt")
         files = {}
-        for name in ("weights.safetensors", "optimizer.pt"):
+        for name in _FILES:
             sync(temporary / name)
             with (temporary / name).open("rb") as file:
                 files[name] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.interrupt import Interrupt
 from cache_schema.output import require_folder
-from cache_schema.progress import Progress, task
+from cache_schema.progress import Progress, Silent, task
 from models.device import peak_flops
 from student.cache_wait import wait_for_caches
 from student.checkpoint import Checkpoints, identity_of
@@ -70,6 +70,7 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
         return {**done, "already_done": True}
     accelerator = make_accelerator(config)
     ranks = Ranks(accelerator)
+    progress = progress if ranks.main else Silent()
     with locked(config.out, ranks):
         if done is not None:
             rewrite_model(config, cache, done, ranks, progress)

@@ -1,7 +1,11 @@
 """What goes wrong around a training run: data, disks, checkpoints, held-out caches, other runs there."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,10 +16,12 @@ from safetensors.torch import load_file
 from cache_schema import KdcacheError, open_cache
 from cache_schema.errors import IdentityMismatch, WrongUsage
 from cache_schema.runs import read_metrics
+from student.checkpoint import Checkpoints
 from student.run_folder import locked
 from student.run_state import RunState
 from student.train import train
 from tests.student_caches import fake_capture, make_world
+from tests.student_driver import ROOT
 from tests.test_student_train import Said, settings
 from tests.tiny_models import tiny_llava
 
@@ -304,3 +310,68 @@ def test_waiting_ends_when_nothing_was_added_for_so_long(world, tmp_path):
         with pytest.raises(KdcacheError, match=f"{state}, and nothing was added for 1e-09 minutes"):
             train(config, Said())
     assert not (tmp_path / "run").exists()
+
+
+def test_the_other_ranks_end_quietly_when_one_cannot_read_its_data(world, tmp_path):
+    """Two processes under gloo; the image of one row, which one of them reads in some step, is missing."""
+    shutil.copytree(world.image_root, tmp_path / "images")
+    pictures = sorted((tmp_path / "images/pictures").iterdir())
+    away = pictures[len(pictures) // 2].rename(tmp_path / "away.png")
+    arguments = ["train", "--stage", "dft", "--student", world.student, "--cache", world.cache]
+    arguments += ["--image-root", tmp_path / "images", "--out", tmp_path / "run", "--tracker", "none"]
+    arguments += ["--max-steps", 6, "--global-batch", 4, "--micro-batch", 1, "--workers", 0, "--seed", 3]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + (os.getpid() + 7) % 20000)}
+    shared |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cli", *map(str, arguments)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    errors = [line for text in told for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, told
+    saved = Checkpoints(tmp_path / "run/checkpoints").steps()
+    assert len(saved) == 1
+    assert 0 < saved[0] < 6
+    name = f"pictures/{pictures[len(pictures) // 2].name}"
+    assert re.search(rf"{name} of the cache \(row \d+\).*saved in .*step-{saved[0]:08d}: run with", errors[0])
+    assert not any("Traceback" in text for text in told)
+
+    away.rename(pictures[len(pictures) // 2])
+    config = settings(world, tmp_path / "run", max_steps=6, global_batch=4, learning_rate=2e-5)
+    assert train(replace(config, seed=3, resume=True), Said())["steps"] == 6, "on one process too"
+
+
+def without(document, *names):
+    return {name: value for name, value in document.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: without(state, "progress"),
+        lambda state: {**state, "progress": 5},
+        lambda state: {**state, "progress": {**state["progress"], "seconds": 3}},
+        lambda state: {**state, "identity": None},
+        lambda state: {**state, "step": 99},
+        lambda state: {**state, "files": {}},
+        lambda state: [state],
+    ],
+)
+def test_a_checkpoint_of_a_damaged_state_is_passed_over(world, tmp_path, damage):
+    config = settings(world, tmp_path, save_every=1, max_steps=3)
+    said = Said(3, lambda: (_ for _ in ()).throw(KdcacheError("stop")))
+    with pytest.raises(KdcacheError, match="stop"):
+        train(config, said)
+    file = tmp_path / "checkpoints/step-00000002/state.json"
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    said = Said()
+    assert train(replace(config, resume=True), said)["steps"] == 3
+    assert re.search(r"step-00000002 is damaged: .*: the run continues from step 1", "\n".join(said.lines))
