@@ -104,6 +104,13 @@ def dense_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     return temperature**2 * terms.sum(1)
 
 
+def _entries_at(record: Any, n: int) -> tuple[Tensor, Tensor]:
+    """ids and log-probabilities of the entries that are there at position n."""
+    counts = getattr(record, "counts", None)
+    kept = slice(None if counts is None else int(counts[n]))
+    return record.token_ids[n, kept].long(), record.logprobs[n, kept]
+
+
 def sparse_kl_twin(
     student: Tensor,
     record: Any,
@@ -116,11 +123,9 @@ def sparse_kl_twin(
     vocab_size on included."""
     column = record.temperatures.tolist().index(temperature)
     values = []
-    entries = getattr(record, "counts", None)
     for n in range(len(student)):
         log_q = (student[n] / temperature).log_softmax(0)
-        kept = slice(None if entries is None else int(entries[n]))
-        ids, log_p = record.token_ids[n, kept].long(), record.logprobs[n, kept]
+        ids, log_p = _entries_at(record, n)
         outside = torch.ones(student.shape[1], dtype=torch.bool)
         outside[vocab_size:] = vocab_size is None
         outside[ids] = False
@@ -161,12 +166,12 @@ def event_twin(
     values = []
     for n in range(len(student)):
         q = (student[n] / temperature).softmax(0)
-        ids = record.token_ids[n].long()
+        ids, log_p = _entries_at(record, n)
         outside = torch.ones(len(q), dtype=torch.bool)
         outside[vocab_size:] = vocab_size is None
         outside[ids] = False
         p_tail = record.tail_logprob[n, column].exp()
-        inside = torch.softmax(record.logprobs[n] / temperature, dim=0) * (1.0 - p_tail)
+        inside = torch.softmax(log_p / temperature, dim=0) * (1.0 - p_tail)
         padding = torch.zeros(()) if vocab_size is None else q[vocab_size:].sum()
         teacher = torch.cat([inside, p_tail[None]])
         events = torch.cat([q[ids], q[outside].sum()[None]])

@@ -14,7 +14,7 @@ from student.loss_weights import LossWeights
 from student.losses import sparse_kl
 from student.losses.divergences import FORMULAS
 from student.stages import DFT, stage_from
-from tests.dense_twins import dense_logits, event_twin, sparse_record
+from tests.dense_twins import dense_logits, event_twin, ragged_record, sparse_record
 from tests.test_losses_objective import ALL
 from tests.test_losses_objective import compare as compare_objective
 from tests.test_losses_sparse_kl import TEMPERATURES, close, gradients, problem
@@ -51,6 +51,14 @@ def compare(leaves, record, name, *, temperature=1.0, tolerance=1e-9, memory_bud
 
 def test_every_name_has_a_formula():
     assert set(FORMULAS) == set(PARAMETERS) == {name.partition(":")[0] for name in NAMES}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_records_of_different_counts_equal_the_twin(name, temperature):
+    *leaves, teacher = problem()
+    record = ragged_record(teacher[:, :19], torch.tensor([1, 4, 18, 2, 1, 9]), (1.0, 2.0))
+    compare(leaves, record, name, temperature=temperature, vocab_size=19)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

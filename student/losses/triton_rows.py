@@ -122,7 +122,7 @@ def rows_on_device(
     scale,
     cap,
     temperature,
-    E: tl.constexpr,
+    E,
     E_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
