@@ -167,6 +167,28 @@ def test_log_probabilities_make_the_same_responses(
         build(replace(config, engine="transformers", engine_mode="hidden"), Silent())
 
 
+def test_log_probabilities_follow_the_rules_of_their_kind(
+    setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    spec = replace(TEXT, entries={"response": 0.006}, top_k=5)
+    config = config_of(setting, tmp_path / "c", engine="vllm", engine_mode="logprobs", spec=spec)
+    build(config, Silent())
+    build(config_of(setting, tmp_path / "plain", spec=spec), Silent())
+    cache, whole = open_cache(config.out), open_cache(tmp_path / "plain")
+    assert verify(config.out).ok
+    assert max(kind.max for kind in diff(whole, cache).kl.values()) < 1e-5
+    counts: set[int] = set()
+    for number in range(len(cache)):
+        mine, theirs = cache[number], whole[number]
+        counts |= set(mine.response.counts.tolist())
+        np.testing.assert_array_equal(mine.response.counts, theirs.response.counts)
+        np.testing.assert_array_equal(mine.response.token_ids, theirs.response.token_ids)
+        np.testing.assert_allclose(mine.response.tail_logprob, theirs.response.tail_logprob, atol=1e-4)
+        assert mine.prompt.token_ids.shape == (len(mine.prompt), 5)
+    assert len(counts) > 3
+
+
 @pytest.mark.parametrize("precision", ["full", "compact"])
 def test_a_cache_without_fields_can_be_looked_at(
     setting: tuple[Path, Path],

@@ -1,10 +1,14 @@
 """The cost model: what it counts, and how near it comes to what a device has measured."""
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks._recorder import as_on_cuda, imagined
 from benchmarks.roofline import DEVICES, calibration, foretell
+from cache_schema.format.spec import TargetSpec
+from pipeline.entry_rules import limits_of
+from pipeline.targets import Asked, TargetMaker
 from student.losses import Denominators, DistillationLoss, Head, LossWeights, PlannedTargets
 from tests.distillation_batches import LENGTH, SPANS, D, V, collate, make_samples
 
@@ -113,3 +117,22 @@ def test_the_loss_of_planned_targets_waits_for_nothing(tail, temperature, reduct
         waits.append(sum(each.waits * count for each, count in recorder.operations.items()))
         assert sum(count for each, count in recorder.operations.items() if each.name == "row_kernel") == 1
     assert waits[0] == 0 < waits[1]
+
+
+def test_entries_by_a_threshold_are_selected_without_a_wait():
+    """All that a batch's records need, rules of two kinds, tail draws and two temperatures included."""
+    spec = TargetSpec(
+        targets=("response", "visual"),
+        entries={"visual": 0.01},
+        tail_samples=3,
+        temperatures=(1.0, 2.0),
+    )
+    numbers = np.arange(10)
+    limits = limits_of(["response", "visual"], [4, 6], spec)
+    asked = Asked(places=numbers, labels=numbers, rows=numbers, positions=numbers, limits=limits)
+    with imagined() as recorder:
+        maker = TargetMaker(Head(weight=torch.empty(352, 16)), spec)
+        recorder.operations.clear()
+        maker.batch(torch.empty(10, 16), asked)
+    assert sum(recorder.operations.values()) > 20
+    assert sum(each.waits * count for each, count in recorder.operations.items()) == 0
