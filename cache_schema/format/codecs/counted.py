@@ -18,7 +18,6 @@ from cache_schema.errors import CacheDamaged
 from cache_schema.format.codecs.ids import decode_ids, encode_ids
 from cache_schema.format.codecs.logprobs import (
     LARGEST,
-    decode_levels,
     encode_logprobs,
     encode_tail,
     rounded,
@@ -59,11 +58,7 @@ def prepare_counted(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
         raise CacheDamaged(f"counts of {rows.counts.sum()} entries, {entries} are there")
     prepared |= {"starts": rows.starts, "counts": rows.counts}
     if "steps" in prepared:
-        total = np.zeros(int(rows.counts.sum()), np.int64)
-        total[rows.ranks > 0] = _by_position(prepared.pop("steps"), rows.counts)
-        np.cumsum(total, out=total)
-        total -= np.repeat(total[rows.starts], rows.counts)
-        prepared["levels"] = total.astype(np.uint8)
+        prepared["levels"] = _levels(prepared.pop("steps"), rows)
     if "label_rank" in prepared:
         prepared["rest_starts"] = Rows.of(arrays["label_rank"] == 0).starts
     return prepared
@@ -72,7 +67,7 @@ def prepare_counted(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
 def decode_counted(prepared: Arrays, places: Places, temperatures: NDArray[np.float32]) -> TopK:
     """The record at some positions of a prepared block, padded to the largest count among them."""
     rows = Rows(prepared["starts"], prepared["counts"]).at(places)
-    counts, entries = rows.counts.astype(np.int32), rows.entries
+    counts, entries = rows.counts.astype(np.int32), _run(rows, places)
     there = np.arange(max(int(counts.max(initial=0)), 1)) < counts[:, None]
 
     def spread(values: NDArray[Any], fill: float) -> NDArray[Any]:
@@ -89,21 +84,19 @@ def decode_counted(prepared: Arrays, places: Places, temperatures: NDArray[np.fl
         sampled = sampled[places]
     if "vocabulary" in prepared:
         vocabulary = prepared["vocabulary"]
-        token_ids = spread(decode_ids(vocabulary, prepared["ids"][entries]), 0)
+        token_ids = decode_ids(vocabulary, prepared["ids"][entries])
         at_one = int(np.flatnonzero(temperatures == 1.0)[0])
-        levels = spread(prepared["levels"][entries], 0)
-        logprobs = decode_levels(levels, prepared["drop"][places], tail[at_one], levels=LEVELS, there=there)
+        logprobs = _logprobs(prepared["levels"][entries], prepared["drop"][places], tail[at_one], rows.counts)
         if sampled is not None:
             sampled = decode_ids(vocabulary, sampled)
         if "label_rank" in prepared:
-            label = _labels(prepared, places, logprobs)
+            label = _labels(prepared, places, logprobs, rows.counts)
     else:
-        token_ids = spread(prepared["token_ids"][entries], 0)
-        logprobs = spread(prepared["logprobs"][entries], -np.inf)
+        token_ids, logprobs = prepared["token_ids"][entries], prepared["logprobs"][entries]
     drawn = prepared["sampled_counts"][places].astype(np.int32) if sampled is not None else None
     return TopK(
-        token_ids=token_ids,
-        logprobs=logprobs,
+        token_ids=spread(token_ids, 0),
+        logprobs=spread(logprobs, -np.inf),
         tail_logprob=np.ascontiguousarray(tail.T, dtype=np.float32),
         temperatures=temperatures,
         logsumexp=floats("logsumexp"),
@@ -198,11 +191,54 @@ def _by_position(steps: NDArray[np.uint8], counts: NDArray[Any]) -> NDArray[np.u
     return found
 
 
-def _labels(prepared: Arrays, places: Places, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The labels' log-probabilities: of the entry that has it, or stored apart."""
+def _run(rows: Rows, places: Places) -> slice | NDArray[np.int64]:
+    """The entries of the rows: those of neighbours stand in one run."""
+    neighbours = isinstance(places, slice) and places.step in (None, 1)
+    if not neighbours or not len(rows.counts):
+        return rows.entries
+    return slice(int(rows.starts[0]), int(rows.starts[-1] + rows.counts[-1]))
+
+
+def _levels(steps: NDArray[np.uint8], rows: Rows) -> NDArray[np.uint8]:
+    """`level` (E,), row after row, from steps, which stand rank after rank."""
+    levels = np.zeros(int(rows.counts.sum()), np.uint8)
+    alive = np.arange(len(rows.counts))
+    level, begin, rank = np.zeros(len(alive), np.uint8), 0, 1
+    while True:  # twice the speed of sorting the steps by row
+        longer = rows.counts[alive] > rank
+        alive, level = alive[longer], level[longer]
+        if not len(alive):
+            return levels
+        level += steps[begin : begin + len(alive)]
+        levels[rows.starts[alive] + rank] = level
+        begin, rank = begin + len(alive), rank + 1
+
+
+def _logprobs(
+    levels: NDArray[np.uint8],
+    drop: NDArray[np.float16],
+    tail: NDArray[np.float16],
+    counts: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """The log-probabilities (E,) of rows of `counts` (N,) entries: see `codecs.logprobs`."""
+    if not len(counts):
+        return np.zeros(0, np.float32)
+    logprobs = levels.astype(np.float32)
+    logprobs *= logprobs
+    logprobs *= np.repeat(drop.astype(np.float32) / -(LEVELS * LEVELS), counts)
+    mass = np.add.reduceat(np.exp(logprobs), np.cumsum(counts) - counts)
+    inside = np.log(-np.expm1(tail.astype(np.float32)))
+    logprobs += np.repeat(inside - np.log(mass), counts)
+    return logprobs
+
+
+def _labels(
+    prepared: Arrays, places: Places, logprobs: NDArray[np.float32], counts: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The labels' log-probabilities (N,): of the entry that has it, or stored apart. logprobs (E,)."""
     rank = prepared["label_rank"][places].astype(np.int64)
     rest = rank == 0
-    found = np.take_along_axis(logprobs, np.maximum(rank - 1, 0)[:, None], 1)[:, 0]
+    found: NDArray[np.float32] = logprobs[np.cumsum(counts) - counts + np.maximum(rank - 1, 0)]
     found[rest] = prepared["label_rest"][prepared["rest_starts"][places][rest]]
     return found
 

@@ -69,21 +69,11 @@ def decode_logprobs(steps: UInt8, drop: Float16, tail_logprob: Float16) -> Float
     return decode_levels(levels_of(steps).T, drop, tail_logprob)
 
 
-def decode_levels(
-    level: UInt8,
-    drop: Float16,
-    tail_logprob: Float16,
-    *,
-    levels: np.float32 = LEVELS,
-    there: NDArray[np.bool_] | None = None,
-) -> Float32:
-    """logprobs (N, K) float32 from level (N, K), drop (N,) and the tail (N,) at temperature 1; -inf where no
-    entry is `there` (N, K)."""
+def decode_levels(level: UInt8, drop: Float16, tail_logprob: Float16) -> Float32:
+    """logprobs (N, K) float32 from level (N, K), drop (N,) and the tail (N,) at temperature 1."""
     logprobs = level.astype(np.float32, order="C")
     logprobs *= logprobs
-    logprobs *= drop.astype(np.float32)[:, None] / -(levels * levels)
-    if there is not None:
-        logprobs[~there] = -np.inf
+    logprobs *= drop.astype(np.float32)[:, None] / -(LEVELS * LEVELS)
     inside = np.log(-np.expm1(tail_logprob.astype(np.float32)))
     mass = np.einsum("nk->n", np.exp(logprobs))  # a third of the time of sum(axis=1)
     logprobs += (inside - np.log(mass))[:, None]
