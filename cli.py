@@ -96,7 +96,7 @@ def inspect(
         typer.Option(help="Show one sample, by row number or id."),
     ] = None,
     image_root: Annotated[
-        Path | None, typer.Option(help="Folder of the images to show. Default: where the build had them.")
+        str | None, typer.Option(help="Folder or URL of the images. Default: the folder of the build.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
     json_: Json = False,
@@ -270,7 +270,7 @@ def train(
     set_by_recipe = {} if plan is None else plan.image_roots
     if bare := {*names} - {*roots, *set_by_recipe} if root_of_all is None else set():
         raise typer.BadParameter(f"none for stage {', '.join(sorted(bare))}", param_hint="--image-root")
-    config = TrainConfig(stage=chosen, cache=cache_of_all, image_root=Path(root_of_all or ""), **options)
+    config = TrainConfig(stage=chosen, cache=cache_of_all, image_root=root_of_all or "", **options)
     per_stage = {"caches": caches, "image_roots": roots}
     result = train_recipe(plan, config, Bar(), **per_stage) if plan else train_stage(config, Bar())
     print_json(result) if json_ else print_training(result)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
+from os import PathLike
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -175,7 +176,7 @@ def _faults(name: str, hint: Any, value: Any, number: str = "one") -> Iterator[s
         if value not in get_args(kind):
             yield f"{name} must be {number} of {', '.join(map(str, get_args(kind)))}, not {value!r}"
     elif kind in (bool, str):
-        if not isinstance(value, kind):
+        if not isinstance(value, bool if kind is bool else (str, PathLike)):  # a path is text
             yield f"{name} must be {'true or false' if kind is bool else 'a text'}, not {value!r}"
     elif kind in (int, float):
         wanted = Integral if kind is int else Real

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.datasets.images import open_image
 from cache_schema.errors import RowRejected
 from cache_schema.format.records import ImageRecord
@@ -41,10 +42,10 @@ def join(values: Sequence[Tensor]) -> Tensor:
     return torch.cat(padded)
 
 
-def open_recorded(root: Path | str, record: ImageRecord, *, recorded: str) -> Image.Image:
+def open_recorded(root: ImageRoot | Path | str, record: ImageRecord, *, recorded: str) -> Image.Image:
     """The image of `record`, decoded. RowRejected as `open_image`, and `changed_image` when the file's digest
     is not the record's; recorded: the source of that digest, for the message."""
-    opened = open_image(root, record.path)
+    opened = open_image(root, record.path, record.sha256)
     if opened.sha256 != record.sha256:
         raise RowRejected(
             "changed_image",

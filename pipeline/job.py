@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import transformers
 
+from cache_schema.datasets.image_roots import FolderRoot, ImageRoot, open_root
 from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
@@ -44,6 +44,7 @@ class Job:
     template: ChatTemplate
     teacher_config: Any
     preparer: SamplePreparer
+    image_root: ImageRoot
     rules: dict[str, Any]
 
     @property
@@ -161,7 +162,8 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
     dataset = open_dataset(config.data, progress)
     rows = min(len(dataset), config.limit or len(dataset))
     first_images = dataset.first_images[:rows]
-    if first_images.any() and not config.image_root.is_dir():
+    root = open_root(config.image_root, config.files)
+    if first_images.any() and isinstance(root, FolderRoot) and not root.folder.is_dir():
         raise KdcacheError(
             f"image root {config.image_root} is not a folder; give the folder that image paths are relative "
             "to"
@@ -184,9 +186,10 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
             with_table(processor),
             template,
             image_token_id=image_token_id_of(teacher_config),
-            image_root=Path(config.image_root),
+            image_root=root,
             max_length=max_length,
             over_long=config.over_long,
         ),
+        image_root=root,
         rules={"max_length": max_length, "over_long": config.over_long},
     )

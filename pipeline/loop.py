@@ -6,6 +6,7 @@ The main thread only launches. Threads prepare samples, another one brings recor
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
@@ -15,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from cache_schema.datasets.conversations import writable
+from cache_schema.datasets.image_roots import FolderRoot
 from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly
 from cache_schema.format.manifest import CommitRecord
 from cache_schema.format.records import CapturedSample, QuarantinedRow
@@ -30,6 +32,7 @@ from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import MAX_BAD, MAX_BAD_FROM
 from pipeline.shard_capture import ShardCapture
 
+_ASKED_AHEAD = 64  # rows whose images are fetched from a remote root before their turn
 _WINDOW_BYTES = 256 << 20  # pixels prepared at once; up to three windows are in memory
 
 
@@ -146,6 +149,9 @@ class CaptureLoop:
                 rows = self._job.plan.rows_of(shard).tolist()
                 step = 2 * self._job.prepare_threads
                 for start in range(0, len(rows), step):
+                    if not isinstance(self._job.image_root, FolderRoot):
+                        for row in rows[start + _ASKED_AHEAD if start else 0 : start + step + _ASKED_AHEAD]:
+                            pool.submit(self._ask_for_images, row)
                     for result in pool.map(self._prepare, rows[start : start + step]):
                         if isinstance(result, QuarantinedRow):
                             rejected.append(result)
@@ -156,6 +162,13 @@ class CaptureLoop:
                         if last or pixels >= _WINDOW_BYTES:
                             yield Window(shard=shard, samples=samples, rejected=rejected, last=last)
                             samples, rejected, pixels = [], [], 0
+
+    def _ask_for_images(self, row: int) -> None:
+        """Has the images of a row fetched from a remote root."""
+        with contextlib.suppress(RowRejected):  # its preparation reports it
+            conversation = self._job.dataset[row]
+            named = set(conversation.images) - set(conversation.embedded)
+            self._job.image_root.prefetch((path, None) for path in named)
 
     def _prepare(self, row: int) -> PreparedSample | QuarantinedRow:
         """One row; every thread has its own processor, because tokenizers are not thread-safe."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.datasets.conversations import Conversation
-from cache_schema.datasets.images import OpenedImage, open_image, unpack_embedded
+from cache_schema.datasets.image_roots import ImageRoot, open_root, unpack_embedded
+from cache_schema.datasets.images import OpenedImage, open_image
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.records import ImageRecord, labels_of, positions_by_kind
 from cache_schema.format.spec import Kind
@@ -81,7 +82,7 @@ class SamplePreparer:
         template: ChatTemplate,
         *,
         image_token_id: int,
-        image_root: Path,
+        image_root: ImageRoot | Path | str,
         max_length: int,
         over_long: OverLong = "quarantine",
     ) -> None:
@@ -95,7 +96,7 @@ class SamplePreparer:
         self._tokenizer.model_max_length = 1 << 60  # max_length decides; the tokenizer's own only warns
         self._template = template
         self._image_token_id = image_token_id
-        self._image_root = image_root
+        self._image_root = open_root(image_root)
         self._max_length = max_length
         self._over_long = over_long
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from cache_schema.file_cache import FileCacheConfig
 from cache_schema.format.spec import KINDS, TARGETS, EntryRule, Precision, Target, TargetSpec
 from cache_schema.settings import Help, Only, at_least, check, positive, within
 
@@ -34,7 +35,9 @@ class BuildConfig:
     data: Annotated[
         Path, Help("Dataset: LLaVA JSON or JSONL, or `messages` rows in JSONL or Parquet.", _DATA)
     ]
-    image_root: Annotated[Path, Help("Folder that the image paths of the dataset start from.", _DATA)]
+    image_root: Annotated[
+        str, Help("Folder or fsspec URL that the image paths of the dataset start from.", _DATA)
+    ]
     out: Annotated[str, Help("The cache: a folder or an fsspec URL. An unfinished one is continued.")]
     spec: TargetSpec = field(default_factory=TargetSpec)
     template: Annotated[
@@ -85,6 +88,7 @@ class BuildConfig:
     world_size: Annotated[
         int | None, at_least(1), Help("Number of workers. Default: from the launcher, or 1.", _RUN)
     ] = None
+    files: FileCacheConfig = field(default_factory=FileCacheConfig)
     engine_mode: Annotated[
         EngineMode,
         Help("hidden states, or logprobs, which serve response and prompt targets only.", _VLLM),
@@ -126,6 +130,8 @@ class ForecastConfig:
                 "max_length",
                 "over_long",
                 "limit",
+                "file_cache",
+                "file_cache_gib",
             ),
             out="cache",
         ),

@@ -121,7 +121,7 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
             processor=job.processor,
             vision_type=getattr(getattr(job.teacher_config, "vision_config", None), "model_type", ""),
         )
-        places: dict[str, Any] = {"tokenizer": job.processor.tokenizer, "image_root": Path(config.image_root)}
+        places: dict[str, Any] = {"tokenizer": job.processor.tokenizer, "image_root": job.image_root}
         engine: Engine | RecordEngine
         head: Head | None = None
         if config.engine_mode == "hidden":

@@ -16,6 +16,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import KdcacheError, RowRejected, first_line
 from cache_schema.format.records import TopK
 from models.device import is_one_of_several, rank_on_machine
@@ -64,7 +65,7 @@ def require_vllm() -> None:
 class _Prompts:
     """Samples as vLLM takes them: ids before the images' expansion, and the images."""
 
-    def __init__(self, tokenizer: Any, image_root: Path) -> None:
+    def __init__(self, tokenizer: Any, image_root: ImageRoot) -> None:
         self._tokenizer = tokenizer
         self._image_root = image_root
 
@@ -325,12 +326,12 @@ def start_vllm(
     return llm
 
 
-def hidden_engine(llm: Any, head: Head, *, tokenizer: Any, image_root: Path) -> VllmHidden:
+def hidden_engine(llm: Any, head: Head, *, tokenizer: Any, image_root: ImageRoot) -> VllmHidden:
     """The engine over a vllm.LLM of mode `hidden`. head: of the same teacher."""
     return VllmHidden(llm, head, _Prompts(tokenizer, image_root), _description(llm, "hidden"))
 
 
-def logprob_engine(llm: Any, *, top_k: int, tokenizer: Any, image_root: Path) -> VllmLogprobs:
+def logprob_engine(llm: Any, *, top_k: int, tokenizer: Any, image_root: ImageRoot) -> VllmLogprobs:
     """The engine over a vllm.LLM of mode `logprobs`."""
     prompts = _Prompts(tokenizer, image_root)
     return VllmLogprobs(llm, prompts, _description(llm, "logprobs"), top_k=top_k, vocab_size=len(tokenizer))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import LlavaProcessor
 
+from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.datasets.images import open_image
 from cache_schema.errors import KdcacheError
 from models.device import choose_device
@@ -52,7 +53,7 @@ class Answerer:
         self.shares = isinstance(processor, LlavaProcessor)
 
     @torch.inference_mode()
-    def answer(self, questions: Sequence[Question], image_root: Path) -> Iterator[dict[int, str]]:
+    def answer(self, questions: Sequence[Question], image_root: ImageRoot) -> Iterator[dict[int, str]]:
         """The answers in batches, each by its place among the questions, those of similar length together."""
         self.image_root = image_root
         longest: dict[tuple[str, ...], int] = {}
@@ -142,4 +143,5 @@ class Answerer:
         return {name: made[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def _images(self, paths: Sequence[str]) -> list[Any]:
+        self.image_root.prefetch((path, None) for path in paths)
         return [open_image(self.image_root, path).image for path in paths]

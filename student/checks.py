@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import IdentityMismatch
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import ImageRecord
@@ -48,7 +48,7 @@ def check_student(
     cache: Cache,
     model: Any,
     processor: Any,
-    image_root: Path,
+    image_root: ImageRoot,
     stage: Stage | None,
     *,
     adopt_template: bool = False,
@@ -167,7 +167,7 @@ def _template_problems(training: dict[str, Any], processor: Any) -> list[str]:
 
 
 def _visual_tokens(
-    cache: Cache, model: Any, processor: Any, image_root: Path
+    cache: Cache, model: Any, processor: Any, image_root: ImageRoot
 ) -> list[tuple[ImageRecord, int]]:
     """(image, tokens the student makes of it) for one image of each of the first few image sizes."""
     collator = Collator(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
 from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK, positions_by_kind
 from cache_schema.format.spec import KINDS, Kind
@@ -69,8 +69,8 @@ class Batch:
 class Collator:
     """Makes a Batch of samples, in any thread.
 
-    pixels: by the student's processor. image_root: the folder that the cache's image paths
-    start from. pad_token_id: fills the right of shorter samples. targets: which of the cache's targets
+    pixels: by the student's processor. image_root: what the cache's image paths start
+    from. pad_token_id: fills the right of shorter samples. targets: which of the cache's targets
     become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every image's
     placeholder tokens are replaced by this many of `image_token_id` (for a student with another number of
     visual tokens than the teacher; visual and relation targets are then impossible). kl_share: as in
@@ -78,7 +78,7 @@ class Collator:
     """
 
     pixels: PixelInputs
-    image_root: Path
+    image_root: ImageRoot
     pad_token_id: int
     image_token_id: int
     targets: tuple[str, ...] = ()
@@ -115,6 +115,7 @@ class Collator:
         self, samples: Sequence[Sequence[ImageRecord]], rows: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """The pixel inputs of the images of each sample; empty without images. rows: for messages."""
+        self.image_root.prefetch((image.path, image.sha256) for images in samples for image in images)
         places = rows if rows is not None else [None] * len(samples)
         return self.pixels(
             [
@@ -126,11 +127,12 @@ class Collator:
     def _open(self, record: ImageRecord, row: int | None) -> Any:
         try:
             return open_recorded(self.image_root, record, recorded="in the cache")
-        except RowRejected as error:
+        except KdcacheError as error:
             where = "" if row is None else f" (row {row})"
+            reason = error.detail if isinstance(error, RowRejected) else error
             raise KdcacheError(
-                f"image {record.path} of the cache{where} cannot be read under {self.image_root} "
-                f"({error.detail}); give the --image-root that the cache was built with, or restore the file"
+                f"image {record.path} of the cache{where} cannot be read under {self.image_root.name} "
+                f"({reason}); give the --image-root that the cache was built with, or restore the file"
             ) from error
 
     def _idle(self) -> Batch:

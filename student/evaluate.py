@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from cache_schema.datasets.conversations import Conversation
-from cache_schema.datasets.images import open_image, unpack_embedded
+from cache_schema.datasets.image_roots import ImageRoot, open_root, unpack_embedded
+from cache_schema.datasets.images import open_image
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.cache import open_cache
@@ -52,11 +53,11 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
         return evaluate_benchmarks(config, progress)
     started = time.perf_counter()
     assert config.image_root is not None
-    image_root = config.image_root
     if config.predictions is not None:
         require_file(config.predictions)
+    root = open_root(config.image_root, config.files)
     model, processor = load_for_answers(config.model, config.device)
-    asked, skipped = _questions(config, image_root, processor, progress)
+    asked, skipped = _questions(config, root, processor, progress)
     if not asked:
         raise KdcacheError(f"no row of {config.data} can be used: {_summary(skipped)}")
     answerer = Answerer(model, processor, config.max_new_tokens or _LONGEST, config.batch_size)
@@ -67,7 +68,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     answers = [""] * len(asked)
     done = 0
     with task(progress, "answering", len(asked)):
-        for batch in answerer.answer([each.question for each in asked], image_root):
+        for batch in answerer.answer([each.question for each in asked], root):
             for place, text in batch.items():
                 answers[place] = text
             done += len(batch)
@@ -84,7 +85,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     if answerer.set_aside:
         result["set_aside"] = answerer.set_aside
     if config.cache is not None:
-        result["teacher"] = _distance(config, config.cache, image_root, model, processor, progress)
+        result["teacher"] = _distance(config, config.cache, root, model, processor, progress)
     result["seconds"] = round(time.perf_counter() - started, 2)
     if skipped:
         progress.message(f"{len(skipped)} rows were not asked: {_summary(skipped)}")
@@ -98,7 +99,7 @@ def _summary(skipped: Sequence[tuple[int, RowRejected]]) -> str:
 
 
 def _questions(
-    config: EvaluateConfig, image_root: Path, processor: Any, progress: Progress
+    config: EvaluateConfig, root: ImageRoot, processor: Any, progress: Progress
 ) -> tuple[list[Rated], list[tuple[int, RowRejected]]]:
     """The questions, and the rows that give none with the reason of each."""
     dataset = open_dataset(config.data, progress)
@@ -111,10 +112,10 @@ def _questions(
     for row in rows:
         try:
             conversation = dataset[row]
-            unpack_embedded(image_root, conversation.embedded)
+            unpack_embedded(root, conversation.embedded)
             for path in conversation.images:
                 if path not in readable:
-                    readable[path] = _fault(image_root, path)
+                    readable[path] = _fault(root, path)
                 if (fault := readable[path]) is not None:
                     raise fault
             questions += _asked(conversation, processor)
@@ -123,7 +124,7 @@ def _questions(
     return questions, skipped
 
 
-def _fault(root: Path, path: str) -> RowRejected | None:
+def _fault(root: ImageRoot, path: str) -> RowRejected | None:
     try:
         open_image(root, path)
     except RowRejected as error:
@@ -154,11 +155,11 @@ def _asked(conversation: Conversation, processor: Any) -> Iterator[Rated]:
 
 
 def _distance(
-    config: EvaluateConfig, url: str, image_root: Path, model: Any, processor: Any, progress: Progress
+    config: EvaluateConfig, url: str, root: ImageRoot, model: Any, processor: Any, progress: Progress
 ) -> dict[str, float]:
     """The distance of the model to the cache's teacher."""
     cache = open_cache(url)
-    measured = held_out(cache, model, processor, image_root, adopt_template=True)
+    measured = held_out(cache, model, processor, root, adopt_template=True)
     training = cache.manifest.fingerprint.training
     student = DistilledStudent(model, LossWeights(), vocab_size=training["vocab_size"]).eval()
     probe = processor.tokenizer.encode("What is in the image?")

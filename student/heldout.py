@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache
 from cache_schema.format.identity import digest_of
@@ -41,7 +41,7 @@ class HeldOut:
 
 
 def held_out(
-    cache: Cache, model: Any, processor: Any, image_root: Path, *, adopt_template: bool = False
+    cache: Cache, model: Any, processor: Any, image_root: ImageRoot, *, adopt_template: bool = False
 ) -> HeldOut:
     """A cache that the student can be measured on. IdentityMismatch, as for a cache to learn from.
 

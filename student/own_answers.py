@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from cache_schema.datasets.conversations import Conversation, text_of
-from cache_schema.datasets.images import open_image, unpack_embedded
+from cache_schema.datasets.image_roots import ImageRoot, open_root, unpack_embedded
+from cache_schema.datasets.images import open_image
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.output import require_file, write_text
@@ -45,11 +46,12 @@ def write_answers(config: AnswersConfig, progress: Progress) -> dict[str, Any]:
     require_file(config.out)
     if config.out.exists():
         raise KdcacheError(f"{config.out} exists; choose another --out or remove it")
+    root = open_root(config.image_root, config.files)
     model, processor = load_for_answers(config.model, config.device)
     answerer = Answerer(model, processor, config.max_new_tokens, config.batch_size)
     if config.temperature:
         sample_answers(model, config.temperature, config.top_p)
-    chats, skipped = _opened(config, progress)
+    chats, skipped = _opened(config, root, progress)
     asked = cut = 0
     torch.manual_seed(config.seed)
     with task(progress, "answering", sum(len(_answers(chat.rest)) for chat in chats)):
@@ -57,7 +59,7 @@ def write_answers(config: AnswersConfig, progress: Progress) -> dict[str, Any]:
         while going:
             questions = [_question(chat, processor) for chat in going]
             answers = [""] * len(going)
-            for batch in answerer.answer(questions, config.image_root):
+            for batch in answerer.answer(questions, root):
                 for place, text in batch.items():
                     answers[place] = text
                 asked += len(batch)
@@ -79,7 +81,9 @@ def write_answers(config: AnswersConfig, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _opened(config: AnswersConfig, progress: Progress) -> tuple[list[_Open], list[RowRejected]]:
+def _opened(
+    config: AnswersConfig, root: ImageRoot, progress: Progress
+) -> tuple[list[_Open], list[RowRejected]]:
     """The rows that can be asked, and why the others cannot."""
     dataset = open_dataset(config.data, progress)
     rows = list(range(len(dataset)))
@@ -89,9 +93,9 @@ def _opened(config: AnswersConfig, progress: Progress) -> tuple[list[_Open], lis
     for row in rows:
         try:
             conversation = dataset[row]
-            unpack_embedded(config.image_root, conversation.embedded)
+            unpack_embedded(root, conversation.embedded)
             for path in conversation.images:
-                open_image(config.image_root, path)
+                open_image(root, path)
             chats.append(_Open(conversation, [], list(conversation.messages)))
         except RowRejected as error:
             skipped.append(error)

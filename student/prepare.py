@@ -15,8 +15,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 
+from cache_schema.datasets.image_roots import open_root
 from cache_schema.errors import KdcacheError
-from cache_schema.format.cache import Cache
+from cache_schema.format.cache import Cache, open_cache
 from cache_schema.progress import Progress
 from models.device import choose_device
 from models.folder import load_model, load_processor
@@ -26,6 +27,7 @@ from student.checks import check_student
 from student.collate import Batch, Collator
 from student.folder import save_folder
 from student.generation import answer_ends, settle_generation
+from student.heldout import HeldOut, held_out
 from student.lora import add_adapters, merge_adapters
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
@@ -76,11 +78,12 @@ def prepare_student(
     it does not fit the cache, KdcacheError when its head is not understood."""
     stage, training = config.resolved_stage, cache.manifest.fingerprint.training
     student = load_student(config, training["vocab_size"], stopwatch)
+    root = open_root(config.image_root, config.files)
     placeholders = check_student(
         cache,
         student.model,
         processor,
-        config.image_root,
+        root,
         stage,
         adopt_template=config.adopt_template,
     )
@@ -96,7 +99,7 @@ def prepare_student(
         checkpoint_activations(student)
     collator = Collator(
         pixels=PixelInputs(processor),
-        image_root=config.image_root,
+        image_root=root,
         pad_token_id=pad_token_id_of(processor.tokenizer),
         image_token_id=training["image_token_id"],
         targets=stage.targets,
@@ -105,6 +108,19 @@ def prepare_student(
         kl_share=stage.losses.kl_share,
     )
     return student.train(), collator
+
+
+def prepare_held_out(config: TrainConfig, student: DistilledStudent, processor: Any) -> HeldOut | None:
+    """What the run is measured on, if anything. IdentityMismatch as `held_out`."""
+    if not config.eval_cache:
+        return None
+    return held_out(
+        open_cache(config.eval_cache),
+        student.model,
+        processor,
+        open_root(config.eval_image_root or config.image_root, config.files),
+        adopt_template=config.adopt_template,
+    )
 
 
 def _keeps_activations(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from cache_schema.errors import WrongUsage
@@ -20,7 +19,7 @@ def train_recipe(
     progress: Progress,
     *,
     caches: Mapping[str, str] | None = None,
-    image_roots: Mapping[str, str | Path] | None = None,
+    image_roots: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Trains the stages of a recipe in `out/1-NAME`, `out/2-NAME`, ... and returns their results.
 
@@ -47,7 +46,7 @@ def train_recipe(
                 stage=entry.stage,
                 student=student,
                 cache=caches.get(name) or entry.cache or config.cache,
-                image_root=Path(root),
+                image_root=root,
                 eval_cache=entry.eval_cache or config.eval_cache,
                 out=config.out / f"{number}-{name}",
             ),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from cache_schema.file_cache import FileCacheConfig
 from cache_schema.settings import Help, at_least, check, positive, within
 from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps, Stage
 
@@ -60,7 +61,11 @@ class TrainConfig:
         Help("The cache to learn from: a folder or an fsspec URL; STAGE=CACHE for one stage of a recipe."),
     ]
     image_root: Annotated[
-        Path, Help("Folder that the cache's image paths start from; STAGE=FOLDER for one stage of a recipe.")
+        str,
+        Help(
+            "Folder or fsspec URL that the cache's image paths start from; STAGE=FOLDER for one stage of a "
+            "recipe."
+        ),
     ]
     out: Annotated[Path, Help("Folder of the run; a recipe makes one folder per stage in it.")]
     resume: Annotated[bool, Help("Continue from the newest checkpoint in --out.")] = False
@@ -90,7 +95,7 @@ class TrainConfig:
         bool, Help("Compile the language model's layers; kept only if the results agree.", _SPEED)
     ] = False
     eval_cache: Annotated[str | None, Help("Held-out cache to measure on.", _HELD_OUT)] = None
-    eval_image_root: Annotated[Path | None, Help("Its image root. Default: --image-root.", _HELD_OUT)] = None
+    eval_image_root: Annotated[str | None, Help("Its image root. Default: --image-root.", _HELD_OUT)] = None
     eval_every: Annotated[
         int, at_least(0), Help("Steps between measurements; 0: at the end only.", _HELD_OUT)
     ] = 0
@@ -118,6 +123,7 @@ class TrainConfig:
         Help("Threads that make batches. Default: this process's cores, less one, from 2 to 8.", _SPEED),
     ] = None
     window: Annotated[int, at_least(1), Help("Shards mixed by the shuffle.", _SPEED)] = 8
+    files: FileCacheConfig = field(default_factory=FileCacheConfig)
     trackers: Annotated[tuple[str, ...], Help("Trackers of accelerate, or none.", _RECORDS, "tracker")] = (
         "tensorboard",
     )
@@ -160,8 +166,11 @@ class TrainConfig:
         """All of it, resolved, as JSON values."""
         values = {
             name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(replace(self, stage=self.resolved_stage)).items()
-            if name not in ("stage", "resume", "wait", "wait_minutes", *_OVERRIDES)
+            for name, value in {
+                **asdict(replace(self, stage=self.resolved_stage)),
+                **asdict(self.files),
+            }.items()
+            if name not in ("stage", "resume", "wait", "wait_minutes", "files", *_OVERRIDES)
         }
         return {"stage": self.resolved_stage.to_json(), **values, "trackers": list(self.trackers)}
 
@@ -181,8 +190,11 @@ class EvaluateConfig:
         Help("Rows to answer, in the formats of `build`; for benchmarks LLaVA's eval folder or questions."),
     ]
     image_root: Annotated[
-        Path | None,
-        Help("Folder that the image paths start from. Default for benchmarks: as in LLaVA's eval folder."),
+        str | None,
+        Help(
+            "Folder or fsspec URL that the image paths start from. Default for benchmarks: as in LLaVA's "
+            "eval folder."
+        ),
     ] = None
     cache: Annotated[
         str | None, Help("Also measure the distance to the teacher of this cache: KL and relation loss.")
@@ -196,6 +208,7 @@ class EvaluateConfig:
     ] = None
     seed: Annotated[int, at_least(0), Help("Seed of sampling.")] = 0
     device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    files: FileCacheConfig = field(default_factory=FileCacheConfig)
     predictions: Annotated[Path | None, Help("JSONL file for every answer.")] = None
     benchmarks: Annotated[
         tuple[str, ...],
@@ -235,7 +248,7 @@ class AnswersConfig:
 
     model: Annotated[Path, Help("Folder of the model that answers.")]
     data: Annotated[Path, Help("Rows with the questions, in the formats of `build`.")]
-    image_root: Annotated[Path, Help("Folder that the image paths of the dataset start from.")]
+    image_root: Annotated[str, Help("Folder or fsspec URL that the image paths of the dataset start from.")]
     out: Annotated[Path, Help("JSONL file of the new rows; `build --data` reads it.")]
     temperature: Annotated[float, at_least(0), Help("Temperature of the answers; 0: greedy.")] = 0.0
     top_p: Annotated[
@@ -246,6 +259,7 @@ class AnswersConfig:
     max_new_tokens: Annotated[int, at_least(1), Help("Longest answer in tokens.")] = 256
     batch_size: Annotated[int, at_least(1), Help("Questions answered at a time.")] = 64
     device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    files: FileCacheConfig = field(default_factory=FileCacheConfig)
 
     def __post_init__(self) -> None:
         check(self)

@@ -24,13 +24,14 @@ from student.checkpoint import Checkpoints, identity_of
 from student.checks import warn_of_cache
 from student.collate import Batch, Collator
 from student.folder import model_is_whole
-from student.heldout import HeldOut, held_out, measure_cache, weighted
+from student.heldout import HeldOut, measure_cache, weighted
 from student.loader import load_ahead
 from student.model import DistilledStudent
 from student.optimize import SUMS, Optimization
 from student.prepare import (
     make_accelerator,
     padded_batch,
+    prepare_held_out,
     prepare_student,
     rewrite_model,
     save_trained,
@@ -100,15 +101,8 @@ def _begin(
     stopwatch = Stopwatch(accelerator.device, state.seconds)
     processor = student_processor(config, cache)
     student, collator = prepare_student(config, cache, processor, stopwatch, accelerator, progress)
-    measured = None
-    if config.eval_cache:
-        measured = held_out(
-            open_cache(config.eval_cache),
-            student.model,
-            processor,
-            config.eval_image_root or config.image_root,
-            adopt_template=config.adopt_template,
-        )
+    measured = prepare_held_out(config, student, processor)
+    if measured is not None:
         warn_of_cache(measured.cache, progress)
         state.measure_against(measured.identity)
     if saved is not None:

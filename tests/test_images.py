@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from cache_schema.datasets.images import open_image, unpack_embedded
+from cache_schema.datasets.image_roots import unpack_embedded
+from cache_schema.datasets.images import open_image
 from cache_schema.errors import KdcacheError, RowRejected
 
 RAMP = np.linspace(0, 1, 24 * 16).reshape(16, 24)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +28,7 @@ from cache_schema import (
     TargetSpec,
     open_cache,
 )
+from cache_schema.file_cache import FileCacheConfig
 from cache_schema.format.identity import tokenizer_digest
 from cache_schema.operations.summary import summarise
 from cache_schema.progress import Silent
@@ -747,3 +749,25 @@ def test_settings_out_of_range_are_refused(setting: Setting, tmp_path: Path) -> 
     for change in ({"dtype": "int3"}, {"shard_size": 0}, {"max_bad": 2.0}, {"over_long": "drop"}):
         with pytest.raises(ValueError, match=next(iter(change))):
             config_of(setting, tmp_path / "c", **change)
+
+
+def test_images_from_a_url_make_the_same_cache(setting: Setting, captured: Path, tmp_path: Path) -> None:
+    _, folder = setting
+    store = fsspec.filesystem("memory")
+    store.put(str(folder / "images"), "memory://built/images", recursive=True)
+    rest = {"image_root": "memory://built/images", "files": FileCacheConfig(file_cache=tmp_path / "kept")}
+    build(replace(config_of(setting, tmp_path / "c"), **rest), Silent())
+    cache, other = open_cache(tmp_path / "c"), open_cache(captured)
+    assert cache.manifest.dataset["image_root"] == "memory://built/images"
+    for row, sample in by_row(cache).items():
+        assert [image.sha256 for image in sample.images] == [i.sha256 for i in by_row(other)[row].images]
+        np.testing.assert_array_equal(sample.response.logprobs, by_row(other)[row].response.logprobs)
+    assert len(list((tmp_path / "kept").iterdir())) == 4
+
+    gone = by_row(cache)[0].images[0].path
+    store.rm(f"memory://built/images/{gone}")
+    rest["files"] = FileCacheConfig(file_cache=tmp_path / "other")
+    summary = build(replace(config_of(setting, tmp_path / "d"), max_bad=1.0, **rest), Silent())
+    assert summary.quarantined == {"missing_image": 14 - summary.captured}
+    bad = next(open_cache(tmp_path / "d").quarantined())
+    assert bad.detail == f"{gone} is not a file under memory://built/images"

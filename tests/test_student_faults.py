@@ -8,13 +8,17 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cache_schema import KdcacheError, open_cache
+from cache_schema.datasets import image_roots
 from cache_schema.errors import IdentityMismatch, WrongUsage
+from cache_schema.file_cache import FileCacheConfig
 from cache_schema.runs import read_metrics
 from student.checkpoint import Checkpoints
 from student.run_folder import locked
@@ -143,6 +147,46 @@ def test_an_image_that_vanishes_saves_before_it_ends(world, tmp_path):
     train(replace(config, resume=True), Said())
     train(replace(config, out=tmp_path / "whole"), Said())
     assert equal(tmp_path / "run", tmp_path / "whole")
+
+
+def upload(folder, url):
+    for path in folder.rglob("*.png"):
+        fsspec.filesystem("memory").pipe_file(f"{url}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def test_an_image_that_vanishes_from_a_url_saves_before_it_ends(world, tmp_path):
+    store = fsspec.filesystem("memory")
+    upload(world.image_root, "memory://trained/images")
+    files = FileCacheConfig(file_cache=tmp_path / "kept", file_cache_gib=1e-9)  # keeps nothing for long
+    moved = replace(world, image_root="memory://trained/images")
+    config = settings(moved, tmp_path / "run", save_every=100, workers=0, max_steps=5, files=files)
+    said = Said(2, lambda: store.rm("memory://trained/images/pictures", recursive=True))
+    told = (
+        r"image pictures/\S+ of the cache \(row \d+\) cannot be read under memory://trained/images .*is not "
+        r"a file.*saved in .*step-00000002"
+    )
+    with pytest.raises(KdcacheError, match=told):
+        train(config, said)
+    upload(world.image_root, "memory://trained/images")
+    train(replace(config, resume=True), Said())
+    train(settings(world, tmp_path / "whole", workers=0, max_steps=5), Said())
+    assert equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_server_that_stays_away_saves_before_it_ends(world, tmp_path, monkeypatch):
+    upload(world.image_root, "memory://away/images")
+    files = FileCacheConfig(file_cache=tmp_path / "kept", file_cache_gib=1e-9)
+    moved = replace(world, image_root="memory://away/images")
+    config = settings(moved, tmp_path / "run", save_every=100, workers=0, max_steps=5, files=files)
+
+    def fails(*_, **__):
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(image_roots.open_root, "__kwdefaults__", {"patience": 0.1})
+    said = Said(2, lambda: monkeypatch.setattr(MemoryFileSystem, "cat_file", fails))
+    told = r"image pictures/\S+ of the cache \(row \d+\) .*reset by peer.*saved in .*step-00000002"
+    with pytest.raises(KdcacheError, match=told):
+        train(config, said)
 
 
 def test_a_cache_that_is_still_being_built_is_named(world, tmp_path):

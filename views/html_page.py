@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from cache_schema.datasets.image_roots import ImageRoot, open_root
 from cache_schema.datasets.images import open_image
-from cache_schema.errors import RowRejected
+from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import Relation, Sample
 from cache_schema.operations.scores import scores_of
@@ -40,7 +41,7 @@ def write_html(
     config: PageConfig | None = None,
     *,
     only: Sequence[str | int] = (),
-    image_root: Path | None = None,
+    image_root: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the page to the file `out` and returns it.
@@ -53,12 +54,13 @@ def write_html(
     require_file(out)
     progress = progress or Silent()
     text = TokenText.of_assets(cache.assets)
+    root = None if image_root is None else open_root(image_root, patience=0.0)
     words: dict[str, str] = {}
     documents = []
     chosen, told = _choose(cache, config or PageConfig(), only, progress)
     with task(progress, "samples", len(chosen)):
         for number, sample in enumerate(chosen):
-            documents.append(_sample(cache, sample, text, image_root, words))
+            documents.append(_sample(cache, sample, text, root, words))
             progress.update(number + 1)
     title = cache.url.rstrip("/").rsplit("/", 1)[-1]
     parts = {
@@ -116,7 +118,7 @@ def _sample(
     cache: Cache,
     sample: Sample,
     text: TokenText,
-    image_root: Path | None,
+    image_root: ImageRoot | None,
     words: dict[str, str],
 ) -> dict[str, Any]:
     """The sample's document in the short form that the page's script reads; fills `words`."""
@@ -167,14 +169,14 @@ def _columns(relation: Relation) -> dict[str, Any]:
     return {"columns": columns, "scales": [float(f"{scale:.5g}") for scale in scales]}
 
 
-def _picture(image: dict[str, Any], root: Path | None) -> tuple[str | None, str | None]:
+def _picture(image: dict[str, Any], root: ImageRoot | None) -> tuple[str | None, str | None]:
     """The image as a data URI, and a note on it."""
     if root is None:
         return None, "Give --image-root to see the image."
     try:
-        opened = open_image(root, image["path"])
-    except RowRejected as rejected:
-        return None, f"No picture: {rejected.detail}."
+        opened = open_image(root, image["path"], image["sha256"])
+    except KdcacheError as error:
+        return None, f"No picture: {error.detail if isinstance(error, RowRejected) else error}."
     seen = framed(opened.image, image["layout"]["frame"])
     small = max(seen.size) <= PICTURE_SIDE
     if not small:

@@ -17,8 +17,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cache_schema.datasets.image_roots import ImageRoot, open_root
 from cache_schema.datasets.images import open_image
-from cache_schema.errors import RowRejected
+from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import Relation
 from views.blocks import fitted, half_blocks, heat
@@ -42,19 +43,20 @@ LONGEST_WORD = 14
 
 
 def print_sample(
-    cache: Cache, row_or_id: int | str, image_root: Path | None, console: Console = results
+    cache: Cache, row_or_id: int | str, image_root: Path | str | None, console: Console = results
 ) -> None:
     """Prints the sample to `console`. KdcacheError when there is no such sample; a missing or changed image
     is noted on the page."""
     sample = find_sample(cache, row_or_id)
     document = sample_document(cache, sample.row, top=3)
+    root = None if image_root is None else open_root(image_root, patience=0.0)
     console.print(_heading(document))
     for number, image in enumerate(document["images"]):
         pictures: list[RenderableType] = []
-        room = (console.width - GAP) // 2 if sample.relations and image_root else console.width
+        room = (console.width - GAP) // 2 if sample.relations and root else console.width
         side = max(min(PICTURE_SIDE, room), NARROWEST_CELL)
-        if image_root is not None:
-            pictures.append(_picture(image, image_root, side, console))
+        if root is not None:
+            pictures.append(_picture(image, root, side, console))
         if sample.relations:
             pictures.append(_relation(sample.relations[number], image, side, console))
         console.print(Text(f"\nimage {number}: {printable(image['path'])}", style="bold"))
@@ -93,11 +95,12 @@ def _heading(document: dict[str, Any]) -> Text:
     return text
 
 
-def _picture(image: dict[str, Any], root: Path, side: int, console: Console) -> RenderableType:
+def _picture(image: dict[str, Any], root: ImageRoot, side: int, console: Console) -> RenderableType:
     try:
-        opened = open_image(root, image["path"])
-    except RowRejected as rejected:
-        return Text(f"no picture: {rejected.detail}", style="yellow")
+        opened = open_image(root, image["path"], image["sha256"])
+    except KdcacheError as error:
+        told = error.detail if isinstance(error, RowRejected) else error
+        return Text(f"no picture: {told}", style="yellow")
     seen = framed(opened.image, tuple(image["layout"]["frame"]))
     text = half_blocks(fitted(seen, side, side // 2), colour=_coloured(console))
     if opened.sha256 != image["sha256"]:

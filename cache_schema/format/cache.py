@@ -17,10 +17,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.errors import CacheDamaged, KdcacheError, first_line
+from cache_schema.file_cache import FileCache
 from cache_schema.format.archive import unpack
 from cache_schema.format.block import ShardBlock
 from cache_schema.format.codecs.topk import Arrays
-from cache_schema.format.file_cache import FileCache
 from cache_schema.format.groups import read_groups
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan
 from cache_schema.format.records import QuarantinedRow, Sample

@@ -108,7 +108,7 @@ class GivenModel:
             processor,
             job.template,
             image_token_id=image_token_id_of(self.engine.model.config),
-            image_root=job.config.image_root,
+            image_root=job.image_root,
             max_length=job.rules["max_length"],
             over_long=job.config.over_long,
         )

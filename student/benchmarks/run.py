@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
-from cache_schema.datasets.images import unpack_embedded
+from cache_schema.datasets.image_roots import FolderRoot, ImageRoot, open_root, unpack_embedded
 from cache_schema.errors import KdcacheError
 from cache_schema.output import require_folder, write_text
 from cache_schema.progress import Progress, task
@@ -37,11 +37,11 @@ _UNREADABLE = (KeyError, TypeError, IndexError, ValueError, AttributeError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A benchmark with its files: questions, the folder of the images, annotations if they are there."""
+    """A benchmark with its files: questions, the root of the images, annotations if they are there."""
 
     benchmark: Benchmark
     questions: Path
-    images: Path
+    images: ImageRoot
     annotations: Path | None
     items: list[Item]
 
@@ -88,7 +88,8 @@ def _ready(benchmark: Benchmark, config: EvaluateConfig) -> Ready:
         raise KdcacheError(
             f"{benchmark.name}: {file} does not exist; give LLaVA's eval folder or the questions as --data"
         )
-    images = config.image_root or base / benchmark.images
+    images = open_root(config.image_root or base / benchmark.images, config.files)
+    local = images.folder if isinstance(images, FolderRoot) else None
     annotations = config.annotations
     if annotations is None and benchmark.annotations and (base / benchmark.annotations).exists():
         annotations = base / benchmark.annotations
@@ -99,9 +100,10 @@ def _ready(benchmark: Benchmark, config: EvaluateConfig) -> Ready:
     except _UNREADABLE as error:
         raise KdcacheError(f"{file} has not the form that is published ({error!r})") from error
     for item in items:
-        if item.content is None and item.image is not None and not (images / item.image).is_file():
+        named = local and item.content is None and item.image
+        if local and named and not (local / named).is_file():
             raise KdcacheError(
-                f"{benchmark.name}: {images / item.image} does not exist; give the folder as --image-root"
+                f"{benchmark.name}: {local / named} does not exist; give the folder as --image-root"
             )
     return Ready(benchmark=benchmark, questions=file, images=images, annotations=annotations, items=items)
 
@@ -183,7 +185,7 @@ def _ask(
     for row in rows:
         item = ready.items[row]
         if item.content is not None and item.image is not None:
-            images = config.out / "images"
+            images = open_root(config.out / "images")
             unpack_embedded(images, {item.image: item.content})
         content = [{"type": "image"}] if item.image is not None else []
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": item.text}]}]
