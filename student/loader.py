@@ -34,7 +34,8 @@ def load_ahead(
     The order of what comes out does not depend on `workers`; 0 does the work in the calling thread; None: as
     many as this process has cores, less one, from 2 to 8. Threads suffice: reading, decoding, resizing and
     array work all release the interpreter's lock. As many micro-batches are under way or ready as a step has,
-    and one more for every thread: short steps keep all threads busy. pin: Batches come in pinned memory, from
+    and one more for every thread, or three for every thread where that is more: short steps keep all threads
+    busy and do not wait while a shard is read. pin: Batches come in pinned memory, from
     which copies to a device do not wait.
     """
 
@@ -60,7 +61,8 @@ def load_ahead(
             for step in steps:
                 with consumed:
                     size = len(step.micro_batches)
-                    consumed.wait_for(lambda: stopped or under_way < workers + size)  # noqa: B023
+                    ahead = max(workers + size, 3 * workers)
+                    consumed.wait_for(lambda: stopped or under_way < ahead)  # noqa: B023
                     if stopped:
                         return
                     under_way += size

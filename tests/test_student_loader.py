@@ -80,6 +80,25 @@ def test_waiting_for_data_is_no_part_of_a_step_that_takes_longer() -> None:
     batches.close()
 
 
+def test_one_slow_batch_among_short_steps_is_not_waited_for() -> None:
+    """Steps of one sample of 8 ms; every tenth sample takes 24 ms to make."""
+
+    def made(samples: list[int]) -> list[int]:
+        time.sleep(0.024 if samples[0] % 10 == 9 else 0.004)
+        return samples
+
+    waited = 0.0
+    batches = load_ahead(steps_of(60, 1), made, workers=2)  # type: ignore[arg-type]
+    next(batches)
+    for _ in range(59):
+        time.sleep(0.008)
+        before = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - before
+    assert waited < 0.02 * 59 * 0.008
+    batches.close()
+
+
 def test_every_tensor_of_a_batch_is_reached_and_nothing_else_changes() -> None:
     """What is pinned, or kept while the device works on it."""
     labels, samples = make_samples(torch.Generator().manual_seed(0), SPANS, LENGTH, draws=2)
