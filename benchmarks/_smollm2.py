@@ -17,7 +17,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+LLAVA_V1 = Path(__file__).parent.parent / "pipeline/templates/llava_v1.jinja"
 IMAGE_TOKEN = "<file_sep>"  # a token of SmolLM2 that no English text holds
 
 
@@ -43,14 +45,13 @@ def save_llava(
     vision: Any,
     tower: Any = None,
     feature_layer: int = -2,
-    image_processor: Any,
-    tokens: int,
-    chat_template: str,
+    image_processor: Any = None,
+    chat_template: Path = LLAVA_V1,
 ) -> Path:
     """A Llava with its processor: a language model, a new projector and the tower of a vision config.
 
-    tower: a vision model of that config whose weights are taken; random ones without it. tokens: visual
-    tokens an image.
+    tower: a vision model of that config whose weights are taken; random ones without it. image_processor:
+    SigLIP's for the tower's images without one.
     """
     torch.manual_seed(0)
     config = LlavaConfig(
@@ -59,7 +60,7 @@ def save_llava(
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_select_strategy="full",
         vision_feature_layer=feature_layer,
-        image_seq_length=tokens,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
@@ -71,12 +72,13 @@ def save_llava(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
+    side = {"height": vision.image_size, "width": vision.image_size}
     LlavaProcessor(
-        image_processor=image_processor,
+        image_processor=image_processor or SiglipImageProcessorPil(size=side),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="full",
         image_token=IMAGE_TOKEN,
-        chat_template=chat_template,
+        chat_template=chat_template.read_text(encoding="utf-8"),
     ).save_pretrained(folder)
     return folder

@@ -17,7 +17,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from benchmarks._random_cache import random_records
 from benchmarks._smollm2 import IMAGE_TOKEN, save_llava
@@ -71,9 +70,6 @@ def stand_in_folder(folder: Path) -> Path:
         tokenizer=tokenizer,
         language=LlamaForCausalLM(language),
         vision=vision,
-        image_processor=SiglipImageProcessorPil(size={"height": 384, "width": 384}),
-        tokens=VISUAL,
-        chat_template=(Path(__file__).parent.parent / "pipeline/templates/llava_v1.jinja").read_text(),
     )
 
 

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import SiglipVisionConfig
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from benchmarks._smollm2 import load_smollm2, save_llava
 from benchmarks._teachers import english
@@ -44,7 +43,6 @@ from pipeline.templates import load_template
 from pipeline.transformers_engine import TransformersEngine, load_engine
 
 SPEC = TargetSpec(targets=("response", "visual", "relation"))
-TEXT_TOKENS = 130
 BATCH_TOKENS = 2048
 GROUPS = (1, 2, 2, 1, 2, 2, 1, 2, 2, 2)  # conversations an image, 1.7 on average
 REACH = {"one conversation an image": 0.95, "1.7 conversations an image": 1.4}
@@ -67,9 +65,6 @@ def make_teacher(folder: Path) -> Path:
         tokenizer=tokenizer,
         language=language,
         vision=vision,
-        image_processor=SiglipImageProcessorPil(size={"height": 256, "width": 256}),
-        tokens=256,
-        chat_template=(Path(__file__).parent.parent / "pipeline/templates/llava_v1.jinja").read_text(),
     )
 
 

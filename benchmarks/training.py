@@ -34,10 +34,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import (
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from benchmarks._memory import peak
@@ -65,17 +62,13 @@ def main() -> None:
     if arguments.one is not None:
         steps_on_request(arguments.one, arguments.folder)
         return
-    parts = {
-        "reader": (reader, print_reader),
-        "stream": (stream, print_stream),
-        "teacher": (teacher, print_teacher),
-    }
     results = {}
-    for name in arguments.part or parts:
-        measure, show = parts[name]
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(Path(folder))
-        show(results[name])
+    for measure, show in ((reader, print_reader), (stream, print_stream), (teacher, print_teacher)):
+        name = measure.__name__
+        if name in (arguments.part or [name]):
+            with tempfile.TemporaryDirectory() as folder:
+                results[name] = measure(Path(folder))
+            show(results[name])
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1))
 
@@ -83,14 +76,11 @@ def main() -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints rows under their columns, the first to the left, all others to the right."""
     text = [[*columns], *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[place]) for row in text) for place in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     print(f"\n{title}")
-    for row in text:
-        first, *rest = (
-            cell.ljust(w) if not i else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]), flush=True)
+    for first, *rest in text:
+        aligned = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *aligned]), flush=True)
 
 
 # ---- the reader ----
@@ -362,10 +352,8 @@ def steps_on_request(name: str, folder: Path) -> None:
         cost = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - spent}
         print(json.dumps(cost), flush=True)
     batches.close()
-    print(
-        json.dumps({"teacher_over_student": round(ratio, 2), "peak_megabytes": round(peak() / 1e6)}),
-        flush=True,
-    )
+    end = {"teacher_over_student": round(ratio, 2), "peak_megabytes": round(peak() / 1e6)}
+    print(json.dumps(end), flush=True)
 
 
 def print_teacher(results: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cache_schema.errors import KdcacheError, StoppedEarly
+from cache_schema.runs import read_metrics
 from demo.story import Story
 from tests.acceptance.commands import kdcache
 from tests.acceptance.data import Data, write_data
@@ -207,8 +208,7 @@ class Acceptance:
 
 def loss_ends(run: Path) -> tuple[float, float]:
     """Mean loss of the first and of the last quarter of a run's steps."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if line["group"] == "train"]
+    losses = [line["loss"] for line in read_metrics(run) if line["group"] == "train"]
     part = max(1, len(losses) // 4)
     return sum(losses[:part]) / part, sum(losses[-part:]) / part
 

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from benchmarks._smollm2 import load_smollm2, save_llava
-from tests.acceptance.tower import TOKENS, image_processor, save_tower
+from tests.acceptance.tower import image_processor, save_tower
 
 logging.disable_progress_bar()
 CHATML = Path(__file__).with_name("chatml.jinja")
@@ -36,8 +36,7 @@ def save_models(out: Path) -> dict[str, Any]:
         tower=tower,
         feature_layer=-1,
         image_processor=image_processor(tower.config.image_size),
-        tokens=TOKENS,
-        chat_template=CHATML.read_text(encoding="utf-8"),
+        chat_template=CHATML,
     )
     return {
         "tower": tower.num_parameters(),
