@@ -41,6 +41,7 @@ from benchmarks._memory import peak
 from benchmarks._random_cache import IMAGE_ID, write_cache
 from benchmarks._shapes import Shape
 from cache_schema import Cache, ImageRecord, open_cache
+from cache_schema.datasets.image_roots import open_root
 from student.collate import Batch, Collator
 from student.loader import load_ahead
 from student.losses import Denominators, LossWeights
@@ -159,7 +160,7 @@ def collator_for(
     )
     return kind(
         pixels=PixelInputs(processor),
-        image_root=folder / "images",
+        image_root=open_root(folder / "images"),
         pad_token_id=1,
         image_token_id=IMAGE_ID,
         targets=tuple(cache.spec.targets),

@@ -71,12 +71,22 @@ class Optimization:
             if device.type != "cpu":
                 self.student.needs_mask = needs_mask(self.student.hidden_states, inputs)
             if compiled:
-                reason = compile_language_model(
-                    self.student.model, lambda: self.student.hidden_states(inputs)
-                )
-                state = "compiled" if reason is None else f"not compiled: {reason}"
-                told.append(f"the language model's layers are {state}")
+                told.append(self._compile(inputs))
         return told
+
+    def _compile(self, inputs: Mapping[str, Tensor]) -> str:
+        """Compiles the layers, where bf16 is trained with their states in bfloat16; what to tell."""
+        ways = [True, False] if self._accelerator.mixed_precision == "bf16" else [False]
+        reasons = []
+        for narrow in ways:
+            reason = compile_language_model(
+                self.student.model, lambda: self.student.hidden_states(inputs), narrow=narrow
+            )
+            states = ", their states in bfloat16" if narrow else ""
+            if reason is None:
+                return "; ".join([f"the language model's layers are compiled{states}", *reasons])
+            reasons.append(f"not compiled{states}: {reason}")
+        return f"the language model's layers are {'; '.join(reasons)}"
 
     def gradients(
         self, micro_batches: list[Batch], counts: Denominators, *, seed: int, step: int

@@ -92,7 +92,11 @@ class TrainConfig:
         ),
     ] = None
     compile: Annotated[
-        bool, Help("Compile the language model's layers; kept only if the results agree.", _SPEED)
+        bool,
+        Help(
+            "Compile the language model's layers, with bf16 their states too; kept only if results agree.",
+            _SPEED,
+        ),
     ] = False
     eval_cache: Annotated[str | None, Help("Held-out cache to measure on.", _HELD_OUT)] = None
     eval_image_root: Annotated[str | None, Help("Its image root. Default: --image-root.", _HELD_OUT)] = None

@@ -161,6 +161,35 @@ def test_layers_that_do_not_compile_are_left_as_they_are(model, monkeypatch):
     hidden_states(model)(padded_inputs())
 
 
+def test_states_pass_between_layers_in_the_dtype_of_autocast(model, monkeypatch):
+    """Where that was asked for and changes little; outside of autocast nothing changes."""
+    layer = model.model.language_model.layers[1]
+    monkeypatch.setattr(type(layer), "compile", lambda self: None)
+    inputs, seen = padded_inputs(), []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    exact = hidden_states(model)(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = hidden_states(model)(inputs)
+        assert compile_language_model(model, lambda: hidden_states(model)(inputs), narrow=True) is None
+        narrow = hidden_states(model)(inputs)
+    assert seen[1] == torch.float32
+    assert seen[-1] == torch.bfloat16
+    assert 0 < (narrow - wide).float().square().mean().sqrt() < 0.02 * wide.float().std()
+    assert torch.equal(hidden_states(model)(inputs), exact)
+    assert seen[-1] == torch.float32
+
+
+def test_states_that_differ_leave_the_model_as_it_was(model, monkeypatch):
+    layer = model.model.language_model.layers[1]
+    monkeypatch.setattr(type(layer), "compile", lambda self: None)
+    monkeypatch.setattr("student.throughput._to_autocast", lambda _module, _inputs, made: -3.0 * made)
+    inputs = padded_inputs()
+    before = hidden_states(model)(inputs)
+    reason = compile_language_model(model, lambda: hidden_states(model)(inputs), narrow=True)
+    assert "its states differ by" in reason
+    assert torch.equal(hidden_states(model)(inputs), before)
+
+
 def test_the_estimate_of_activations_is_near_what_one_gpu_measured():
     """22.1 GB over the weights of a 1.03 B student, 14,240 tokens, bf16 autocast, H100, 2026-11-26; of them
     1.9 GB of gradients."""
