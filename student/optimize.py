@@ -77,7 +77,7 @@ class Optimization:
     def _compile(self, inputs: Mapping[str, Tensor]) -> str:
         """Compiles the layers, where bf16 is trained with their states in bfloat16; what to tell."""
         ways = [True, False] if self._accelerator.mixed_precision == "bf16" else [False]
-        reasons = []
+        reasons: list[str] = []
         for narrow in ways:
             reason = compile_language_model(
                 self.student.model, lambda: self.student.hidden_states(inputs), narrow=narrow
