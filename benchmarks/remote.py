@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import md5
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,14 +81,17 @@ class SlowStore(AsyncFileSystem):  # type: ignore[misc]  # fsspec has no types
         found = {name: data for name, data in self.objects.items() if name.startswith(f"{path}/")}
         for _page in range(max(-(-len(found) // PAGE), 1)):
             await self._request("list")
-        return {name: {"name": name, "size": len(data), "type": "file"} for name, data in found.items()}
+        return {
+            name: {"name": name, "size": len(data), "type": "file", "ETag": f'"{md5(data).hexdigest()}"'}
+            for name, data in found.items()
+        }
 
     async def _rm_file(self, path: str, **_: Any) -> None:
         await self._request("delete")
         del self.objects[path]
 
 
-def write(url: str, version: int, shards: int) -> None:
+def write(url: str, version: int, shards: int) -> CacheWriter:
     """The cache at `url`, all its shards of the same bytes."""
     spec = TargetSpec(top_k=32)
     plan = Plan(rows=shards * SAMPLES, shard_size=SAMPLES, order=np.arange(shards * SAMPLES))
@@ -107,6 +111,7 @@ def write(url: str, version: int, shards: int) -> None:
         name = f"{shard:05d}-{attempt}"
         tables = {path.replace("NAME", name): data for path, data in encoded.tables.items()}
         writer.commit(shard, attempt, replace(encoded, name=name, tables=tables), engine={}, seconds=0.0)
+    return writer
 
 
 def _sample(row: int, random: np.random.Generator) -> CapturedSample:
@@ -146,11 +151,11 @@ def measured(what: str, run: Callable[[], Any]) -> dict[str, Any]:
     return {"what": what, "requests": dict(SlowStore.requests), "seconds": round(seconds, 3)}
 
 
-def measure(url: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(url: str, options: dict[str, Any], state: str = "begun") -> list[dict[str, Any]]:
     """Opening a cache, and reading of it."""
     cache = open_cache(url, storage_options=options)
     return [
-        measured("open the cache", lambda: open_cache(url, storage_options=options)),
+        measured(f"open the cache, {state}", lambda: open_cache(url, storage_options=options)),
         measured("list every object (verify)", lambda: open_store(url, options).list()),
         measured("read a shard", lambda: cache.read_shard(0)),
         measured("read its response targets alone", lambda: cache.read_shard(0, parts=("response",))),
@@ -171,10 +176,13 @@ def main() -> None:
     report: list[dict[str, Any]] = []
     for version in VERSIONS:
         url = f"slow://version-{version}"
-        write(url, version, options.shards)
+        writer = write(url, version, options.shards)
         sizes = [len(d) for name, d in SlowStore.objects.items() if name.startswith(f"version-{version}/")]
         print(f"version {version}: {len(sizes):,} objects, {sum(sizes) / 1e6:.1f} MB")
-        for row in measure(url, place):
+        rows = measure(url, place)
+        writer.finish()
+        rows += measure(url, place, "finished")[:1]
+        for row in rows:
             report.append({"version": version} | row)
             asked = ", ".join(f"{count:,} {kind}" for kind, count in row["requests"].items())
             print(f"  {row['what']:34} {row['seconds']:8.2f} s   {asked}")

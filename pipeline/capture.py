@@ -80,6 +80,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     commits = list(open_cache(config.out).commits.values())
     _tell_other_versions(commits, teacher.engine.description, progress)
     CaptureLoop(job, writer, extractor, teacher.engine, progress).run(rank, world_size, commits)
+    writer.finish()
     return _summary(config.out, started, already_done=False)
 
 

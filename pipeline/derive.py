@@ -69,6 +69,7 @@ def derive(cache: str, config: DeriveConfig, progress: Progress) -> dict[str, An
             if shard in source.commits:
                 _write(writer, shard, source, engine, extractor, quarantined)
             progress.update(len(writer.committed()))
+    writer.finish()
     missing = source.plan.shards - len(source.shards)
     if missing:
         progress.message(

@@ -211,3 +211,74 @@ def test_blocks_are_kept_locally_within_a_bound(tmp_path: Path, monkeypatch, ver
     for shard in range(3):
         cache.read_shard(shard)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 2 * size
+
+
+SHARDS = 18
+
+
+def many_shards(url: str, **options: Any) -> CacheWriter:
+    writer = CacheWriter.open(url, make_manifest(SPEC, rows=SHARDS, shard_size=1), **options)
+    for shard in writer.pending():
+        samples, bad = capture(writer.manifest.plan.rows_of(shard).tolist(), SPEC)
+        writer.write_shard(shard, samples, bad, engine={}, seconds=0.0)
+    return writer
+
+
+def test_a_finished_cache_opens_by_its_roll(s3: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One listing, the manifest and the roll; a record that is not the roll's is read itself."""
+    url = "s3://caches/roll"
+    writer = many_shards(url, storage_options=s3)
+    expected = open_cache(url, storage_options=s3).commits
+    writer.finish()
+    read: list[str] = []
+    read_many, read_one = ObjectStore.read_many, ObjectStore.read
+    monkeypatch.setattr(
+        ObjectStore,
+        "read_many",
+        lambda s, ranges: read.extend(r.path for r in ranges) or read_many(s, ranges),
+    )
+    monkeypatch.setattr(ObjectStore, "read", lambda s, path: read.append(path) or read_one(s, path))
+
+    def opened() -> tuple[dict[int, Any], list[str]]:
+        read.clear()
+        return open_cache(url, storage_options=s3).commits, list(read)
+
+    assert opened() == (expected, ["manifest.json", "commits/.roll.json"])
+    writer.reopen(4)
+    without = {shard: record for shard, record in expected.items() if shard != 4}
+    assert opened() == (without, ["manifest.json", "commits/.roll.json"])
+    many_shards(url, storage_options=s3)  # shard 4 again, of another attempt; the roll is old now
+    commits, asked = opened()
+    assert commits.keys() == expected.keys()
+    assert commits[4].attempt != expected[4].attempt
+    assert asked == ["manifest.json", "commits/.roll.json", "commits/00004.json"]
+    assert verify(url, storage_options=s3).ok
+    writer.finish()
+    assert opened() == (commits, ["manifest.json", "commits/.roll.json"])
+    for damaged in (writer.store.read("commits/.roll.json")[:-9], b""):
+        writer.store.put("commits/.roll.json", damaged)
+        found, asked = opened()
+        assert found == commits
+        assert len(asked) == 2 + SHARDS
+    (problem,) = verify(url, storage_options=s3, repair=True).problems
+    assert problem.file == "commits/.roll.json"
+    assert verify(url, storage_options=s3).ok
+
+
+def test_a_roll_is_made_of_whole_caches_alone(tmp_path: Path) -> None:
+    writer = many_shards(str(tmp_path))
+    (moved, *_) = writer.store.list("commits")
+    writer.store.move(moved, "aside/record.json")
+    writer.finish()
+    assert "commits/.roll.json" not in writer.store.list()
+    writer.store.move("aside/record.json", moved)
+    writer.finish()
+    assert "commits/.roll.json" in writer.store.list()
+    assert writer.committed() == set(range(SHARDS))
+    assert open_cache(tmp_path).shards == list(range(SHARDS))
+    report = verify(tmp_path)
+    assert report.ok
+    assert report.leftovers == []
+    few = CacheWriter.open(tmp_path / "few", make_manifest(SPEC, ROWS))
+    few.finish()
+    assert few.store.list("commits") == {}

@@ -24,6 +24,7 @@ from cache_schema.format.codecs.topk import Arrays
 from cache_schema.format.groups import read_groups
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan
 from cache_schema.format.records import QuarantinedRow, Sample
+from cache_schema.format.roll import rolled
 from cache_schema.format.shard import read_table
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import Range, Store, open_store
@@ -265,9 +266,11 @@ def _read_manifest(store: Store) -> Manifest:
 
 def _read_commits(store: Store, manifest: Manifest) -> dict[int, CommitRecord]:
     commits, identity = {}, manifest.identity
-    sizes = store.list("commits")
-    paths = [path for path in sizes if not path.startswith("commits/.")]
-    for path, data in zip(paths, store.read_many([Range(p, 0, sizes[p]) for p in paths]), strict=True):
+    listed = store.listed("commits")
+    found = rolled(store, listed)
+    rest = [path for path in listed if path not in found and not path.startswith("commits/.")]
+    found |= zip(rest, store.read_many([Range(path, 0, listed[path].bytes) for path in rest]), strict=True)
+    for path, data in sorted(found.items()):
         record = CommitRecord.from_bytes(data, f"{store.url}/{path}")
         mine = record.cache == identity and record.format_version == manifest.format_version
         if record.path != path or not mine:

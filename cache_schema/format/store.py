@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -37,12 +38,20 @@ class Range(NamedTuple):
     whole: bool = True
 
 
+class Listed(NamedTuple):
+    """A file in a listing: its size, and the MD5 of its bytes in hex where the store tells it."""
+
+    bytes: int
+    md5: str | None = None
+
+
 class Store(Protocol):
     """The storage operations that a cache needs. Paths are relative, with forward slashes.
 
-    `list` gives path -> bytes of every file below a folder. `put` and `put_folder` return when the bytes
-    are durable; a reader never sees a partial file. `create` is exclusive: False, and nothing changed,
-    when the path exists. OSError when the storage fails (FileNotFoundError for a missing file).
+    `list` gives path -> bytes of every file below a folder, `listed` all that this one listing tells. `put`
+    and `put_folder` return when the bytes are durable; a reader never sees a partial file. `create` is
+    exclusive: False, and nothing changed, when the path exists. OSError when the storage fails
+    (FileNotFoundError for a missing file).
     """
 
     url: str
@@ -54,6 +63,8 @@ class Store(Protocol):
     def exists(self, path: str) -> bool: ...
 
     def list(self, folder: str = "") -> dict[str, int]: ...
+
+    def listed(self, folder: str = "") -> dict[str, Listed]: ...
 
     def modified(self, path: str) -> float: ...
 
@@ -121,6 +132,9 @@ class LocalStore:
                 with contextlib.suppress(FileNotFoundError):  # another process may be renaming it
                     found[path.relative_to(self.root).as_posix()] = path.stat().st_size
         return dict(sorted(found.items()))
+
+    def listed(self, folder: str = "") -> dict[str, Listed]:
+        return {path: Listed(size) for path, size in self.list(folder).items()}
 
     def modified(self, path: str) -> float:
         return (self.root / path).stat().st_mtime
@@ -242,9 +256,15 @@ class ObjectStore:
         return bool(self._call("exists", self._at(path)))
 
     def list(self, folder: str = "") -> dict[str, int]:
+        return {path: file.bytes for path, file in self.listed(folder).items()}
+
+    def listed(self, folder: str = "") -> dict[str, Listed]:
         self._fs.invalidate_cache()
         found = self._call("find", self._at(folder) if folder else self._root, detail=True)
-        return {name[len(self._root) + 1 :]: int(info["size"]) for name, info in sorted(found.items())}
+        return {
+            name[len(self._root) + 1 :]: Listed(int(info["size"]), _md5_of(info))
+            for name, info in sorted(found.items())
+        }
 
     def modified(self, path: str) -> float:
         return float(self._call("modified", self._at(path)).timestamp())
@@ -284,6 +304,12 @@ class ObjectStore:
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+def _md5_of(info: Mapping[str, Any]) -> str | None:
+    """The MD5 of an object that was put at once, which is its ETag at S3; other ETags have another form."""
+    tag = str(info.get("ETag", "")).strip('"')
+    return tag if re.fullmatch("[0-9a-f]{32}", tag) else None
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -27,6 +27,7 @@ from cache_schema.format.manifest import (
     targets_path,
 )
 from cache_schema.format.records import CapturedSample, HiddenStates, QuarantinedRow, TopK
+from cache_schema.format.roll import write_roll
 from cache_schema.format.shard import EncodedShard, encode_shard, response_count
 from cache_schema.format.spec import HiddenKind, Kind
 from cache_schema.format.store import Store, open_store
@@ -104,6 +105,10 @@ class CacheWriter:
     def committed(self) -> set[int]:
         """The shards that exist now."""
         return {int(path[8:-5]) for path in self.store.list("commits") if not path.startswith("commits/.")}
+
+    def finish(self) -> None:
+        """Once all shards are committed, list them in one file for readers at object stores: see `roll`."""
+        write_roll(self.store, self.manifest.plan.shards)
 
     def is_committed(self, shard: int) -> bool:
         """Whether the shard exists now."""

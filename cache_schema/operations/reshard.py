@@ -91,6 +91,8 @@ def write_cache(
             except OSError as error:
                 raise store_failure(error, writer.store) from error
             progress.update(sum(ways.values()))
+    if ways:
+        writer.finish()
     return {
         "out": out,
         "samples": sum(len(piece.keep) for pieces in shards.values() for piece in pieces),

@@ -15,6 +15,8 @@ from typing import Any
 
 from cache_schema.errors import CacheDamaged, KdcacheError
 from cache_schema.format.manifest import CommitRecord, Manifest, commit_path
+from cache_schema.format.roll import ROLL
+from cache_schema.format.sealed import unseal
 from cache_schema.format.store import Store, open_store
 from cache_schema.format.writer import MANIFEST, set_aside
 from cache_schema.operations.verify_shard import REMAKE, Problem, check_shard
@@ -26,6 +28,7 @@ that long between writing a shard's files and committing it."""
 
 UNCHECKED = "contents: files have the committed sizes and digests, but nothing in them was decoded or counted"
 DAMAGED_HEAD = "truncated or altered: it is not the teacher's head of the manifest"
+DAMAGED_ROLL = "truncated or altered; readers go by the commit records themselves"
 STRANGER = "not a file of the committed shard"
 _ATTEMPT = re.compile(r"^(?:samples|targets|quarantine)/\.?(\d{5,})-([0-9a-f]{12})\.")
 
@@ -130,11 +133,19 @@ class _Verification:
         self._check_manifest()
         self._read_records([path for path in files if path.startswith("commits/")])
         self._check_head(files)
+        if ROLL in files:
+            self._check_roll()
         self._check_shards(files)
         self._sort_the_rest(files)
         if repair:
             self._repair(files)
         return self.report
+
+    def _check_roll(self) -> None:
+        try:
+            unseal(self.store.read(ROLL), ROLL)
+        except CacheDamaged:
+            self._problem(ROLL, DAMAGED_ROLL, "run `kdcache verify --repair`: it is set aside")
 
     def _check_manifest(self) -> None:
         try:
@@ -234,7 +245,7 @@ class _Verification:
             attempt = _ATTEMPT.match(path)
             if head is not None and path == head.path:
                 continue
-            if path in named or path == MANIFEST or path.startswith("aside/"):
+            if path in named or path in (MANIFEST, ROLL) or path.startswith("aside/"):
                 continue
             if path.startswith(".manifest.") or "/." in path:
                 self.report.leftovers.append(path)
@@ -253,7 +264,7 @@ class _Verification:
             set_aside(self.store, path)
             self.report.repaired.append(f"set aside {path}")
         for problem in self.report.problems:
-            if problem.what in (STRANGER, DAMAGED_HEAD):
+            if problem.what in (STRANGER, DAMAGED_HEAD, DAMAGED_ROLL):
                 self.store.move(problem.file, f"aside/{problem.file}")
                 self.report.repaired.append(f"set aside {problem.file}")
         dead = [path for path in self.report.leftovers if self._is_dead(path)]
