@@ -63,12 +63,22 @@ def head_of(cache: Cache, device: torch.device | str = "cpu") -> Head:
 
 def states_on(states: HiddenStates, device: torch.device | str) -> Tensor:
     """Hidden states (N, D) in float32 on a device, sent there in 8 bits."""
-    tables = torch.from_numpy(np.ascontiguousarray(states.channels)).to(device)
-    values, scales, table = (
-        torch.from_numpy(np.ascontiguousarray(array)).to(device)
-        for array in (states.values, states.scales, states.channel_of.astype(np.int64))
+    return decoded_states(*(tensor.to(device) for tensor in state_tensors(states)))
+
+
+def state_tensors(states: HiddenStates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stored hidden states as tensors: values (N, D) int8, scales (N,), channels (C, 2, D), channel_of (N,)
+    int64."""
+    values, scales, channels, channel_of = (
+        torch.from_numpy(np.array(array))
+        for array in (states.values, states.scales, states.channels, states.channel_of.astype(np.int64))
     )
+    return values, scales, channels, channel_of
+
+
+def decoded_states(values: Tensor, scales: Tensor, channels: Tensor, channel_of: Tensor) -> Tensor:
+    """(N, D) float32 of `state_tensors`."""
     made = values * scales[:, None]
-    if len(tables) == 1:
-        return made.mul_(tables[0, 1]).add_(tables[0, 0])
-    return made.mul_(tables[table, 1]).add_(tables[table, 0])
+    if len(channels) == 1:
+        return made.mul_(channels[0, 1]).add_(channels[0, 0])
+    return made.mul_(channels[channel_of, 1]).add_(channels[channel_of, 0])

@@ -11,6 +11,7 @@ from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import IdentityMismatch
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import ImageRecord
+from cache_schema.format.spec import KINDS
 from cache_schema.progress import Progress
 from models.tokens import digest_of_tokenizer, tokenizer_parts
 from student.collate import Collator
@@ -127,7 +128,9 @@ def _target_problems(cache: Cache, stage: Stage) -> list[str]:
         )
     if not stage.targets:
         return problems
-    if losses.tail == "sampled":
+    if losses.tail == "dense":
+        problems += _dense_problems(cache, stage)
+    elif losses.tail == "sampled":
         if not spec.tail_samples or spec.sample_temperature != losses.temperature:
             problems.append(
                 f"tail `sampled` at temperature {losses.temperature} needs draws, the cache holds "
@@ -140,6 +143,19 @@ def _target_problems(cache: Cache, stage: Stage) -> list[str]:
             "use one of those or build the cache with it"
         )
     return problems
+
+
+def _dense_problems(cache: Cache, stage: Stage) -> list[str]:
+    """Kinds of positions whose hidden states tail `dense` needs and the cache does not have."""
+    wanted = [kind for kind in KINDS if kind in stage.targets]
+    absent = [kind for kind in wanted if kind not in cache.spec.hidden]
+    if not absent:
+        return []
+    return [
+        f"tail `dense` needs hidden states of {', '.join(wanted)} positions, the cache holds "
+        f"{', '.join(cache.spec.hidden) or 'none'}; use tail `bucket`, or build the cache with `hidden` "
+        "among its --targets"
+    ]
 
 
 def _measure_problems(cache: Cache) -> list[str]:

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
+from cache_schema.format.codecs.hidden import join_hidden
 from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK, positions_by_kind
 from cache_schema.format.spec import KINDS, Kind
 from models.inputs import open_recorded, pad
+from models.stored_head import state_tensors
 from student.losses import (
     Denominators,
     DistillationTargets,
     PlannedTargets,
     PositionTargets,
     RelationTargets,
+    TeacherStates,
 )
 from student.pixels import PixelInputs
 
@@ -145,8 +148,9 @@ class Collator:
     def _targets(self, samples: Sequence[Sample], length: int) -> DistillationTargets | None:
         if not self.targets:
             return None
+        dense = "hidden" in self.targets
         found = (
-            (kind, _position_targets(samples, length, kind, self.sample_temperature))
+            (kind, _position_targets(samples, length, kind, self.sample_temperature, dense=dense))
             for kind in KINDS
             if kind in self.targets
         )
@@ -189,6 +193,7 @@ def respan(sample: Sample, placeholders: int, image_token_id: int) -> Sample:
         records={**sample.records, "visual": None, "prompt": None},
         relations=[],
         model_inputs={},
+        hidden_states={kind: each for kind, each in sample.hidden_states.items() if kind == "response"},
     )
 
 
@@ -209,7 +214,7 @@ def _extra_inputs(samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
 
 
 def _position_targets(
-    samples: Sequence[Sample], length: int, kind: Kind, sample_temperature: float
+    samples: Sequence[Sample], length: int, kind: Kind, sample_temperature: float, *, dense: bool
 ) -> PositionTargets | None:
     """The TopK records of all samples, concatenated, with their indices into hidden.reshape(B * T, D)."""
     records: list[tuple[int, NDArray[Any], TopK]] = []
@@ -248,7 +253,17 @@ def _position_targets(
         sampled_ids=joined("sampled_ids"),
         sampled_counts=None if counts_drawn is None else counts_drawn.float(),
         sample_temperature=sample_temperature,
+        states=_states([samples[place] for place, _, _ in records], kind) if dense else None,
     )
+
+
+def _states(samples: Sequence[Sample], kind: Kind) -> TeacherStates | None:
+    """The teacher's hidden states of all samples, concatenated; None where they are not stored."""
+    found = [sample.hidden_states[kind] for sample in samples if kind in sample.hidden_states]
+    if len(found) < len(samples):
+        return None
+    values, scales, channels, channel_of = state_tensors(join_hidden(found))
+    return TeacherStates(values=values, scales=scales, channels=channels, channel_of=channel_of)
 
 
 def _entries(records: Sequence[TopK]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

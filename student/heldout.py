@@ -11,6 +11,7 @@ from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache
 from cache_schema.format.identity import digest_of
+from cache_schema.format.spec import TARGETS
 from cache_schema.progress import Progress, Silent, task
 from models.tokens import pad_token_id_of
 from student.checks import check_student
@@ -49,7 +50,7 @@ def held_out(
     is left out, and the response terms remain.
     """
     placeholders = check_student(cache, model, processor, image_root, None, adopt_template=adopt_template)
-    targets = cache.spec.targets if placeholders is None else ("response",)
+    targets = TARGETS if placeholders is None else ("response",)
     collator = Collator(
         pixels=PixelInputs(processor),
         image_root=image_root,

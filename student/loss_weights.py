@@ -9,7 +9,7 @@ from cache_schema.format.spec import KINDS, Kind, Target
 from cache_schema.settings import Help, at_least, check, positive, within
 from student.divergences import FORWARD, Divergence, by_kind
 
-Tail = Literal["bucket", "renormalize", "drop", "sampled"]
+Tail = Literal["bucket", "renormalize", "drop", "sampled", "dense"]
 Reduction = Literal["sample_mean", "token_mean"]
 
 TERMS = ("ce", *(f"{kind}_kl" for kind in KINDS), "relation")
@@ -32,7 +32,13 @@ class LossWeights:
     relation: Annotated[_Weight, Help("Weight of the relation loss.")] = 0.5
     prompt: Annotated[_Weight, Help("Weight of the KL at prompt positions.")] = 0.0
     temperature: Annotated[float, positive, Help("Temperature of the KL, as in `sparse_kl`.")] = 1.0
-    tail: Annotated[Tail, Help("The mass outside the stored entries, as in `sparse_kl`.")] = "bucket"
+    tail: Annotated[
+        Tail,
+        Help(
+            "The mass outside the stored entries, as in `sparse_kl`; dense: the whole distribution instead, "
+            "made of the cache's hidden states and the teacher's head."
+        ),
+    ] = "bucket"
     divergence: Annotated[
         str,
         Help(
@@ -58,7 +64,14 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         others = [each.name for each in self.divergences.values() if each != FORWARD]
-        check(self, {f"divergence {each} needs tail `bucket`": self.tail != "bucket" for each in others})
+        faults: dict[str, object] = {
+            f"divergence {each} needs tail `bucket` or `dense`": self.tail not in ("bucket", "dense")
+            for each in others
+        }
+        faults["kl_share below 1 does not go with tail `dense`"] = (
+            self.tail == "dense" and self.kl_share < 1.0
+        )
+        check(self, faults)
 
     @property
     def divergences(self) -> dict[Kind, Divergence]:

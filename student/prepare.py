@@ -21,6 +21,7 @@ from cache_schema.format.cache import Cache, open_cache
 from cache_schema.progress import Progress
 from models.device import choose_device
 from models.folder import load_model, load_processor
+from models.stored_head import head_of
 from models.tokens import pad_token_id_of
 from student.checkpoint import Checkpoints
 from student.checks import check_student
@@ -88,6 +89,8 @@ def prepare_student(
         adopt_template=config.adopt_template,
     )
     student.check_head(torch.tensor([processor.tokenizer.encode("What is in the image?")]))
+    if "hidden" in stage.parts:
+        student.loss.teacher = head_of(cache, accelerator.device)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.mixed_precision in _COMPUTE and not sharded:  # FSDP wants one dtype
         hold_frozen(student.model, _COMPUTE[accelerator.mixed_precision])
@@ -102,7 +105,7 @@ def prepare_student(
         image_root=root,
         pad_token_id=pad_token_id_of(processor.tokenizer),
         image_token_id=training["image_token_id"],
-        targets=stage.targets,
+        targets=stage.parts,
         sample_temperature=cache.spec.sample_temperature,
         placeholders=placeholders,
         kl_share=stage.losses.kl_share,

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from cache_schema.errors import KdcacheError, WrongUsage
-from cache_schema.format.spec import TARGETS
+from cache_schema.format.spec import KINDS, TARGETS
 from cache_schema.settings import Help, at_least, check, positive, settings_of, within
 from models.parts import Part
 from student.loss_weights import LossWeights
@@ -88,6 +88,12 @@ class Stage:
     def targets(self) -> tuple[str, ...]:
         """The targets that its losses read from the cache."""
         return tuple(name for name, weight in self.losses.by_target.items() if weight > 0.0)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What of the cache they need: the targets, and hidden states for tail `dense`."""
+        dense = self.losses.tail == "dense" and any(kind in self.targets for kind in KINDS)
+        return (*self.targets, "hidden") if dense else self.targets
 
     def only(self, targets: tuple[str, ...]) -> Stage:
         """The stage with the losses of all other targets switched off; CE stays. WrongUsage for a target

@@ -118,7 +118,7 @@ def _begin(
         cache,
         order,
         micro_batch=config.micro_batch,
-        targets=stage.targets,
+        targets=stage.parts,
         rank=ranks.rank,
         world_size=ranks.count,
     )

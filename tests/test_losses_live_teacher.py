@@ -5,20 +5,25 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cache_schema import TargetSpec, open_cache
+from cache_schema import IdentityMismatch, TargetSpec, open_cache
 from cache_schema.progress import Silent
 from models.folder import load_model
+from models.stored_head import head_of
 from pipeline.capture import BuildConfig, build
 from student.collate import Collator
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
+from student.settings import TrainConfig
+from student.stages import DPT
+from student.train import train
 from tests.dense_twins import dense_kl, relation_twin
 from tests.tiny_models import tiny_dataset, tiny_llava
 
@@ -29,6 +34,7 @@ WEIGHTS = LossWeights(prompt=0.3)
 TARGETS = ("response", "visual", "relation", "prompt")
 FULL = TargetSpec(targets=TARGETS, top_k=VOCABULARY, precision="full", relation="exact")
 COMPACT = TargetSpec(targets=TARGETS, top_k=32)
+HIDDEN = TargetSpec(targets=("response", "visual", "relation", "hidden"), top_k=2, relation="exact")
 
 
 class World:
@@ -53,7 +59,7 @@ class World:
         assert build(config, Silent()).captured == ROWS
         return open_cache(config.out)
 
-    def batches(self, cache):
+    def batches(self, cache, targets=TARGETS):
         """The micro-batches of one epoch, the same rows in the same order for every cache."""
         samples = sorted((cache[i] for i in range(len(cache))), key=lambda sample: sample.row)
         collator = Collator(
@@ -61,22 +67,22 @@ class World:
             image_root=self.data.image_root,
             pad_token_id=1,
             image_token_id=2,
-            targets=TARGETS,
+            targets=targets,
         )
         return [collator(samples[start : start + BATCH]) for start in range(0, ROWS, BATCH)]
 
-    def new_student(self):
+    def new_student(self, weights=WEIGHTS):
         """The untrained student, in float64 so that two curves differ only by what they are made from."""
         parts = ("projector", "language_model")
         student = DistilledStudent(
-            load_model(self.student, torch.float32), WEIGHTS, vocab_size=VOCABULARY, trainable=parts
+            load_model(self.student, torch.float32), weights, vocab_size=VOCABULARY, trainable=parts
         )
         return student.double().eval()
 
-    def live_loss(self):
+    def live_loss(self, weights=WEIGHTS):
         """The dense objective with the teacher in memory, as a function of student, inputs and batch."""
         teacher = load_model(self.teacher, torch.float32).double().eval()
-        return lambda student, inputs, batch: dense_loss(student.model, teacher, inputs, batch)
+        return lambda student, inputs, batch: dense_loss(student.model, teacher, inputs, batch, weights)
 
     def train(self, batches, loss_of, student):
         """The loss at each of STEPS steps."""
@@ -108,7 +114,7 @@ def cached_loss(student, inputs, batch):
     return student(inputs, batch.labels, batch.targets, batch.denominators).total
 
 
-def dense_loss(student, teacher, inputs, batch):
+def dense_loss(student, teacher, inputs, batch, weights=WEIGHTS):
     """The objective from both models' own logits, sample by sample."""
     with torch.no_grad():
         wanted = teacher(**inputs).logits
@@ -118,16 +124,18 @@ def dense_loss(student, teacher, inputs, batch):
     for b, labels in enumerate(batch.labels):
         total = total + F.cross_entropy(made[b, :-1], labels[1:])
         for kind in ("response", "visual", "prompt"):
+            if not weights.by_target[kind]:
+                continue
             record = batch.targets.positions[kind]
             positions = record.positions[record.samples == b] - b * length
             if len(positions):
                 teacher_logits = wanted[b, positions].masked_fill(no_token, -torch.inf)
                 kl = dense_kl(made[b, positions], teacher_logits).mean()
-                total = total + WEIGHTS.by_target[kind] * kl
+                total = total + weights.by_target[kind] * kl
         images = [r.positions - b * length for r in batch.targets.relations if r.sample == b]
         for positions in images:
             theirs, ours = (logits[b, positions, :VOCABULARY] for logits in (wanted, made))
-            total = total + WEIGHTS.relation * relation_twin(ours, theirs @ theirs.T) / len(images)
+            total = total + weights.relation * relation_twin(ours, theirs @ theirs.T) / len(images)
     return total / len(batch.labels)
 
 
@@ -149,6 +157,43 @@ def test_the_cached_run_keeps_its_golden_curve(world):
     """k = 32, 8-bit log-probabilities, relation factors: the default cache."""
     curve = world.train(world.batches(world.capture("compact", COMPACT)), cached_loss, world.new_student())
     assert curve == pytest.approx(json.loads(GOLDEN.read_text(encoding="utf-8"))["loss"], rel=1e-3)
+
+
+def test_hidden_states_and_head_give_the_curve_of_a_live_teacher(world):
+    """Two entries a position are stored; the whole distribution comes from hidden states in 8 bits."""
+    weights = replace(WEIGHTS, prompt=0.0, tail="dense")
+    cache = world.capture("hidden", HIDDEN)
+    batches = world.batches(cache, HIDDEN.targets)
+    dense = world.train(batches, world.live_loss(weights), world.new_student(weights))
+    student = world.new_student(weights)
+    student.loss.teacher = head_of(cache)
+    cached = world.train(batches, cached_loss, student)
+    assert max(abs(a - b) for a, b in zip(dense, cached, strict=True)) < 1e-2
+    assert cached[-1] < 0.7 * cached[0]
+    with torch.no_grad():  # two entries are not enough
+        sparse = world.new_student(replace(weights, tail="bucket"))
+        assert dense[0] - cached_loss(sparse, wide(batches[0]), batches[0]).item() > 0.1
+
+
+def test_a_run_learns_from_hidden_states_where_the_cache_has_them(world, tmp_path):
+    stage = replace(DPT, global_batch=4, max_steps=2, losses=LossWeights(tail="dense"))
+    config = TrainConfig(
+        stage=stage,
+        student=world.student,
+        cache=str(world.folder / "hidden"),
+        image_root=world.data.image_root,
+        out=tmp_path / "run",
+        micro_batch=2,
+        trackers=(),
+        workers=1,
+    )
+    train(config, Silent())
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    without = replace(config, cache=str(world.folder / "full"), out=tmp_path / "other")
+    with pytest.raises(
+        IdentityMismatch, match="needs hidden states of response, visual positions, the cache"
+    ):
+        train(without, Silent())
 
 
 def main():

@@ -10,6 +10,7 @@ from student.losses.targets import (
     DistillationTargets,
     PositionTargets,
     RelationTargets,
+    TeacherStates,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PlannedTargets",
     "PositionTargets",
     "RelationTargets",
+    "TeacherStates",
     "cross_entropy",
     "relation_loss",
     "sparse_kl",

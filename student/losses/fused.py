@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.head import Head
+from student.losses.dense import DenseWork, run_dense
 from student.losses.positions import PositionWork, run_positions
 from student.losses.products import Gradients, HeadProducts, KeptMatrix
 from student.losses.relation import RelationWork, run_relations
@@ -27,12 +29,13 @@ def memory_budget_of(device: torch.device) -> int:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Values:
     """total: the weighted sum of everything, differentiable. The rest is detached and unweighted: kl (m,)
-    and ce (n,) by the rows of `PositionWork`, relation (I,)."""
+    and ce (n,) by the rows of `PositionWork`, relation (I,), dense (M,) of all `DenseWork`, in order."""
 
     total: Tensor
     kl: Tensor
     ce: Tensor
     relation: Tensor
+    dense: Tensor
 
 
 def fused_losses(
@@ -41,6 +44,7 @@ def fused_losses(
     *,
     positions: PositionWork | None = None,
     relations: RelationWork | None = None,
+    dense: Sequence[DenseWork] = (),
     memory_budget: int | None = None,
     compute: torch.dtype | None = None,
     matrix: KeptMatrix | None = None,
@@ -60,19 +64,20 @@ def fused_losses(
         for tensor in (hidden, head.weight, head.bias)
     )
     # The tensors are separate arguments, since autograd does not look into the head.
-    total, kl, ce, relation = _FusedLosses.apply(
+    total, kl, ce, relation, whole = _FusedLosses.apply(
         hidden,
         head.weight,
         head.bias,
         head,
         positions,
         relations,
+        dense,
         memory_budget_of(hidden.device) if memory_budget is None else memory_budget,
         compute,
         matrix,
         wanted,
     )
-    return Values(total=total, kl=kl, ce=ce, relation=relation)
+    return Values(total=total, kl=kl, ce=ce, relation=relation, dense=whole)
 
 
 class _FusedLosses(torch.autograd.Function):
@@ -85,11 +90,12 @@ class _FusedLosses(torch.autograd.Function):
         head: Head,
         positions: PositionWork | None,
         relations: RelationWork | None,
+        dense: Sequence[DenseWork],
         memory_budget: int,
         compute: torch.dtype | None,
         matrix: KeptMatrix | None,
         wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         # Products choose their own precision: autocast would change it.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             products = HeadProducts(head, hidden.dtype, compute, matrix)
@@ -103,13 +109,18 @@ class _FusedLosses(torch.autograd.Function):
             if relations is not None and relations.groups:
                 relation = run_relations(hidden, head, relations, products, gradients, memory_budget)
                 total += _weighted(relations.weights, relation)
+            found = [total.new_zeros(0)]
+            for work in dense:
+                found.append(run_dense(hidden, work, products, gradients, memory_budget, compute))
+                total += _weighted(work.weights, found[-1])
+            whole = torch.cat(found)
         ctx.save_for_backward(
             None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
             None if gradients.weight is None else gradients.weight.result(),
             None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
         )
-        ctx.mark_non_differentiable(kl, ce, relation)
-        return total, kl, ce, relation
+        ctx.mark_non_differentiable(kl, ce, relation, whole)
+        return total, kl, ce, relation, whole
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +134,7 @@ class _FusedLosses(torch.autograd.Function):
                 scale = grad_total.to(gradient.dtype)
                 gradient = gradient * scale if keep else gradient.mul_(scale)
             scaled.append(gradient)
-        return (*scaled, None, None, None, None, None, None, None)
+        return (*scaled, *(None,) * 8)
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from cache_schema.format.spec import KINDS, Kind
 from models.head import Head
 from student.divergences import FORWARD
 from student.loss_weights import TERMS, LossWeights
+from student.losses.dense import DenseWork
 from student.losses.fused import fused_losses
 from student.losses.plan import Plan, groups_of, plan_of
 from student.losses.positions import position_work
@@ -59,11 +60,15 @@ class DistillationLoss:
     `sparse_kl` at the response, visual and prompt positions, or the divergence of `LossWeights.divergence`.
     L_rel: `relation_loss` of every image. Means as `LossWeights.reduction` says. All terms share one pass: a
     position's logits are made once. With a `kl_share` below 1 the KL terms count the selected positions
-    alone, each of them for as many as were asked for each selected one.
+    alone, each of them for as many as were asked for each selected one. With tail `dense` they compare with
+    the whole distribution that `teacher`, its head, makes of its hidden states; their logits are made apart.
     """
 
-    def __init__(self, weights: LossWeights, *, memory_budget: int | None = None) -> None:
+    def __init__(
+        self, weights: LossWeights, *, teacher: Head | None = None, memory_budget: int | None = None
+    ) -> None:
         self.weights = weights
+        self.teacher = teacher
         self.memory_budget = memory_budget
         self.matrix = KeptMatrix()
 
@@ -93,9 +98,10 @@ class DistillationLoss:
         targets = DistillationTargets() if targets is None else targets
         batch, length, width = hidden.shape
 
-        kinds = tuple(
+        asked = tuple(
             kind for kind, target in targets.positions.items() if len(target) and weights.by_target[kind]
         )
+        kinds, whole = ((), asked) if weights.tail == "dense" else (asked, ())
         plan = plan_of(labels, targets, kinds, supervised=weights.ce != 0, kl_share=weights.kl_share)
         if plan.label_range is not None:
             head.check_label_range(*plan.label_range)
@@ -119,6 +125,10 @@ class DistillationLoss:
             which=torch.cat([plan.labels[:0], *which]),
             divergences=divergences,
         )
+        dense = [
+            self._dense(kind, targets.positions[kind], plan, denominators, world_size, dtype)
+            for kind in whole
+        ]
         groups = groups_of(targets) if weights.relation != 0 else ()
         siblings = torch.cat([ce_shares[:0], *(group.siblings.to(dtype) for group in groups)])
         image_shares = self._shares(siblings, denominators.samples, denominators.images, dtype)
@@ -127,6 +137,7 @@ class DistillationLoss:
             head,
             positions=work,
             relations=RelationWork(groups=groups, weights=image_shares * (weights.relation * world_size)),
+            dense=[work for work, _ in dense],
             memory_budget=self.memory_budget,
             compute=compute,
             matrix=self.matrix,
@@ -138,6 +149,9 @@ class DistillationLoss:
             rows = plan.layout.kl_rows[at : at + len(term.shares)]
             kl[term.kind] = (term.shares * values.kl[rows]).sum()
             at += len(rows)
+        parts = values.dense.split([len(shares) for _, shares in dense])
+        for kind, (_, shares), part in zip(whole, dense, parts, strict=True):
+            kl[kind] = (shares * part).sum()
         return LossParts(
             total=values.total,
             ce=(ce_shares * values.ce[plan.layout.ce_rows]).sum(),
@@ -162,6 +176,29 @@ class DistillationLoss:
         )
         shares = self._shares(plan.siblings[kind], denominators.samples, denominators.tokens[kind], dtype)
         return _Term(kind=kind, entries=entries, shares=shares)
+
+    def _dense(
+        self,
+        kind: Kind,
+        target: PositionTargets,
+        plan: Plan,
+        denominators: Denominators,
+        world_size: int,
+        dtype: torch.dtype,
+    ) -> tuple[DenseWork, Tensor]:
+        """The term of a kind against the teacher's whole distribution, and each position's share (N,)."""
+        weights = self.weights
+        if target.states is None or self.teacher is None:
+            raise ValueError("tail `dense` needs the teacher's hidden states and its head")
+        shares = self._shares(plan.siblings[kind], denominators.samples, denominators.tokens[kind], dtype)
+        return DenseWork(
+            positions=target.positions,
+            states=target.states,
+            teacher=self.teacher,
+            weights=shares * (weights.by_target[kind] * world_size),
+            temperature=weights.temperature,
+            divergence=weights.divergences[kind],
+        ), shares
 
     def _shares(self, siblings: Tensor, all_samples: float, all_items: float, dtype: torch.dtype) -> Tensor:
         """(N,) the share of each of a term's N tokens (images), of whose sample there are `siblings` (N,)."""

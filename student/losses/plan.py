@@ -161,7 +161,8 @@ class Plan:
     kinds: whose distributions have rows in `layout`, one kind after the other; labels (C,) int64: the next
     tokens, where they are supervised and asked for, label_range the least and the greatest of them (None:
     there is none). siblings: the supervised tokens (C,), and the positions (M_kind,) of each kind, of each
-    one's sample, float32. unsupervised: samples with no supervised token. kl_share: as in `LossWeights`.
+    one's sample, float32, also of other kinds. unsupervised: samples with no supervised token. kl_share: as
+    in `LossWeights`.
     """
 
     kinds: tuple[Kind, ...]
@@ -192,7 +193,7 @@ class Plan:
             samples, offsets = samples[:0], offsets[:0]
         next_tokens = labels[samples, offsets + 1]
         positions = [targets.positions[kind].positions for kind in kinds]
-        siblings = {kind: targets.positions[kind].samples for kind in kinds}
+        siblings = {kind: target.samples for kind, target in targets.positions.items()}
 
         label_positions = samples * length + offsets
         if kl_share < 1.0:
@@ -246,7 +247,9 @@ class PlannedTargets(DistillationTargets):
     def of(cls, labels: Tensor, targets: DistillationTargets | None, kl_share: float = 1.0) -> PlannedTargets:
         """targets of a batch with labels (B, T), unshifted, all on the host. kl_share: of `LossWeights`."""
         targets = DistillationTargets() if targets is None else targets
-        kinds = tuple(kind for kind, target in targets.positions.items() if len(target))
+        kinds = tuple(
+            kind for kind, target in targets.positions.items() if len(target) and target.states is None
+        )
         return cls(
             positions={kind: target.checked() for kind, target in targets.positions.items()},
             relations=targets.relations,

@@ -127,13 +127,7 @@ def run_positions(
         if gradients.wanted:
             slope = table[:, stride : stride + columns] if capped else None
             grad = products.unscale(logits[:, :columns], slope)
-            if gradients.hidden is not None:
-                gradients.hidden.index_add_(0, index, products.hidden_gradient(grad))
-            if gradients.weight is not None:
-                states = hidden.index_select(0, index).to(dtype)
-                gradients.weight.add(slice(0, columns), grad.t(), states)
-            if gradients.bias is not None:
-                gradients.bias[:columns] += grad.sum(dim=0)
+            gradients.add(products, grad, index, hidden.index_select(0, index).to(dtype))
     return kl, ce
 
 

@@ -246,6 +246,16 @@ class Gradients:
             self.bias = torch.zeros(head.bias.shape, dtype=products.dtype, device=head.bias.device)
         self.wanted = any(wanted)
 
+    def add(self, products: HeadProducts, grad: Tensor, index: Tensor, states: Tensor) -> None:
+        """Add what grad (n, V), in the products before bias and scale, gives at positions index (n,) with
+        states (n, D)."""
+        if self.hidden is not None:
+            self.hidden.index_add_(0, index, products.hidden_gradient(grad))
+        if self.weight is not None:
+            self.weight.add(slice(0, grad.shape[1]), grad.t(), states)
+        if self.bias is not None:
+            self.bias += grad.sum(dim=0)
+
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """float64 where anything is, else float32."""

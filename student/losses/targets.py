@@ -11,7 +11,28 @@ from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import Kind
+from models.stored_head import decoded_states
 from student.loss_weights import TERMS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TeacherStates:
+    """The teacher's hidden states at N positions as a cache stores them: values (N, D) int8, scales (N,),
+    channels (C, 2, D) float32, channel_of (N,) int64."""
+
+    values: Tensor
+    scales: Tensor
+    channels: Tensor
+    channel_of: Tensor
+
+    def at(self, rows: slice) -> Tensor:
+        """(n, D) float32 of some of them."""
+        return decoded_states(self.values[rows], self.scales[rows], self.channels, self.channel_of[rows])
+
+    def to(self, device: torch.device | str) -> TeacherStates:
+        """The same on `device`."""
+        names = ("values", "scales", "channels", "channel_of")
+        return TeacherStates(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,6 +45,7 @@ class PositionTargets:
     tail_logprob (N, n_T) float32: log of the mass outside the entries at each of `temperatures` (n_T,)
     float32. sampled_ids (N, M), none of them among token_ids, with sampled_counts (N, M): draws from the
     tail at `sample_temperature`; places with count 0 are unused.
+    states: where the teacher's whole distribution is to be learnt from; the entries then count nothing.
     `temperatures` stays on the CPU. id_range: the least and the greatest id with mass, and those among draws
     with a count, where `checked` has found them; then nothing waits for the device to learn them.
     """
@@ -39,6 +61,7 @@ class PositionTargets:
     sample_temperature: float = 1.0
     id_range: tuple[int, int] | None = None
     drawn_range: tuple[int, int] | None = None
+    states: TeacherStates | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -57,6 +80,7 @@ class PositionTargets:
         for name in ("sampled_ids", "sampled_counts"):
             value = getattr(self, name)
             moved[name] = None if value is None else value.to(device, non_blocking=True)
+        moved["states"] = None if self.states is None else self.states.to(device)
         return replace(self, **moved)
 
 

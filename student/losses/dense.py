@@ -1,0 +1,111 @@
+"""The divergence from a teacher's whole distribution, made of its hidden states and head, chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.head import Head
+from student.divergences import FORWARD, Divergence
+from student.losses.logit_rows import LogitRows, row_losses
+from student.losses.products import Gradients, HeadProducts
+from student.losses.records import Entries
+from student.losses.targets import TeacherStates
+
+_TABLES = 6
+"""Arrays (n, V) in memory at a time, about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DenseWork:
+    """The divergence at M positions of hidden (N, D): positions (M,) int64, the teacher's states there and
+    its head, and what each counts, weights (M,)."""
+
+    positions: Tensor
+    states: TeacherStates
+    teacher: Head
+    weights: Tensor
+    temperature: float
+    divergence: Divergence
+
+
+def run_dense(
+    hidden: Tensor,
+    work: DenseWork,
+    products: HeadProducts,
+    gradients: Gradients,
+    memory_budget: int,
+    compute: torch.dtype | None,
+) -> Tensor:
+    """The divergence (M,) times T^2; adds to `gradients`. ValueError when teacher and student have different
+    numbers of tokens.
+
+    memory_budget: bytes of logits of both and of what is made from them at a time; at least one position's.
+    """
+    columns, tokens, dtype = len(products.weight), products.columns, products.dtype
+    if work.teacher.columns != tokens:
+        raise ValueError(f"dense loss: the teacher has {work.teacher.columns} tokens, the student {tokens}")
+    theirs = HeadProducts(work.teacher, dtype, compute)
+    size = max(1, memory_budget // (_TABLES * (columns + 1) * dtype.itemsize))
+    values = torch.zeros(len(work.positions), dtype=dtype, device=hidden.device)
+    for start in range(0, len(work.positions), size):
+        chunk = slice(start, min(start + size, len(work.positions)))
+        index, weights = work.positions[chunk], work.weights[chunk]
+        log_p, _ = _logits(theirs, work.states.at(chunk).to(dtype), tokens)
+        log_p = torch.log_softmax(log_p.div_(work.temperature), dim=1)
+        states = hidden.index_select(0, index).to(dtype)  # (n, D)
+        logits, slope = _logits(products, states, columns, blank=True)
+        values[chunk] = _divergence(logits.div_(work.temperature), log_p, weights, tokens, work)
+        gradients.add(products, products.unscale(logits[:, :columns], slope), index, states)
+    return values
+
+
+def _logits(
+    products: HeadProducts, states: Tensor, columns: int, *, blank: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(n, columns) logits, and their slopes where the head is not linear. blank: one more column of -inf."""
+    made = states.new_empty(len(states), columns + blank)
+    slopes = None if products.softcap is None else torch.empty_like(made[:, :columns])
+    for block, matrix in products.blocks(columns):
+        slope = products.logits(states, block, matrix, made[:, block])
+        if slopes is not None and slope is not None:
+            slopes[:, block] = slope
+    if blank:
+        made[:, columns] = -math.inf
+    return made, slopes
+
+
+def _divergence(logits: Tensor, log_p: Tensor, weights: Tensor, tokens: int, work: DenseWork) -> Tensor:
+    """(n,) of logits (n, V + 1), divided by T, which become the gradient of its weighted sum in the logits
+    before that division: T (q - p) for the forward KL."""
+    if work.divergence != FORWARD:
+        count = len(logits)
+        rows = LogitRows(
+            entries=Entries(
+                ids=torch.arange(tokens, device=logits.device).expand(count, tokens),
+                logprobs=log_p,
+                log_tail=log_p.new_full((count,), -math.inf),
+            ),
+            weights=weights,
+            which=torch.zeros(count, dtype=torch.long, device=logits.device),
+            labels=torch.full((count,), logits.shape[1] - 1, device=logits.device),
+            label_weights=torch.zeros_like(weights),
+        )
+        values, _ = row_losses(
+            logits,
+            rows,
+            tokens=tokens,
+            temperature=work.temperature,
+            inside_only=False,
+            divergences=(work.divergence,),
+        )
+        return values
+    logits -= torch.logsumexp(logits, dim=1, keepdim=True)
+    p = log_p.exp()
+    kl: Tensor = torch.linalg.vecdot(p, log_p.sub_(logits[:, :tokens]))
+    logits.exp_()[:, :tokens].sub_(p)
+    logits *= (weights * work.temperature)[:, None]
+    return kl * work.temperature**2
