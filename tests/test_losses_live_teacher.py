@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from cache_schema import IdentityMismatch, TargetSpec, open_cache
+from cache_schema.datasets.image_roots import open_root
 from cache_schema.progress import Silent
 from models.folder import load_model
 from models.stored_head import head_of
@@ -64,7 +65,7 @@ class World:
         samples = sorted((cache[i] for i in range(len(cache))), key=lambda sample: sample.row)
         collator = Collator(
             pixels=PixelInputs(processor_of(self.student)),
-            image_root=self.data.image_root,
+            image_root=open_root(self.data.image_root),
             pad_token_id=1,
             image_token_id=2,
             targets=targets,
@@ -181,7 +182,7 @@ def test_a_run_learns_from_hidden_states_where_the_cache_has_them(world, tmp_pat
         stage=stage,
         student=world.student,
         cache=str(world.folder / "hidden"),
-        image_root=world.data.image_root,
+        image_root=str(world.data.image_root),
         out=tmp_path / "run",
         micro_batch=2,
         trackers=(),
