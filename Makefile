@@ -98,11 +98,15 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/torchvision_folder.py
 	$(VLLM_VENV)/bin/python -m tests.torchvision_folder --hook
 	@touch $@
 
-# It imports decord without asking for it, and a module that filelock 4 no longer has.
-$(LMMS_VENV)/.installed: pyproject.toml
+# lmms-eval imports decord without asking for it, and a module that filelock 4 no longer has; one of its packages is
+# called tests.
+$(LMMS_VENV)/.installed: pyproject.toml tests/torchvision_folder.py
 	$(PYTHON) -m venv $(LMMS_VENV)
 	$(LMMS_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(LMMS_VENV)/bin/python -m pip install --quiet $(LMMS) decord 'filelock<4' --editable . pytest pytest-timeout
+	$(LMMS_VENV)/bin/python -m pip install --quiet $(VLLM_TORCH)
+	$(LMMS_VENV)/bin/python -m pip install --quiet $(VLLM) $(LMMS) decord 'filelock<4' --editable . pytest pytest-timeout
+	$(LMMS_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	$(LMMS_VENV)/bin/python tests/torchvision_folder.py --hook
 	@touch $@
 
 clean:

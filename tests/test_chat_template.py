@@ -51,6 +51,7 @@ def test_an_export_renders_text_and_parts_alike(folder, tmp_path):
     expected = "USER: <image>\nWhat is it? ASSISTANT: A dog.<|endoftext|>USER: Which one? ASSISTANT:"
     own = load_processor(folder)
     assert own.apply_chat_template(chat(parts=True), tokenize=False) == expected
+    assert "What" not in own.tokenizer.apply_chat_template(chat(parts=False), tokenize=False)
     for renders in (exported, exported.tokenizer):  # clients ask the one or the other
         for parts in (True, False):
             made = renders.apply_chat_template(chat(parts=parts), add_generation_prompt=True, tokenize=False)

@@ -43,10 +43,22 @@ def process_results(doc, results):
 """
 
 
-@pytest.mark.parametrize("options", [[], ["--force_simple"]], ids=["parts", "text"])
-def test_lmms_eval_gets_the_accuracy_of_evaluate(tmp_path: Path, options: list[str]) -> None:
+TRANSFORMERS = ("llava_hf", "pretrained={folder},device_map=cpu", "--device", "cpu")
+VLLM = (
+    "vllm",
+    "model={folder},dtype=float32,enforce_eager=True,max_model_len=256,max_num_batched_tokens=512,"
+    "disable_log_stats=True,max_new_tokens=8",
+)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [TRANSFORMERS, (*TRANSFORMERS, "--force_simple"), VLLM],
+    ids=["llava_hf-parts", "llava_hf-text", "vllm"],
+)
+def test_lmms_eval_gets_the_accuracy_of_evaluate(tmp_path: Path, model: tuple[str, ...]) -> None:
     folder, images, task = tmp_path / "exported", tmp_path / "images", tmp_path / "task"
-    export(tiny_llava(tmp_path / "student", seed=2), folder, Silent())
+    export(tiny_llava(tmp_path / "student", seed=2, hidden=64), folder, Silent())
     images.mkdir()
     task.mkdir()
     for number in range(4):
@@ -82,20 +94,20 @@ def test_lmms_eval_gets_the_accuracy_of_evaluate(tmp_path: Path, options: list[s
     (task / "docs.jsonl").write_text("".join(docs))
     (task / "kdcache_local.yaml").write_text(TASK.replace("DOCS", json.dumps(str(task / "docs.jsonl"))))
     (task / "utils.py").write_text(FUNCTIONS)
-    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--tasks", "kdcache_local"]
-    command += ["--model_args", f"pretrained={folder},device_map=cpu", "--include_path", str(task)]
-    command += [
-        "--device",
-        "cpu",
-        "--batch_size",
-        "1",
-        "--log_samples",
-        "--output_path",
-        str(tmp_path / "out"),
-    ]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": ""}
+    name, arguments, *options = model
+    command = [sys.executable, "-m", "lmms_eval", "--model", name, "--tasks", "kdcache_local", *options]
+    command += ["--model_args", arguments.format(folder=folder), "--include_path", str(task)]
+    command += ["--batch_size", "1", "--log_samples", "--output_path", str(tmp_path / "out")]
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     run = subprocess.run(
-        [*command, *options],
+        command,
         env=os.environ | environment,
         capture_output=True,
         text=True,
