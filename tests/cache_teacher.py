@@ -20,41 +20,54 @@ from cache_schema.format.records import (
     positions_by_kind,
 )
 from cache_schema.format.shard import response_count
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import Kind, TargetSpec
 from cache_schema.format.writer import CacheWriter
 from cache_schema.operations.verify import verify
 
 VOCAB = 500
 
 
-def make_topk(rng: np.random.Generator, positions: int, spec: TargetSpec, vocab: int = VOCAB) -> TopK:
-    """A true softmax of random logits, cut to its K largest."""
+def make_topk(
+    rng: np.random.Generator,
+    positions: int,
+    spec: TargetSpec,
+    vocab: int = VOCAB,
+    kind: Kind = "response",
+) -> TopK:
+    """A true softmax of random logits, cut to the entries that the rule of the kind keeps."""
     logits = rng.normal(size=(positions, vocab)).astype(np.float32) * 3
     logsumexp = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
     order = np.argsort(-logits, axis=1, kind="stable")
-    ids = order[:, : spec.top_k].astype(np.int32)
     logprobs = logits - logsumexp[:, None]
+    ranked = np.take_along_axis(logprobs, order, 1)
+    rule = spec.rule(kind)
+    counts = np.full(positions, rule.most)
+    if rule.least_p is not None:
+        counts = np.clip((np.exp(ranked) >= rule.least_p).sum(axis=1), 1, rule.most)
+    there = np.arange(vocab) < counts[:, None]
+    width = rule.most if rule.least_p is None else int(counts.max(initial=1))
     tails = []
     with np.errstate(divide="ignore"):
         for t in spec.temperatures:
             scaled = np.exp(logits.astype(np.float64) / t)
             scaled /= scaled.sum(axis=1, keepdims=True)
-            tails.append(np.log(np.take_along_axis(scaled, order[:, spec.top_k :], 1).sum(axis=1)))
+            tails.append(np.log(np.where(there, 0.0, np.take_along_axis(scaled, order, 1)).sum(axis=1)))
     sampled = {}
     if spec.tail_samples:
-        drawn = rng.integers(spec.top_k, vocab, size=(positions, spec.tail_samples))
+        drawn = rng.integers(width, vocab, size=(positions, spec.tail_samples))
         sampled = {
             "sampled_ids": np.take_along_axis(order, drawn, 1).astype(np.int32),
             "sampled_counts": rng.integers(1, 4, size=drawn.shape).astype(np.int32),
         }
     return TopK(
-        token_ids=ids,
-        logprobs=np.take_along_axis(logprobs, ids.astype(np.int64), 1).astype(np.float32),
+        token_ids=np.where(there, order, 0)[:, :width].astype(np.int32),
+        logprobs=np.where(there, ranked, -np.inf)[:, :width].astype(np.float32),
         tail_logprob=np.stack(tails, axis=1).astype(np.float32),
         temperatures=np.array(spec.temperatures, np.float32),
         logsumexp=logsumexp.astype(np.float32),
         entropy=-(np.exp(logprobs) * logprobs).sum(axis=1).astype(np.float32),
         label_logprob=logprobs[:, 0].astype(np.float32),
+        counts=None if rule.least_p is None else counts.astype(np.int32),
         **sampled,
     )
 
@@ -87,7 +100,7 @@ def make_sample(row: int, spec: TargetSpec, *, tokens: int = 9, share: bool = Fa
             height=24,
             positions=np.arange(start, start + tokens, dtype=np.int32),
         )
-        visual = make_topk(of_image, tokens, spec) if "visual" in spec.targets else None
+        visual = make_topk(of_image, tokens, spec, kind="visual") if "visual" in spec.targets else None
         if visual is not None:
             visual = TopK(
                 **{n: getattr(visual, n) for n in TopK.__dataclass_fields__ if n != "label_logprob"}
@@ -112,7 +125,7 @@ def make_sample(row: int, spec: TargetSpec, *, tokens: int = 9, share: bool = Fa
         label_spans=spans,
         images=tuple(images),
         response=make_topk(rng, responses, spec) if "response" in spec.targets else None,
-        prompt=make_topk(rng, prompts, spec) if "prompt" in spec.targets else None,
+        prompt=make_topk(rng, prompts, spec, kind="prompt") if "prompt" in spec.targets else None,
         model_inputs={"token_type_ids": (np.arange(length) % 2).astype(np.int64)} if row % 2 else {},
     )
 

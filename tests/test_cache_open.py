@@ -22,6 +22,7 @@ from numcodecs import Blosc
 
 from cache_schema import Sample, TargetSpec, TopK, open_cache
 from cache_schema.format.archive import unpack
+from cache_schema.format.codecs.topk import topk_at
 from cache_schema.operations.verify import verify
 from tests.cache_teacher import build_cache, holding
 
@@ -40,7 +41,12 @@ def unsealed(path: Path) -> dict[str, Any]:
 def topk(group: zarr.Group, rows: slice, at_one: int) -> dict[str, np.ndarray]:
     found = {name: array[:] for name, array in group.arrays()}
     tail = found["tail_logprob"][:, rows].astype(np.float64)
-    if "token_ids" in found:
+    if "counts" in found:
+        ids, logprobs = entries(found, rows, tail[at_one])
+        if "label_rank" in found:
+            label = labels(found, logprobs, rows)
+            found["label_logprob"] = np.concatenate([np.zeros(rows.start), label])
+    elif "token_ids" in found:
         ids, logprobs = found["token_ids"][rows], found["logprobs"][rows]
     else:
         ids = found["vocabulary"][found["ids"][rows]]
@@ -48,9 +54,47 @@ def topk(group: zarr.Group, rows: slice, at_one: int) -> dict[str, np.ndarray]:
         level = np.vstack([np.zeros((1, steps.shape[1]), int), np.cumsum(steps, axis=0)])
         fall = found["drop"][rows].astype(np.float64) * (level / 255) ** 2
         logprobs = (np.log(1 - np.exp(tail[at_one])) - np.log(np.exp(-fall).sum(axis=0)) - fall).T
-    names = {"logsumexp", "entropy", "label_logprob", "sampled_counts"} & found.keys()
+    names = {"logsumexp", "entropy", "label_logprob", "sampled_counts", "counts"} & found.keys()
     others = {name: found[name][rows] for name in names}
     return {"token_ids": ids, "logprobs": logprobs, "tail_logprob": tail.T} | others
+
+
+def entries(found: dict[str, np.ndarray], rows: slice, tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probabilities, (N, most entries of any row), of positions by a threshold."""
+    counts = found["counts"].astype(int)
+    ends = np.cumsum(counts)
+    mine = range(*rows.indices(len(counts)))
+    width = max((counts[n] for n in mine), default=1)
+    ids, logprobs = np.zeros((len(mine), width), int), np.full((len(mine), width), -np.inf)
+    rank_starts = np.cumsum([0] + [(counts > rank).sum() for rank in range(1, max(counts, default=1))])
+    for row, n in enumerate(mine):
+        flat = slice(ends[n] - counts[n], ends[n])
+        if "token_ids" in found:
+            ids[row, : counts[n]], logprobs[row, : counts[n]] = (
+                found["token_ids"][flat],
+                found["logprobs"][flat],
+            )
+            continue
+        ids[row, : counts[n]] = found["vocabulary"][found["ids"][flat]]
+        # the step to entry `rank` stands behind those of all earlier rows that have such an entry
+        level = [0]
+        for rank in range(1, counts[n]):
+            level.append(level[-1] + found["steps"][rank_starts[rank - 1] + (counts[:n] > rank).sum()])
+        fall = float(found["drop"][n]) * (np.array(level) / 127) ** 2
+        logprobs[row, : counts[n]] = np.log(1 - np.exp(tail[row])) - np.log(np.exp(-fall).sum()) - fall
+    return ids, logprobs
+
+
+def labels(found: dict[str, np.ndarray], logprobs: np.ndarray, rows: slice) -> np.ndarray:
+    """The log-probability of each label: of the entry of that rank, or apart."""
+    rank = found["label_rank"].astype(int)
+    apart = found["label_rest"].astype(float)
+    return np.array(
+        [
+            logprobs[row, rank[n] - 1] if rank[n] else apart[(rank[:n] == 0).sum()]
+            for row, n in enumerate(range(*rows.indices(len(rank))))
+        ]
+    )
 
 
 def gram(group: zarr.Group, image: int) -> np.ndarray:
@@ -123,11 +167,15 @@ def read_stock(root: Path) -> list[dict[str, Any]]:
 
 
 def assert_same(found: TopK, stock: dict[str, np.ndarray]) -> None:
-    np.testing.assert_array_equal(found.token_ids, stock["token_ids"])
-    np.testing.assert_allclose(found.logprobs, stock["logprobs"], atol=5e-6)
-    for name in ("tail_logprob", "logsumexp", "entropy", "label_logprob", "sampled_counts"):
+    width = stock["token_ids"].shape[1]  # of the widest position; other images may have wider ones
+    np.testing.assert_array_equal(found.token_ids[:, :width], stock["token_ids"])
+    np.testing.assert_allclose(found.logprobs[:, :width], stock["logprobs"], atol=5e-6)
+    assert np.isneginf(found.logprobs[:, width:]).all()
+    by_rank = "counts" in stock
+    for name in ("tail_logprob", "logsumexp", "entropy", "label_logprob", "sampled_counts", "counts"):
         if name in stock:
-            np.testing.assert_array_equal(getattr(found, name), stock[name])
+            rounding = 5e-6 if by_rank and name == "label_logprob" else 0.0
+            np.testing.assert_allclose(getattr(found, name), stock[name], rtol=0.0, atol=rounding)
 
 
 def assert_sample(found: Sample, stock: dict[str, Any]) -> None:
@@ -139,8 +187,11 @@ def assert_sample(found: Sample, stock: dict[str, Any]) -> None:
         if kind in stock:
             assert_same(getattr(found, kind), stock[kind])
     if stock["visual"]:
-        parts = [part for part in stock["visual"] if len(part["token_ids"])]
-        assert_same(found.visual, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+        start = 0
+        for part in stock["visual"]:
+            assert_same(topk_at(found.visual, slice(start, start + len(part["token_ids"]))), part)
+            start += len(part["token_ids"])
+        assert start == len(found.visual)
     assert len(found.relations) == len(stock["relations"])
     for relation, expected in zip(found.relations, stock["relations"], strict=True):
         kept = relation.gram if relation.factor is None else relation.factor @ relation.factor.T
@@ -154,8 +205,15 @@ def assert_sample(found: Sample, stock: dict[str, Any]) -> None:
         TargetSpec(targets=TARGETS, top_k=5, temperatures=(0.5, 1.0, 2.0), tail_samples=2),
         TargetSpec(targets=TARGETS, top_k=5, precision="full", relation="exact"),
         TargetSpec(targets=("relation",), relation="exact"),
+        TargetSpec(
+            targets=TARGETS,
+            entries={"response": 0.01, "visual": 0.02},
+            top_k={"prompt": 3},
+            temperatures=(0.5, 1.0),
+        ),
+        TargetSpec(targets=TARGETS, entries={"response": 0.01, "visual": 0.02}, precision="full"),
     ],
-    ids=["compact", "full", "relation"],
+    ids=["compact", "full", "relation", "entries", "entries in full"],
 )
 def test_stock_libraries_read_what_is_written(tmp_path: Path, spec: TargetSpec, version: int) -> None:
     build_cache(tmp_path, spec, share=True, version=version)
