@@ -240,7 +240,7 @@ def new_student(config: NewStudentConfig, json_: Json = False) -> None:
 @command()
 def train(
     options: Annotated[dict[str, Any], TrainConfig],
-    image_root: list[str],
+    image_root: list[str] | None = None,
     cache: list[str] | None = None,
     stage: str | None = None,
     recipe: Annotated[
@@ -264,13 +264,13 @@ def train(
     plan = None if recipe is None else open_recipe(recipe)
     names = [chosen.name] if plan is None else [entry.stage.name for entry in plan.stages]
     every_cache, caches = by_stage("--cache", cache or [], names)
-    every_root, roots = by_stage("--image-root", image_root, names)
+    every_root, roots = by_stage("--image-root", image_root or [], names)
     only = chosen.name if plan is None else ""
     cache_of_all, root_of_all = caches.get(only, every_cache), roots.get(only, every_root)
     set_by_recipe = {} if plan is None else plan.image_roots
-    if bare := {*names} - {*roots, *set_by_recipe} if root_of_all is None else set():
+    if bare := {*names} - {*roots, *set_by_recipe} if image_root and root_of_all is None else set():
         raise typer.BadParameter(f"none for stage {', '.join(sorted(bare))}", param_hint="--image-root")
-    config = TrainConfig(stage=chosen, cache=cache_of_all, image_root=root_of_all or "", **options)
+    config = TrainConfig(stage=chosen, cache=cache_of_all, image_root=root_of_all, **options)
     per_stage = {"caches": caches, "image_roots": roots}
     result = train_recipe(plan, config, Bar(), **per_stage) if plan else train_stage(config, Bar())
     print_json(result) if json_ else print_training(result)

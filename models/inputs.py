@@ -45,7 +45,7 @@ def join(values: Sequence[Tensor]) -> Tensor:
 def open_recorded(root: ImageRoot | Path | str, record: ImageRecord, *, recorded: str) -> Image.Image:
     """The image of `record`, decoded. RowRejected as `open_image`, and `changed_image` when the file's digest
     is not the record's; recorded: the source of that digest, for the message."""
-    opened = open_image(root, record.path, record.sha256)
+    opened = open_image(root, record.path, record.sha256, record.content)
     if opened.sha256 != record.sha256:
         raise RowRejected(
             "changed_image",

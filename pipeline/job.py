@@ -188,6 +188,7 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
             image_token_id=image_token_id_of(teacher_config),
             image_root=root,
             max_length=max_length,
+            embed_images=config.spec.embed_images,
             over_long=config.over_long,
         ),
         image_root=root,

@@ -84,6 +84,7 @@ class SamplePreparer:
         image_token_id: int,
         image_root: ImageRoot | Path | str,
         max_length: int,
+        embed_images: bool = False,
         over_long: OverLong = "quarantine",
     ) -> None:
         if not processor.tokenizer.is_fast:
@@ -98,6 +99,7 @@ class SamplePreparer:
         self._image_token_id = image_token_id
         self._image_root = open_root(image_root)
         self._max_length = max_length
+        self._embed_images = embed_images
         self._over_long = over_long
 
     def prepare(self, conversation: Conversation) -> PreparedSample:
@@ -138,6 +140,7 @@ class SamplePreparer:
                     width=image.width,
                     height=image.height,
                     positions=place,
+                    content=image.content if self._embed_images else None,
                 )
                 for image, place in zip(images, positions, strict=True)
             ),

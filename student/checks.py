@@ -193,7 +193,7 @@ def _visual_tokens(
         image_token_id=cache.manifest.fingerprint.training["image_token_id"],
     )
     found: dict[tuple[int, int], tuple[Sequence[ImageRecord], int]] = {}
-    block = cache.read_shard(cache.shards[0], parts=())
+    block = cache.read_shard(cache.shards[0], parts=(), images=True)
     for place in range(len(block)):
         images = block.sample(place).images
         for number, image in enumerate(images):

@@ -118,7 +118,9 @@ class Collator:
         self, samples: Sequence[Sequence[ImageRecord]], rows: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """The pixel inputs of the images of each sample; empty without images. rows: for messages."""
-        self.image_root.prefetch((image.path, image.sha256) for images in samples for image in images)
+        self.image_root.prefetch(
+            (image.path, image.sha256) for images in samples for image in images if image.content is None
+        )
         places = rows if rows is not None else [None] * len(samples)
         return self.pixels(
             [

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 
 from cache_schema.datasets.image_roots import open_root
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.progress import Progress
 from models.device import choose_device
@@ -78,6 +78,10 @@ def prepare_student(
     """The student in training mode, still on the CPU, and the collator of its batches. IdentityMismatch when
     it does not fit the cache, KdcacheError when its head is not understood."""
     stage, training = config.resolved_stage, cache.manifest.fingerprint.training
+    if config.image_root is None and not cache.spec.embed_images:
+        raise WrongUsage(
+            f"cache {cache.url} does not embed its images: give --image-root (stage {stage.name})"
+        )
     student = load_student(config, training["vocab_size"], stopwatch)
     root = open_root(config.image_root, config.files)
     placeholders = check_student(
@@ -142,7 +146,7 @@ def padded_batch(cache: Cache, collator: Collator) -> Batch | None:
     first = cache.index().tokens[: cache.shard_length(cache.shards[0])]
     places = [int(np.argmax(first)), int(np.argmin(first))]
     try:
-        block = cache.read_shard(cache.shards[0], parts=())
+        block = cache.read_shard(cache.shards[0], parts=(), images=True)
         return replace(collator, targets=())([block.sample(place) for place in places])
     except (KdcacheError, OSError):
         return None

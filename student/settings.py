@@ -61,12 +61,12 @@ class TrainConfig:
         Help("The cache to learn from: a folder or an fsspec URL; STAGE=CACHE for one stage of a recipe."),
     ]
     image_root: Annotated[
-        str,
+        str | None,
         Help(
             "Folder or fsspec URL that the cache's image paths start from; STAGE=FOLDER for one stage of a "
-            "recipe."
+            "recipe. Not needed where the cache embeds its images."
         ),
-    ]
+    ] = None
     out: Annotated[Path, Help("Folder of the run; a recipe makes one folder per stage in it.")]
     resume: Annotated[bool, Help("Continue from the newest checkpoint in --out.")] = False
     seed: Annotated[int, at_least(0), Help("Seed of the order of samples and of dropout.")] = 0

@@ -163,7 +163,7 @@ class Stream:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, place: int) -> ShardBlock:
-        return self._cache.read_shard(self._cache.shards[place], parts=self._targets)
+        return self._cache.read_shard(self._cache.shards[place], parts=self._targets, images=True)
 
     def _mine(self, batch: Int64) -> Int64:
         return batch[self._rank :: self._world_size]

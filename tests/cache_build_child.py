@@ -1,6 +1,6 @@
 """A build in a process of its own.
 
-    python -m tests.cache_build_child URL [rank world_size] [--version V] [--die-at N]
+    python -m tests.cache_build_child URL [rank world_size] [--version V] [--die-at N] [--embed]
 
 Prints the shards it committed, or with --moments the moments at which it could die.
 """
@@ -8,6 +8,7 @@ Prints the shards it committed, or with --moments the moments at which it could 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from cache_schema.format.manifest import FORMAT_VERSION
 from tests.cache_faults import die, moments
@@ -21,9 +22,11 @@ def main() -> None:
     parser.add_argument("--version", type=int, default=FORMAT_VERSION)
     parser.add_argument("--die-at", type=int, default=0)
     parser.add_argument("--moments", action="store_true")
+    parser.add_argument("--embed", action="store_true")
     options = parser.parse_args()
+    spec = replace(KILL_SPEC, embed_images=options.embed)
     with moments(options.die_at, die) as counter:
-        made = build_cache(options.url, KILL_SPEC, workers=tuple(options.workers), version=options.version)
+        made = build_cache(options.url, spec, workers=tuple(options.workers), version=options.version)
     print("\n".join(counter.names) if options.moments else " ".join(map(str, made)))
 
 

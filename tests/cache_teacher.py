@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +94,11 @@ def make_sample(row: int, spec: TargetSpec, *, tokens: int = 9, share: bool = Fa
     for number in range(image_count):
         source = row // 2 if share and number == 0 else 1000 * (number + 1) + row
         of_image = np.random.default_rng(source)
+        content = str(source).encode() if spec.embed_images else None
         record = ImageRecord(
             path=f"images/{source}.png",
-            sha256=f"{source:064x}",
+            sha256=hashlib.sha256(content).hexdigest() if content else f"{source:064x}",
+            content=content,
             width=24,
             height=24,
             positions=np.arange(start, start + tokens, dtype=np.int32),

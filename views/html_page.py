@@ -138,7 +138,7 @@ def _sample(
             }
         if image["relation"]:
             image["relation"] |= _columns(sample.relations[number])
-        image["picture"], image["note"] = _picture(image, image_root)
+        image["picture"], image["note"] = _picture(image, image_root, sample.images[number].content)
         _onto_the_shown_part(image)
     return document
 
@@ -169,12 +169,14 @@ def _columns(relation: Relation) -> dict[str, Any]:
     return {"columns": columns, "scales": [float(f"{scale:.5g}") for scale in scales]}
 
 
-def _picture(image: dict[str, Any], root: ImageRoot | None) -> tuple[str | None, str | None]:
+def _picture(
+    image: dict[str, Any], root: ImageRoot | None, content: bytes | None
+) -> tuple[str | None, str | None]:
     """The image as a data URI, and a note on it."""
-    if root is None:
+    if root is None and content is None:
         return None, "Give --image-root to see the image."
     try:
-        opened = open_image(root, image["path"], image["sha256"])
+        opened = open_image(root, image["path"], image["sha256"], content)
     except KdcacheError as error:
         return None, f"No picture: {error.detail if isinstance(error, RowRejected) else error}."
     seen = framed(opened.image, image["layout"]["frame"])

@@ -53,10 +53,12 @@ def print_sample(
     console.print(_heading(document))
     for number, image in enumerate(document["images"]):
         pictures: list[RenderableType] = []
-        room = (console.width - GAP) // 2 if sample.relations and root else console.width
+        content = sample.images[number].content
+        seen = root is not None or content is not None
+        room = (console.width - GAP) // 2 if sample.relations and seen else console.width
         side = max(min(PICTURE_SIDE, room), NARROWEST_CELL)
-        if root is not None:
-            pictures.append(_picture(image, root, side, console))
+        if seen:
+            pictures.append(_picture(image, root, content, side, console))
         if sample.relations:
             pictures.append(_relation(sample.relations[number], image, side, console))
         console.print(Text(f"\nimage {number}: {printable(image['path'])}", style="bold"))
@@ -95,9 +97,11 @@ def _heading(document: dict[str, Any]) -> Text:
     return text
 
 
-def _picture(image: dict[str, Any], root: ImageRoot, side: int, console: Console) -> RenderableType:
+def _picture(
+    image: dict[str, Any], root: ImageRoot | None, content: bytes | None, side: int, console: Console
+) -> RenderableType:
     try:
-        opened = open_image(root, image["path"], image["sha256"])
+        opened = open_image(root, image["path"], image["sha256"], content)
     except KdcacheError as error:
         told = error.detail if isinstance(error, RowRejected) else error
         return Text(f"no picture: {told}", style="yellow")

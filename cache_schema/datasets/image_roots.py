@@ -55,14 +55,16 @@ class ImageRoot(Protocol):
 
 
 def open_root(
-    place: ImageRoot | Path | str, files: FileCacheConfig | None = None, *, patience: float = PATIENCE
+    place: ImageRoot | Path | str | None, files: FileCacheConfig | None = None, *, patience: float = PATIENCE
 ) -> ImageRoot:
-    """The image root at a folder or an fsspec URL.
+    """The image root at a folder or an fsspec URL; None: one without any image.
 
     files: where remote images are kept on the local disk; None: nowhere. patience: seconds for which a
     remote image is tried again. KdcacheError when the URL's protocol is unknown or needs a package,
     WrongUsage when a password is in it.
     """
+    if place is None:
+        return NoRoot()
     if not isinstance(place, str | Path):
         return place
     text = os.fspath(place).removeprefix("file://").removeprefix("local://")
@@ -88,6 +90,21 @@ def unpack_embedded(root: ImageRoot | Path | str, embedded: Mapping[str, bytes])
             f"the images that rows carry are unpacked to {opened.name}/embedded, which cannot be written "
             f"({error.strerror or error}); make it writable or give another --image-root"
         ) from error
+
+
+class NoRoot:
+    """No image root was given: what is not in the cache itself is missing."""
+
+    name = "no image root"
+
+    def read(self, path: str, sha256: str | None = None) -> tuple[str, bytes]:
+        raise RowRejected("missing_image", f"{shown(path, 120)} is needed, but no --image-root was given")
+
+    def prefetch(self, wanted: Iterable[tuple[str, str | None]]) -> None:
+        pass
+
+    def store(self, path: str, content: bytes) -> None:
+        raise OSError("there is none")
 
 
 class FolderRoot:

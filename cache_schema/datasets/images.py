@@ -27,23 +27,29 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 class OpenedImage:
     """A decoded image: `image` in mode RGB, EXIF rotation applied, width x height pixels.
 
-    path: from the image root. sha256: hex digest of the file's bytes.
+    path: from the image root. content: the file's bytes; sha256: their hex digest.
     """
 
     path: str
     image: Image.Image
+    content: bytes
     sha256: str
     width: int
     height: int
 
 
-def open_image(root: ImageRoot | Path | str, path: str, sha256: str | None = None) -> OpenedImage:
+def open_image(
+    root: ImageRoot | Path | str | None, path: str, sha256: str | None = None, content: bytes | None = None
+) -> OpenedImage:
     """Reads `path` under `root` and decodes it to RGB; sha256: the expected digest, as in `ImageRoot.read`.
+    content: its bytes where they are at hand: nothing is read then.
 
     RowRejected with the reason `outside_root` (absolute, a URL, or outside the root, through symbolic links
     too), `missing_image`, `unreadable_image` (no regular file, or over LARGEST_FILE), or as `decode_image`.
     KdcacheError when a remote root does not answer.
     """
+    if content is not None:
+        return decode_image(path, content)
     return decode_image(*open_root(root).read(path, sha256))
 
 
@@ -71,6 +77,7 @@ def decode_image(path: str, content: bytes) -> OpenedImage:
     return OpenedImage(
         path=path,
         image=image,
+        content=content,
         sha256=hashlib.sha256(content).hexdigest(),
         width=image.width,
         height=image.height,

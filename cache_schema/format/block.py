@@ -27,11 +27,20 @@ from cache_schema.format.spec import KINDS, Kind, TargetSpec
 
 
 class ShardBlock:
-    """The stored arrays of a shard, uncompressed but still encoded: a sample is decoded on access."""
+    """The stored arrays of a shard, uncompressed but still encoded: a sample is decoded on access.
+
+    contents: the bytes of its images by SHA-256, where they are embedded and asked for.
+    """
 
     def __init__(
-        self, table: pa.Table, groups: Mapping[str, Arrays], spec: TargetSpec, parts: frozenset[str]
+        self,
+        table: pa.Table,
+        groups: Mapping[str, Arrays],
+        spec: TargetSpec,
+        parts: frozenset[str],
+        contents: Mapping[str, bytes] | None = None,
     ) -> None:
+        self._contents = contents or {}
         self.parts = parts
         self._groups = {kind: prepare_topk(arrays) for kind, arrays in groups.items()}
         self._hidden_kinds = spec.hidden if "hidden" in parts else ()
@@ -56,7 +65,7 @@ class ShardBlock:
         input_ids = self._input_ids.numbers(position)
         labels = labels_of(input_ids, self._label_spans.numbers(position).reshape(-1, 2))
         images = self._image_rows[self._images.slice(position)]
-        records = tuple(_image_record(image, len(input_ids)) for image in images)
+        records = tuple(_image_record(image, len(input_ids), self._contents) for image in images)
         positions = positions_by_kind(labels, (record.positions for record in records))
         places: dict[Kind, Places | None] = {
             "response": _span(row["response_start"], len(positions["response"])),
@@ -133,7 +142,7 @@ class _Lists:
         return numbers
 
 
-def _image_record(image: dict[str, Any], tokens: int) -> ImageRecord:
+def _image_record(image: dict[str, Any], tokens: int, contents: Mapping[str, bytes]) -> ImageRecord:
     ends = [0, *(end for span in image["spans"] for end in span), tokens]
     if ends != sorted(ends):
         raise CacheDamaged(f"{image['path']}: its tokens are not ascending runs among {tokens}")
@@ -143,6 +152,7 @@ def _image_record(image: dict[str, Any], tokens: int) -> ImageRecord:
         width=image["width"],
         height=image["height"],
         positions=positions_of(image["spans"]),
+        content=contents.get(image["sha256"]),
     )
 
 

@@ -111,7 +111,7 @@ class Cache:
     def __getitem__(self, index: int) -> Sample:
         shard, position = self.shard_of(index)
         if shard not in self._kept:
-            self._kept[shard] = self.read_shard(shard)
+            self._kept[shard] = self.read_shard(shard, images=True)
             if len(self._kept) > KEPT_SHARDS:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(shard)
@@ -129,12 +129,15 @@ class Cache:
         """Captured samples of a committed shard."""
         return self.commits[shard].counts["samples"]
 
-    def read_shard(self, shard: int, *, parts: Collection[str] | None = None) -> ShardBlock:
-        """A shard in memory. parts: which of the captured targets to read; None: all, (): none."""
+    def read_shard(
+        self, shard: int, *, parts: Collection[str] | None = None, images: bool = False
+    ) -> ShardBlock:
+        """A shard in memory. parts: which of the captured targets to read; None: all, (): none. images: the
+        bytes of its images too, where the cache embeds them."""
         wanted = frozenset(self.spec.targets if parts is None else parts)
         stored = self.stored_shard(shard, wanted)
         with self._decoding(self.commits[shard].path):
-            return ShardBlock(*stored, self.spec, wanted)
+            return ShardBlock(*stored, self.spec, wanted, self.images_of(shard) if images else None)
 
     def stored_shard(self, shard: int, parts: Collection[str]) -> tuple[pa.Table, dict[str, Arrays]]:
         """The table of samples and the arrays of the targets `parts`, by group and name, as stored."""
@@ -147,6 +150,13 @@ class Cache:
             table = read_table(data)
         with self._decoding(record.targets):
             return table, read_groups(hierarchy(record, found))
+
+    def images_of(self, shard: int) -> dict[str, bytes]:
+        """The bytes of the images of a shard by SHA-256; empty where the cache does not embed them."""
+        if not self.spec.embed_images:
+            return {}
+        table = self._table(shard, "images")
+        return dict(zip(table["sha256"].to_pylist(), table["data"].to_pylist(), strict=True))
 
     def files_of(self, shard: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """A shard as stored: its tables by their path, and the zarr hierarchy of its targets."""

@@ -126,7 +126,8 @@ class ImageRecord:
 
     path: relative to the image root, with forward slashes; sha256: hex digest of the file's bytes;
     width, height: pixels after decoding (EXIF applied). positions (P,) int32: every placeholder token of
-    this image in the sequence, ascending, not necessarily contiguous.
+    this image in the sequence, ascending, not necessarily contiguous. content: the file's bytes where they
+    are at hand: in captures for a cache that embeds its images, and where such images are read.
     """
 
     path: str
@@ -134,6 +135,7 @@ class ImageRecord:
     width: int
     height: int
     positions: Int32
+    content: bytes | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,10 @@ SAMPLE_SCHEMA = pa.schema(
 QUARANTINE_SCHEMA = pa.schema(
     [("row", pa.int64()), ("sample_id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
+
+
+IMAGES_SCHEMA = pa.schema([("sha256", pa.string()), ("data", pa.large_binary())])
+"""The files of a shard's distinct images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,12 +159,14 @@ def encode_shard(
     if stored:
         groups["relation"] = pack_relations(stored)
     statistics["relation"] = relation_statistics([r.rank for r in stored], [r.residual for r in stored])
+    images = [image.record for sample in samples for image in sample.images]
     return EncodedShard(
         name=name,
         tables={
             f"samples/{name}.arrow": write_table(pa.Table.from_pylist(rows, SAMPLE_SCHEMA)),
             f"quarantine/{name}.arrow": write_table(_quarantine_table(quarantined)),
-        },
+        }
+        | images_file(name, {image.sha256: image.content for image in images}, spec),
         arrays=write_groups(groups, {"temperatures": list(spec.temperatures)}),
         counts={
             "samples": len(samples),
@@ -242,10 +249,24 @@ def _quarantine_table(quarantined: Sequence[QuarantinedRow]) -> pa.Table:
     return pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
 
 
-def write_table(table: pa.Table) -> bytes:
+def images_file(name: str, images: Mapping[str, bytes | None], spec: TargetSpec) -> dict[str, bytes]:
+    """The file of the images of a shard, by its path; none where the spec does not ask for it. Not
+    compressed, since images are. ValueError for bytes that are missing or are not those of their SHA-256."""
+    if not spec.embed_images:
+        return {}
+    for digest, content in images.items():
+        if content is None or hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"shard {name}: the bytes of image {digest} are not at hand")
+    table = pa.table([list(images), list(images.values())], schema=IMAGES_SCHEMA)
+    return {f"images/{name}.arrow": write_table(table, None)}
+
+
+def write_table(table: pa.Table, compression: str | None = "zstd") -> bytes:
     """An Arrow IPC file, buffers compressed with zstd."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_file(
+        sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)
+    ) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
 

@@ -153,6 +153,9 @@ class TargetSpec:
         Help("Largest rank of a factor; the stored residual says what it misses.", _PANEL),
     ] = 1024
     seed: Annotated[int, at_least(0), Help("Seed of the tail draws and of the plan's order.", _PANEL)] = 0
+    embed_images: Annotated[
+        bool, Help("Keep the bytes of every image in the cache: no image root is needed then.", _PANEL)
+    ] = False
     without: Annotated[
         tuple[Field, ...],
         Help(
@@ -255,7 +258,7 @@ class TargetSpec:
         document = asdict(self)
         document["targets"] = list(self.targets)
         document["temperatures"] = list(self.temperatures)
-        for name, default in (("entries", {}), ("max_entries", 256)):
+        for name, default in (("entries", {}), ("max_entries", 256), ("embed_images", False)):
             if document[name] == default:
                 del document[name]
         del document["hidden"]

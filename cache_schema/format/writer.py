@@ -34,7 +34,7 @@ from cache_schema.format.store import Store, open_store
 from cache_schema.format.stored_head import HEAD_FOLDER
 
 MANIFEST = "manifest.json"
-FOLDERS = ("commits", "samples", "targets", "quarantine", "aside", HEAD_FOLDER)
+FOLDERS = ("commits", "samples", "targets", "quarantine", "images", "aside", HEAD_FOLDER)
 
 
 class CacheWriter:

@@ -29,6 +29,7 @@ from cache_schema.format.shard import (
     QUARANTINE_SCHEMA,
     SAMPLE_SCHEMA,
     EncodedShard,
+    images_file,
     positions_of,
     write_table,
 )
@@ -93,10 +94,12 @@ class _Joined:
     hidden: dict[str, list[HiddenStates]] = field(default_factory=dict)
     lengths: Counter[str] = field(default_factory=Counter)
     relations: list[StoredRelation] = field(default_factory=list)
+    images: dict[str, bytes] = field(default_factory=dict)
     shared: int = 0
 
     def add(self, piece: Piece) -> None:
         table, groups = piece.cache.stored_shard(piece.shard, piece.cache.spec.targets)
+        contents = piece.cache.images_of(piece.shard)
         taken: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in KINDS}
         relations = RelationBlock(groups["relation"]) if "relation" in groups else None
         visual: dict[int, int] = {}  # old place of shared targets -> new place
@@ -116,6 +119,8 @@ class _Joined:
                 if row[f"{kind}_start"] is not None:
                     row[f"{kind}_start"] = take(kind, row[f"{kind}_start"], len(kinds[kind]))
             for image, positions in zip(row["images"], images, strict=True):
+                if contents:
+                    self.images[image["sha256"]] = contents[image["sha256"]]
                 start, relation = image["visual_start"], image["relation"]
                 self.shared += start in visual or relation in related
                 if start is not None:
@@ -162,7 +167,8 @@ class _Joined:
             tables={
                 f"samples/{name}.arrow": write_table(pa.Table.from_pylist(self.rows, SAMPLE_SCHEMA)),
                 f"quarantine/{name}.arrow": write_table(quarantine_table(pieces)),
-            },
+            }
+            | images_file(name, self.images, spec),
             arrays=write_groups(groups, {"temperatures": list(spec.temperatures)}),
             counts={
                 "samples": len(samples),

@@ -95,6 +95,10 @@ def _check_content(
         manifest.spec,
         frozenset(manifest.spec.targets),
     )
+    if manifest.spec.embed_images:
+        _check_images(
+            files[f"images/{name}.arrow"], block, lambda what: problem(f"images/{name}.arrow", what)
+        )
     spec, vocab_size = manifest.spec, manifest.fingerprint.training.get("vocab_size")
     rows = quarantine["row"].to_pylist()
     counts = Counter(samples=len(block), quarantined=len(rows))
@@ -137,6 +141,18 @@ def _check_content(
     for name, count in counts.items():
         if record.counts[name] != count:
             problem(record.path, f"{name}: {record.counts[name]} counted, {count} there")
+
+
+def _check_images(data: bytes, block: ShardBlock, problem: Callable[[str], None]) -> None:
+    """Whether the embedded images are those of the samples, each with the bytes of its SHA-256."""
+    table = read_table(data)
+    digests = table["sha256"].to_pylist()
+    for digest, content in zip(digests, table["data"], strict=True):
+        if hashlib.sha256(content.as_buffer()).hexdigest() != digest:
+            problem(f"image {digest}: its bytes do not match its digest")
+    needed = {image.sha256 for place in range(len(block)) for image in block.sample(place).images}
+    for digest in sorted(needed ^ set(digests)):
+        problem(f"image {digest}: {'missing' if digest in needed else 'of no sample'}")
 
 
 def _misplaced(record: CommitRecord, data: bytes) -> list[str]:
