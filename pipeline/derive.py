@@ -41,13 +41,18 @@ def derive(cache: str, config: DeriveConfig, progress: Progress) -> dict[str, An
     states that the new cache has are those of the old one, bit by bit. Draws from the tail follow the new
     spec's seed. How many answers were cut short is not carried over. Any number of workers may run it, and
     any run continues the cache. WrongUsage in one line where a target needs hidden states that are not
-    stored, KdcacheError when there are none or `out` cannot be written.
+    stored, KdcacheError when there are none or `out` cannot be written. Embedded images are carried.
     """
     started = time.monotonic()
     source = open_cache(cache)
     refuse_inside(config.out, [source.store])
     with task(progress, "reading the teacher's head"):
         head = head_of(source, choose_device(config.device))
+    if config.spec.embed_images and not source.spec.embed_images:
+        raise WrongUsage(
+            f"{source.url} does not embed its images, so the derived cache cannot: build it anew"
+        )
+    config = replace(config, spec=replace(config.spec, embed_images=source.spec.embed_images))
     _refuse_what_is_not_there(source, config.spec)
     writer = CacheWriter.open(config.out, _manifest(source, config.spec))
     if writer.lacks_head:
@@ -164,7 +169,7 @@ def _write(
     """One shard of the new cache."""
     started = time.monotonic()
     table, groups = source.stored_shard(shard, ("hidden",))
-    block = ShardBlock(table, groups, source.spec, frozenset({"hidden"}))
+    block = ShardBlock(table, groups, source.spec, frozenset({"hidden"}), source.images_of(shard))
     spans = table["label_spans"].to_pylist()
     engine.samples = {sample.row: sample for sample in map(block.sample, range(len(block)))}
     prepared = [

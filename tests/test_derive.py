@@ -188,3 +188,18 @@ def test_what_the_states_do_not_give_is_refused_in_one_line(setting, source, tmp
     with pytest.raises(WrongUsage, match="lies inside"):
         derive(str(source), config_of(source / "in", TargetSpec()), Silent())
     assert not (tmp_path / "c").exists()
+
+
+def test_embedded_images_are_carried(setting, source, tmp_path):
+    built(setting, tmp_path / "c", replace(open_cache(source).spec, embed_images=True))
+    spec = TargetSpec(targets=("response",), top_k=4)
+    derive(str(tmp_path / "c"), config_of(tmp_path / "d", spec), Silent())
+    given, made = open_cache(tmp_path / "c"), open_cache(tmp_path / "d")
+    for number in range(len(given)):
+        contents = [image.content for image in given[number].images]
+        assert None not in contents
+        assert [image.content for image in made[number].images] == contents
+    assert verify(tmp_path / "d").ok
+    config = config_of(tmp_path / "e", replace(spec, embed_images=True))
+    with pytest.raises(WrongUsage, match="does not embed its images"):
+        derive(str(source), config, Silent())

@@ -30,7 +30,7 @@ UNCHECKED = "contents: files have the committed sizes and digests, but nothing i
 DAMAGED_HEAD = "truncated or altered: it is not the teacher's head of the manifest"
 DAMAGED_ROLL = "truncated or altered; readers go by the commit records themselves"
 STRANGER = "not a file of the committed shard"
-_ATTEMPT = re.compile(r"^(?:samples|targets|quarantine)/\.?(\d{5,})-([0-9a-f]{12})\.")
+_ATTEMPT = re.compile(r"^(?:samples|targets|quarantine|images)/\.?(\d{5,})-([0-9a-f]{12})\.")
 
 
 @dataclass(slots=True, kw_only=True)
