@@ -6,22 +6,25 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 
 from cache_schema.errors import WrongUsage
 from cache_schema.format.cache import open_cache
 from cache_schema.format.manifest import CommitRecord, Manifest
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import open_store
-from cache_schema.format.writer import MANIFEST, CacheWriter
+from cache_schema.format.writer import MANIFEST, CacheWriter, pending_shards
 from cache_schema.progress import Progress, task
 from models.stored_head import head_file
 from pipeline.extract import Extractor
 from pipeline.fingerprint import weights_digest
 from pipeline.job import open_job
 from pipeline.loop import CaptureLoop
+from pipeline.prefetch import Prefetch
 from pipeline.settings import BuildConfig, BuildSummary
 from pipeline.teachers import load_teacher
 from pipeline.vllm_engine import claim_device, require_vllm
+from pipeline.windows import Windows
 from pipeline.workers import place_among_workers
 
 __all__ = ["BuildConfig", "BuildSummary", "build"]
@@ -59,28 +62,31 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
                 CacheWriter.open(config.out, job.manifest(known["sharing"], weights.result()))
             progress.message(f"{config.out} is finished: nothing left to capture")
             return _summary(config.out, started, already_done=True)
-    teacher = load_teacher(job, progress)
-    head = head_file(teacher.head) if config.spec.hidden and teacher.head is not None else None
-    with task(progress, "hashing the teacher's weights"):
-        manifest = job.manifest(teacher.sharing, weights.result(), None if head is None else head[0])
-    writer = CacheWriter.open(config.out, manifest)
-    if head is not None:
-        writer.put_head(head[1])
-    for shard in again:  # only now: a teacher that cannot be loaded costs no shard
-        writer.reopen(shard)
-    extractor = Extractor(
-        teacher.engine,
-        teacher.head,
-        config.spec,
-        fingerprint=writer.manifest.fingerprint.digest,
-        share=teacher.sharing,
-        pack=teacher.packing,
-        batch_tokens=teacher.batch_tokens,
-    )
-    commits = list(open_cache(config.out).commits.values())
-    _tell_other_versions(commits, teacher.engine.description, progress)
-    CaptureLoop(job, writer, extractor, teacher.engine, progress).run(rank, world_size, commits)
-    writer.finish()
+    pending = pending_shards(open_store(config.out), job.plan.shards, rank, world_size)
+    shards = chain(again, (shard for shard in pending if shard not in again))
+    with Prefetch(Windows(job).of(shards)) as windows:  # the first are ready when the teacher is
+        teacher = load_teacher(job, progress)
+        head = head_file(teacher.head) if config.spec.hidden and teacher.head is not None else None
+        with task(progress, "hashing the teacher's weights"):
+            manifest = job.manifest(teacher.sharing, weights.result(), None if head is None else head[0])
+        writer = CacheWriter.open(config.out, manifest)
+        if head is not None:
+            writer.put_head(head[1])
+        for shard in again:  # only now: a teacher that cannot be loaded costs no shard
+            writer.reopen(shard)
+        extractor = Extractor(
+            teacher.engine,
+            teacher.head,
+            config.spec,
+            fingerprint=writer.manifest.fingerprint.digest,
+            share=teacher.sharing,
+            pack=teacher.packing,
+            batch_tokens=teacher.batch_tokens,
+        )
+        commits = list(open_cache(config.out).commits.values())
+        _tell_other_versions(commits, teacher.engine.description, progress)
+        CaptureLoop(job, writer, extractor, teacher.engine, progress).run(windows, commits)
+        writer.finish()
     return _summary(config.out, started, already_done=False)
 
 

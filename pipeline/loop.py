@@ -1,23 +1,18 @@
 """The capture loop: shards, windows of prepared samples, batches, and the writer, all at once.
 
-The main thread only launches. Threads prepare samples, another one brings records to the host
-(pipeline.extract), and one more finishes shards: it waits for their last records and writes them.
+The main thread only launches. Threads prepare samples (pipeline.windows), another one brings records to the
+host (pipeline.extract), and one more finishes shards: it waits for their last records and writes them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from cache_schema.datasets.conversations import writable
-from cache_schema.datasets.image_roots import FolderRoot
-from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly
+from cache_schema.errors import KdcacheError, StoppedEarly
 from cache_schema.format.manifest import CommitRecord
 from cache_schema.format.records import CapturedSample, QuarantinedRow
 from cache_schema.format.writer import CacheWriter
@@ -27,23 +22,10 @@ from pipeline.assemble import Captured
 from pipeline.engine import Engine, RecordEngine
 from pipeline.extract import Extractor
 from pipeline.job import Job
-from pipeline.prefetch import Prefetch
-from pipeline.samples import PreparedSample, SamplePreparer
+from pipeline.samples import PreparedSample
 from pipeline.settings import MAX_BAD, MAX_BAD_FROM
 from pipeline.shard_capture import ShardCapture
-
-_ASKED_AHEAD = 64  # rows whose images are fetched from a remote root before their turn
-_WINDOW_BYTES = 256 << 20  # pixels prepared at once; up to three windows are in memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """Consecutive rows of a shard, prepared or rejected. last: the shard ends with it."""
-
-    shard: int
-    samples: list[PreparedSample]
-    rejected: list[QuarantinedRow]
-    last: bool
+from pipeline.windows import Window
 
 
 @dataclass(slots=True)
@@ -83,7 +65,6 @@ class CaptureLoop:
         self._extractor = extractor
         self._engine = engine
         self._progress = progress
-        self._threads = threading.local()
         self._rows = self._samples = self._tokens = self._bytes = 0  # of this run
         self._committed: set[int] = set()  # by this run
         self._elsewhere = 0  # rows of shards that others committed, or earlier runs
@@ -91,8 +72,8 @@ class CaptureLoop:
         self._good = 0
         self._finishing: tuple[_Shard, Future[_Finished]] | None = None
 
-    def run(self, rank: int, world_size: int, commits: list[CommitRecord]) -> None:
-        """Captures until no shard is pending. commits: what the cache already has.
+    def run(self, windows: Iterable[Window], commits: list[CommitRecord]) -> None:
+        """Captures the shards of `windows`. commits: what the cache already has.
 
         StoppedEarly after Ctrl-C or SIGTERM; KdcacheError when too many rows are bad or writing fails.
         """
@@ -102,19 +83,17 @@ class CaptureLoop:
             self._bad.update(commit.statistics["quarantined"])
         self._look_around()
         self._started = time.monotonic()
-        windows = self._windows(self._writer.pending(rank, world_size))
         with (
             task(self._progress, "capturing", plan.rows),
             Interrupt() as interrupt,
             ThreadPoolExecutor(1) as disk,
-            Prefetch(windows) as ready,
         ):
             self._progress.update(self._elsewhere)
             self._disk = disk
             shard: _Shard | None = None
             finished: set[int] = set()  # by others, while they were being prepared here
             try:
-                for window in ready:
+                for window in windows:
                     if window.shard in finished:
                         continue
                     if shard is None:
@@ -133,60 +112,6 @@ class CaptureLoop:
                         shard = None
             finally:
                 self._settle()  # also on errors: a full disk must be reported
-
-    # ---- preparing, in the prefetch thread ----
-
-    def _windows(self, shards: Iterator[int]) -> Iterator[Window]:
-        """The rows of every shard, in windows of limited size, prepared by several threads.
-
-        The end of a window depends on its rows alone, so that every machine forms the same batches.
-        """
-        with ThreadPoolExecutor(self._job.prepare_threads) as pool:
-            for shard in shards:
-                samples: list[PreparedSample] = []
-                rejected: list[QuarantinedRow] = []
-                pixels = 0
-                rows = self._job.plan.rows_of(shard).tolist()
-                step = 2 * self._job.prepare_threads
-                for start in range(0, len(rows), step):
-                    if not isinstance(self._job.image_root, FolderRoot):
-                        for row in rows[start + _ASKED_AHEAD if start else 0 : start + step + _ASKED_AHEAD]:
-                            pool.submit(self._ask_for_images, row)
-                    for result in pool.map(self._prepare, rows[start : start + step]):
-                        if isinstance(result, QuarantinedRow):
-                            rejected.append(result)
-                        else:
-                            samples.append(result)
-                            pixels += result.pixel_bytes
-                        last = result.row == rows[-1]
-                        if last or pixels >= _WINDOW_BYTES:
-                            yield Window(shard=shard, samples=samples, rejected=rejected, last=last)
-                            samples, rejected, pixels = [], [], 0
-
-    def _ask_for_images(self, row: int) -> None:
-        """Has the images of a row fetched from a remote root."""
-        with contextlib.suppress(RowRejected):  # its preparation reports it
-            conversation = self._job.dataset[row]
-            named = set(conversation.images) - set(conversation.embedded)
-            self._job.image_root.prefetch((path, None) for path in named)
-
-    def _prepare(self, row: int) -> PreparedSample | QuarantinedRow:
-        """One row; every thread has its own processor, because tokenizers are not thread-safe."""
-        preparer: SamplePreparer | None = getattr(self._threads, "preparer", None)
-        if preparer is None:
-            preparer = self._threads.preparer = copy.deepcopy(self._job.preparer)
-        dataset = self._job.dataset
-        began = time.monotonic()
-        try:
-            sample = preparer.prepare(dataset[row])
-            return replace(sample, seconds=time.monotonic() - began)
-        except RowRejected as error:
-            return QuarantinedRow(
-                row=row,
-                sample_id=dataset.label_of(row),
-                reason=error.reason,
-                detail=writable(error.detail),
-            )
 
     # ---- capturing, in the main thread ----
 

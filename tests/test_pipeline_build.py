@@ -34,7 +34,7 @@ from cache_schema.operations.summary import summarise
 from cache_schema.progress import Silent
 from models.device import choose_device
 from models.head import Head
-from pipeline import fingerprint, loop, teachers
+from pipeline import fingerprint, teachers, windows
 from pipeline.capture import BuildConfig, build
 from pipeline.extract import Extractor
 from pipeline.transformers_engine import TransformersEngine
@@ -322,15 +322,16 @@ def test_windows_do_not_depend_on_the_machine(
         return whole(self, samples, claimed)
 
     monkeypatch.setattr(Extractor, "launch", noted)
-    monkeypatch.setattr(loop, "_WINDOW_BYTES", 40_000)
-    windows = []
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 40_000)
+    formed = []
     for threads in (1, 2, 5):
         found.clear()
         build(config_of(setting, tmp_path / str(threads), shard_size=14, prepare_threads=threads), Silent())
-        windows.append(list(found))
-    assert len(windows[0]) > 2
-    assert sorted(row for window in windows[0] for row in window) == list(range(14))
-    assert windows[1:] == [windows[0]] * 2
+        formed.append(list(found))
+    assert len(formed[0]) > 2
+    assert sorted(row for window in formed[0] for row in window) == list(range(14))
+    assert formed[1:] == [formed[0]] * 2
+    assert len(formed[0][0]) < max(map(len, formed[0]))  # the first is small
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -22,6 +22,8 @@ from cache_schema.format.codecs.topk import Arrays
 CHUNK_BYTES = 256 << 20
 """Arrays are one chunk up to this size; blosc takes at most 2 GiB."""
 
+_COLUMN_BLOCK = 1 << 20
+
 _PLAIN_TYPES = {
     name: np.dtype(name).newbyteorder("<")
     for name in ("int8", "uint8", "uint16", "uint32", "int32", "int64", "float16", "float32", "float64")
@@ -148,4 +150,7 @@ def _compressor(name: str, values: NDArray[Any]) -> BloscCodec:
         shuffle = "shuffle"
     else:
         shuffle = "bitshuffle"
-    return BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=values.dtype.itemsize)
+    size = values.dtype.itemsize
+    if name == "columns":  # of relations: a third of the time of level 3, and fewer bytes in larger blocks
+        return BloscCodec(cname="zstd", clevel=1, shuffle=shuffle, typesize=size, blocksize=_COLUMN_BLOCK)
+    return BloscCodec(cname="zstd", clevel=3, shuffle=shuffle, typesize=size)

@@ -115,20 +115,8 @@ class CacheWriter:
         return self.store.exists(commit_path(shard))
 
     def pending(self, rank: int = 0, world_size: int = 1) -> Iterator[int]:
-        """Shards to build: those with i mod world_size = rank, then any that are not committed.
-
-        The store is checked again before each. Shards of other workers come in an order that depends on the
-        rank, so that idle workers rarely take the same one.
-        """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size} workers")
-        shards = self.manifest.plan.shards
-        own = [i for i in range(shards) if i % world_size == rank]
-        others = np.array([i for i in range(shards) if i % world_size != rank], dtype=np.int64)
-        others = np.random.default_rng(rank).permutation(others)
-        for shard in [*own, *others.tolist()]:
-            if not self.is_committed(shard):
-                yield shard
+        """See `pending_shards`."""
+        return pending_shards(self.store, self.manifest.plan.shards, rank, world_size)
 
     def write_shard(
         self,
@@ -260,6 +248,22 @@ class CacheWriter:
             raise ValueError(f"{where}: {kind} hidden states are not as the spec says")
         if states is not None and (found := hidden_problems(states, 0 if record is None else len(record))):
             raise ValueError(f"{where}, {kind} hidden states: {'; '.join(found)}")
+
+
+def pending_shards(store: Store, shards: int, rank: int, world_size: int) -> Iterator[int]:
+    """Of the plan's `shards` those to build: with i mod world_size = rank, then any that are not committed.
+
+    The store is checked again before each. Shards of other workers come in an order that depends on the
+    rank, so that idle workers rarely take the same one.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not one of {world_size} workers")
+    own = [i for i in range(shards) if i % world_size == rank]
+    others = np.array([i for i in range(shards) if i % world_size != rank], dtype=np.int64)
+    others = np.random.default_rng(rank).permutation(others)
+    for shard in [*own, *others.tolist()]:
+        if not store.exists(commit_path(shard)):
+            yield shard
 
 
 def set_aside(store: Store, commit: str) -> None:
