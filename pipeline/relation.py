@@ -133,7 +133,8 @@ class RelationMaker:
             return fields | {"gram": (gram * scale[:, None, None]).float()}
         bound, most = self._spec.relation_bound, self._spec.relation_max_rank
         if self._spec.precision == "full":
-            return fields | _factors_as_they_are(gram, unit, bound / 4, most)
+            factor, rank, residual, _ = truncated(gram, bound=bound / 4, max_rank=most)
+            return fields | {"factor": factor * unit[:, None, None], "rank": rank, "residual": residual}
         stored = quantised(gram, count, bound=bound, max_rank=most)
         stored["scales"] *= unit[:, None]
         return fields | stored
@@ -211,36 +212,36 @@ def root_of(head: Head) -> Tensor:
 
 
 def truncate(gram: Tensor, *, bound: float, max_rank: int) -> tuple[Tensor, float, float]:
-    """The leading part U (P, r) of R (P, P) float32, 1 - cos(R, U U^T), and the norm of R.
+    """`truncated` of one R (P, P): U (P, r), its residual and the norm of R."""
+    factor, rank, residual, norm = truncated(gram[None], bound=bound, max_rank=max_rank)
+    return factor[0, :, : int(rank)], float(residual), float(norm)
 
-    Columns of U are orthogonal and fall in norm. r is 64, 256 or all, at most max_rank: the first with a
-    residual within `bound`.
+
+def truncated(gram: Tensor, *, bound: float, max_rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each R (B, P, P) float32 the leading part U (B, P, C), zero from its `rank` (B,) on, the residual
+    1 - cos(R, U U^T) (B,) and the norm of R (B,).
+
+    Columns of U are orthogonal and fall in norm. Ranks are 64, 256 or all, at most max_rank: the first with a
+    residual within `bound`. The images that need more go on together; which do is the only wait for a device.
     """
-    norm = float(torch.linalg.vector_norm(gram, dtype=torch.float64))
-    whole = gram[None] / (norm or 1.0)
-    limit = min(len(gram), max_rank)
-    for rank in sorted({min(rank, limit) for rank in (*_RANKS, limit)}):
-        if 3 * rank < len(gram):
-            factor = turned(leading(whole, rank + OVERSAMPLING))[:, :, :rank]
+    norm = torch.linalg.vector_norm(gram, dim=(1, 2), dtype=torch.float64)
+    whole = gram / torch.where(norm > 0, norm, 1.0).float()[:, None, None]
+    left = torch.arange(len(gram), device=gram.device)
+    factor, rank, residual = whole[:, :, :0], torch.zeros_like(left), torch.zeros_like(norm)
+    limit = min(gram.shape[1], max_rank)
+    for columns in sorted({min(columns, limit) for columns in (*_RANKS, limit)}):
+        part = whole[left]
+        if 3 * columns < gram.shape[1]:
+            found = turned(leading(part, columns + OVERSAMPLING))[:, :, :columns]
         else:
-            values, vectors = torch.linalg.eigh(whole)
-            factor = (vectors.flip(2) * values.flip(1).clamp(min=0.0).sqrt()[:, None, :])[:, :, :rank]
-        residual = float(residual_of(whole, factor))
-        if residual <= bound:
+            values, vectors = torch.linalg.eigh(part)
+            found = (vectors.flip(2) * values.flip(1).clamp(min=0.0).sqrt()[:, None, :])[:, :, :columns]
+        factor = torch.nn.functional.pad(factor, (0, columns - factor.shape[2]))
+        factor[left], rank[left], residual[left] = found, columns, residual_of(part, found)
+        left = left[residual[left] > bound]
+        if not len(left):
             break
-    return factor[0] * norm**0.5, residual, norm
-
-
-def _factors_as_they_are(gram: Tensor, unit: Tensor, bound: float, max_rank: int) -> dict[str, Tensor]:
-    """`factor` (B, P, C), `rank` and `residual` (B,) of gram (B, P, P), image after image."""
-    found = [truncate(one, bound=bound, max_rank=max_rank) for one in gram]
-    most = max(factor.shape[1] for factor, _, _ in found)
-    padded = [torch.nn.functional.pad(factor, (0, most - factor.shape[1])) for factor, _, _ in found]
-    return {
-        "factor": torch.stack(padded) * unit[:, None, None],
-        "rank": torch.tensor([factor.shape[1] for factor, _, _ in found]),
-        "residual": torch.tensor([residual for _, residual, _ in found], dtype=torch.float64),
-    }
+    return factor * norm.sqrt().float()[:, None, None], rank, residual, norm
 
 
 def _power_of_two(sizes: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from cache_schema.format.spec import Kind, TargetSpec
 from models.head import Head, _padded_product
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.entry_rules import fitted, limits_of
-from pipeline.relation import groups_of, truncate
+from pipeline.relation import groups_of, truncate, truncated
 from pipeline.relation_batch import factors_of, quantised, steps_of
 from pipeline.targets import Asked, TargetMaker
 
@@ -274,6 +274,24 @@ def test_truncation_is_nearly_the_best_of_its_rank() -> None:
     assert truncate(gram, bound=0.5, max_rank=256)[0].shape == (300, 64)
     assert truncate(gram, bound=best / 3, max_rank=256)[0].shape[1] > 64
     assert truncate(gram, bound=1e-12, max_rank=1000)[1] < 1e-6
+
+
+def test_factors_in_full_of_a_batch_are_those_of_its_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bases = torch.linalg.qr(torch.randn(5, 300, 300, generator=generator)).Q
+    sizes = torch.stack([torch.arange(1, 301).float() ** -power for power in (2.0, 0.1, 0.5, 2.0)])
+    grams = torch.cat([(bases[:4] * sizes[:, None] ** 2) @ bases[:4].mT, torch.zeros(1, 300, 300)])
+    grams[0] *= 1e6
+    factor, rank, residual, norm = truncated(grams, bound=1e-3, max_rank=1000)
+    assert rank.tolist() == [64, 300, 256, 64, 64]
+    assert (residual[:4] <= 1e-3).all()
+    for place, gram in enumerate(grams):
+        alone, missing, size = truncate(gram, bound=1e-3, max_rank=1000)
+        assert alone.shape[1] == rank[place]
+        assert not factor[place, :, rank[place] :].any()
+        mine, theirs = (one.double() @ one.double().T for one in (factor[place], alone))
+        assert torch.linalg.norm(mine - theirs) <= 1e-5 * norm[place]
+        np.testing.assert_allclose([float(residual[place]), float(norm[place])], [missing, size], rtol=1e-3)
 
 
 def test_an_image_of_zeros_has_a_zero_relation() -> None:
