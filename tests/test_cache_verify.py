@@ -7,13 +7,16 @@ import os
 import random
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cache_schema import CacheDamaged, CacheWriter, KdcacheError, TargetSpec, open_cache
+from cache_schema.operations import verify as verifying
 from cache_schema.operations import verify_shard
 from cache_schema.operations.verify import GRACE_SECONDS, verify
 from tests.cache_teacher import assert_same_cache, build_cache, capture, holding, make_manifest
@@ -43,11 +46,23 @@ def test_a_sound_cache_has_no_problem(sound: Path) -> None:
     assert json.loads(json.dumps(report.to_json()))["ok"] is True
 
 
-def test_processes_share_the_shards_and_find_the_same(cache: Path) -> None:
+def test_processes_share_the_shards_and_find_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    class Pool(ProcessPoolExecutor):
+        def __init__(self, count: int, **options: Any) -> None:
+            started.append(count)
+            super().__init__(count, **options)
+
+    monkeypatch.setattr(verifying, "ProcessPoolExecutor", Pool)
+    verify(cache, jobs=3)
+    assert not started  # so small a cache is checked sooner than a process starts
+    monkeypatch.setattr(verifying, "LEAST_BYTES", 1)
     chunk = holding(cache, 3, "relation/norm/c/0")
     chunk.write_bytes(chunk.read_bytes()[:-1])
     next((cache / "samples").glob("00001-*")).unlink()
     alone, together = verify(cache), verify(cache, jobs=3)
+    assert started == [3]
     assert together.problems == alone.problems
     assert len(alone.problems) == 2
     names = ("shards", "samples", "quarantined", "bytes", "unchecked")

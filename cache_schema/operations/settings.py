@@ -14,7 +14,7 @@ class VerifyConfig:
 
     repair: Annotated[bool, Help("Set damaged shards aside and remove leftovers.")] = False
     quick: Annotated[bool, Help("Sizes and digests of files alone; nothing is decoded.")] = False
-    jobs: Annotated[int, at_least(1), Help("Processes that share the shards.")] = 1
+    jobs: Annotated[int, at_least(1), Help("Processes that share the shards; one per 64 MB.")] = 1
 
     def __post_init__(self) -> None:
         check(self)

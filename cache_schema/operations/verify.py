@@ -26,6 +26,11 @@ GRACE_SECONDS = 6 * 3600.0
 """Files of an attempt without a commit record are swept when older than this: no worker is expected to take
 that long between writing a shard's files and committing it."""
 
+LEAST_BYTES = 64 << 20
+"""Of a cache for each further process of `verify`: starting one costs as much as checking half of it."""
+
+_QUICKER = 16  # times, without decoding
+
 UNCHECKED = "contents: files have the committed sizes and digests, but nothing in them was decoded or counted"
 DAMAGED_HEAD = "truncated or altered: it is not the teacher's head of the manifest"
 DAMAGED_ROLL = "truncated or altered; readers go by the commit records themselves"
@@ -87,7 +92,7 @@ def verify(
     repair: sets damaged shards aside (their commit records go below `aside/`, nothing is overwritten), so
     that a resumed build makes them again, and removes the leftovers of dead attempts, including those of
     shards set aside by an earlier repair. quick: sizes and digests of files alone, nothing is decoded.
-    jobs: processes that share the shards. KdcacheError when no cache is there.
+    jobs: processes that share the shards, fewer where a cache is small. KdcacheError when no cache is there.
     """
     store = open_store(url, storage_options)
     if store.url.startswith("memory:"):  # which other processes do not see
@@ -207,7 +212,8 @@ class _Verification:
         """Every shard, in as many processes as asked for; what is found comes in their order."""
         records = [record for _, record in sorted(self.records.items())]
         present = [{file.path: files[file.path] for file in r.files if file.path in files} for r in records]
-        jobs = min(self.jobs, len(records))
+        each = LEAST_BYTES * (_QUICKER if self.quick else 1)
+        jobs = min(self.jobs, len(records), 1 + sum(file.bytes for r in records for file in r.files) // each)
         started = time.monotonic()
         with task(self.progress, "verify", len(records)), ExitStack() as stack:
             found: Iterable[list[Problem]]
