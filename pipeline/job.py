@@ -25,7 +25,7 @@ from pipeline.fingerprint import fingerprint_of, read_assets
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import BuildConfig
 from pipeline.shard_plan import plan_rows
-from pipeline.teacher_checks import require_capturable
+from pipeline.teacher_checks import require_capturable, require_engine_for
 from pipeline.templates import ChatTemplate, load_template
 from pipeline.transformers_engine import require_bitsandbytes
 
@@ -156,6 +156,7 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
         require_bitsandbytes(config.quantization)
     processor = load_processor(config.teacher, "teacher")
     teacher_config = load_config(config.teacher, "teacher")
+    require_engine_for(teacher_config, config.engine)
     outline = partial(outline_of, config.teacher, "teacher")
     require_capturable(teacher_config, processor, config.teacher, outline)
     template = load_template(processor, config.template)

@@ -20,7 +20,15 @@ from cache_schema.format.codecs.relation import encode_relation
 from cache_schema.format.records import Relation, StoredRelation
 from cache_schema.format.spec import TargetSpec
 from models.head import Head
-from pipeline.relation_batch import MOST_COLUMNS, OVERSAMPLING, leading, quantised, residual_of, turned
+from pipeline.relation_batch import (
+    MOST_COLUMNS,
+    OVERSAMPLING,
+    leading,
+    norm_of,
+    quantised,
+    residual_of,
+    turned,
+)
 
 _COLUMNS = 8192  # vocabulary entries per chunk where the logits are needed
 _RANKS = (64, MOST_COLUMNS)  # of the factor of one image; then all
@@ -54,7 +62,7 @@ class RelationMaker:
             gram, unit = self._grams(hidden[None], hidden.new_ones((1, len(hidden)), dtype=torch.bool))
             scale = float(unit) ** 2
             if self._spec.relation == "exact":
-                norm = scale * float(torch.linalg.vector_norm(gram, dtype=torch.float64))
+                norm = scale * float(norm_of(gram))
                 return Relation(residual=0.0, norm=norm, gram=(gram[0] * scale).cpu().numpy())
             factor, residual, norm = truncate(
                 gram[0], bound=self._spec.relation_bound / 4, max_rank=self._spec.relation_max_rank
@@ -123,19 +131,19 @@ class RelationMaker:
         count = on_device(tokens, states.device)
         real = torch.arange(index.shape[1], device=states.device) < count[:, None]
         hidden = states[on_device(index, states.device)]
-        finite = (hidden.isfinite().all(dim=2) | ~real).all(dim=1)
+        finite = (hidden.abs().amax(dim=2).isfinite() | ~real).all(dim=1)
         hidden = hidden.masked_fill(~(real & finite[:, None])[:, :, None], 0.0)
         gram, unit = self._grams(hidden, real)
         count, scale = count.to(gram.device), unit.double().square()
-        norm = torch.linalg.vector_norm(gram, dim=(1, 2), dtype=torch.float64) * scale
-        fields = {"finite": finite, "norm": norm}
+        norm = norm_of(gram)
+        fields = {"finite": finite, "norm": norm * scale}
         if self._spec.relation == "exact":
             return fields | {"gram": (gram * scale[:, None, None]).float()}
         bound, most = self._spec.relation_bound, self._spec.relation_max_rank
         if self._spec.precision == "full":
             factor, rank, residual, _ = truncated(gram, bound=bound / 4, max_rank=most)
             return fields | {"factor": factor * unit[:, None, None], "rank": rank, "residual": residual}
-        stored = quantised(gram, count, bound=bound, max_rank=most)
+        stored = quantised(gram, count, norm, bound=bound, max_rank=most)
         stored["scales"] *= unit[:, None]
         return fields | stored
 
@@ -151,8 +159,8 @@ class RelationMaker:
         else:
             inputs = hidden.to(self._root.device).float()
             if self._head.bias is not None:
-                inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], dim=2)
-            exact = (inputs @ self._root) * real.to(inputs.device)[:, :, None]
+                inputs = torch.cat([inputs, real.to(inputs.device, inputs.dtype)[:, :, None]], dim=2)
+            exact = inputs @ self._root
             unit = _power_of_two(exact.abs().amax(dim=(1, 2)))
             exact /= unit[:, None, None]
             gram = exact @ exact.mT
@@ -224,7 +232,7 @@ def truncated(gram: Tensor, *, bound: float, max_rank: int) -> tuple[Tensor, Ten
     Columns of U are orthogonal and fall in norm. Ranks are 64, 256 or all, at most max_rank: the first with a
     residual within `bound`. The images that need more go on together; which do is the only wait for a device.
     """
-    norm = torch.linalg.vector_norm(gram, dim=(1, 2), dtype=torch.float64)
+    norm = norm_of(gram)
     whole = gram / torch.where(norm > 0, norm, 1.0).float()[:, None, None]
     left = torch.arange(len(gram), device=gram.device)
     factor, rank, residual = whole[:, :, :0], torch.zeros_like(left), torch.zeros_like(norm)

@@ -29,16 +29,18 @@ _MOST_STEPS = 32767.0
 _ENTROPY = 2.85  # 2 pi e / 6: steps of a normal number of variance v take about log2(1 + 2 pi e v) / 2 bits
 
 
-def quantised(gram: Tensor, tokens: Tensor, *, bound: float, max_rank: int) -> dict[str, Tensor]:
-    """The stored factors of gram (B, P, P) float32, zero beyond the first `tokens` (B,) rows of each.
+def quantised(
+    gram: Tensor, tokens: Tensor, norm: Tensor, *, bound: float, max_rank: int
+) -> dict[str, Tensor]:
+    """The stored factors of gram (B, P, P) float32 and norm (B,), zero beyond the first `tokens` (B,) rows of
+    each.
 
     Of each image: `columns` (B, C, P) int16, the bits of uint16 steps, sorted so that the `rank` (B,) first
     ones are those that count; `scales` (B, C); `residual` (B,), 1 - cos(R, U U^T) of U as stored. It is at
     most `bound` unless max_rank or the 16 bits of a step forbid it. Nothing waits for the device: off the
     CPU every image goes through all of it. Only with a max_rank under P one batched eigenproblem does.
     """
-    norm = torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True, dtype=torch.float64)
-    unit = torch.where(norm > 0, norm, 1.0)
+    unit = torch.where(norm > 0, norm, 1.0)[:, None, None]
     whole = gram / unit.float()
     most = min(whole.shape[1], max_rank)
     if whole.device.type == "cpu" and most > _FEW_COLUMNS:
@@ -48,6 +50,13 @@ def quantised(gram: Tensor, tokens: Tensor, *, bound: float, max_rank: int) -> d
     found = steps_of(whole, factor, triangular, tokens, bound)
     found["scales"] = found["scales"] * unit.sqrt()[:, 0].float()
     return found
+
+
+def norm_of(gram: Tensor) -> Tensor:
+    """The norm (B,) float64 of gram (B, P, P), from those of its rows in its dtype: no copy in float64."""
+    rows = torch.linalg.vector_norm(gram, dim=2)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norm
 
 
 def leading(whole: Tensor, columns: int) -> Tensor:

@@ -22,7 +22,7 @@ from models.head import Head, _padded_product
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.entry_rules import fitted, limits_of
 from pipeline.relation import groups_of, truncate, truncated
-from pipeline.relation_batch import factors_of, quantised, steps_of
+from pipeline.relation_batch import factors_of, norm_of, quantised, steps_of
 from pipeline.targets import Asked, TargetMaker
 
 TEMPERATURES = (0.5, 1.0, 3.0)
@@ -413,7 +413,7 @@ def test_stored_relations_keep_their_bound_on_every_spectrum(bound: float, scale
     grams = [scale * (turn * values) @ turn.T for values in SPECTRA.values()]
     given = torch.from_numpy(np.stack(grams)).float()
     tokens = torch.full((len(grams),), 300)
-    by_need = quantised(given, tokens, bound=bound, max_rank=1024)
+    by_need = quantised(given, tokens, norm_of(given), bound=bound, max_rank=1024)
     whole = given / torch.linalg.vector_norm(given, dim=(1, 2), keepdim=True)
     at_once = steps_of(whole, *factors_of(whole, tokens, bound, 1024, 256), tokens, bound)
     for found, unit in ((by_need, 1.0), (at_once, None)):
@@ -432,7 +432,7 @@ def test_stored_relations_keep_their_bound_on_every_spectrum(bound: float, scale
 def test_a_bounded_rank_is_kept_and_the_residual_tells() -> None:
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(150, 150)))[0]
     gram = torch.from_numpy(turn @ (PLACES[:150, None] ** -0.5 * turn.T)).float()[None]
-    found = quantised(gram, torch.tensor([150]), bound=1e-5, max_rank=70)
+    found = quantised(gram, torch.tensor([150]), norm_of(gram), bound=1e-5, max_rank=70)
     assert int(found["rank"]) == 70
     best = 1 - np.sqrt((PLACES[:70] ** -1).sum() / (PLACES[:150] ** -1).sum())
     assert best - 1e-6 <= float(found["residual"]) <= 1.1 * best

@@ -284,6 +284,14 @@ def test_an_engine_that_broke_is_not_asked_again(
         build(config_of(setting, tmp_path / "c", engine="vllm"), Silent())
 
 
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_attention_in_both_directions_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
+    teacher = make(name, tmp_path / "teacher")
+    tiny_dataset(tmp_path, rows=2, images=1)
+    with pytest.raises(KdcacheError, match=f"cannot run a {name}.* both directions; omit --engine vllm"):
+        open_job(config_of((teacher, tmp_path), tmp_path / "c", engine="vllm"), Silent())
+
+
 # ---- the parts ----
 
 
