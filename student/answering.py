@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlavaProcessor
 
-from cache_schema.datasets.image_roots import ImageRoot
+from cache_schema.datasets.image_roots import ImageRoot, open_root
 from cache_schema.datasets.images import open_image
 from cache_schema.errors import KdcacheError
 from models.device import choose_device
@@ -55,7 +55,7 @@ class Answerer:
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], image_root: ImageRoot) -> Iterator[dict[int, str]]:
         """The answers in batches, each by its place among the questions, those of similar length together."""
-        self.image_root = image_root
+        self.image_root = open_root(image_root)
         longest: dict[tuple[str, ...], int] = {}
         for question in questions:
             longest[question.images] = max(longest.get(question.images, 0), len(question.prompt))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_schema.datasets.image_roots import ImageRoot
+from cache_schema.datasets.image_roots import ImageRoot, open_root
 from cache_schema.errors import CacheDamaged, KdcacheError, RowRejected
 from cache_schema.format.codecs.hidden import join_hidden
 from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK, positions_by_kind
@@ -88,6 +88,9 @@ class Collator:
     sample_temperature: float = 1.0
     placeholders: int | None = None
     kl_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_root", open_root(self.image_root))  # a folder may be given
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A Batch of `samples`. KdcacheError when an image is missing or is not the captured one."""
