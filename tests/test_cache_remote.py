@@ -105,9 +105,11 @@ def test_damage_is_found_and_repaired(place, undisturbed: Path, version: int) ->
     assert_same_cache(url, undisturbed, storage_options=options)
 
 
-def test_of_racing_writers_one_wins(place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_of_racing_writers_one_wins(place, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     url, options = place
-    writers = [CacheWriter.open(url, make_manifest(SPEC, ROWS), storage_options=options) for _ in range(4)]
+    manifest = make_manifest(SPEC, ROWS, version=version)
+    writers = [CacheWriter.open(url, manifest, storage_options=options) for _ in range(4)]
     samples, bad = capture(writers[0].manifest.plan.rows_of(2).tolist(), SPEC)
     start = threading.Barrier(len(writers))
     for kind in (store.LocalStore, store.ObjectStore):
