@@ -211,7 +211,7 @@ def _divergence_twin(text: str, p: Tensor, q: Tensor, padding: Tensor) -> Tensor
         return kl(everywhere, (1 - value) * teacher + value * everywhere)
     if name == "adaptive_kl":
         head = [0]  # the first entry, and those after it while the mass stays within mu
-        while len(head) < len(p) - 1 and p[: len(head) + 1].sum() <= value:
+        while len(head) < len(p) - 1 and p[: len(head) + 1].sum() <= value * (1 + 1e-6):
             head.append(len(head))
         gaps = (teacher - everywhere).detach().abs()
         ours, rest = gaps[head].sum(), gaps.sum() - gaps[head].sum()

@@ -20,6 +20,9 @@ from student.divergences import Divergence
 LEAST = -30.0
 """Least log p that a reverse divergence sees: a teacher's mass of 0 would make it infinite."""
 
+_JUST_OVER = 1.0 + 1e-6
+"""So that a mass of exactly mu, up to rounding, still counts to the head."""
+
 _NOTHING = -1e30
 """Stands for the log of 0: finite, so that 0 times it is 0."""
 
@@ -70,7 +73,7 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
     are constants of the gradient. The gap of the tail event bounds that of its tokens from below.
     """
     p, q = log_p.exp(), log_q.detach().exp()
-    head = p.cumsum(dim=1) <= mu
+    head = p.cumsum(dim=1) <= mu * _JUST_OVER
     head[:, 0], head[:, -2:] = True, False
     gap = (p - q).abs()
     share = _share((gap * head).sum(dim=1), (gap * ~head).sum(dim=1))
