@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cache_schema import Sample, TargetSpec, open_cache
+from cache_schema.datasets.image_roots import open_root
 from cache_schema.datasets.rows import Conversation, open_dataset
 from cache_schema.progress import Silent
 from pipeline.capture import BuildConfig, build
@@ -107,7 +108,7 @@ def check_family(name: str, folder: Path) -> None:
     assert check_student(cache, model, processor, root, DFT) is None
     collator = Collator(
         pixels=PixelInputs(processor),
-        image_root=root,
+        image_root=open_root(root),
         pad_token_id=processor.tokenizer.pad_token_id,
         image_token_id=model.config.image_token_id,
     )

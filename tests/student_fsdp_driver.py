@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from cache_schema import open_cache
+from cache_schema.datasets.image_roots import open_root
 from models.folder import load_model, load_processor
 from student.collate import Collator
 from student.heldout import measure_cache
@@ -39,7 +40,7 @@ def main() -> None:
     cache = open_cache(url)
     collator = Collator(
         pixels=PixelInputs(load_processor(student)),
-        image_root=images,
+        image_root=open_root(images),
         pad_token_id=1,
         image_token_id=2,
         targets=tuple(cache.spec.targets),

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from cache_schema import IdentityMismatch, KdcacheError, TargetSpec, open_cache
+from cache_schema.datasets.image_roots import open_root
 from cache_schema.progress import Silent
 from models.folder import load_model, load_processor
 from student.checks import check_student
@@ -34,7 +35,7 @@ def check(world, *, student=None, cache=None, stage=DFT, **options):
         open_cache(cache or world.cache),
         load_model(folder),
         load_processor(folder),
-        world.image_root,
+        open_root(world.image_root),
         stage,
         **options,
     )
@@ -195,7 +196,7 @@ def test_inputs_are_what_the_model_was_captured_with(world):
     samples = [cache[index] for index in range(6)]
     collator = Collator(
         pixels=PixelInputs(load_processor(world.student)),
-        image_root=world.image_root,
+        image_root=open_root(world.image_root),
         pad_token_id=1,
         image_token_id=2,
         targets=("response", "visual", "relation"),

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from cache_schema import KdcacheError, TargetSpec, open_cache
+from cache_schema.datasets.image_roots import open_root
 from cache_schema.datasets.images import open_image
 from cache_schema.progress import Silent
 from cache_schema.runs import read_metrics, read_result
@@ -272,7 +273,7 @@ def test_the_distance_is_the_dense_kl_and_relation(tmp_path):
     same = {"response": [], "visual": []}
     collator = Collator(
         pixels=PixelInputs(processor),
-        image_root=world.image_root,
+        image_root=open_root(world.image_root),
         pad_token_id=1,
         image_token_id=2,
     )
@@ -342,7 +343,7 @@ def test_a_student_equal_to_its_teacher_is_as_far_as_its_padding_has_mass(world,
         cache,
         Collator(
             pixels=PixelInputs(processor),
-            image_root=world.image_root,
+            image_root=open_root(world.image_root),
             pad_token_id=1,
             image_token_id=2,
             targets=("response", "visual", "relation"),

@@ -13,6 +13,7 @@ from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from cache_schema import KdcacheError, StoppedEarly, open_cache
+from cache_schema.datasets.image_roots import open_root
 from cache_schema.progress import Silent
 from cache_schema.runs import read_metrics
 from models.folder import load_model, load_processor
@@ -448,7 +449,7 @@ def measure(world, folder):
     processor = load_processor(folder)
     collator = Collator(
         pixels=PixelInputs(processor),
-        image_root=world.image_root,
+        image_root=open_root(world.image_root),
         pad_token_id=1,
         image_token_id=2,
         targets=("response", "visual", "relation"),
