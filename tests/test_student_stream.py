@@ -47,7 +47,7 @@ class FakeCache:
     def shard_length(self, shard):
         return self.lengths[self.shards.index(shard)]
 
-    def read_shard(self, shard, *, parts=None):
+    def read_shard(self, shard, *, parts=None, images=False):
         self.reads.append(shard)
         self.parts.add(tuple(parts))
         block = FakeBlock(shard, self.shard_length(shard), self.payload)
@@ -195,7 +195,7 @@ def test_reading_stops_cleanly_in_the_middle():
 def test_a_damaged_shard_reaches_the_loop():
     cache = FakeCache([5] * 4)
 
-    def broken(shard, *, parts=None):
+    def broken(shard, *, parts=None, images=False):
         raise OSError("shard is gone")
 
     cache.read_shard = broken

@@ -411,7 +411,9 @@ def test_plain_training_reads_no_target(world, tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(cache),
         "read_shard",
-        lambda self, shard, *, parts=None: (asked.append(parts), read(self, shard, parts=parts))[1],
+        lambda self, shard, *, parts=None, **kw: (asked.append(parts), read(self, shard, parts=parts, **kw))[
+            1
+        ],
     )
     train(settings(world, tmp_path, replace(DFT, name="ce", losses=CE_ONLY)), Silent())
     assert asked

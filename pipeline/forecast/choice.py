@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ from cache_schema.format.spec import (
     write_entries,
     write_top_k,
 )
+from cache_schema.settings import settings_of
 from pipeline.settings import BuildConfig
 
 Row = Mapping[str, Any]
 Angles = Mapping[str, float]
 """Degrees by kind of target; `relation` is one of them."""
 
-_NO_FLAG = ("spec", "teacher", "data", "image_root", "out", "prepare_threads", "retry_quarantine")
+_NO_FLAG = (
+    *("spec", "teacher", "data", "image_root", "out", "prepare_threads", "retry_quarantine"),
+    *("targets", "top_k", "entries", "precision", "relation", "relation_bound"),
+)
 
 
 def choose(
@@ -110,14 +114,24 @@ def build_arguments(config: BuildConfig) -> list[str]:
     if "relation" in spec.targets:
         words += ["--relation", spec.relation]
         words += ["--relation-bound", f"{spec.relation_bound:g}"] if spec.relation == "factor" else []
-    if spec.temperatures != (1.0,):
-        words += ["--temperatures", ",".join(f"{value:g}" for value in spec.temperatures)]
-    if spec.seed:
-        words += ["--seed", str(spec.seed)]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in _NO_FLAG and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return words + _given(spec) + _given(config)
+
+
+def _given(settings: Any) -> list[str]:
+    """The options of all settings that are not their defaults, but for those that `build_arguments` names."""
+    words = []
+    for name, setting in settings_of(type(settings)).items():
+        value, flag = getattr(settings, name), name.replace("_", "-")
+        if name in _NO_FLAG or value == setting.default:
+            continue
+        if is_dataclass(value):
+            words += _given(value)
+        elif isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif setting.help.option != "":
+            listed = value if isinstance(value, tuple) else (value,)
+            texts = [f"{each:g}" if isinstance(each, float) else str(each) for each in listed]
+            words += [f"--{setting.help.option or flag}", ",".join(texts)]
     return words
 
 
