@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlavaProcessor
 
-from cache_schema.datasets.image_roots import ImageRoot, open_root
+from cache_schema.datasets.conversations import Conversation
+from cache_schema.datasets.image_roots import ImageRoot, open_root, unpack_embedded
 from cache_schema.datasets.images import open_image
-from cache_schema.errors import KdcacheError
+from cache_schema.datasets.rows import open_dataset
+from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.progress import Progress
 from models.device import choose_device
 from models.folder import load_model, load_processor
 from models.tokens import adds_special_tokens
@@ -27,6 +31,53 @@ class Question:
     row: int
     images: tuple[str, ...]
     prompt: str
+
+
+def rows_to_ask(
+    data: Path, root: ImageRoot, limit: int | None, seed: int, progress: Progress
+) -> Iterator[tuple[int, Conversation | RowRejected]]:
+    """The rows of a dataset by their number, or why one cannot be asked: what is wrong with it or its images.
+    limit: only so many, drawn by the seed. An image of several rows is opened once."""
+    dataset = open_dataset(data, progress)
+    rows = list(range(len(dataset)))
+    if limit is not None and limit < len(rows):
+        rows = sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())
+    readable: dict[str, RowRejected | None] = {}
+    for row in rows:
+        try:
+            conversation = dataset[row]
+            unpack_embedded(root, conversation.embedded)
+            for path in conversation.images:
+                if path not in readable:
+                    readable[path] = _fault(root, path)
+                if (fault := readable[path]) is not None:
+                    raise fault
+        except RowRejected as error:
+            yield row, error
+        else:
+            yield row, conversation
+
+
+def _fault(root: ImageRoot, path: str) -> RowRejected | None:
+    try:
+        open_image(root, path)
+    except RowRejected as error:
+        return error
+    return None
+
+
+def question_after(messages: list[dict[str, Any]], conversation: Conversation, processor: Any) -> Question:
+    """The question that `messages`, the beginning of a conversation or of what was said instead, end with."""
+    return Question(
+        row=conversation.row,
+        images=conversation.images[: images_shown(messages)],
+        prompt=processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+    )
+
+
+def images_shown(messages: Sequence[Mapping[str, Any]]) -> int:
+    """The image parts of messages."""
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
 def load_for_answers(folder: Path, device: str) -> tuple[Any, Any]:

@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cache_schema.datasets.conversations import Conversation
-from cache_schema.datasets.image_roots import ImageRoot, open_root, unpack_embedded
-from cache_schema.datasets.images import open_image
-from cache_schema.datasets.rows import open_dataset
+from cache_schema.datasets.image_roots import ImageRoot, open_root
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.cache import open_cache
 from cache_schema.output import require_file, write_text
 from cache_schema.progress import Progress, task
-from student.answering import Answerer, Question, load_for_answers
+from student.answering import Answerer, Question, load_for_answers, question_after, rows_to_ask
 from student.answers import Answered, references_of, score
 from student.benchmarks.run import evaluate_benchmarks
 from student.heldout import held_out, measure_cache
@@ -102,34 +99,16 @@ def _questions(
     config: EvaluateConfig, root: ImageRoot, processor: Any, progress: Progress
 ) -> tuple[list[Rated], list[tuple[int, RowRejected]]]:
     """The questions, and the rows that give none with the reason of each."""
-    dataset = open_dataset(config.data, progress)
-    rows = list(range(len(dataset)))
-    if config.limit is not None and config.limit < len(dataset):
-        rows = sorted(np.random.default_rng(config.seed).permutation(len(dataset))[: config.limit].tolist())
     questions: list[Rated] = []
     skipped: list[tuple[int, RowRejected]] = []
-    readable: dict[str, RowRejected | None] = {}
-    for row in rows:
+    for row, found in rows_to_ask(config.data, root, config.limit, config.seed, progress):
         try:
-            conversation = dataset[row]
-            unpack_embedded(root, conversation.embedded)
-            for path in conversation.images:
-                if path not in readable:
-                    readable[path] = _fault(root, path)
-                if (fault := readable[path]) is not None:
-                    raise fault
-            questions += _asked(conversation, processor)
+            if isinstance(found, RowRejected):
+                raise found
+            questions += _asked(found, processor)
         except RowRejected as error:
             skipped.append((row, error))
     return questions, skipped
-
-
-def _fault(root: ImageRoot, path: str) -> RowRejected | None:
-    try:
-        open_image(root, path)
-    except RowRejected as error:
-        return error
-    return None
 
 
 def _asked(conversation: Conversation, processor: Any) -> Iterator[Rated]:
@@ -143,14 +122,7 @@ def _asked(conversation: Conversation, processor: Any) -> Iterator[Rated]:
         raise RowRejected("annotations", f"{len(kinds)} kinds for {len(answers)} answers")
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     for number, place in enumerate(places):
-        shown = sum(part["type"] == "image" for message in messages[:place] for part in message["content"])
-        question = Question(
-            row=conversation.row,
-            images=conversation.images[:shown],
-            prompt=processor.apply_chat_template(
-                messages[:place], add_generation_prompt=True, tokenize=False
-            ),
-        )
+        question = question_after(messages[:place], conversation, processor)
         yield Rated(question=question, kind=str(kinds[number]), references=references[number])
 
 

@@ -8,17 +8,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from cache_schema.datasets.conversations import Conversation, text_of
-from cache_schema.datasets.image_roots import ImageRoot, open_root, unpack_embedded
-from cache_schema.datasets.images import open_image
-from cache_schema.datasets.rows import open_dataset
+from cache_schema.datasets.image_roots import ImageRoot, open_root
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.output import require_file, write_text
 from cache_schema.progress import Progress, task
-from student.answering import Answerer, Question, load_for_answers
+from student.answering import Answerer, images_shown, load_for_answers, question_after, rows_to_ask
 from student.generation import sample_answers
 from student.settings import AnswersConfig
 
@@ -57,7 +54,7 @@ def write_answers(config: AnswersConfig, progress: Progress) -> dict[str, Any]:
     with task(progress, "answering", sum(len(_answers(chat.rest)) for chat in chats)):
         going = chats
         while going:
-            questions = [_question(chat, processor) for chat in going]
+            questions = [question_after(chat.said, chat.row, processor) for chat in going]
             answers = [""] * len(going)
             for batch in answerer.answer(questions, root):
                 for place, text in batch.items():
@@ -85,20 +82,12 @@ def _opened(
     config: AnswersConfig, root: ImageRoot, progress: Progress
 ) -> tuple[list[_Open], list[RowRejected]]:
     """The rows that can be asked, and why the others cannot."""
-    dataset = open_dataset(config.data, progress)
-    rows = list(range(len(dataset)))
-    if config.limit is not None and config.limit < len(rows):
-        rows = sorted(np.random.default_rng(config.seed).permutation(len(rows))[: config.limit].tolist())
     chats, skipped = [], []
-    for row in rows:
-        try:
-            conversation = dataset[row]
-            unpack_embedded(root, conversation.embedded)
-            for path in conversation.images:
-                open_image(root, path)
-            chats.append(_Open(conversation, [], list(conversation.messages)))
-        except RowRejected as error:
-            skipped.append(error)
+    for _, found in rows_to_ask(config.data, root, config.limit, config.seed, progress):
+        if isinstance(found, RowRejected):
+            skipped.append(found)
+        else:
+            chats.append(_Open(found, [], list(found.messages)))
     if not chats:
         raise KdcacheError(
             f"no row of {config.data} can be asked: {skipped[0] if skipped else 'it is empty'}"
@@ -106,12 +95,6 @@ def _opened(
     for chat in chats:
         _to_next_question(chat)
     return chats, skipped
-
-
-def _question(chat: _Open, processor: Any) -> Question:
-    shown = sum(part["type"] == "image" for message in chat.said for part in message["content"])
-    prompt = processor.apply_chat_template(chat.said, add_generation_prompt=True, tokenize=False)
-    return Question(row=chat.row.row, images=chat.row.images[:shown], prompt=prompt)
 
 
 def _go_on(chat: _Open, answer: str) -> None:
@@ -137,5 +120,5 @@ def _answers(messages: Chat) -> list[str]:
 
 def _line(chat: _Open) -> dict[str, Any]:
     """A row in the form of `messages`, with the images that are still shown in it."""
-    shown = sum(part["type"] == "image" for message in chat.said for part in message["content"])
-    return {"id": chat.row.sample_id, "images": list(chat.row.images[:shown]), "messages": chat.said}
+    images = chat.row.images[: images_shown(chat.said)]
+    return {"id": chat.row.sample_id, "images": list(images), "messages": chat.said}

@@ -84,11 +84,7 @@ def kernel_entropy(
     out = torch.empty(count, dtype=torch.float32, device=products.device)
     if count == 0:
         return out
-    programs = count
-    if products.device.type == "cuda":
-        processors = torch.cuda.get_device_properties(products.device).multi_processor_count
-        programs = min(count, launch.programs * processors)
-    _entropy_kernel[(programs,)](
+    _entropy_kernel[launch.grid(count, products.device)](
         products,
         products if bias is None else bias,
         out,

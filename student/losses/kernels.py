@@ -33,6 +33,13 @@ class Launch:
     programs: int = 1
     stages: int = 1
 
+    def grid(self, count: int, device: torch.device) -> tuple[int]:
+        """The programs for `count` rows."""
+        if device.type != "cuda":
+            return (count,)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        return (min(count, self.programs * processors),)
+
 
 LAUNCH = Launch()
 
@@ -115,12 +122,8 @@ def _launch(
     """
     count, columns = products.shape
     width = inside.shape[1]
-    programs = count
-    if products.device.type == "cuda":
-        processors = torch.cuda.get_device_properties(products.device).multi_processor_count
-        programs = min(count, launch.programs * processors)
     target = products if grads is None else grads
-    rows_on_device[(programs,)](
+    rows_on_device[launch.grid(count, products.device)](
         products,
         target,
         products if bias is None else bias,
