@@ -58,9 +58,8 @@ class Batch:
     def positions_with_logits(self) -> int:
         """At how many positions the losses make the student's logits; each kind's overlaps are few."""
         counts = self.denominators
-        return int(
-            max(counts.ce_tokens, counts.response_tokens) + counts.visual_tokens + counts.prompt_tokens
-        )
+        answers = max(counts.ce_tokens, counts.tokens["response"])
+        return int(answers + counts.tokens["visual"] + counts.tokens["prompt"])
 
     @property
     def tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,14 +113,18 @@ def measure_cache(
                 progress.update(step + 1)
     batches.close()
     student.train(training)
-    ours = {**dict(zip(_SUMS, sums.tolist(), strict=True)), **asdict(counts)}
+    ours = {**dict(zip(_SUMS, sums.tolist(), strict=True)), **counts.by_name}
     total = summed({**ours, "failed": fault is not None}, add_up)
     if fault is not None:
         raise fault
     if total["failed"]:
         raise KdcacheError("another process of this run could not read its part of the held-out cache")
-    counts = Denominators(**{name: total[name] for name in asdict(counts)})
-    over = {**counts.by_term, "response_top1": counts.response_tokens, "visual_top1": counts.visual_tokens}
+    counts = Denominators.from_names(total)
+    over = {
+        **counts.by_term,
+        "response_top1": counts.tokens["response"],
+        "visual_top1": counts.tokens["visual"],
+    }
     means = {name: total[name] / over[name] for name in _SUMS if over[name]}
     return {**means, "samples": counts.samples, "tokens": counts.ce_tokens}
 

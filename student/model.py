@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cache_schema.errors import KdcacheError
-from cache_schema.format.spec import Kind
+from cache_schema.format.spec import KINDS, Kind
 from models.head import Head, verified_head
 from models.parts import Part, part_of
 from student.folder import freeze
@@ -23,9 +23,7 @@ from student.timing import Stopwatch
 _AGREEMENT_ROWS = 1024
 _AGREEMENT_KINDS: tuple[Kind, ...] = ("response", "visual")
 _EVERY_TERM = LossWeights(relation=1.0, prompt=1.0, reduction="token_mean")
-_SUMS = Denominators(
-    samples=1.0, ce_tokens=1.0, response_tokens=1.0, visual_tokens=1.0, prompt_tokens=1.0, images=1.0
-)
+_SUMS = Denominators(samples=1.0, ce_tokens=1.0, tokens=dict.fromkeys(KINDS, 1.0), images=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,11 +74,11 @@ def agree_on_step(
     flags = {"asked_to_stop": asked_to_stop, "failed": fault is not None}
     tokens = sum(batch.tokens for batch in micro_batches)
     padded = sum(batch.labels.numel() for batch in micro_batches) - tokens
-    sums = ranks.sums({**asdict(counts), **flags, "tokens": tokens, "padded": padded})
+    sums = ranks.sums({**counts.by_name, **flags, "tokens": tokens, "padded": padded})
     return StepAgreement(
         tokens=int(sums.pop("tokens")),
         padded=int(sums.pop("padded")),
         asked_to_stop=sums.pop("asked_to_stop") > 0,
         failed=sums.pop("failed") > 0,
-        counts=Denominators(**sums),
+        counts=Denominators.from_names(sums),
     )

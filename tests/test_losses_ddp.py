@@ -48,12 +48,11 @@ def train(ranks_samples, rank, wrap):
     world_size = len(ranks_samples)
     ids, labels, samples = global_batch()
     mine = [(b, collate([samples[b]], LENGTH)) for b in ranks_samples[rank]]
-    counts = sum(
-        (Denominators.of(labels[b : b + 1], targets) for b, targets in mine), Denominators()
-    ).to_tensor()
+    local = sum((Denominators.of(labels[b : b + 1], targets) for b, targets in mine), Denominators()).by_name
+    counts = torch.tensor(list(local.values()), dtype=torch.float64)
     if world_size > 1:
         dist.all_reduce(counts)
-    denominators = Denominators.from_tensor(counts)
+    denominators = Denominators.from_names(dict(zip(local, counts.tolist(), strict=True)))
     optimizer, losses = torch.optim.SGD(student.parameters(), lr=0.02), []
     for _ in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)

@@ -268,10 +268,10 @@ def test_targets_move_between_devices_and_keep_their_temperatures_at_hand():
     assert moved.positions["response"].temperatures.device.type == "cpu"
     counts = Denominators.of(labels, targets)
     assert counts.samples == 5
-    assert (counts.ce_tokens, counts.response_tokens) == (19.0, 19.0)
-    assert (counts.visual_tokens, counts.images) == (19.0, 5.0)
-    assert counts.prompt_tokens == 5 * LENGTH - 19 - 19 + 2  # two positions are visual and response
-    assert Denominators.from_tensor(counts.to_tensor()) == counts
+    assert (counts.ce_tokens, counts.tokens["response"]) == (19.0, 19.0)
+    assert (counts.tokens["visual"], counts.images) == (19.0, 5.0)
+    assert counts.tokens["prompt"] == 5 * LENGTH - 19 - 19 + 2  # two positions are visual and response
+    assert Denominators.from_names(counts.by_name) == counts
 
 
 def test_settings_that_make_no_sense_are_all_named():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
-from cache_schema.format.spec import Kind
+from cache_schema.format.spec import KINDS, Kind
 from models.stored_head import decoded_states
 from student.loss_weights import TERMS
 
@@ -139,45 +139,44 @@ class DistillationTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denominators:
-    """Counts over the global batch: all ranks, all accumulation steps. To be summed and all-reduced."""
+    """Counts over the global batch: all ranks, all accumulation steps. To be summed and all-reduced.
+
+    tokens: the positions of each kind. `ce_tokens`: the supervised labels.
+    """
 
     samples: float = 0.0
     ce_tokens: float = 0.0
-    response_tokens: float = 0.0
-    visual_tokens: float = 0.0
-    prompt_tokens: float = 0.0
+    tokens: Mapping[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     images: float = 0.0
 
     @classmethod
     def of(cls, labels: Tensor, targets: DistillationTargets | None) -> Denominators:
         """Those of one micro-batch with labels (B, T), unshifted."""
         targets = targets or DistillationTargets()
-        counts = {f"{kind}_tokens": float(len(target)) for kind, target in targets.positions.items()}
         return cls(
             samples=float(labels.shape[0]),
             ce_tokens=float((labels[:, 1:] != IGNORE_INDEX).sum()),
+            tokens={kind: float(len(targets.positions.get(kind, ()))) for kind in KINDS},
             images=float(len(targets.relations)),
-            **counts,
         )
-
-    @property
-    def tokens(self) -> dict[Kind, float]:
-        """The positions of each kind."""
-        return {"response": self.response_tokens, "visual": self.visual_tokens, "prompt": self.prompt_tokens}
 
     @property
     def by_term(self) -> dict[str, float]:
         """What each of TERMS is divided by where it is a mean over all tokens (images)."""
         return dict(zip(TERMS, (self.ce_tokens, *self.tokens.values(), self.images), strict=True))
 
-    def __add__(self, other: Denominators) -> Denominators:
-        return Denominators.from_tensor(self.to_tensor() + other.to_tensor())
-
-    def to_tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        """(6,) float64 in the order of the fields, to be summed over ranks."""
-        return torch.tensor(astuple(self), dtype=torch.float64, device=device)
+    @property
+    def by_name(self) -> dict[str, float]:
+        """Every count, to be summed over ranks."""
+        tokens = {f"{kind}_tokens": count for kind, count in self.tokens.items()}
+        return {"samples": self.samples, "ce_tokens": self.ce_tokens, **tokens, "images": self.images}
 
     @classmethod
-    def from_tensor(cls, counts: Tensor) -> Denominators:
-        """The inverse of `to_tensor`."""
-        return cls(**dict(zip((f.name for f in fields(cls)), counts.tolist(), strict=True)))
+    def from_names(cls, counts: Mapping[str, float]) -> Denominators:
+        """The inverse of `by_name`; other names are passed over."""
+        tokens = {kind: counts[f"{kind}_tokens"] for kind in KINDS}
+        return cls(tokens=tokens, **{name: counts[name] for name in ("samples", "ce_tokens", "images")})
+
+    def __add__(self, other: Denominators) -> Denominators:
+        theirs = other.by_name
+        return Denominators.from_names({name: count + theirs[name] for name, count in self.by_name.items()})
