@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from student.stages import RECIPES, open_recipe
+from cache_schema.settings import settings_of
+from cli import app
+from student.loss_weights import LossWeights
+from student.stages import RECIPES, Stage, open_recipe
 from tests.fake_caches import make_cache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,3 +103,23 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert len(text.splitlines()) <= 200
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_site_lists_every_option_of_every_command_from_the_settings():
+    fill = runpy.run_path(str(DOCS / "settings_pages.py"))["on_page_markdown"]
+    page = (DOCS / "commands.md").read_text(encoding="utf-8")
+    filled = fill(page)
+    assert "<!--" not in filled
+    for name, command in get_command(app).commands.items():
+        section = filled.split(f"## kdcache {name}\n")[1].split("\n## ")[0]
+        rows = re.findall(r"^\| (`.+?`) \|", section, re.MULTILINE)
+        assert len(rows) == len(command.params), name
+    assert "| `--top-k` | `32` | Entries stored per position" in filled
+
+
+def test_the_page_on_recipes_lists_every_key_of_a_stage():
+    fill = runpy.run_path(str(DOCS / "settings_pages.py"))["on_page_markdown"]
+    filled = fill((DOCS / "recipes.md").read_text(encoding="utf-8"))
+    for owner in (Stage, LossWeights):
+        assert all(f"| `{name}` |" in filled for name in settings_of(owner))
+    assert "| `weight_decay` | `0.0` | Weight decay of AdamW. |" in filled
