@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from student.divergences import FORWARD, Divergence
-from student.losses import Denominators, DistillationLoss, Head
+from student.losses import Denominators, DistillationLoss, Head, cross_entropy
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.records import Entries
 from tests.dense_twins import imitate_wide_products
@@ -17,6 +17,7 @@ from tests.distillation_batches import LENGTH, V, collate
 from tests.test_losses_objective import ALL, batch
 
 kernels = pytest.importorskip("student.losses.kernels", reason="Triton has no package for this system")
+scale_in_place = pytest.importorskip("student.losses.scale_kernel").scale_in_place
 OTHERS = (Divergence("jsd", 0.3), Divergence("reverse_kl"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -173,3 +174,23 @@ def test_the_objective_through_the_kernel(monkeypatch, tail, divergence, head):
     reference = step(weights, head, dtype=torch.float32, compute=torch.bfloat16, **made)
     for ours, other, true in zip(low, reference, exact, strict=True):
         assert 1e-5 * true.norm() < (ours - true).norm() < max(3 * (other - true).norm(), 8e-3 * true.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 0.3, 0.0])
+def test_a_gradient_is_scaled_in_place(dtype, factor):
+    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    expected = values.double() * torch.tensor(factor).double().item()
+    scale_in_place(values, torch.tensor(factor, device=DEVICE))
+    expected = narrowed(expected) if dtype == torch.bfloat16 and factor != 1.0 else expected
+    assert torch.allclose(values.double().cpu(), expected.cpu(), rtol=1e-6, atol=0)
+
+
+def test_a_gradient_of_the_losses_other_than_1_reaches_all(monkeypatch):
+    monkeypatch.setattr("student.losses.fused.scale_kernel_for", lambda device, dtype: scale_in_place)
+    hidden, weight = (torch.randn(*shape, device=DEVICE).requires_grad_() for shape in ((7, 4), (V, 4)))
+    labels = torch.arange(7, device=DEVICE)
+    once = torch.autograd.grad(cross_entropy(hidden, weight, labels), (hidden, weight))
+    thrice = torch.autograd.grad(3.0 * cross_entropy(hidden, weight, labels), (hidden, weight))
+    for one, three in zip(once, thrice, strict=True):
+        assert torch.allclose(3.0 * one, three, rtol=1e-6)

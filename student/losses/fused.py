@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -100,14 +102,15 @@ class _FusedLosses(torch.autograd.Function):
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             products = HeadProducts(head, hidden.dtype, compute, matrix)
             gradients = Gradients(hidden, head, products, wanted)
+            narrow = products.narrowed(hidden)
             total = torch.zeros((), dtype=products.dtype, device=hidden.device)
             kl, ce, relation = total.new_zeros(0), total.new_zeros(0), total.new_zeros(0)
             if positions is not None:
-                kl, ce = run_positions(hidden, positions, products, gradients, memory_budget)
+                kl, ce = run_positions(narrow, positions, products, gradients, memory_budget)
                 total += _weighted(positions.rows.weights, kl)
                 total += _weighted(positions.rows.label_weights[: len(ce)], ce)
             if relations is not None and relations.groups:
-                relation = run_relations(hidden, head, relations, products, gradients, memory_budget)
+                relation = run_relations(narrow, head, relations, products, gradients, memory_budget)
                 total += _weighted(relations.weights, relation)
             found = [total.new_zeros(0)]
             for work in dense:
@@ -128,13 +131,34 @@ class _FusedLosses(torch.autograd.Function):
             raise RuntimeError("the losses have no second derivatives: call backward without create_graph")
         # In place, unless the graph is retained: a second copy of the head's gradient doubles its memory.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        kernel = scale_kernel_for(grad_total.device, grad_total.dtype)
         scaled = []
         for gradient in ctx.saved_tensors:
-            if gradient is not None:
-                scale = grad_total.to(gradient.dtype)
-                gradient = gradient * scale if keep else gradient.mul_(scale)
+            if gradient is None:
+                pass
+            elif keep:
+                gradient = gradient * grad_total.to(gradient.dtype)
+            elif kernel is not None:
+                kernel(gradient, grad_total)
+            elif grad_total.device.type != "cpu" or float(grad_total) != 1.0:
+                gradient.mul_(grad_total.to(gradient.dtype))
             scaled.append(gradient)
         return (*scaled, *(None,) * 8)
+
+
+def scale_kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None] | None:
+    """`scale_kernel.scale_in_place` where Triton drives the device: most steps scale by 1, and the host
+    cannot know it without a wait."""
+    return _scale_kernel() if device.type == "cuda" and dtype == torch.float32 else None
+
+
+@cache
+def _scale_kernel() -> Callable[[Tensor, Tensor], None] | None:
+    if find_spec("triton") is None:
+        return None
+    from student.losses.scale_kernel import scale_in_place
+
+    return scale_in_place
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:

@@ -121,6 +121,10 @@ class HeadProducts:
             return torch.mm(left, right, out=out)
         return multiply_wide(left, right, out)
 
+    def narrowed(self, hidden: Tensor) -> Tensor:
+        """hidden (N, D) as it is, or as operand where that takes less memory."""
+        return hidden.to(self.operand) if self.operand.itemsize < hidden.dtype.itemsize else hidden
+
     def batched(self, left: Tensor, right: Tensor) -> Tensor:
         """left (I, a, b) right (I, b, c) in `dtype`."""
         left, right = left.to(self.operand), right.to(self.operand)
@@ -169,6 +173,9 @@ class HeadProducts:
     def gram(self) -> Tensor:
         """W~^T W~ (D + b, D + b) with W~ = [W, bias] of the tokens, b = 1 where there is a bias, else 0."""
         width = self.weight.shape[1]
+        if self.bias is None and not in_blocks(self.weight.device):
+            matrix = self.weight[: self.columns].to(self.operand)
+            return self.product(matrix.t(), matrix)
         size = width + (self.bias is not None)
         gram = torch.zeros((size, size), dtype=self.dtype, device=self.weight.device)
         # Panels save half of the work, and cost launches.

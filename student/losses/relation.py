@@ -69,21 +69,28 @@ def _frozen(head: Head) -> bool:
     return not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
 
 
-def cosine_distance(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cos (I,) of matrices (I, P, P), and its gradient (I, P, P) in the first.
+def cosine_distance(
+    student: Tensor, teacher: Tensor, factors: Tensor, slopes: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """1 - cos (I,) of matrices (I, P, P), and its gradient (I, P, P) in the first, times factors (I,), in the
+    dtype `slopes`; None: no gradient.
 
     As half the squared distance of the normalised matrices: 1 - cos as such has no digits left under 1e-7.
     A matrix of zeros has cosine 0 with everything, and no gradient.
     """
-    norm = torch.linalg.vector_norm(student, dim=(1, 2), keepdim=True)
-    other = torch.linalg.vector_norm(teacher, dim=(1, 2), keepdim=True)
-    defined = (norm > 0) & (other > 0)
-    unit = student / torch.where(defined, norm, 1.0)
-    difference = unit - teacher / torch.where(defined, other, 1.0)
-    half_square = difference.square().sum(dim=(1, 2), keepdim=True) / 2
-    distance = torch.where(defined, half_square, 1.0)
-    gradient = torch.where(defined, (difference - distance * unit) / norm, 0.0)
-    return distance[:, 0, 0], gradient
+    norms = torch.stack([torch.linalg.vector_norm(each, dim=(1, 2)) for each in (student, teacher)])
+    absent = (norms == 0).any(dim=0)
+    inverse, other = norms[:, :, None, None].reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
+    difference = (student * inverse).addcmul_(teacher, other, value=-1)
+    distance = torch.linalg.vector_norm(difference, dim=(1, 2)).square_().div_(2).masked_fill_(absent, 1.0)
+    if slopes is None:
+        return distance, None
+    scale = (inverse[:, 0, 0] * factors).masked_fill_(absent, 0.0)
+    difference.addcmul_(student, inverse * distance[:, None, None], value=-1)
+    count, length = difference.shape[:2]
+    # Rows begin on 16 bytes, without which matrix units cannot load them.
+    gradient = difference.new_empty(count, length, -(-length // 8) * 8, dtype=slopes)[:, :, :length]
+    return distance, torch.mul(difference, scale[:, None, None], out=gradient)
 
 
 def run_relations(
@@ -96,22 +103,25 @@ def run_relations(
 ) -> Tensor:
     """The loss (I,) of each image of `work` at hidden (N, D); adds the weighted gradients to `gradients`."""
     lengths = [length for group in work.groups for length in group.lengths]
-    weights = work.weights.split([len(group.lengths) for group in work.groups])
+    # R is symmetric: dL = 2 <dR H~ A, dH~>.
+    factors = (2.0 * work.weights).split([len(group.lengths) for group in work.groups])
     values: list[Tensor] = []
     if takes_gram(head, lengths, gradients):
-        gram = gram_of(head, products)
-        moment = torch.zeros_like(gram)
-        for group, shares in zip(work.groups, weights, strict=True):
+        gram = _in_two(gram_of(head, products), 0, products)
+        moment: Tensor | None = None
+        for group, shares in zip(work.groups, factors, strict=True):
             count, length = group.places.shape
             room = max(1, memory_budget // (8 * products.dtype.itemsize * max(1, length**2)))
             for start in range(0, count, room):
                 part = slice(start, start + room)
-                values.append(
-                    _through_gram(hidden, group.cut(part), shares[part], gram, moment, products, gradients)
+                found, moment = _through_gram(
+                    hidden, group.cut(part), shares[part], gram, moment, products, gradients
                 )
-        _add_head_gradients(moment, products, gradients)
-        return torch.cat(values)
-    for group, shares in zip(work.groups, weights, strict=True):
+                values.append(found)
+        if moment is not None:
+            _add_head_gradients(moment, products, gradients)
+        return values[0] if len(values) == 1 else torch.cat(values)
+    for group, shares in zip(work.groups, factors, strict=True):
         for number, length in enumerate(group.lengths):
             places = group.places[number, :length]
             states = hidden.index_select(0, places).to(products.dtype)  # (P, D)
@@ -137,44 +147,55 @@ def _teacher_grams(group: RelationGroup, dtype: torch.dtype) -> Tensor:
 def _through_gram(
     hidden: Tensor,
     group: RelationGroup,
-    weights: Tensor,
+    factors: Tensor,
     gram: Tensor,
-    moment: Tensor,
+    moment: Tensor | None,
     products: HeadProducts,
     gradients: Gradients,
-) -> Tensor:
-    """The loss (I,) of a group; adds its weighted gradient in hidden, and 2 H~^T dR H~ to `moment`."""
+) -> tuple[Tensor, Tensor | None]:
+    """The loss (I,) of a group, and H~^T dR H~ of all so far, `moment` before, with dR times factors (I,);
+    adds the gradient in hidden. gram: A as `_in_two` makes it."""
     (count, length), width = group.places.shape, hidden.shape[1]
     places = group.places.flatten()
     states = hidden.index_select(0, places).to(products.operand)  # (I P, D)
-    if len(gram) > width:
+    if gram.shape[1] > width:
         states = torch.cat([states, states.new_ones(len(states), 1)], dim=1)  # H~
     if group.real is not None:
         states *= group.real.to(states.dtype).flatten()[:, None]  # what fills up counts as zeros
     stack, twice = (each.unflatten(0, (count, length)) for each in (states, _twice(states, products)))
-    pushed = products.product(twice.flatten(0, 1), _in_two(gram, 0, products)).unflatten(0, (count, length))
+    pushed = _in_two(products.product(twice.flatten(0, 1), gram), 1, products)
+    pushed = pushed.unflatten(0, (count, length))
     values, slopes = cosine_distance(
-        products.batched(_in_two(pushed, 2, products), twice.transpose(1, 2)),
+        products.batched(pushed, twice.transpose(1, 2)),
         _teacher_grams(group, products.dtype),
+        factors,
+        products.operand if gradients.wanted else None,
     )
-    if not gradients.wanted:
-        return values
-    slopes = (slopes * (2.0 * weights[:, None, None])).to(products.operand)
+    if slopes is None:
+        return values, moment
     if gradients.weight is not None or gradients.bias is not None:
-        add_product(moment, states.t(), products.batched(slopes, stack).flatten(0, 1).to(products.operand))
+        spread = products.batched(slopes, stack).flatten(0, 1).to(products.operand)
+        if moment is None:
+            moment = products.product(states.t(), spread)
+        else:
+            add_product(moment, states.t(), spread)
     if gradients.hidden is not None:
-        pulled = products.batched(slopes, pushed).flatten(0, 1)[:, :width]
+        pulled = products.batched(slopes, pushed[:, :, :width]).flatten(0, 1)
         gradients.hidden.index_add_(0, places, pulled)
-    return values
+    return values, moment
 
 
 def _in_two(values: Tensor, dim: int, products: HeadProducts) -> Tensor:
-    """`values` as a factor; one narrower than they are gets them in two parts, one after the other along
+    """values (a, b) as a factor; one narrower than they are gets them in two parts, one after the other along
     `dim`, whose sum has their digits. `_twice` is what meets it in a product."""
     if products.operand == values.dtype:
         return values
-    coarse = values.to(products.operand)
-    return torch.cat([coarse, (values - coarse).to(products.operand)], dim=dim)
+    shape = [2 * size if place == dim else size for place, size in enumerate(values.shape)]
+    made = values.new_empty(shape, dtype=products.operand)
+    coarse, rest = made.chunk(2, dim)
+    coarse.copy_(values)
+    torch.sub(values, coarse, out=rest)
+    return made
 
 
 def _twice(states: Tensor, products: HeadProducts) -> Tensor:
@@ -200,30 +221,32 @@ def _add_head_gradients(moment: Tensor, products: HeadProducts, gradients: Gradi
 def _through_logits(
     states: Tensor,
     teacher: Tensor,
-    weight: Tensor,
+    factor: Tensor,
     products: HeadProducts,
     gradients: Gradients,
     memory_budget: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss, and the weighted gradient (P, D) in hidden, by way of logits in blocks, made twice."""
+    """The loss, and its gradient (P, D) in hidden with dR times `factor`, by way of logits in blocks, made
+    twice."""
     most = max(1, memory_budget // (3 * len(states) * products.dtype.itemsize))
     gram = torch.zeros_like(teacher)
     for block, matrix in products.blocks(products.columns, most):
         logits = states.new_empty(len(states), len(matrix))
         products.logits(states, block, matrix, logits)
         gram.addmm_(logits, logits.t())
-    values, slopes = cosine_distance(gram[None], teacher[None])
-    value, slope = values[0], slopes[0]
-    if not gradients.wanted:
-        return value, None
+    values, slopes = cosine_distance(
+        gram[None], teacher[None], factor[None], products.dtype if gradients.wanted else None
+    )
+    if slopes is None:
+        return values[0], None
     pulled = torch.zeros_like(states)
     for block, matrix in products.blocks(products.columns, most):
         logits = states.new_empty(len(states), len(matrix))
         curve = products.logits(states, block, matrix, logits)
-        grad = products.unscale((2.0 * weight * slope) @ logits, curve)
+        grad = products.unscale(slopes[0] @ logits, curve)
         pulled += products.product(grad, matrix)
         if gradients.weight is not None:
             gradients.weight.add(block, grad.t(), states)
         if gradients.bias is not None:
             gradients.bias[block] += grad.sum(dim=0)
-    return value, pulled
+    return values[0], pulled
