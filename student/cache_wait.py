@@ -20,7 +20,8 @@ def wait_for_caches(config: TrainConfig, progress: Progress) -> None:
     KdcacheError when nothing was committed for `wait_minutes`. Nothing is held or written meanwhile, so an
     interrupt may end the wait at any moment.
     """
-    for url in filter(None, (config.cache, config.eval_cache)):
+    learnt = [source.cache for source in config.sources]
+    for url in filter(None, (*learnt, config.eval_cache)):
         try:
             _wait(url, config.wait_minutes, progress)
         except OSError as error:

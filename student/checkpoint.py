@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,12 +32,25 @@ _FILES = ("weights.safetensors", "optimizer.pt")
 _READ_ERRORS = (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
-def identity_of(config: TrainConfig, cache: Cache) -> dict[str, Any]:
+def identity_of(config: TrainConfig, caches: Sequence[Cache]) -> dict[str, Any]:
     """What decides every step of a run: only a run with the same can use its checkpoints.
 
     Micro-batch, ranks and workers are not in it: they change rounding only.
     """
-    attempts = [[shard, cache.commits[shard].attempt] for shard in cache.shards]
+    found = [
+        {
+            "identity": cache.manifest.identity,
+            "samples": len(cache),
+            "shards": digest_of([[shard, cache.commits[shard].attempt] for shard in cache.shards]),
+        }
+        for cache in caches
+    ]
+    if config.mixture is None:
+        data: dict[str, Any] = {"cache": found[0]}
+    else:
+        weights = (source.weight for source in config.mixture.sources)
+        pairs = enumerate(zip(found, weights, strict=True))
+        data = {"caches": {str(place): {**each, "weight": weight} for place, (each, weight) in pairs}}
     return {
         "stage": config.resolved_stage.to_json(),
         "seed": config.seed,
@@ -45,11 +58,7 @@ def identity_of(config: TrainConfig, cache: Cache) -> dict[str, Any]:
         "window": config.window,
         "student": folder_digest(config.student),
         "processor": processor_digest(config.student),
-        "cache": {
-            "identity": cache.manifest.identity,
-            "samples": len(cache),
-            "shards": digest_of(attempts),
-        },
+        **data,
     }
 
 

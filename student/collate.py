@@ -35,7 +35,7 @@ class Batch:
 
     inputs: what the model's forward takes: input_ids (B, T) and attention_mask (B, T) int64, pixel inputs
     when any sample has an image, and all other inputs that the cache stores. labels (B, T) int64.
-    rows, sample_ids: of these samples; both empty in an idle batch, which only keeps a rank synchronised.
+    rows, sample_ids, sources: of these samples; empty in an idle batch, which only keeps a rank synchronised.
     """
 
     inputs: dict[str, Tensor]
@@ -44,6 +44,7 @@ class Batch:
     denominators: Denominators
     rows: tuple[int, ...]
     sample_ids: tuple[str, ...]
+    sources: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
@@ -76,7 +77,8 @@ class Collator:
     become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every image's
     placeholder tokens are replaced by this many of `image_token_id` (for a student with another number of
     visual tokens than the teacher; visual and relation targets are then impossible). kl_share: as in
-    `LossWeights`.
+    `LossWeights`. further: of a mixture, the collators of its other caches; their image roots and
+    placeholders are used for their samples.
     """
 
     pixels: PixelInputs
@@ -87,6 +89,7 @@ class Collator:
     sample_temperature: float = 1.0
     placeholders: int | None = None
     kl_share: float = 1.0
+    further: tuple[Collator, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_root", open_root(self.image_root))  # a folder may be given
@@ -95,8 +98,7 @@ class Collator:
         """A Batch of `samples`. KdcacheError when an image is missing or is not the captured one."""
         if not samples:
             return self._idle()
-        if self.placeholders is not None:
-            samples = [respan(sample, self.placeholders, self.image_token_id) for sample in samples]
+        samples = [self._of(sample.source).fitted(sample) for sample in samples]
         length = max(len(sample.input_ids) for sample in samples)
         ids = [sample.input_ids for sample in samples]
         inputs = {
@@ -104,7 +106,11 @@ class Collator:
             "attention_mask": pad([np.ones_like(each) for each in ids], length, 0, np.int64),
         }
         inputs |= _extra_inputs(samples, length)
-        inputs |= self.images([sample.images for sample in samples], [sample.row for sample in samples])
+        inputs |= self.images(
+            [sample.images for sample in samples],
+            [sample.row for sample in samples],
+            [sample.source for sample in samples],
+        )
         labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)
         targets = PlannedTargets.of(labels, self._targets(samples, length), self.kl_share)
         return Batch(
@@ -114,22 +120,39 @@ class Collator:
             denominators=Denominators.of(labels, targets),
             rows=tuple(sample.row for sample in samples),
             sample_ids=tuple(sample.sample_id for sample in samples),
+            sources=tuple(sample.source for sample in samples),
         )
 
+    def fitted(self, sample: Sample) -> Sample:
+        """The sample with as many placeholders as the student makes visual tokens."""
+        if self.placeholders is None:
+            return sample
+        return respan(sample, self.placeholders, self.image_token_id)
+
     def images(
-        self, samples: Sequence[Sequence[ImageRecord]], rows: Sequence[int] | None = None
+        self,
+        samples: Sequence[Sequence[ImageRecord]],
+        rows: Sequence[int] | None = None,
+        sources: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """The pixel inputs of the images of each sample; empty without images. rows: for messages."""
-        self.image_root.prefetch(
-            (image.path, image.sha256) for images in samples for image in images if image.content is None
-        )
+        """The pixel inputs of the images of each sample; empty without images. rows: for messages. sources:
+        the cache that each sample is from; None: the first."""
+        owners = [self._of(source) for source in sources or [0] * len(samples)]
+        for owner in (self, *self.further):
+            pairs = zip(samples, owners, strict=True)
+            mine = [image for images, other in pairs if other is owner for image in images]
+            owner.image_root.prefetch((image.path, image.sha256) for image in mine if image.content is None)
         places = rows if rows is not None else [None] * len(samples)
         return self.pixels(
             [
-                [self._open(image, row) for image in images]
-                for images, row in zip(samples, places, strict=True)
+                [owner._open(image, row) for image in images]
+                for images, row, owner in zip(samples, places, owners, strict=True)
             ]
         )
+
+    def _of(self, source: int) -> Collator:
+        """The collator of a cache."""
+        return self.further[source - 1] if source else self
 
     def _open(self, record: ImageRecord, row: int | None) -> Any:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 
 from cache_schema.datasets.image_roots import open_root
-from cache_schema.errors import KdcacheError, WrongUsage
+from cache_schema.errors import IdentityMismatch, KdcacheError, WrongUsage
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.progress import Progress
 from models.device import choose_device
@@ -30,11 +30,13 @@ from student.folder import save_folder
 from student.generation import answer_ends, settle_generation
 from student.heldout import HeldOut, held_out
 from student.lora import add_adapters, merge_adapters
+from student.mixture import MixedStream
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.ranks import Ranks
 from student.run_folder import write_result
 from student.settings import TrainConfig
+from student.stream import OrderedStream, Stream, StreamConfig
 from student.throughput import activations_fit, hold_frozen
 from student.timing import Stopwatch
 
@@ -69,52 +71,90 @@ def checkpoint_activations(student: DistilledStudent) -> None:
 
 def prepare_student(
     config: TrainConfig,
-    cache: Cache,
+    caches: Sequence[Cache],
     processor: Any,
     stopwatch: Stopwatch,
     accelerator: Accelerator,
     progress: Progress,
 ) -> tuple[DistilledStudent, Collator]:
     """The student in training mode, still on the CPU, and the collator of its batches. IdentityMismatch when
-    it does not fit the cache, KdcacheError when its head is not understood."""
-    stage, training = config.resolved_stage, cache.manifest.fingerprint.training
-    if config.image_root is None and not cache.spec.embed_images:
-        raise WrongUsage(
-            f"cache {cache.url} does not embed its images: give --image-root (stage {stage.name})"
-        )
-    student = load_student(config, training["vocab_size"], stopwatch)
-    root = open_root(config.image_root, config.files)
-    placeholders = check_student(
-        cache,
-        student.model,
-        processor,
-        root,
-        stage,
-        adopt_template=config.adopt_template,
-    )
+    it does not fit one of the caches, KdcacheError when its head is not understood."""
+    stage = config.resolved_stage
+    student = load_student(config, caches[0].manifest.fingerprint.training["vocab_size"], stopwatch)
+    collator = _collator(config, caches, student.model, processor)
     student.check_head(torch.tensor([processor.tokenizer.encode("What is in the image?")]))
     if "hidden" in stage.parts:
-        student.loss.teacher = head_of(cache, accelerator.device)
+        _refuse_other_heads(caches)
+        student.loss.teacher = head_of(caches[0], accelerator.device)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.mixed_precision in _COMPUTE and not sharded:  # FSDP wants one dtype
         hold_frozen(student.model, _COMPUTE[accelerator.mixed_precision])
     if config.gradient_checkpointing or (
         config.gradient_checkpointing is None
         and accelerator.device.type != "cpu"
-        and not _keeps_activations(config, cache, student, accelerator.device, progress)
+        and not _keeps_activations(config, caches, student, accelerator.device, progress)
     ):
         checkpoint_activations(student)
-    collator = Collator(
-        pixels=PixelInputs(processor),
-        image_root=root,
-        pad_token_id=pad_token_id_of(processor.tokenizer),
-        image_token_id=training["image_token_id"],
-        targets=stage.parts,
-        sample_temperature=cache.spec.sample_temperature,
-        placeholders=placeholders,
-        kl_share=stage.losses.kl_share,
-    )
     return student.train(), collator
+
+
+def _collator(config: TrainConfig, caches: Sequence[Cache], model: Any, processor: Any) -> Collator:
+    """The collator of the first cache, with those of the others in it. IdentityMismatch when the student does
+    not fit one of them."""
+    stage = config.resolved_stage
+    made = []
+    for number, (cache, source) in enumerate(zip(caches, config.sources, strict=True)):
+        if source.image_root is None and not cache.spec.embed_images:
+            raise WrongUsage(
+                f"cache {cache.url} does not embed its images: give --image-root (stage {stage.name})"
+            )
+        root = open_root(source.image_root, config.files)
+        # The template that is adopted is that of the first cache: the others must have the same.
+        adopted = config.adopt_template and number == 0
+        placeholders = check_student(cache, model, processor, root, stage, adopt_template=adopted)
+        made.append(
+            Collator(
+                pixels=PixelInputs(processor),
+                image_root=root,
+                pad_token_id=pad_token_id_of(processor.tokenizer),
+                image_token_id=cache.manifest.fingerprint.training["image_token_id"],
+                targets=stage.parts,
+                sample_temperature=cache.spec.sample_temperature,
+                placeholders=placeholders,
+                kl_share=stage.losses.kl_share,
+            )
+        )
+    return replace(made[0], further=tuple(made[1:]))
+
+
+def _refuse_other_heads(caches: Sequence[Cache]) -> None:
+    heads = [None if cache.manifest.head is None else cache.manifest.head.sha256 for cache in caches]
+    if other := [cache.url for cache, head in zip(caches, heads, strict=True) if head != heads[0]]:
+        raise IdentityMismatch(
+            f"tail `dense` reads the head of one teacher, and {', '.join(other)} has another than "
+            f"{caches[0].url}; use tail `bucket`, or caches of one teacher"
+        )
+
+
+def training_stream(config: TrainConfig, caches: Sequence[Cache], ranks: Ranks) -> OrderedStream:
+    """The order of samples of a run, as this process reads it."""
+    stage = config.resolved_stage
+    order = StreamConfig(
+        seed=config.seed,
+        global_batch=stage.global_batch,
+        window=config.window,
+        group_by_modality=stage.group_by_modality,
+        mega_batch=stage.mega_batch,
+    )
+    reading: dict[str, Any] = {
+        "micro_batch": config.micro_batch,
+        "targets": stage.parts,
+        "rank": ranks.rank,
+        "world_size": ranks.count,
+    }
+    if config.mixture is None:
+        return Stream(caches[0], order, **reading)
+    return MixedStream(caches, order, shares=config.mixture.shares, **reading)
 
 
 def prepare_held_out(config: TrainConfig, student: DistilledStudent, processor: Any) -> HeldOut | None:
@@ -131,10 +171,14 @@ def prepare_held_out(config: TrainConfig, student: DistilledStudent, processor: 
 
 
 def _keeps_activations(
-    config: TrainConfig, cache: Cache, student: DistilledStudent, device: torch.device, progress: Progress
+    config: TrainConfig,
+    caches: Sequence[Cache],
+    student: DistilledStudent,
+    device: torch.device,
+    progress: Progress,
 ) -> bool:
     """Whether the longest micro-batch fits the accelerator without recomputing activations."""
-    tokens = config.micro_batch * int(max(cache.index().tokens, default=0))
+    tokens = config.micro_batch * max(int(max(cache.index().tokens, default=0)) for cache in caches)
     fits, estimate = activations_fit(student.model, device, tokens=tokens)
     progress.message(f"{estimate}: activations are {'kept' if fits else 'recomputed'}")
     return fits

@@ -32,7 +32,11 @@ def train_recipe(
     unknown = sorted({*caches, *image_roots} - set(names))
     if unknown:
         raise WrongUsage(f"recipe {recipe.name} has no stage {', '.join(unknown)}; it has {', '.join(names)}")
-    bare = [e.stage.name for e in recipe.stages if not (caches.get(e.stage.name) or e.cache or config.cache)]
+    bare = [
+        entry.stage.name
+        for entry in recipe.stages
+        if not (caches.get(entry.stage.name) or entry.mixture or entry.cache or config.cache)
+    ]
     if bare:
         raise WrongUsage(f"stage {', '.join(bare)} has no cache to learn from: give --cache")
     student = config.student
@@ -46,6 +50,7 @@ def train_recipe(
                 stage=entry.stage,
                 student=student,
                 cache=caches.get(name) or entry.cache or config.cache,
+                mixture=None if caches.get(name) else entry.mixture,
                 image_root=root,
                 eval_cache=entry.eval_cache or config.eval_cache,
                 out=config.out / f"{number}-{name}",

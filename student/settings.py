@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cache_schema.file_cache import FileCacheConfig
 from cache_schema.settings import Help, at_least, check, positive, within
+from student.sources import Mixture, Source
 from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps, Stage
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -66,6 +67,9 @@ class TrainConfig:
             "Folder or fsspec URL that the cache's image paths start from; STAGE=FOLDER for one stage of a "
             "recipe. Not needed where the cache embeds its images."
         ),
+    ] = None
+    mixture: Annotated[
+        Mixture | None, Help("Several caches in place of one, as a recipe lists them.", option="")
     ] = None
     out: Annotated[Path, Help("Folder of the run; a recipe makes one folder per stage in it.")]
     resume: Annotated[bool, Help("Continue from the newest checkpoint in --out.")] = False
@@ -154,6 +158,16 @@ class TrainConfig:
         )
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """The caches to learn from, each with its image root where one is given; empty without any."""
+        if self.mixture is None:
+            return (Source(cache=self.cache, image_root=self.image_root),) if self.cache else ()
+        return tuple(
+            replace(source, image_root=source.image_root or self.image_root)
+            for source in self.mixture.sources
+        )
+
+    @property
     def used_trackers(self) -> tuple[str, ...]:
         """The trackers to start; `none` is the word for no tracker."""
         return tuple(name for name in self.trackers if name != "none")
@@ -174,8 +188,9 @@ class TrainConfig:
                 **asdict(replace(self, stage=self.resolved_stage)),
                 **asdict(self.files),
             }.items()
-            if name not in ("stage", "resume", "wait", "wait_minutes", "files", *_OVERRIDES)
+            if name not in ("stage", "mixture", "resume", "wait", "wait_minutes", "files", *_OVERRIDES)
         }
+        values |= {"cache": None, **self.mixture.to_json()} if self.mixture else {}
         return {"stage": self.resolved_stage.to_json(), **values, "trackers": list(self.trackers)}
 
 

@@ -17,6 +17,7 @@ from cache_schema.format.spec import KINDS, TARGETS
 from cache_schema.settings import Help, at_least, check, positive, settings_of, within
 from models.parts import Part
 from student.loss_weights import LossWeights
+from student.sources import Mixture, mixture_from
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -161,10 +162,11 @@ RECIPES: Mapping[str, tuple[Stage, ...]] = {"llava-kd": (DPT, SFT, DFT), "llava"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeStage:
-    """A stage in a recipe, with its data where the recipe sets them."""
+    """A stage in a recipe, with its data where the recipe sets them: one cache, or a mixture of several."""
 
     stage: Stage
     cache: str | None = None
+    mixture: Mixture | None = None
     image_root: str | None = None
     eval_cache: str | None = None
 
@@ -179,7 +181,13 @@ class Recipe:
     @property
     def image_roots(self) -> dict[str, str]:
         """By stage name, where the recipe sets them."""
-        return {entry.stage.name: entry.image_root for entry in self.stages if entry.image_root}
+        found = {}
+        for entry in self.stages:
+            sources = entry.mixture.sources if entry.mixture else ()
+            inner = [source.image_root for source in sources if source.image_root]
+            if root := entry.image_root or (inner[0] if inner and len(inner) == len(sources) else None):
+                found[entry.stage.name] = root
+        return found
 
 
 def stage_named(name: str, targets: str | None = None) -> Stage:
@@ -224,7 +232,7 @@ def open_recipe(name_or_file: str) -> Recipe:
     """A built-in recipe by its name, or a recipe file in YAML or TOML.
 
     A file holds `name` and a list `stages`; each stage has the fields of Stage, `base`, and optionally
-    `cache`, `image_root`, `eval_cache`. Unknown keys are refused.
+    `cache` or `caches`, `image_root`, `eval_cache`. Unknown keys are refused.
     """
     if name_or_file in RECIPES:
         stages = tuple(RecipeStage(stage=stage) for stage in RECIPES[name_or_file])
@@ -255,8 +263,11 @@ def _recipe_from(document: Any, path: Path) -> Recipe:
         for key, value in data.items():
             if not isinstance(value, str) or not value:
                 raise WrongUsage(f"{where}: {key} must be a path, not {value!r}")
-        settings = {key: value for key, value in entry.items() if key not in data}
-        stages.append(RecipeStage(stage=stage_from(settings, where), **data))
+        settings = {key: value for key, value in entry.items() if key not in {*data, "caches"}}
+        if "cache" in entry and "caches" in entry:
+            raise WrongUsage(f"{where}: give either cache or caches")
+        mixture = mixture_from(entry["caches"], where) if "caches" in entry else None
+        stages.append(RecipeStage(stage=stage_from(settings, where), mixture=mixture, **data))
     names = [entry.stage.name for entry in stages]
     if not names or len(set(names)) != len(names):
         raise WrongUsage(f"stage names must be distinct, not {names}")

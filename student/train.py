@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ from student.prepare import (
     rewrite_model,
     save_trained,
     student_processor,
+    training_stream,
 )
 from student.ranks import Ranks, StepAgreement, agree_on_step
 from student.run_folder import Journal, Meter, finished, locked, time_line, write_result, write_settings
 from student.run_state import RunState
 from student.settings import TrainConfig
 from student.stages import Stage
-from student.stream import Stream, StreamConfig
+from student.stream import OrderedStream
 from student.throughput import StepFlops
 from student.timing import Stopwatch
 
@@ -58,13 +59,13 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     On a CPU a run that was killed at any moment and resumed has bit-equal weights to an undisturbed one
     with the same ranks and micro_batch. The global batches are the same on any number of ranks.
     """
-    if config.cache is None:
+    if not config.sources:
         raise WrongUsage(f"stage {config.stage.name} has no cache to learn from: give --cache")
     require_folder(config.out, new=False)
     if config.wait:
         wait_for_caches(config, progress)
-    cache = open_cache(config.cache)
-    identity = identity_of(config, cache)
+    caches = [open_cache(source.cache) for source in config.sources]
+    identity = identity_of(config, caches)
     done = finished(config.out, identity)
     if done is not None and model_is_whole(config.out / "model"):
         progress.message(f"stage {config.stage.name} in {config.out} is finished: nothing to do")
@@ -74,9 +75,9 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     progress = progress if ranks.main else Silent()
     with locked(config.out, ranks):
         if done is not None:
-            rewrite_model(config, cache, done, ranks, progress)
+            rewrite_model(config, caches[0], done, ranks, progress)
             return {**done, "already_done": True}
-        run = _begin(config, cache, identity, accelerator, ranks, progress)
+        run = _begin(config, caches, identity, accelerator, ranks, progress)
         try:
             run.train()
             return run.finish()
@@ -86,7 +87,7 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
 
 def _begin(
     config: TrainConfig,
-    cache: Cache,
+    caches: Sequence[Cache],
     identity: dict[str, Any],
     accelerator: Accelerator,
     ranks: Ranks,
@@ -94,37 +95,24 @@ def _begin(
 ) -> _Run:
     """A run as it stands before its next step: from the start, or from its newest checkpoint."""
     stage = config.resolved_stage
-    warn_of_cache(cache, progress)
+    for cache in caches:
+        warn_of_cache(cache, progress)
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
     saved = checkpoints.take_up(identity, resume=config.resume, progress=progress)
     state = RunState() if saved is None else saved.state
     stopwatch = Stopwatch(accelerator.device, state.seconds)
-    processor = student_processor(config, cache)
-    student, collator = prepare_student(config, cache, processor, stopwatch, accelerator, progress)
+    processor = student_processor(config, caches[0])
+    student, collator = prepare_student(config, caches, processor, stopwatch, accelerator, progress)
     measured = prepare_held_out(config, student, processor)
     if measured is not None:
         warn_of_cache(measured.cache, progress)
         state.measure_against(measured.identity)
     if saved is not None:
         student.load_trained(saved.weights)
-    order = StreamConfig(
-        seed=config.seed,
-        global_batch=stage.global_batch,
-        window=config.window,
-        group_by_modality=stage.group_by_modality,
-        mega_batch=stage.mega_batch,
-    )
-    stream = Stream(
-        cache,
-        order,
-        micro_batch=config.micro_batch,
-        targets=stage.parts,
-        rank=ranks.rank,
-        world_size=ranks.count,
-    )
+    stream = training_stream(config, caches, ranks)
     optimization = Optimization(student, stage, accelerator, stopwatch)
     if accelerator.device.type != "cpu" or config.compile:
-        probe = padded_batch(cache, collator)
+        probe = padded_batch(caches[0], collator)
         for line in [] if probe is None else optimization.tune(probe, compiled=config.compile):
             progress.message(line)
     if saved is not None:
@@ -146,7 +134,7 @@ def _begin(
         optimization=optimization,
         collator=collator,
         held_out=measured,
-        cache=cache,
+        caches=caches,
         stream=stream,
         total=stage.total_steps(stream.steps_per_epoch),
         state=state,
@@ -175,8 +163,8 @@ class _Run:
     optimization: Optimization
     collator: Collator
     held_out: HeldOut | None
-    cache: Cache
-    stream: Stream
+    caches: Sequence[Cache]
+    stream: OrderedStream
     total: int
     state: RunState
     checkpoints: Checkpoints
@@ -252,13 +240,19 @@ class _Run:
         """Saves the weights as they are before this step and names the samples that broke it."""
         self.optimization.drop_gradients()
         where = self._save()
-        named = (pair for batch in suspects for pair in zip(batch.sample_ids, batch.rows, strict=True))
-        names = gather_object([f"{sample_id} (row {row})" for sample_id, row in named])
+        named = [
+            (f"{sample_id} (row {row})", self.caches[source].url)
+            for batch in suspects
+            for sample_id, row, source in zip(batch.sample_ids, batch.rows, batch.sources, strict=True)
+        ]
+        several = len(self.caches) > 1
+        cache = "CACHE" if several else self.caches[0].url
+        names = gather_object([f"{name} of {url}" if several else name for name, url in named])
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise KdcacheError(
             f"the loss or its gradient is not finite at step {self.state.step} for samples "
             f"{', '.join(names[:8])}{more}; the weights before it are in {where}; "
-            f"see `kdcache inspect {self.cache.url} --sample ROW`, lower the learning rate, or train in bf16 "
+            f"see `kdcache inspect {cache} --sample ROW`, lower the learning rate, or train in bf16 "
             "instead of fp16"
         )
 
@@ -391,4 +385,4 @@ class _Run:
         return {**result, "already_done": False}
 
     def _write_model(self, weights: Mapping[str, Tensor]) -> None:
-        save_trained(self.config, self.cache, weights, self.processor, self.config.out / "model")
+        save_trained(self.config, self.caches[0], weights, self.processor, self.config.out / "model")

@@ -197,7 +197,8 @@ class Sample:
 
     input_ids, labels (T,) int32 (labels: IGNORE_INDEX where not supervised). positions: of every kind int32,
     ascending; visual ones of all images, in order. records: by kind, in the order of those positions.
-    relations: one per image. hidden_states: by kind, of those positions, as stored.
+    relations: one per image. hidden_states: by kind, of those positions, as stored. source: of samples from
+    several caches, the place of this one's cache among them.
     """
 
     row: int
@@ -210,6 +211,7 @@ class Sample:
     relations: list[Relation]
     model_inputs: Mapping[str, NDArray[np.generic]]
     hidden_states: Mapping[Kind, HiddenStates] = field(default_factory=dict)
+    source: int = 0
 
     @property
     def response_positions(self) -> Int32:
