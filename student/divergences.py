@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cache_schema.errors import WrongUsage
 from cache_schema.format.spec import KINDS, Kind
-from cache_schema.settings import Range, within
+from cache_schema.settings import Range, at_least, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ PARAMETERS: Mapping[str, Parameter | None] = {
     "skew_reverse_kl": Parameter("alpha", 0.1, within(0.0, 1.0, "()")),
     "adaptive_kl": Parameter("mu", 0.5, within(0.0, 1.0, "()")),
     "balanced_kl": None,
+    "dac_kl": Parameter("mu", 0.95, within(0.0, 1.0, "(]")),
+    "dbild": Parameter("k", 0.0, at_least(2)),
 }
 """By name. `student.losses.divergences` holds the formula of each."""
 

@@ -183,7 +183,10 @@ def _divergence_twin(text: str, p: Tensor, q: Tensor, padding: Tensor) -> Tensor
     """D of p and q, whose last event is the tail; the padding's p is 0."""
     name, _, parameter = text.partition(":")
     value = float(
-        parameter or {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1, "adaptive_kl": 0.5}.get(name, 0)
+        parameter
+        or {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1, "adaptive_kl": 0.5, "dac_kl": 0.95}.get(
+            name, 0
+        )
     )
     everywhere = torch.cat([q, padding[None]])
     teacher = torch.cat([p, torch.zeros(1, dtype=p.dtype)])
@@ -209,6 +212,13 @@ def _divergence_twin(text: str, p: Tensor, q: Tensor, padding: Tensor) -> Tensor
         return kl(p, value * p + (1 - value) * q)
     if name == "skew_reverse_kl":
         return kl(everywhere, (1 - value) * teacher + value * everywhere)
+    if name == "dac_kl":
+        count = 1  # as few as have the mass
+        while count < len(p) - 1 and p[:count].sum() * (1 + 1e-6) < value:
+            count += 1
+        return kl(p[:count] / p[:count].sum(), q[:count])
+    if name == "dbild":
+        return _dbild_twin(p[:-1], q[:-1], int(value))
     if name == "adaptive_kl":
         head = [0]  # the first entry, and those after it while the mass stays within mu
         while len(head) < len(p) - 1 and p[: len(head) + 1].sum() <= value * (1 + 1e-6):
@@ -219,6 +229,25 @@ def _divergence_twin(text: str, p: Tensor, q: Tensor, padding: Tensor) -> Tensor
         ours, rest = (-(x[x > 0] * x[x > 0].log()).sum().detach() for x in (teacher, everywhere))
     share = ours / (ours + rest) if ours + rest > 0 else 0.5
     return share * kl(p, q) + (1 - share) * reverse()
+
+
+def _dbild_twin(p: Tensor, q: Tensor, k: int) -> Tensor:
+    """Pair by pair; k = 0: up to the rank furthest below the line between first and last log-probability."""
+    logs = p.log()
+    if k == 0:
+        k, furthest = 2, 1e-6
+        for rank in range(1, len(logs) - 1):
+            line = logs[0] + (logs[-1] - logs[0]) * rank / (len(logs) - 1)
+            distance = (line - logs[rank]) / (logs[0] - logs[-1])
+            if distance > furthest + 1e-6:
+                k, furthest = rank + 1, distance
+    pairs = [(i, j) for i in range(min(k, len(p))) for j in range(i + 1, min(k, len(p)))]
+    if not pairs:
+        return 0.0 * q.sum()
+    of_p, of_q = (
+        torch.stack([each[i].log() - each[j].log() for i, j in pairs]).softmax(0) for each in (p, q)
+    )
+    return (of_p * (of_p / of_q).log()).sum()
 
 
 def _kl_terms(p: Tensor, log_q: Tensor) -> Tensor:

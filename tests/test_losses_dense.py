@@ -140,7 +140,10 @@ def test_value_and_gradients_are_those_of_dense_logits(batch, name, budget):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd:0.3", "total_variation"])
+@pytest.mark.parametrize(
+    "divergence",
+    ["reverse_kl", "jsd:0.3", "total_variation", "adaptive_kl", "dac_kl:0.9", "dbild", "dbild:5"],
+)
 def test_other_divergences_are_those_of_a_record_of_every_token(batch, divergence):
     hidden, labels, targets = batch
     student, teacher = head_of(ROWS, WIDTH, 1), head_of(TOKENS, THEIRS, 2)
@@ -150,8 +153,8 @@ def test_other_divergences_are_those_of_a_record_of_every_token(batch, divergenc
         whole[kind] = PositionTargets(
             positions=target.positions,
             samples=target.samples,
-            token_ids=torch.arange(TOKENS).expand(len(logprobs), TOKENS),
-            logprobs=logprobs,
+            token_ids=logprobs.argsort(dim=1, descending=True),
+            logprobs=logprobs.sort(dim=1, descending=True).values,
             tail_logprob=torch.full((len(logprobs), 1), -torch.inf),
             temperatures=torch.ones(1),
         )

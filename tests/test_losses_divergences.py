@@ -33,6 +33,12 @@ NAMES = (
     "adaptive_kl",
     "adaptive_kl:0.9",
     "balanced_kl",
+    "dac_kl",
+    "dac_kl:0.6",
+    "dac_kl:1",
+    "dbild",
+    "dbild:3",
+    "dbild:8",
 )
 
 
@@ -203,11 +209,29 @@ def test_a_teacher_without_tail_stays_finite():
         assert all(grad.isfinite().all() for grad in gradients(value, (hidden, weight, bias)))
 
 
+def test_the_knee_and_the_clipped_classes_follow_the_teacher():
+    """Two tokens far above the others: the knee is the third, so dbild alone means dbild:3; a mass of 0.9
+    needs both, so other tokens count only in the student's softmax."""
+    hidden, weight, _, _ = problem(n=1, v=9)
+    teacher = torch.tensor([[9.0, 8.6, 2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4]], dtype=torch.float64)
+    record = sparse_record(teacher, 9)
+    by_knee, three, four = (
+        sparse_kl(hidden, weight, record, divergence=name).item() for name in ("dbild", "dbild:3", "dbild:4")
+    )
+    assert by_knee == pytest.approx(three, rel=1e-12)
+    assert abs(by_knee - four) > 1e-6
+    p = teacher[0, :2].softmax(0)
+    log_q = (hidden @ weight.T).log_softmax(1)[0, :2]
+    clipped = sparse_kl(hidden, weight, record, divergence="dac_kl:0.9").item()
+    assert clipped == pytest.approx((p * (p.log() - log_q)).sum().item(), rel=1e-12)
+
+
 def test_terms_of_other_divergences_equal_the_loop():
     for text in (
         "jsd:0.3",
         "response=reverse_kl,visual=adaptive_kl",
         "visual=skew_kl:0.2,prompt=total_variation",
+        "response=dbild:3,visual=dac_kl:0.8,prompt=dbild",
     ):
         for memory_budget in (1, 2**20):
             compare_objective(replace(ALL, divergence=text, temperature=2.0), memory_budget=memory_budget)
@@ -221,6 +245,7 @@ def test_terms_of_other_divergences_equal_the_loop():
         ("jsd:x", "beta must be a number"),
         ("skew_kl:0", "alpha must lie in"),
         ("reverse_kl:1", "no parameter"),
+        ("dbild:1", "k must be at least 2"),
         ("picture=jsd", "must be KIND=NAME"),
         ("visual=jsd,visual=jsd", "must be KIND=NAME"),
         (3, "must be a name"),

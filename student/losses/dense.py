@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.head import Head
 from student.divergences import FORWARD, Divergence
+from student.losses.divergences import IN_ORDER
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.products import Gradients, HeadProducts
 from student.losses.records import Entries
@@ -83,9 +84,13 @@ def _divergence(logits: Tensor, log_p: Tensor, weights: Tensor, tokens: int, wor
     before that division: T (q - p) for the forward KL."""
     if work.divergence != FORWARD:
         count = len(logits)
+        if work.divergence.name in IN_ORDER:
+            log_p, ids = log_p.sort(dim=1, descending=True)
+        else:
+            ids = torch.arange(tokens, device=logits.device).expand(count, tokens)
         rows = LogitRows(
             entries=Entries(
-                ids=torch.arange(tokens, device=logits.device).expand(count, tokens),
+                ids=ids,
                 logprobs=log_p,
                 log_tail=log_p.new_full((count,), -math.inf),
             ),

@@ -26,6 +26,12 @@ _JUST_OVER = 1.0 + 1e-6
 _NOTHING = -1e30
 """Stands for the log of 0: finite, so that 0 times it is 0."""
 
+_PAIRED = 64
+"""Most likely entries whose logit differences `dbild` takes at most."""
+
+IN_ORDER = frozenset({"adaptive_kl", "dac_kl", "dbild"})
+"""The divergences that need the most likely entry first."""
+
 
 def forward_kl(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
     """sum p (log p - log q)."""
@@ -92,6 +98,42 @@ def balanced_kl(log_p: Tensor, log_q: Tensor, _: float) -> Tensor:
     return share * forward_kl(log_p, log_q, 0.0) + (1.0 - share) * reverse_kl(log_p, log_q, 0.0)
 
 
+def dac_kl(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
+    """sum_C p' (log p' - log q), p' = p / sum_C p, C the fewest most likely entries of a mass of at least mu,
+    else all of them.
+
+    Our reading of DAC-KL (arXiv 2407.10068), which clips the teacher to its high-density classes. There a
+    network, learnt with the student, sets the limits and the label is always a class; here the mass does.
+    """
+    log_p, log_q = log_p[:, :-2], log_q[:, :-2]
+    p = log_p.exp()
+    before = p.cumsum(dim=1) - p
+    clipped = log_p.masked_fill(before * _JUST_OVER >= mu, _NOTHING).log_softmax(dim=1)
+    return (clipped.exp() * (clipped - log_q)).sum(dim=1)
+
+
+def dbild(log_p: Tensor, log_q: Tensor, k: float) -> Tensor:
+    """KL(softmax(d_p) || softmax(d_q)), d the differences of the logits of all pairs i < j among the k most
+    likely entries, without a k of those up to the knee of the teacher's log-probabilities.
+
+    The teacher-led half of DBiLD (Switch-KD, arXiv 2604.14629) in the form of BiLD (arXiv 2406.13555); a
+    cache does not have the teacher's logits at the student's own most likely tokens, which the other half
+    needs. Knee: the rank furthest below the straight line from the first to the last log-probability, as
+    Kneedle has it. 0 where fewer than two entries are kept.
+    """
+    width = min(log_p.shape[1] - 2, _PAIRED)
+    log_p, log_q = log_p[:, :width], log_q[:, :width]
+    rank = torch.arange(width, device=log_p.device)
+    there = log_p > _NOTHING
+    kept = there & (rank < (k or _up_to_knee(log_p, there)))
+    one, other = torch.triu_indices(width, width, 1, device=log_p.device)
+    pairs = kept[:, other]
+    pairs_p, pairs_q = (
+        torch.where(pairs, log[:, one] - log[:, other], _NOTHING).log_softmax(dim=1) for log in (log_p, log_q)
+    )
+    return torch.where(pairs, pairs_p.exp() * (pairs_p - pairs_q), 0.0).sum(dim=1)
+
+
 FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     formula.__name__: formula
     for formula in (
@@ -103,6 +145,8 @@ FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
         skew_reverse_kl,
         adaptive_kl,
         balanced_kl,
+        dac_kl,
+        dbild,
     )
 }
 
@@ -137,3 +181,15 @@ def _share(mine: Tensor, other: Tensor) -> Tensor:
     """mine / (mine + other), 1/2 where both are 0."""
     both = mine + other
     return torch.where(both > 0, mine / torch.where(both > 0, both, 1.0), 0.5)
+
+
+def _up_to_knee(log_p: Tensor, there: Tensor) -> Tensor:
+    """(n, 1) how many of log_p (n, m), falling, lie up to its knee, at least 2. there (n, m): which exist."""
+    last = there.sum(dim=1, keepdim=True).clamp(min=2) - 1
+    rank = torch.arange(log_p.shape[1], device=log_p.device)
+    lowest = log_p.gather(1, last.clamp(max=log_p.shape[1] - 1))
+    height = (log_p - lowest) / (log_p[:, :1] - lowest).clamp(min=torch.finfo(log_p.dtype).tiny)
+    below = (1.0 - rank / last - height).masked_fill(~there, -1.0)
+    # The first of those that are equal up to rounding.
+    knee = (below >= below.amax(dim=1, keepdim=True) - 1e-6).to(torch.uint8).argmax(dim=1, keepdim=True)
+    return (knee + 1).clamp(min=2)
