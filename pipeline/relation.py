@@ -29,6 +29,7 @@ from pipeline.relation_batch import (
     residual_of,
     turned,
 )
+from pipeline.relation_by_need import gram_of, quantised_by_need, times_lower
 
 _COLUMNS = 8192  # vocabulary entries per chunk where the logits are needed
 _RANKS = (64, MOST_COLUMNS)  # of the factor of one image; then all
@@ -51,6 +52,8 @@ class RelationMaker:
         self._head = head
         self._spec = spec
         self._root = None if head.softcap is not None else root_of(head)
+        root = self._root
+        self._lower = root is not None and by_need(root.device) and not bool(root.triu(1).any())
 
     def __call__(self, hidden: Tensor) -> Relation:
         """The record of one image's hidden (P, D), not yet rounded.
@@ -130,9 +133,11 @@ class RelationMaker:
         """The tensors of the images whose rows of `states` are index (B, P), the first `tokens` of each."""
         count = on_device(tokens, states.device)
         real = torch.arange(index.shape[1], device=states.device) < count[:, None]
-        hidden = states[on_device(index, states.device)]
-        finite = (hidden.abs().amax(dim=2).isfinite() | ~real).all(dim=1)
-        hidden = hidden.masked_fill(~(real & finite[:, None])[:, :, None], 0.0)
+        hidden = states.index_select(0, on_device(index.ravel(), states.device)).unflatten(0, index.shape)
+        finite = (_largest(hidden, 2).isfinite() | ~real).all(dim=1)
+        kept = real & finite[:, None]
+        if not by_need(hidden.device) or not bool(kept.all()):
+            hidden = hidden.masked_fill(~kept[:, :, None], 0.0)
         gram, unit = self._grams(hidden, real)
         count, scale = count.to(gram.device), unit.double().square()
         norm = norm_of(gram)
@@ -143,7 +148,8 @@ class RelationMaker:
         if self._spec.precision == "full":
             factor, rank, residual, _ = truncated(gram, bound=bound / 4, max_rank=most)
             return fields | {"factor": factor * unit[:, None, None], "rank": rank, "residual": residual}
-        stored = quantised(gram, count, norm, bound=bound, max_rank=most)
+        round_off = quantised_by_need if by_need(gram.device) else quantised
+        stored = round_off(gram, count, norm, bound=bound, max_rank=most)
         stored["scales"] *= unit[:, None]
         return fields | stored
 
@@ -154,19 +160,24 @@ class RelationMaker:
         """
         if self._root is None:
             gram = _chunked_gram(self._head, hidden, real)
-            unit = _power_of_two(gram.abs().amax(dim=(1, 2)).sqrt())
+            unit = _power_of_two(_largest(gram, (1, 2)).sqrt())
             gram = (gram / unit.double().square()[:, None, None]).float()
         else:
             inputs = hidden.to(self._root.device).float()
             if self._head.bias is not None:
                 inputs = torch.cat([inputs, real.to(inputs.device, inputs.dtype)[:, :, None]], dim=2)
-            exact = inputs @ self._root
-            unit = _power_of_two(exact.abs().amax(dim=(1, 2)))
+            exact = times_lower(inputs, self._root) if self._lower else inputs @ self._root
+            unit = _power_of_two(_largest(exact, (1, 2)))
             exact /= unit[:, None, None]
-            gram = exact @ exact.mT
+            gram = gram_of(exact) if by_need(exact.device) else exact @ exact.mT
         if gram.device.type == "mps":  # no float64 there
             return gram.cpu(), unit.cpu()
         return gram, unit
+
+
+def by_need(device: torch.device) -> bool:
+    """Whether what an image needs decides what is computed: where nothing is gained by not looking."""
+    return device.type == "cpu"
 
 
 def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -250,6 +261,11 @@ def truncated(gram: Tensor, *, bound: float, max_rank: int) -> tuple[Tensor, Ten
         if not len(left):
             break
     return factor * norm.sqrt().float()[:, None, None], rank, residual, norm
+
+
+def _largest(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The largest magnitude over `dim`, without a copy of the magnitudes."""
+    return torch.maximum(values.amax(dim=dim), -values.amin(dim=dim))
 
 
 def _power_of_two(sizes: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ MOST_COLUMNS = 256
 """Leading columns at most; a Cholesky factor of 729 tokens takes fewer bytes from there on."""
 
 OVERSAMPLING = 16
-_FEW_COLUMNS = 64
+TRIES = 6
+"""Levels tried until the residual is as asked."""
+
 _ROUNDS = 3
-_SLACK = 0.25  # leading columns must leave room for the rounding of what is stored
 _JITTER = 1e-3  # of the squared error that the bound allows, spent on keeping R positive definite
-_TRIES = 6
 _MOST_STEPS = 32767.0
 _ENTROPY = 2.85  # 2 pi e / 6: steps of a normal number of variance v take about log2(1 + 2 pi e v) / 2 bits
 
@@ -42,12 +42,7 @@ def quantised(
     """
     unit = torch.where(norm > 0, norm, 1.0)[:, None, None]
     whole = gram / unit.float()
-    most = min(whole.shape[1], max_rank)
-    if whole.device.type == "cpu" and most > _FEW_COLUMNS:
-        factor, triangular = _factors_by_need(whole, tokens, bound, max_rank)
-    else:
-        factor, triangular = factors_of(whole, tokens, bound, max_rank, min(MOST_COLUMNS, most))
-    found = steps_of(whole, factor, triangular, tokens, bound)
+    found = steps_of(whole, *factors_of(whole, tokens, bound, max_rank), tokens, bound)
     found["scales"] = found["scales"] * unit.sqrt()[:, 0].float()
     return found
 
@@ -65,9 +60,9 @@ def leading(whole: Tensor, columns: int) -> Tensor:
     The columns are nearly orthogonal and fall in norm about as the eigenvalues do. From a fixed start, so
     that equal images get equal records.
     """
-    basis = _start(whole.shape[1], columns, whole.device).expand(len(whole), -1, -1)
+    basis = start_of(whole.shape[1], columns, whole.device).expand(len(whole), -1, -1)
     for _ in range(_ROUNDS):
-        basis = _orthonormal(whole @ basis)
+        basis = orthonormal(whole @ basis)
     pushed = (whole @ basis).double()
     inner = basis.double().mT @ pushed
     root = _cholesky((inner + inner.mT) / 2, 1e-7)
@@ -91,25 +86,10 @@ def residual_of(whole: Tensor, factor: Tensor) -> Tensor:
     return apart.double().square() / 2
 
 
-def _factors_by_need(whole: Tensor, tokens: Tensor, bound: float, max_rank: int) -> tuple[Tensor, Tensor]:
-    """As `factors_of`; only images that a few columns are not enough for go through all of it."""
-    few = leading(whole, min(_FEW_COLUMNS + OVERSAMPLING, whole.shape[1]))[:, :, :_FEW_COLUMNS]
-    left = torch.nonzero(residual_of(whole, few) > _SLACK * bound)[:, 0]
-    triangular = torch.zeros(len(whole), dtype=torch.bool)
-    if not len(left):
-        return few, triangular
-    most = min(MOST_COLUMNS, whole.shape[1], max_rank)
-    factor, triangular[left] = factors_of(whole[left], tokens[left], bound, max_rank, most)
-    every = torch.nn.functional.pad(few, (0, factor.shape[2] - few.shape[2]))
-    every[left] = factor
-    return every, triangular
-
-
-def factors_of(
-    whole: Tensor, tokens: Tensor, bound: float, max_rank: int, columns: int
-) -> tuple[Tensor, Tensor]:
+def factors_of(whole: Tensor, tokens: Tensor, bound: float, max_rank: int) -> tuple[Tensor, Tensor]:
     """The factor (B, P, C) of each image that takes fewer bits, and whether that is Cholesky's (B,)."""
     width = whole.shape[1]
+    columns = min(MOST_COLUMNS, width, max_rank)
     factor = leading(whole, min(columns + OVERSAMPLING, width))
     if max_rank < width:
         return turned(factor)[:, :, :columns], torch.zeros(len(whole), dtype=torch.bool, device=whole.device)
@@ -126,7 +106,7 @@ def factors_of(
         entries = _entries(tokens, triangular, width)
         energy = one.square().sum(dim=1).double()
         left = torch.full_like(missing, bound) if cut else (bound - missing).clamp(min=0.01 * bound)
-        level = _level(energy, entries, tokens, triangular, 2 * left)
+        level = level_of(energy, entries, tokens, triangular, 2 * left)
         ratio = energy.square() * tokens[:, None] / (entries.clamp(min=1) * level[:, None])
         bits.append((entries * torch.log2(1 + _ENTROPY * ratio)).sum(dim=1))
     triangular = ((missing > 0.9 * bound) | (bits[1] < bits[0])) & (whole.amax(dim=(1, 2)) > 0)
@@ -144,37 +124,48 @@ def steps_of(
     )
     energy = energy.gather(1, order)
     factor = factor.gather(2, order[:, None, :].expand(-1, factor.shape[1], -1))
-    largest = factor.abs().amax(dim=1)
     entries = _entries(tokens, triangular, factor.shape[2])
     missing = residual_of(whole, factor)
     target = (1.02 * missing).clamp(min=bound)
-    level = _level(energy, entries, tokens, triangular, 2 * (target - missing))
+    level = level_of(energy, entries, tokens, triangular, 2 * (target - missing))
 
     def at(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Steps (B, P, C), scales (B, C) and the residual (B,)."""
-        kept = (energy.square() > level[:, None]) | triangular[:, None]
-        scales = (6 * level[:, None] / (tokens[:, None] * energy.clamp(min=1e-300))).sqrt()
-        scales = torch.maximum(scales.clamp(max=1e30).float(), largest / _MOST_STEPS)
-        scales = torch.where(scales > 0, scales, 1.0)
-        steps = torch.round(factor / scales[:, None, :]) * kept[:, None, :]
+        steps, scales = rounded(factor, energy, tokens, triangular, level)
         return steps, scales, residual_of(whole, steps * scales[:, None, :])
 
     best = torch.zeros_like(level)
-    for _ in range(_TRIES):  # exact for noise of many steps; coarse columns need a correction
-        _, _, residual = at(level)
+    for _ in range(TRIES):  # exact for noise of many steps; coarse columns need a correction
+        steps, scales, residual = at(level)
         good = residual <= target
         best = torch.where(good, torch.maximum(best, level), best)
         if whole.device.type == "cpu" and bool((good & (residual >= 0.97 * target)).all()):
-            break
+            return as_stored(steps, scales, residual)
         level = level * (0.985 * target / residual.clamp(min=1e-300)).clamp(0.25, 2.0)
-    steps, scales, residual = at(torch.where(best > 0, best, level))
+    return as_stored(*at(torch.where(best > 0, best, level)))
+
+
+def rounded(
+    factor: Tensor, energy: Tensor, tokens: Tensor, triangular: Tensor, level: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Steps (B, P, C) and scales (B, C): each column has the squared error `level` (B,), or is zero."""
+    kept = (energy.square() > level[:, None]) | triangular[:, None]
+    scales = (6 * level[:, None] / (tokens[:, None] * energy.clamp(min=1e-300))).sqrt()
+    scales = torch.maximum(scales.clamp(max=1e30).float(), factor.abs().amax(dim=1) / _MOST_STEPS)
+    scales = torch.where(scales > 0, scales, 1.0)
+    return torch.round(factor / scales[:, None, :]) * kept[:, None, :], scales
+
+
+def as_stored(steps: Tensor, scales: Tensor, residual: Tensor) -> dict[str, Tensor]:
+    """The fields of `quantised` of steps (B, P, C) whose scales are (B, C) and whose residual is (B,)."""
+    places = torch.arange(steps.shape[2], device=steps.device)
     rank = ((steps != 0).any(dim=1) * (places + 1)).amax(dim=1).clamp(min=1)
     whole_steps = steps.int()
     zigzag = torch.where(whole_steps >= 0, 2 * whole_steps, -2 * whole_steps - 1).to(torch.int16)
     return {"columns": zigzag.mT.contiguous(), "scales": scales, "rank": rank, "residual": residual}
 
 
-def _level(energy: Tensor, entries: Tensor, tokens: Tensor, triangular: Tensor, allowed: Tensor) -> Tensor:
+def level_of(energy: Tensor, entries: Tensor, tokens: Tensor, triangular: Tensor, allowed: Tensor) -> Tensor:
     """The squared error (B,) that each column may have for all to have `allowed`, those left out included.
 
     energy, entries (B, C): e_c and the entries of each column that are not zero by form. Columns of a
@@ -194,7 +185,7 @@ def _entries(tokens: Tensor, triangular: Tensor, columns: int) -> Tensor:
     return torch.where(triangular[:, None], rest, tokens[:, None]).double()
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
+def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis (B, P, C) of what `columns` span, as far as they span anything."""
     wide = columns.double()
     wide = wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp(min=1e-300)
@@ -213,7 +204,7 @@ def _cholesky(matrix: Tensor, shift: float) -> Tensor:
 _starts: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
-def _start(rows: int, columns: int, device: torch.device) -> Tensor:
+def start_of(rows: int, columns: int, device: torch.device) -> Tensor:
     """(rows, columns) standard normal numbers, the same always, kept on the device."""
     key = (rows, columns, device)
     if key not in _starts:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from models.head import Head, _padded_product
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.entry_rules import fitted, limits_of
 from pipeline.relation import groups_of, truncate, truncated
-from pipeline.relation_batch import factors_of, norm_of, quantised, steps_of
+from pipeline.relation_batch import norm_of, quantised
+from pipeline.relation_by_need import gram_of, quantised_by_need, times_lower
 from pipeline.targets import Asked, TargetMaker
 
 TEMPERATURES = (0.5, 1.0, 3.0)
@@ -353,6 +355,10 @@ def test_a_batch_is_what_its_parts_are(rules: dict[str, Any]) -> None:
     np.testing.assert_array_equal(first.scales, again.scales)
 
 
+Maker = Callable[..., dict[str, Tensor]]
+MAKERS = [quantised_by_need, quantised]  # of a CPU and of a device
+
+
 def matrix_gap(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.square(one / np.linalg.norm(one) - other / np.linalg.norm(other)).sum() / 2)
 
@@ -389,6 +395,14 @@ def test_a_batch_of_relations_in_full(form: dict) -> None:
         np.testing.assert_allclose(relation.norm, np.linalg.norm(gram), rtol=1e-5)
 
 
+def factor_in(found: dict[str, Tensor], image: int) -> np.ndarray:
+    """The factor (P, r) float64 of an image of a batch, as it is read back."""
+    rank = int(found["rank"][image])
+    stored = found["columns"][image, :rank].numpy().view(np.uint16).astype(np.int64)
+    steps = np.where(stored & 1, -(stored >> 1) - 1, stored >> 1)
+    return (steps * found["scales"][image, :rank, None].numpy().astype(np.float64)).T
+
+
 PLACES = np.arange(1.0, 301.0)
 SPECTRA = {
     "flat": PLACES**0,
@@ -407,32 +421,67 @@ SPECTRA = {
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("bound", [1e-3, 1e-5, 1e-7])
 def test_stored_relations_keep_their_bound_on_every_spectrum(bound: float, scale: float) -> None:
-    """On both routes: images that need little leave early on a CPU, none does on an accelerator."""
     rng = np.random.default_rng(0)
     turn = np.linalg.qr(rng.normal(size=(300, 300)))[0]
     grams = [scale * (turn * values) @ turn.T for values in SPECTRA.values()]
     given = torch.from_numpy(np.stack(grams)).float()
     tokens = torch.full((len(grams),), 300)
-    by_need = quantised(given, tokens, norm_of(given), bound=bound, max_rank=1024)
-    whole = given / torch.linalg.vector_norm(given, dim=(1, 2), keepdim=True)
-    at_once = steps_of(whole, *factors_of(whole, tokens, bound, 1024, 256), tokens, bound)
-    for found, unit in ((by_need, 1.0), (at_once, None)):
+    norms = norm_of(given)
+    for make in MAKERS:
+        found = make(given, tokens, norms, bound=bound, max_rank=1024)
         for image, gram in enumerate(grams):
-            rank = int(found["rank"][image])
-            stored = found["columns"][image, :rank].numpy().view(np.uint16).astype(np.int64)
-            steps = np.where(stored & 1, -(stored >> 1) - 1, stored >> 1)
-            factor = (steps * found["scales"][image, :rank, None].numpy().astype(np.float64)).T
+            factor = factor_in(found, image)
             gap = matrix_gap(gram, factor @ factor.T)
             assert gap <= 1.01 * bound + 1e-12
             np.testing.assert_allclose(float(found["residual"][image]), gap, rtol=0.01, atol=1e-12)
-            if unit is not None:
-                np.testing.assert_allclose(np.linalg.norm(factor @ factor.T), np.linalg.norm(gram), rtol=0.05)
+            np.testing.assert_allclose(np.linalg.norm(factor @ factor.T), np.linalg.norm(gram), rtol=0.05)
 
 
-def test_a_bounded_rank_is_kept_and_the_residual_tells() -> None:
+def test_what_a_cpu_stores_by_need_takes_no_more_bits() -> None:
+    """Entropy of the steps, of spectra that 64 columns are enough for."""
+    turn = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(0))).Q
+    names = ("middle", "fast", "geometric", "rank 3", "rank 1")
+    grams = torch.stack([(turn * torch.from_numpy(SPECTRA[name]).float()) @ turn.T for name in names])
+    tokens, norms = torch.full((5,), 300), norm_of(grams)
+    bits = []
+    for make in MAKERS:
+        columns = make(grams, tokens, norms, bound=1e-5, max_rank=1024)["columns"]
+        shares = [one.unique(return_counts=True)[1] / 300 for image in columns for one in image]
+        bits.append(sum(float(-(share * share.log2()).sum()) for share in shares))
+    assert bits[0] <= 1.01 * bits[1]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_images_of_unlike_sizes_in_a_batch_are_as_alone(make: Maker) -> None:
+    grams = torch.zeros(3, 200, 200)
+    sizes = torch.tensor([200, 90, 130])
+    for place, size in enumerate(sizes.tolist()):
+        states = torch.randn(size, 40, generator=torch.Generator().manual_seed(place)) / torch.arange(1, 41)
+        grams[place, :size, :size] = states @ states.T
+    found = make(grams, sizes, norm_of(grams), bound=1e-5, max_rank=1024)
+    for place, size in enumerate(sizes.tolist()):
+        own = grams[place : place + 1, :size, :size]
+        alone = make(own, sizes[place : place + 1], norm_of(own), bound=1e-5, max_rank=1024)
+        assert not found["columns"][place, :, size:].any()
+        mine, theirs = factor_in(found, place)[:size], factor_in(alone, 0)
+        assert matrix_gap(mine @ mine.T, own[0].numpy()) <= 1.01e-5
+        assert matrix_gap(theirs @ theirs.T, own[0].numpy()) <= 1.01e-5
+
+
+def test_products_of_halves_are_the_whole() -> None:
+    exact = some_hidden(2 * 500, 400).unflatten(0, (2, 500))
+    gram = gram_of(exact)
+    torch.testing.assert_close(gram, exact @ exact.mT, rtol=1e-4, atol=1e-3)
+    assert torch.equal(gram, gram.mT)
+    lower = some_hidden(400, 400).tril()
+    torch.testing.assert_close(times_lower(exact, lower), exact @ lower, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_bounded_rank_is_kept_and_the_residual_tells(make: Maker) -> None:
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(150, 150)))[0]
     gram = torch.from_numpy(turn @ (PLACES[:150, None] ** -0.5 * turn.T)).float()[None]
-    found = quantised(gram, torch.tensor([150]), norm_of(gram), bound=1e-5, max_rank=70)
+    found = make(gram, torch.tensor([150]), norm_of(gram), bound=1e-5, max_rank=70)
     assert int(found["rank"]) == 70
     best = 1 - np.sqrt((PLACES[:70] ** -1).sum() / (PLACES[:150] ** -1).sum())
     assert best - 1e-6 <= float(found["residual"]) <= 1.1 * best
