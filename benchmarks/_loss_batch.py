@@ -122,7 +122,7 @@ def check_kernel() -> list[str]:
                         x = cap * torch.tanh(x / cap)
                         slope = scale * (1 - (x / cap).square())
                     blank = torch.full((n, 1), -math.inf, device=GPU, dtype=torch.float64)
-                    kl_rows, ce_rows = wide.split(v)
+                    kl_rows, ce_rows = wide.split()
                     full = torch.cat([x, blank], 1)
                     tempered = full / temperature
                     options = {"tokens": tokens, "inside_only": inside_only}

@@ -96,7 +96,7 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
             alone(inputs, batch.labels, batch.targets, batch.denominators).total.backward()
         states.grad = None
 
-    labels_only = PlannedTargets.of(batch.labels, None)
+    labels_only = PlannedTargets.of(batch.labels, None, CE_ONLY)
     steps["SFT"] = lambda: step(sft, labels_only)
     steps["DFT from the cache"] = lambda: step(dft, batch.targets)
     steps["loss of DFT alone"] = loss_alone

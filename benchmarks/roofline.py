@@ -111,7 +111,7 @@ def recordings() -> dict[str, Recording]:
 
     def record(weights: LossWeights, *, whole: bool) -> Recording:
         given = batch.targets if weights != CE_ONLY else None
-        targets = PlannedTargets.of(batch.labels, given, weights.kl_share)
+        targets = PlannedTargets.of(batch.labels, given, weights)
         with imagined() as recorder, as_on_cuda():
             student = DistilledStudent(
                 _shapes.STUDENT.build(),

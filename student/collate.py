@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from models.stored_head import state_tensors
 from student.losses import (
     Denominators,
     DistillationTargets,
+    LossWeights,
     PlannedTargets,
     PositionTargets,
     RelationTargets,
@@ -76,9 +77,9 @@ class Collator:
     from. pad_token_id: fills the right of shorter samples. targets: which of the cache's targets
     become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every image's
     placeholder tokens are replaced by this many of `image_token_id` (for a student with another number of
-    visual tokens than the teacher; visual and relation targets are then impossible). kl_share: as in
-    `LossWeights`. further: of a mixture, the collators of its other caches; their image roots and
-    placeholders are used for their samples.
+    visual tokens than the teacher; visual and relation targets are then impossible). losses: the objective
+    that batches are prepared for. further: of a mixture, the collators of its other caches; their image roots
+    and placeholders are used for their samples.
     """
 
     pixels: PixelInputs
@@ -88,7 +89,7 @@ class Collator:
     targets: tuple[str, ...] = ()
     sample_temperature: float = 1.0
     placeholders: int | None = None
-    kl_share: float = 1.0
+    losses: LossWeights = field(default_factory=LossWeights)
     further: tuple[Collator, ...] = ()
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ class Collator:
             [sample.source for sample in samples],
         )
         labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)
-        targets = PlannedTargets.of(labels, self._targets(samples, length), self.kl_share)
+        targets = PlannedTargets.of(labels, self._targets(samples, length), self.losses)
         return Batch(
             inputs=inputs,
             labels=labels,

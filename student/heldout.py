@@ -19,7 +19,7 @@ from student.collate import Collator
 from student.loader import load_ahead
 from student.loss_weights import TERMS
 from student.losses import Denominators, LossWeights
-from student.model import DistilledStudent
+from student.model import EVERY_TERM, DistilledStudent
 from student.pixels import PixelInputs
 from student.ranks import AddUp, summed
 from student.stream import Stream, StreamConfig
@@ -59,6 +59,7 @@ def held_out(
         targets=tuple(name for name in targets if name in cache.spec.targets),
         sample_temperature=cache.spec.sample_temperature,
         placeholders=placeholders,
+        losses=EVERY_TERM,
     )
     return HeldOut(cache=cache, collator=collator)
 

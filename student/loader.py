@@ -117,7 +117,8 @@ def on_device(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A batch, or a part of one, with every tensor of its fields, mappings and sequences changed."""
+    """A batch, or a part of one, with every tensor that a device reads changed, in its fields, mappings and
+    sequences."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -128,7 +129,7 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         changed = {
             field.name: with_tensors(getattr(value, field.name), change)
             for field in fields(value)
-            if field.init
+            if field.init and not field.metadata.get("on_the_host")
         }
         return replace(value, **changed)
     return value

@@ -22,7 +22,8 @@ from student.timing import Stopwatch
 
 _AGREEMENT_ROWS = 1024
 _AGREEMENT_KINDS: tuple[Kind, ...] = ("response", "visual")
-_EVERY_TERM = LossWeights(relation=1.0, prompt=1.0, reduction="token_mean")
+EVERY_TERM = LossWeights(relation=1.0, prompt=1.0, reduction="token_mean")
+"""What `DistilledStudent.measure` computes: batches prepared for it are measured without a wait."""
 _SUMS = Denominators(samples=1.0, ce_tokens=1.0, tokens=dict.fromkeys(KINDS, 1.0), images=1.0)
 
 
@@ -56,7 +57,7 @@ class DistilledStudent(nn.Module):
         super().__init__()
         self.model = model
         self.loss = DistillationLoss(weights)
-        self.measure_loss = DistillationLoss(_EVERY_TERM)
+        self.measure_loss = DistillationLoss(EVERY_TERM)
         self.vocab_size = vocab_size
         self.caps_logits = True
         self.needs_mask = True
@@ -137,7 +138,9 @@ class DistilledStudent(nn.Module):
             response, visual = (
                 torch.zeros((), device=hidden.device)
                 if (target := targets.positions.get(kind)) is None
-                else _same(rows[target.positions], self.head, target.token_ids[:, 0])
+                else _same(
+                    rows[target.positions.to(rows.device)], self.head, target.token_ids[:, 0].to(rows.device)
+                )
                 for kind in _AGREEMENT_KINDS
             )
         return parts, Agreement(response=response, visual=visual)

@@ -121,7 +121,7 @@ def _collator(config: TrainConfig, caches: Sequence[Cache], model: Any, processo
                 targets=stage.parts,
                 sample_temperature=cache.spec.sample_temperature,
                 placeholders=placeholders,
-                kl_share=stage.losses.kl_share,
+                losses=stage.losses,
             )
         )
     return replace(made[0], further=tuple(made[1:]))

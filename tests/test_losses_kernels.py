@@ -93,7 +93,7 @@ def test_the_kernel_is_row_losses(temperature, inside_only, divergences, tokens,
         slope = scale * (1 - (exact / cap).square())
     exact = torch.cat([exact, torch.full((n, 1), -math.inf, dtype=torch.float64)], dim=1)
     tempered = exact / temperature
-    kl_rows, ce_rows = on("cpu", rows, torch.float64).split(v)
+    kl_rows, ce_rows = on("cpu", rows, torch.float64).split()
     options = {"tokens": tokens, "inside_only": inside_only, "divergences": divergences}
     _, ce = row_losses(exact, ce_rows, temperature=1.0, **options)
     kl, _ = row_losses(tempered, kl_rows, temperature=temperature, **options)

@@ -87,12 +87,13 @@ def test_rows_that_are_not_selected_have_no_gradient_made():
 def test_a_plan_of_the_same_share_waits_for_nothing():
     labels, samples = make_samples(torch.Generator().manual_seed(0), SPANS, LENGTH)
     bare = collate(samples, LENGTH)
-    targets, counts = PlannedTargets.of(labels, bare, 0.5), Denominators.of(labels, bare)
+    weights = replace(ALL, kl_share=0.5)
+    targets, counts = PlannedTargets.of(labels, bare, weights), Denominators.of(labels, bare)
     with imagined() as recorder, as_on_cuda():
         hidden = torch.empty(len(SPANS), LENGTH, D, requires_grad=True)
         head = Head(weight=torch.empty(V + 3, D, requires_grad=True), vocab_size=V)
         recorder.operations.clear()
-        loss = DistillationLoss(replace(ALL, kl_share=0.5))
+        loss = DistillationLoss(weights)
         loss(hidden, labels, targets, head, counts).total.backward()
     assert sum(each.waits * count for each, count in recorder.operations.items()) == 0
     assert any(each.name == "row_entropy" for each in recorder.operations)

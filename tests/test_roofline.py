@@ -98,7 +98,7 @@ def test_the_loss_of_planned_targets_waits_for_nothing(tail, temperature, reduct
     counts = Denominators.of(labels, bare)
     weights = LossWeights(prompt=0.3, tail=tail, temperature=temperature, reduction=reduction)
     waits = []
-    for targets in (PlannedTargets.of(labels, bare), bare):
+    for targets in (PlannedTargets.of(labels, bare, weights), bare):
         with imagined() as recorder, as_on_cuda():
             hidden, weight, bias = (
                 torch.empty(*shape, requires_grad=True)

@@ -20,10 +20,11 @@ from models.head import Head
 from student.divergences import FORWARD, Divergence
 from student.loss_weights import Tail
 from student.losses.fused import fused_losses
+from student.losses.logit_rows import LogitRows
 from student.losses.plan import Layout, group_images
-from student.losses.positions import position_work
+from student.losses.positions import PositionWork
 from student.losses.products import wide_dtype
-from student.losses.records import entries_of, no_entries
+from student.losses.records import entries_of
 from student.losses.relation import RelationWork
 from student.losses.targets import RelationTargets
 
@@ -74,20 +75,18 @@ def sparse_kl(
     form = Divergence.parse(divergence)
     if form != FORWARD and tail != "bucket":
         raise WrongUsage(f"divergence {form.name} is defined with tail `bucket`, not `{tail}`")
-    entries = entries_of(target, tail=tail, temperature=temperature, head=head, dtype=dtype)
+    entries = entries_of(target, tail=tail, temperature=temperature, dtype=dtype).of(head)
     rows = weights.nonzero()[:, 0]
-    work = position_work(
+    weights = weights[rows]
+    work = PositionWork(
         layout=Layout.of(rows, rows[:0]),
-        entries=entries.pick(rows),
-        weights=weights[rows],
-        labels=rows[:0],
-        label_weights=weights[:0],
-        columns=head.rows,
+        rows=LogitRows.of_entries(entries.pick(rows), weights),
         temperature=temperature,
         inside_only=tail == "renormalize",
         divergences=(form,),
     )
-    return fused_losses(hidden, head, positions=work, memory_budget=memory_budget).total
+    shares = torch.cat([weights, torch.zeros_like(weights)])[None]
+    return fused_losses(hidden, head, shares=shares, positions=work, memory_budget=memory_budget)[0]
 
 
 def cross_entropy(
@@ -114,18 +113,17 @@ def cross_entropy(
     supervised = labels != IGNORE_INDEX
     weights = _weights(weights, count, 1.0 / max(int(supervised.sum()), 1), hidden.device, dtype)
     rows = (supervised & (weights != 0)).nonzero()[:, 0]
-    head.check_labels(labels[rows])
-    work = position_work(
+    labels, weights = labels[rows], weights[rows]
+    head.check_labels(labels)
+    work = PositionWork(
         layout=Layout.of(rows[:0], rows),
-        entries=no_entries(hidden.device, dtype),
-        weights=weights[:0],
-        labels=labels[rows],
-        label_weights=weights[rows],
-        columns=head.rows,
+        rows=LogitRows.of_labels(labels, weights),
         temperature=1.0,
         inside_only=False,
+        divergences=(FORWARD,),
     )
-    return fused_losses(hidden, head, positions=work, memory_budget=memory_budget).total
+    shares = torch.cat([torch.zeros_like(weights), weights])[None]
+    return fused_losses(hidden, head, shares=shares, positions=work, memory_budget=memory_budget)[0]
 
 
 def relation_loss(
@@ -157,7 +155,7 @@ def relation_loss(
     image = RelationTargets(positions=everything, sample=0, factor=factor, gram=gram)
     weights = torch.ones(1, dtype=wide_dtype(hidden.dtype, lm_head_weight.dtype), device=hidden.device)
     work = RelationWork(groups=group_images((image,)), weights=weights)
-    return fused_losses(hidden, head, relations=work, memory_budget=memory_budget).total
+    return fused_losses(hidden, head, shares=weights[None], relations=work, memory_budget=memory_budget)[0]
 
 
 def _weights(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -28,30 +27,24 @@ def memory_budget_of(device: torch.device) -> int:
     return min(648 * 2**20, torch.cuda.get_device_properties(device).total_memory // 16)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Values:
-    """total: the weighted sum of everything, differentiable. The rest is detached and unweighted: kl (m,)
-    and ce (n,) by the rows of `PositionWork`, relation (I,), dense (M,) of all `DenseWork`, in order."""
-
-    total: Tensor
-    kl: Tensor
-    ce: Tensor
-    relation: Tensor
-    dense: Tensor
-
-
 def fused_losses(
     hidden: Tensor,
     head: Head,
     *,
+    shares: Tensor,
     positions: PositionWork | None = None,
     relations: RelationWork | None = None,
     dense: Sequence[DenseWork] = (),
     memory_budget: int | None = None,
     compute: torch.dtype | None = None,
     matrix: KeptMatrix | None = None,
-) -> Values:
+) -> tuple[Tensor, Tensor]:
     """The losses asked for at hidden (N, D). Gradients reach hidden and the head's weight and bias.
+
+    shares (T, S): what each of the S values (KL and cross entropy of the m rows of `positions`, the images of
+    `relations`, the positions of `dense`) counts in T sums; a value is left out where that is 0, whatever it
+    is. Its first row must be the weights that these works have. Returns the first sum, differentiable, and
+    all of them (T,).
 
     memory_budget: bytes of logits at a time; what suits the device when None. compute, matrix: as in
     `HeadProducts`.
@@ -66,11 +59,12 @@ def fused_losses(
         for tensor in (hidden, head.weight, head.bias)
     )
     # The tensors are separate arguments, since autograd does not look into the head.
-    total, kl, ce, relation, whole = _FusedLosses.apply(
+    total, sums = _FusedLosses.apply(
         hidden,
         head.weight,
         head.bias,
         head,
+        shares,
         positions,
         relations,
         dense,
@@ -79,7 +73,7 @@ def fused_losses(
         matrix,
         wanted,
     )
-    return Values(total=total, kl=kl, ce=ce, relation=relation, dense=whole)
+    return total, sums
 
 
 class _FusedLosses(torch.autograd.Function):
@@ -90,6 +84,7 @@ class _FusedLosses(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
+        shares: Tensor,
         positions: PositionWork | None,
         relations: RelationWork | None,
         dense: Sequence[DenseWork],
@@ -97,33 +92,30 @@ class _FusedLosses(torch.autograd.Function):
         compute: torch.dtype | None,
         matrix: KeptMatrix | None,
         wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         # Products choose their own precision: autocast would change it.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             products = HeadProducts(head, hidden.dtype, compute, matrix)
             gradients = Gradients(hidden, head, products, wanted)
             narrow = products.narrowed(hidden)
-            total = torch.zeros((), dtype=products.dtype, device=hidden.device)
-            kl, ce, relation = total.new_zeros(0), total.new_zeros(0), total.new_zeros(0)
+            values = torch.zeros(shares.shape[1], dtype=products.dtype, device=hidden.device)
+            count = 0 if relations is None else len(relations.weights)
+            rows = 0 if positions is None else len(positions.layout.sources)
+            kl, ce, images, whole = values.tensor_split((rows, 2 * rows, 2 * rows + count))
             if positions is not None:
-                kl, ce = run_positions(narrow, positions, products, gradients, memory_budget)
-                total += _weighted(positions.rows.weights, kl)
-                total += _weighted(positions.rows.label_weights[: len(ce)], ce)
+                run_positions(narrow, positions, products, gradients, memory_budget, kl, ce)
             if relations is not None and relations.groups:
-                relation = run_relations(narrow, head, relations, products, gradients, memory_budget)
-                total += _weighted(relations.weights, relation)
-            found = [total.new_zeros(0)]
-            for work in dense:
-                found.append(run_dense(hidden, work, products, gradients, memory_budget, compute))
-                total += _weighted(work.weights, found[-1])
-            whole = torch.cat(found)
+                images.copy_(run_relations(narrow, head, relations, products, gradients, memory_budget))
+            for work, part in zip(dense, whole.split([len(work.weights) for work in dense]), strict=True):
+                part.copy_(run_dense(hidden, work, products, gradients, memory_budget, compute))
+            sums = (shares * values).masked_fill_(shares == 0, 0.0).sum(dim=1)
         ctx.save_for_backward(
             None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
             None if gradients.weight is None else gradients.weight.result(),
             None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
         )
-        ctx.mark_non_differentiable(kl, ce, relation, whole)
-        return total, kl, ce, relation, whole
+        ctx.mark_non_differentiable(sums)
+        return sums[0].clone(), sums
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,7 +135,7 @@ class _FusedLosses(torch.autograd.Function):
             elif grad_total.device.type != "cpu" or float(grad_total) != 1.0:
                 gradient.mul_(grad_total.to(gradient.dtype))
             scaled.append(gradient)
-        return (*scaled, *(None,) * 8)
+        return (*scaled, *(None,) * 9)
 
 
 def scale_kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None] | None:
@@ -159,8 +151,3 @@ def _scale_kernel() -> Callable[[Tensor, Tensor], None] | None:
     from student.losses.scale_kernel import scale_in_place
 
     return scale_in_place
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """The weighted sum; terms of weight 0 are excluded, whatever their value."""
-    return torch.where(weights != 0, weights * values, 0.0).sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from student.divergences import FORWARD, Divergence
 from student.losses.divergences import value_and_slopes
-from student.losses.records import Entries
+from student.losses.records import Entries, no_entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -19,7 +19,7 @@ class LogitRows:
     """What is asked of the student at n rows of logits (n, V + 1): tokens, padding, and last the blank.
 
     entries: the distributions to compare with, all blank where there is none; weights (n,) of their KL, which
-    is the divergence at place `which` (n,) int64 of those in use; labels (n,) int64, blank where there is
+    is the divergence at place `which` (n,) int64 of those in use; labels (n,) int64, -1 or V where there is
     none, and label_weights (n,) of their cross entropy.
     """
 
@@ -40,34 +40,32 @@ class LogitRows:
         )
 
     @classmethod
-    def cat(cls, parts: list[LogitRows]) -> LogitRows:
-        """Rows one after the other."""
-        entries = Entries(
-            ids=torch.cat([rows.entries.ids for rows in parts]),
-            logprobs=torch.cat([rows.entries.logprobs for rows in parts]),
-            log_tail=torch.cat([rows.entries.log_tail for rows in parts]),
-        )
+    def of_labels(cls, labels: Tensor, weights: Tensor) -> LogitRows:
+        """The cross entropy alone."""
         return cls(
-            entries=entries,
-            weights=torch.cat([rows.weights for rows in parts]),
-            which=torch.cat([rows.which for rows in parts]),
-            labels=torch.cat([rows.labels for rows in parts]),
-            label_weights=torch.cat([rows.label_weights for rows in parts]),
+            entries=no_entries(len(labels), weights.dtype, weights.device),
+            weights=torch.zeros_like(weights),
+            which=torch.zeros_like(labels),
+            labels=labels,
+            label_weights=weights,
         )
 
-    def split(self, columns: int) -> tuple[LogitRows, LogitRows]:
-        """The KL alone, and the cross entropy alone. columns: V, with padding."""
-        count = len(self.labels)
-        blank = Entries(
-            ids=self.labels.new_full((count, 1), columns),
-            logprobs=self.weights.new_full((count, 1), -math.inf),
-            log_tail=self.weights.new_full((count,), -math.inf),
+    @classmethod
+    def of_entries(cls, entries: Entries, weights: Tensor) -> LogitRows:
+        """The KL alone, of the first divergence in use."""
+        which = torch.zeros(len(weights), dtype=torch.long, device=weights.device)
+        return cls(
+            entries=entries,
+            weights=weights,
+            which=which,
+            labels=torch.full_like(which, -1),
+            label_weights=torch.zeros_like(weights),
         )
-        no_labels, no_weights = torch.full_like(self.labels, columns), torch.zeros_like(self.weights)
-        return (
-            replace(self, labels=no_labels, label_weights=no_weights),
-            replace(self, entries=blank, weights=no_weights),
-        )
+
+    def split(self) -> tuple[LogitRows, LogitRows]:
+        """The KL alone, and the cross entropy alone."""
+        divergence = replace(self.of_entries(self.entries, self.weights), which=self.which)
+        return divergence, self.of_labels(self.labels, self.label_weights)
 
 
 def row_losses(
@@ -94,9 +92,12 @@ def row_losses(
     -dD / dlog q, s to their sum. inside_only: the KL takes q over S alone, as if there were nothing outside.
     Where T != 1 rows must not carry both terms: CE is that of these logits.
     """
-    ids, log_p, log_tail = rows.entries.ids, rows.entries.logprobs, rows.entries.log_tail
+    blank = logits.shape[1] - 1
+    ids, labels = (each.long() for each in (rows.entries.ids, rows.labels))
+    ids, labels = ids.masked_fill(ids < 0, blank), labels.masked_fill(labels < 0, blank)
+    log_p, log_tail = rows.entries.logprobs, rows.entries.log_tail
     inside = logits.gather(1, ids)  # (n, E)
-    label = logits.gather(1, rows.labels[:, None])[:, 0]
+    label = logits.gather(1, labels[:, None])[:, 0]
     logits.scatter_(1, ids, -math.inf)
     outside, padding = logits[:, :tokens], logits[:, tokens:]
     # Each has its own maximum and its own sum, so that a tail of any smallness keeps its digits.
@@ -134,7 +135,7 @@ def row_losses(
     padding.mul_(torch.where(sum_padding > 0, pulled / sum_padding, 0.0)[:, None])
     slope = kl_weights[:, None] * (mass[:, None] * log_q.exp() - p)
     logits.scatter_(1, ids, slope + ce_weights[:, None] * (inside - log_all[:, None]).exp())
-    logits.scatter_add_(1, rows.labels[:, None], -ce_weights[:, None])
+    logits.scatter_add_(1, labels[:, None], -ce_weights[:, None])
     return kl, ce
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cache_schema.format.spec import KINDS, Kind
 from models.head import Head
-from student.divergences import FORWARD
 from student.loss_weights import TERMS, LossWeights
 from student.losses.dense import DenseWork
 from student.losses.fused import fused_losses
-from student.losses.plan import Plan, groups_of, plan_of
-from student.losses.positions import position_work
+from student.losses.logit_rows import LogitRows
+from student.losses.plan import Plan, plan_of
+from student.losses.positions import PositionWork
 from student.losses.products import KeptMatrix, wide_dtype
-from student.losses.records import Entries, entries_of, join, no_entries
 from student.losses.relation import RelationWork
 from student.losses.targets import Denominators, DistillationTargets, PositionTargets
 
@@ -42,15 +41,6 @@ class LossParts:
     def by_term(self) -> dict[str, Tensor]:
         """The value of each of TERMS."""
         return dict(zip(TERMS, (self.ce, *self.kl.values(), self.relation), strict=True))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Term:
-    """A kind of KL term: its distributions, and the share (N,) of each in its mean."""
-
-    kind: Kind
-    entries: Entries
-    shares: Tensor
 
 
 class DistillationLoss:
@@ -89,119 +79,87 @@ class DistillationLoss:
         of the module that DDP or FSDP wraps. ValueError: shapes that do not fit, a label that is not a token,
         whatever `sparse_kl` refuses. compute: the dtype of the products' factors in a mixed-precision step,
         whatever dtype hidden and head have; that of hidden when None. Nothing waits for the device when the
-        targets are `PlannedTargets` of all kinds that have weight, and their labels too.
+        targets are `PlannedTargets` for the same weights.
         """
         if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
             shapes = f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
             raise ValueError(f"hidden must be (B, T, D) and labels (B, T), not {shapes}")
-        weights, dtype = self.weights, wide_dtype(hidden.dtype, head.weight.dtype)
-        targets = DistillationTargets() if targets is None else targets
-        batch, length, width = hidden.shape
-
-        asked = tuple(
-            kind for kind, target in targets.positions.items() if len(target) and weights.by_target[kind]
-        )
-        kinds, whole = ((), asked) if weights.tail == "dense" else (asked, ())
-        plan = plan_of(labels, targets, kinds, supervised=weights.ce != 0, kl_share=weights.kl_share)
+        dtype, batch = wide_dtype(hidden.dtype, head.weight.dtype), DistillationTargets()
+        plan = plan_of(labels, batch if targets is None else targets, self.weights)
         if plan.label_range is not None:
             head.check_label_range(*plan.label_range)
-        ce_shares = self._shares(plan.label_siblings, denominators.samples, denominators.ce_tokens, dtype)
-        terms = [self._term(kind, targets.positions[kind], plan, head, denominators, dtype) for kind in kinds]
-        factors = [weights.by_target[term.kind] * world_size * term.shares for term in terms]
-        divergences = tuple(dict.fromkeys(weights.divergences[kind] for kind in kinds)) or (FORWARD,)
-        which = [
-            torch.full_like(term.shares, divergences.index(weights.divergences[term.kind]), dtype=torch.long)
-            for term in terms
-        ]
-        work = position_work(
-            layout=plan.layout,
-            entries=join([no_entries(hidden.device, dtype), *(term.entries for term in terms)], head.rows),
-            weights=torch.cat([ce_shares[:0], *factors]),
-            labels=plan.labels,
-            label_weights=ce_shares * (weights.ce * world_size),
-            columns=head.rows,
-            temperature=weights.temperature,
-            inside_only=weights.tail == "renormalize",
-            which=torch.cat([plan.labels[:0], *which]),
-            divergences=divergences,
+        entries = plan.entries.of(head)
+        counts = self._counts(plan, denominators)
+        shares = plan.shares.to(dtype)  # (T, N)
+        rows, images = len(plan.layout.sources), sum(len(group.lengths) for group in plan.groups)
+        weights = shares.new_zeros(shares.shape[1])  # (N,)
+        for share, term, count in zip(shares, plan.terms, counts, strict=True):
+            weights.add_(share, alpha=self.weights.by_term[TERMS[term]] * world_size / count)
+        kl, ce, relation, *whole = weights.split(
+            [rows, rows, images, *(len(target) for target in plan.whole.values())]
         )
-        dense = [
-            self._dense(kind, targets.positions[kind], plan, denominators, world_size, dtype)
-            for kind in whole
-        ]
-        groups = groups_of(targets) if weights.relation != 0 else ()
-        siblings = torch.cat([ce_shares[:0], *(group.siblings.to(dtype) for group in groups)])
-        image_shares = self._shares(siblings, denominators.samples, denominators.images, dtype)
-        values = fused_losses(
-            hidden.reshape(batch * length, width),
+        work = PositionWork(
+            layout=plan.layout,
+            rows=LogitRows(
+                entries=replace(
+                    entries, logprobs=entries.logprobs.to(dtype), log_tail=entries.log_tail.to(dtype)
+                ),
+                weights=kl,
+                which=plan.which,
+                labels=plan.labels,
+                label_weights=ce,
+            ),
+            temperature=self.weights.temperature,
+            inside_only=self.weights.tail == "renormalize",
+            divergences=plan.divergences,
+        )
+        total, sums = fused_losses(
+            hidden.reshape(-1, hidden.shape[2]),
             head,
+            shares=torch.cat([weights[None], shares]),
             positions=work,
-            relations=RelationWork(groups=groups, weights=image_shares * (weights.relation * world_size)),
-            dense=[work for work, _ in dense],
+            relations=RelationWork(groups=plan.groups, weights=relation),
+            dense=[
+                self._dense(kind, target, part)
+                for (kind, target), part in zip(plan.whole.items(), whole, strict=True)
+            ],
             memory_budget=self.memory_budget,
             compute=compute,
             matrix=self.matrix,
         )
-
-        kl = dict.fromkeys(KINDS, values.total.new_zeros(()))
-        at = 0
-        for term in terms:
-            rows = plan.layout.kl_rows[at : at + len(term.shares)]
-            kl[term.kind] = (term.shares * values.kl[rows]).sum()
-            at += len(rows)
-        parts = values.dense.split([len(shares) for _, shares in dense])
-        for kind, (_, shares), part in zip(whole, dense, parts, strict=True):
-            kl[kind] = (shares * part).sum()
+        same = len(set(counts)) == 1
+        means = (
+            sums[1:] / counts[0]
+            if same
+            else [one / count for one, count in zip(sums[1:], counts, strict=True)]
+        )
+        terms = [sums.new_zeros(())] * len(TERMS)
+        for term, mean in zip(plan.terms, means, strict=True):
+            terms[term] = mean
+        ce, *kl, relation = terms
         return LossParts(
-            total=values.total,
-            ce=(ce_shares * values.ce[plan.layout.ce_rows]).sum(),
-            kl=kl,
-            relation=(image_shares * values.relation).sum(),
+            total=total,
+            ce=ce,
+            kl=dict(zip(KINDS, kl, strict=True)),
+            relation=relation,
             unsupervised=plan.unsupervised,
         )
 
-    def _term(
-        self,
-        kind: Kind,
-        target: PositionTargets,
-        plan: Plan,
-        head: Head,
-        denominators: Denominators,
-        dtype: torch.dtype,
-    ) -> _Term:
-        """The KL term of a kind that has a weight and targets."""
-        weights = self.weights
-        entries = entries_of(
-            target, tail=weights.tail, temperature=weights.temperature, head=head, dtype=dtype
-        )
-        shares = self._shares(plan.siblings[kind], denominators.samples, denominators.tokens[kind], dtype)
-        return _Term(kind=kind, entries=entries, shares=shares)
+    def _counts(self, plan: Plan, denominators: Denominators) -> list[float]:
+        """What each term of the plan is divided by."""
+        if self.weights.reduction == "sample_mean":
+            return [max(denominators.samples, 1.0)] * len(plan.terms)
+        return [max(denominators.by_term[TERMS[term]], 1.0) for term in plan.terms]
 
-    def _dense(
-        self,
-        kind: Kind,
-        target: PositionTargets,
-        plan: Plan,
-        denominators: Denominators,
-        world_size: int,
-        dtype: torch.dtype,
-    ) -> tuple[DenseWork, Tensor]:
-        """The term of a kind against the teacher's whole distribution, and each position's share (N,)."""
-        weights = self.weights
+    def _dense(self, kind: Kind, target: PositionTargets, weights: Tensor) -> DenseWork:
+        """The term of a kind against the teacher's whole distribution."""
         if target.states is None or self.teacher is None:
             raise ValueError("tail `dense` needs the teacher's hidden states and its head")
-        shares = self._shares(plan.siblings[kind], denominators.samples, denominators.tokens[kind], dtype)
         return DenseWork(
             positions=target.positions,
             states=target.states,
             teacher=self.teacher,
-            weights=shares * (weights.by_target[kind] * world_size),
-            temperature=weights.temperature,
-            divergence=weights.divergences[kind],
-        ), shares
-
-    def _shares(self, siblings: Tensor, all_samples: float, all_items: float, dtype: torch.dtype) -> Tensor:
-        """(N,) the share of each of a term's N tokens (images), of whose sample there are `siblings` (N,)."""
-        if self.weights.reduction == "token_mean":
-            return torch.full_like(siblings, 1.0 / max(all_items, 1.0), dtype=dtype)
-        return 1.0 / (siblings.to(dtype) * max(all_samples, 1.0))
+            weights=weights,
+            temperature=self.weights.temperature,
+            divergence=self.weights.divergences[kind],
+        )

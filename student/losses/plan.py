@@ -1,17 +1,20 @@
-"""Where the requests of a batch go: index tables made on the host, so that no loss waits for the device."""
+"""All that the losses read of a batch, made on the host: nothing then waits for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import Kind
+from student.divergences import FORWARD, Divergence
+from student.loss_weights import TERMS, LossWeights
+from student.losses.records import Entries, entries_of, join, no_entries, spread
 from student.losses.selection import Selection, rows_by_sample
-from student.losses.targets import DistillationTargets, RelationTargets
+from student.losses.targets import ON_THE_HOST, DistillationTargets, PositionTargets, RelationTargets
 
 _GROUP_ELEMENTS = 2**24
 """Elements of the Gram matrices (I, P, P) of a group that is made before the device is known."""
@@ -69,18 +72,18 @@ class RelationGroup:
 
     lengths (I,): tokens of each. places (I, P) int64 into hidden.reshape(B * T, D), 0 where filled up; real
     (I, P) float32: 1 at tokens, 0 where filled up; None: nothing is. Exactly one of factor (I, P, r) and gram
-    (I, P, P), 0 where filled up. siblings (I,) float32: the images of each one's sample.
+    (I, P, P), 0 where filled up. samples: whose image each is.
     """
 
     lengths: tuple[int, ...]
+    samples: tuple[int, ...]
     places: Tensor
     real: Tensor | None
     factor: Tensor | None
     gram: Tensor | None
-    siblings: Tensor
 
     @classmethod
-    def of(cls, images: list[RelationTargets], siblings: list[int]) -> RelationGroup:
+    def of(cls, images: list[RelationTargets]) -> RelationGroup:
         """One of images that have all a factor, or all a Gram matrix."""
         lengths = tuple(len(image.positions) for image in images)
         length, device = max(lengths), images[0].positions.device
@@ -91,35 +94,34 @@ class RelationGroup:
         grams = [image.gram for image in images if image.gram is not None]
         return cls(
             lengths=lengths,
+            samples=tuple(image.sample for image in images),
             places=_padded([image.positions for image in images], length),
             real=real,
             factor=_padded(factors, length) if factors else None,
             gram=_padded(grams, length) if grams else None,
-            siblings=torch.tensor(siblings, dtype=torch.float32).to(device),
         )
 
     def cut(self, part: slice) -> RelationGroup:
         """Some of the images."""
-        return replace(self._each(lambda tensor: tensor[part]), lengths=self.lengths[part])
+        whole = self._each(lambda tensor: tensor[part])
+        return replace(whole, lengths=self.lengths[part], samples=self.samples[part])
 
     def to(self, device: torch.device | str) -> RelationGroup:
         """The same on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> RelationGroup:
-        return RelationGroup(
-            lengths=self.lengths,
+        return replace(
+            self,
             places=change(self.places),
             real=None if self.real is None else change(self.real),
             factor=None if self.factor is None else change(self.factor),
             gram=None if self.gram is None else change(self.gram),
-            siblings=change(self.siblings),
         )
 
 
 def group_images(images: tuple[RelationTargets, ...]) -> tuple[RelationGroup, ...]:
     """All images, in groups of which the longest is at most a quarter longer than the shortest."""
-    owners = [image.sample for image in images]
     groups: list[list[int]] = []
     longest = 0
     by_length = sorted(
@@ -136,10 +138,7 @@ def group_images(images: tuple[RelationTargets, ...]) -> tuple[RelationGroup, ..
             groups.append([])
             longest = length
         groups[-1].append(number)
-    return tuple(
-        RelationGroup.of([images[each] for each in group], [owners.count(owners[each]) for each in group])
-        for group in groups
-    )
+    return tuple(RelationGroup.of([images[each] for each in group]) for group in groups)
 
 
 def _padded(tensors: list[Tensor], length: int) -> Tensor:
@@ -156,69 +155,79 @@ def _padded(tensors: list[Tensor], length: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """The requests of a batch at positions.
+    """All that the losses read of a batch's labels and targets.
 
-    kinds: whose distributions have rows in `layout`, one kind after the other; labels (C,) int64: the next
-    tokens, where they are supervised and asked for, label_range the least and the greatest of them (None:
-    there is none). siblings: the supervised tokens (C,), and the positions (M_kind,) of each kind, of each
-    one's sample, float32, also of other kinds. unsupervised: samples with no supervised token. kl_share: as
-    in `LossWeights`.
+    weights: of the objective it is made for. layout: of m rows of logits. entries, which (m,) int64 and
+    labels (m,) int64: what is asked at each, -1 and blanks where nothing is; the place of each one's
+    divergence in `divergences`. label_range: the least and the greatest label, None: there is none. groups:
+    the images. whole: the targets of kinds that are learnt from the teacher's whole distribution. terms:
+    whose losses are asked for, by their places in TERMS, with shares (T, N) float64: what each of N values
+    counts in the sum of each term, 0 where nothing; 1 over the number of its sample where samples have means
+    of their own, else 1. The values: KL and cross entropy of the m rows, the images of all groups, the
+    positions of `whole`. unsupervised: samples with no supervised token.
     """
 
-    kinds: tuple[Kind, ...]
-    supervised: bool
-    kl_share: float
+    weights: LossWeights
     layout: Layout
+    entries: Entries
+    which: Tensor
+    divergences: tuple[Divergence, ...]
     labels: Tensor
     label_range: tuple[int, int] | None
-    label_siblings: Tensor
-    siblings: Mapping[Kind, Tensor]
+    groups: tuple[RelationGroup, ...]
+    whole: Mapping[Kind, PositionTargets]
+    terms: tuple[int, ...]
+    shares: Tensor
     unsupervised: int
 
     @classmethod
-    def of(
-        cls,
-        labels: Tensor,
-        targets: DistillationTargets,
-        kinds: tuple[Kind, ...],
-        supervised: bool,
-        kl_share: float,
-    ) -> Plan:
-        """That of labels (B, T), unshifted. supervised: whether labels are asked for. On the device of the
-        labels, which is waited for."""
+    def of(cls, labels: Tensor, targets: DistillationTargets, weights: LossWeights) -> Plan:
+        """That of labels (B, T), unshifted, on their device, which is waited for. ValueError: see
+        `entries_of`."""
         batch, length = labels.shape
         marked = labels[:, 1:] != IGNORE_INDEX  # (B, T - 1)
         samples, offsets = marked.nonzero(as_tuple=True)
-        if not supervised:
+        if not weights.ce:
             samples, offsets = samples[:0], offsets[:0]
         next_tokens = labels[samples, offsets + 1]
-        positions = [targets.positions[kind].positions for kind in kinds]
-        siblings = {kind: target.samples for kind, target in targets.positions.items()}
+        asked = {kind: one for kind, one in targets.positions.items() if len(one) and weights.by_target[kind]}
+        whole = asked if weights.tail == "dense" else {}
+        sparse = {} if whole else asked
+        layout = _layout(sparse, samples * length + offsets, samples, batch, weights.kl_share)
+        count = len(layout.sources)
+        groups = group_images(targets.relations) if weights.relation else ()
 
-        label_positions = samples * length + offsets
-        if kl_share < 1.0:
-            owners = [siblings[kind] for kind in kinds]
-            sources, kl_rows, ce_rows, selection = rows_by_sample(
-                positions, owners, label_positions, samples, batch, kl_share
-            )
-            layout = Layout(
-                sources=sources, base=sources[:0], kl_rows=kl_rows, ce_rows=ce_rows, selection=selection
-            )
-        else:
-            layout = Layout.of(torch.cat([samples[:0], *positions]), label_positions)
+        # The sample of every value that counts, and its place among all: see `shares`.
+        counted = {"ce": (samples, count + layout.ce_rows)}
+        rows = layout.kl_rows.split([len(target) for target in sparse.values()])
+        for (kind, target), places in zip(sparse.items(), rows, strict=True):
+            counted[f"{kind}_kl"] = target.samples, places
+        end = 2 * count
+        images = torch.tensor([sample for group in groups for sample in group.samples], dtype=torch.long)
+        more = {"relation": images.to(labels.device)}
+        for name, of in {**more, **{f"{kind}_kl": target.samples for kind, target in whole.items()}}.items():
+            counted[name] = of, torch.arange(end, end + len(of), device=of.device)
+            end += len(of)
+        counted = {name: counted[name] for name in TERMS if name in counted and len(counted[name][0])}
+        shares = torch.zeros(len(counted), end, dtype=torch.float64, device=labels.device)
+        for share, (of, places) in zip(shares, counted.values(), strict=True):
+            siblings = torch.bincount(of, minlength=batch).double()[of]
+            share[places] = 1.0 / siblings if weights.reduction == "sample_mean" else 1.0
 
-        def counted(owners: Tensor) -> Tensor:
-            return torch.bincount(owners, minlength=batch).float()[owners]
-
+        divergences = tuple(dict.fromkeys(weights.divergences[kind] for kind in sparse)) or (FORWARD,)
+        entries, which = _requests(sparse, weights, divergences, layout)
         return cls(
-            kinds=kinds,
-            supervised=supervised,
-            kl_share=kl_share,
+            weights=weights,
             layout=layout,
-            labels=next_tokens,
+            entries=entries,
+            which=which,
+            divergences=divergences,
+            labels=spread(next_tokens, layout.ce_rows, count, -1),
             label_range=(int(next_tokens.min()), int(next_tokens.max())) if len(next_tokens) else None,
-            label_siblings=counted(samples),
-            siblings={kind: counted(owners) for kind, owners in siblings.items()},
+            groups=groups,
+            whole=whole,
+            terms=tuple(TERMS.index(name) for name in counted),
+            shares=shares,
             unsupervised=int((~marked.any(dim=1)).sum()),
         )
 
@@ -227,57 +236,84 @@ class Plan:
         return replace(
             self,
             layout=self.layout.to(device),
+            entries=self.entries.to(device),
+            which=self.which.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            label_siblings=self.label_siblings.to(device, non_blocking=True),
-            siblings={kind: each.to(device, non_blocking=True) for kind, each in self.siblings.items()},
+            groups=tuple(group.to(device) for group in self.groups),
+            whole={kind: target.to(device) for kind, target in self.whole.items()},
+            shares=self.shares.to(device, non_blocking=True),
         )
+
+
+def _layout(
+    sparse: Mapping[Kind, PositionTargets], label_positions: Tensor, samples: Tensor, batch: int, share: float
+) -> Layout:
+    """That of distributions by kind and of labels (C,) of the given samples (C,). share: `kl_share`."""
+    positions = [target.positions for target in sparse.values()]
+    if share == 1.0:
+        return Layout.of(torch.cat([samples[:0], *positions]), label_positions)
+    owners = [target.samples for target in sparse.values()]
+    sources, kl_rows, ce_rows, selection = rows_by_sample(
+        positions, owners, label_positions, samples, batch, share
+    )
+    return Layout(sources=sources, base=sources[:0], kl_rows=kl_rows, ce_rows=ce_rows, selection=selection)
+
+
+def _requests(
+    sparse: Mapping[Kind, PositionTargets],
+    weights: LossWeights,
+    divergences: tuple[Divergence, ...],
+    layout: Layout,
+) -> tuple[Entries, Tensor]:
+    """The entries of all kinds at the rows of the layout, and which (m,) divergence each one has."""
+    rows, count = layout.kl_rows, len(layout.sources)
+    which = torch.zeros(count, dtype=torch.long, device=rows.device)
+    if not sparse:
+        return no_entries(count, torch.float32, rows.device), which
+    made = [
+        entries_of(target, tail=weights.tail, temperature=weights.temperature, dtype=target.logprobs.dtype)
+        for target in sparse.values()
+    ]
+    if len(divergences) > 1:
+        places = [divergences.index(weights.divergences[kind]) for kind in sparse]
+        lengths = torch.tensor([len(target) for target in sparse.values()])
+        which[rows] = torch.tensor(places).repeat_interleave(lengths).to(rows.device)
+    return join(made).spread(rows, count), which
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedTargets(DistillationTargets):
-    """Targets of a batch with what the losses need to know of them, so that nothing waits for the device.
+    """Targets of a batch with the plan of its losses, so that nothing waits for the device.
 
-    `relations` stay where they are; what the losses read is `groups`.
+    `positions` and `relations` stay on the host: the losses read the plan alone.
     """
 
+    positions: Mapping[Kind, PositionTargets] = field(default_factory=dict, metadata=ON_THE_HOST)
+    relations: tuple[RelationTargets, ...] = field(default=(), metadata=ON_THE_HOST)
     plan: Plan
-    groups: tuple[RelationGroup, ...]
 
     @classmethod
-    def of(cls, labels: Tensor, targets: DistillationTargets | None, kl_share: float = 1.0) -> PlannedTargets:
-        """targets of a batch with labels (B, T), unshifted, all on the host. kl_share: of `LossWeights`."""
+    def of(
+        cls, labels: Tensor, targets: DistillationTargets | None, weights: LossWeights | None = None
+    ) -> PlannedTargets:
+        """targets of a batch with labels (B, T), unshifted, all on the host, for the objective of
+        `weights`."""
         targets = DistillationTargets() if targets is None else targets
-        kinds = tuple(
-            kind for kind, target in targets.positions.items() if len(target) and target.states is None
-        )
         return cls(
-            positions={kind: target.checked() for kind, target in targets.positions.items()},
+            positions=targets.positions,
             relations=targets.relations,
-            plan=Plan.of(labels, targets, kinds, supervised=True, kl_share=kl_share),
-            groups=group_images(targets.relations),
+            plan=Plan.of(labels, targets, weights or LossWeights()),
         )
 
     def to(self, device: torch.device | str) -> PlannedTargets:
-        """The same with what the losses read on `device`."""
-        return PlannedTargets(
-            positions={kind: target.to(device) for kind, target in self.positions.items()},
-            relations=self.relations,
-            plan=self.plan.to(device),
-            groups=tuple(group.to(device) for group in self.groups),
-        )
+        """The same with its plan on `device`."""
+        return replace(self, plan=self.plan.to(device))
 
 
-def plan_of(
-    labels: Tensor, targets: DistillationTargets, kinds: tuple[Kind, ...], supervised: bool, kl_share: float
-) -> Plan:
-    """The plan that the targets bring, or a new one where that is for other kinds or another share."""
+def plan_of(labels: Tensor, targets: DistillationTargets, weights: LossWeights) -> Plan:
+    """The plan that the targets bring, or a new one where that is for another objective."""
     if isinstance(targets, PlannedTargets):
-        plan = targets.plan
-        if (plan.kinds, plan.supervised, plan.kl_share) == (kinds, supervised, kl_share):
-            return plan
-    return Plan.of(labels, targets, kinds, supervised, kl_share)
-
-
-def groups_of(targets: DistillationTargets) -> tuple[RelationGroup, ...]:
-    """The images of the targets in groups: those that they bring, or new ones."""
-    return targets.groups if isinstance(targets, PlannedTargets) else group_images(targets.relations)
+        if targets.plan.weights == weights:
+            return targets.plan
+        targets = DistillationTargets(positions=targets.positions, relations=targets.relations)
+    return Plan.of(labels, targets.to(labels.device), weights)

@@ -11,18 +11,17 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from student.divergences import FORWARD, Divergence
+from student.divergences import Divergence
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.plan import Layout
 from student.losses.products import Gradients, HeadProducts
-from student.losses.records import Entries
 from student.losses.selection import row_entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PositionWork:
-    """The requests at rows of logits, each at a position of hidden (N, D), as `layout` lays them out; labels
-    are in the first `layout.positions` rows only."""
+    """The requests at the m rows of logits of `layout`, each at a position of hidden (N, D); labels are in
+    the first `layout.positions` rows only."""
 
     layout: Layout
     rows: LogitRows
@@ -31,53 +30,17 @@ class PositionWork:
     divergences: tuple[Divergence, ...]
 
 
-def position_work(
-    *,
-    layout: Layout,
-    entries: Entries,
-    weights: Tensor,
-    labels: Tensor,
-    label_weights: Tensor,
-    columns: int,
-    temperature: float,
-    inside_only: bool,
-    which: Tensor | None = None,
-    divergences: tuple[Divergence, ...] = (FORWARD,),
-) -> PositionWork:
-    """Bring M distributions, their weights (M,), C labels and theirs (C,) to the rows of their layout.
-
-    columns: the number of logits, with padding. which (M,) int64: the place of each one's divergence in
-    `divergences`; None: they have the first.
-    """
-    which = torch.zeros_like(layout.kl_rows) if which is None else which
-
-    def spread(values: Tensor, rows: Tensor, fill: float) -> Tensor:
-        table = values.new_full((len(layout.sources), *values.shape[1:]), fill)
-        return table.index_copy_(0, rows, values)
-
-    return PositionWork(
-        layout=layout,
-        rows=LogitRows(
-            entries=Entries(
-                ids=spread(entries.ids, layout.kl_rows, columns),
-                logprobs=spread(entries.logprobs, layout.kl_rows, -math.inf),
-                log_tail=spread(entries.log_tail, layout.kl_rows, -math.inf),
-            ),
-            weights=spread(weights, layout.kl_rows, 0.0),
-            which=spread(which, layout.kl_rows, 0),
-            labels=spread(labels, layout.ce_rows, columns),
-            label_weights=spread(label_weights, layout.ce_rows, 0.0),
-        ),
-        temperature=temperature,
-        inside_only=inside_only,
-        divergences=divergences,
-    )
-
-
 def run_positions(
-    hidden: Tensor, work: PositionWork, products: HeadProducts, gradients: Gradients, memory_budget: int
-) -> tuple[Tensor, Tensor]:
-    """KL (m,) of the rows of `work` and cross entropy (n,) at its n positions; adds to `gradients`.
+    hidden: Tensor,
+    work: PositionWork,
+    products: HeadProducts,
+    gradients: Gradients,
+    memory_budget: int,
+    kl: Tensor,
+    ce: Tensor,
+) -> None:
+    """Puts KL and cross entropy of the rows of `work` in kl (m,) and ce (m,), which hold zeros; adds to
+    `gradients`.
 
     memory_budget: bytes of logits and of what is made from them at a time; at least one position's, and with
     a selection one sample's; the selected ones come on top of it. Where rows are selected, their KL counts as
@@ -85,11 +48,10 @@ def run_positions(
     """
     kernel = kernel_for(hidden.device, products.dtype)
     if kernel is not None:
-        return _run_kernel(kernel, hidden, work, products, gradients, memory_budget)
+        _run_kernel(kernel, hidden, work, products, gradients, memory_budget, kl, ce)
+        return
     layout, columns, dtype = work.layout, len(products.weight), products.dtype
     count, further = layout.positions, len(layout.base)
-    kl = torch.zeros((count + further,), dtype=dtype, device=hidden.device)
-    ce = torch.zeros((count,), dtype=dtype, device=hidden.device)
     stride = -(-(columns + 1) // 16) * 16  # rows begin on a cache line
     apart = work.temperature != 1.0 and len(layout.ce_rows) > 0
     buffers = 1 + apart + (products.softcap is not None) + 0.5 * products.narrow
@@ -128,7 +90,6 @@ def run_positions(
             slope = table[:, stride : stride + columns] if capped else None
             grad = products.unscale(logits[:, :columns], slope)
             gradients.add(products, grad, index, hidden.index_select(0, index).to(dtype))
-    return kl, ce
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -158,12 +119,12 @@ def _run_kernel(
     products: HeadProducts,
     gradients: Gradients,
     memory_budget: int,
-) -> tuple[Tensor, Tensor]:
+    kl: Tensor,
+    ce: Tensor,
+) -> None:
     """`run_positions` in six launches a chunk: products, one pass over the logits, and what gathers."""
     columns, dtype = len(products.weight), products.dtype
     sources = work.layout.sources
-    kl = torch.zeros(len(sources), dtype=dtype, device=hidden.device)
-    ce = torch.zeros_like(kl)
     apart = work.temperature != 1.0
     stride = -(-columns // 16) * 16
     size = _chunk_rows(len(sources), 0, stride * dtype.itemsize, memory_budget)
@@ -204,7 +165,6 @@ def _run_kernel(
             gradients.weight.add(slice(0, columns), grads.t(), states[part.rows])
         if gradients.bias is not None:
             gradients.bias += grads.sum(dim=0, dtype=dtype)
-    return kl, ce[: work.layout.positions]
 
 
 def _chunk_rows(count: int, copies: int, row_bytes: int, memory_budget: int) -> int:
@@ -299,7 +259,7 @@ def _losses(
     further_kl, _ = losses_of(others, further, temperature=temperature)
     if apart:
         at_1 = logits.clone()
-        first, labelled = first.split(logits.shape[1] - 1)
+        first, labelled = first.split()
         _, ce = losses_of(at_1, labelled, temperature=1.0)
     if temperature != 1.0:
         logits.div_(temperature)

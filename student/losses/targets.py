@@ -14,6 +14,9 @@ from cache_schema.format.spec import KINDS, Kind
 from models.stored_head import decoded_states
 from student.loss_weights import TERMS
 
+ON_THE_HOST: Mapping[str, bool] = {"on_the_host": True}
+"""Metadata of a field whose tensors no device reads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TeacherStates:
@@ -46,8 +49,7 @@ class PositionTargets:
     float32. sampled_ids (N, M), none of them among token_ids, with sampled_counts (N, M): draws from the
     tail at `sample_temperature`; places with count 0 are unused.
     states: where the teacher's whole distribution is to be learnt from; the entries then count nothing.
-    `temperatures` stays on the CPU. id_range: the least and the greatest id with mass, and those among draws
-    with a count, where `checked` has found them; then nothing waits for the device to learn them.
+    `temperatures` stays on the CPU.
     """
 
     positions: Tensor
@@ -59,19 +61,10 @@ class PositionTargets:
     sampled_ids: Tensor | None = None
     sampled_counts: Tensor | None = None
     sample_temperature: float = 1.0
-    id_range: tuple[int, int] | None = None
-    drawn_range: tuple[int, int] | None = None
     states: TeacherStates | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
-
-    def checked(self) -> PositionTargets:
-        """The same with the ranges of its ids."""
-        drawn = None
-        if self.sampled_ids is not None and self.sampled_counts is not None:
-            drawn = range_of(self.sampled_ids, self.sampled_counts > 0)
-        return replace(self, id_range=range_of(self.token_ids, self.logprobs > -math.inf), drawn_range=drawn)
 
     def to(self, device: torch.device | str) -> PositionTargets:
         """The same targets with their tensors on `device`."""

@@ -143,12 +143,12 @@ def rows_on_device(
         row = logits + line * logits_stride
         place = tl.arange(0, E_BLOCK)
         token = tl.load(ids + line * E + place, mask=place < E, other=columns)
-        real = token < columns
+        real = (token >= 0) & (token < columns)
         log_p = tl.load(logprobs + line * E + place, mask=place < E, other=0.0 if GIVEN else -infinity)
         log_tail = tl.load(log_tails + line)
         kl_weight = tl.load(weights + line) * temperature
         label = tl.load(labels + line)
-        labelled = label < columns
+        labelled = (label >= 0) & (label < columns)
         ce_weight = tl.load(label_weights + line)
         found = tl.load(row + token, mask=real, other=-infinity)
         inside = found.to(tl.float32)
