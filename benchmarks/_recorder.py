@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -80,12 +81,30 @@ Recording = Counter[Operation]
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the operations under it. guesses: results of operations that values decide, by name."""
+    """Counts the operations under it. guesses: results of operations that values decide, by name.
+
+    operations: since `begin`; peak: the most bytes of tensors made since then that were held at a time.
+    """
 
     def __init__(self, guesses: dict[str, Callable[..., Any]] | None = None) -> None:
         super().__init__()
-        self.operations: Recording = Counter()
         self._guesses = {**_GUESSES, **(guesses or {})}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was recorded; tensors that are there count no memory."""
+        self.operations: Recording = Counter()
+        self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def _hold(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                self._held.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,16 +118,23 @@ class Recorder(TorchDispatchMode):
             out = _index_all(*args)
         else:
             out = func(*args, **kwargs)
-        operation = _operation(func, name, args, kwargs, out, waits)
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        inputs, outputs = _tensors((args, given)), _tensors(out)
+        if not func.is_view:
+            self._hold(inputs + _tensors(kwargs.get("out")), outputs)
+        operation = _operation(func, name, args, inputs, outputs, out, waits)
         if operation is not None:
             self.operations[operation] += 1
         return out
 
 
-def _operation(func: Any, name: str, args: Any, kwargs: Any, out: Any, waits: bool) -> Operation | None:
-    given = {key: value for key, value in kwargs.items() if key != "out"}
-    inputs = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
-    outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _operation(
+    func: Any, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor], out: Any, waits: bool
+) -> Operation | None:
     if func.namespace == "prim" or (not waits and (name in _FREE or _is_view(func, inputs, outputs))):
         return None
     flops, dtype = 0, ""
@@ -163,10 +189,10 @@ def _filling(name: str, args: Any) -> float:
 
 
 def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    if func._schema.is_mutable or not inputs or not outputs:
-        return False
     if func.is_view:  # also of a tensor that the mode takes as a fake one, whose storage is another then
         return True
+    if func._schema.is_mutable or not inputs or not outputs:
+        return False
     known = {tensor.untyped_storage()._cdata for tensor in inputs}
     return all(tensor.untyped_storage()._cdata in known for tensor in outputs)
 
@@ -240,7 +266,7 @@ def _(logits: Tensor, again: Tensor, grads: Tensor, ids: Tensor, logprobs: Tenso
 
 
 def row_kernel(
-    products: Tensor, rows: Any, *, grads: Tensor | None, divergences: Any, **_: Any
+    products: Tensor, rows: Any, *, grads: Tensor | None, out: Any, divergences: Any, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """In place of `student.losses.kernels.row_kernel`, which fake tensors cannot run: its traffic."""
     if tuple(divergences) != (FORWARD,):  # one launch more, which reads the logits for the student's masses
@@ -250,7 +276,8 @@ def row_kernel(
     # Reads the logits once for the sums and once for the gradient, which it writes.
     second = products[:0] if grads is None else products
     grads = products[:0] if grads is None else grads
-    kl, ce = _row_kernel(products, second, grads, rows.entries.ids, rows.entries.logprobs).unbind()
+    _row_kernel(products, second, grads, rows.entries.ids, rows.entries.logprobs)
+    kl, ce = out
     return kl, ce
 
 
@@ -261,13 +288,13 @@ def _row_entropy(logits: Tensor) -> Tensor:
 
 @_row_entropy.register_fake
 def _(logits: Tensor) -> Tensor:
-    return logits.new_empty(len(logits))
+    return logits.new_empty(len(logits), dtype=torch.float32)
 
 
-def row_entropy(products: Tensor, **_: Any) -> Tensor:
+def row_entropy(products: Tensor, *, out: Tensor, **_: Any) -> Tensor:
     """In place of `student.losses.entropy_kernel.kernel_entropy`: the logits are read once."""
-    entropy: Tensor = _row_entropy(products)
-    return entropy
+    _row_entropy(products)
+    return out
 
 
 @torch.library.custom_op("kdcache_recorder::scale_in_place", mutates_args=())
@@ -341,7 +368,7 @@ def as_on_cuda() -> Iterator[None]:
 
 @contextmanager
 def imagined(guesses: dict[str, Callable[..., Any]] | None = None) -> Iterator[Recorder]:
-    """Fake tensors, and a recorder of what is done to them. Only `Recorder.operations` is of use: no values
+    """Fake tensors, and a recorder of what is done to them. Only what it has recorded is of use: no values
     exist.
 
     Their device is called "cpu", since torch's autograd asks a build without CUDA for CUDA's guards; code

@@ -15,11 +15,18 @@ import argparse
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import _shapes
 from benchmarks._recorder import Operation, Recording, as_on_cuda, imagined
+from student.losses import LossWeights, PlannedTargets
+from student.model import DistilledStudent
+from student.stages import CE_ONLY
 
 CALIBRATION = Path(__file__).with_name("calibration.json")
 SAMPLES = 16
@@ -97,19 +104,31 @@ def calibration() -> list[dict[str, Any]]:
     return list(cases)
 
 
-def recordings() -> dict[str, Recording]:
-    """The loss and the steps of a micro-batch of 16 samples at LLaVA-KD's shapes, by the present code."""
-    import torch
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """The operations of a step, and the most bytes that it held over weights, inputs and gradients."""
 
-    from benchmarks import _shapes
-    from student.losses import LossWeights, PlannedTargets
-    from student.model import DistilledStudent
-    from student.stages import CE_ONLY
+    operations: Recording
+    peak: int
 
+
+STEPS: dict[str, tuple[LossWeights, bool]] = {
+    "loss, DFT": (LossWeights(), False),
+    "loss, DFT, kl_share 0.5": (LossWeights(kl_share=0.5), False),
+    "loss, DFT, kl_share 0.2": (LossWeights(kl_share=0.2), False),
+    "loss, DFT, adaptive_kl": (LossWeights(divergence="adaptive_kl"), False),
+    "step, SFT": (CE_ONLY, True),
+    "step, DFT from the cache": (LossWeights(), True),
+}
+"""By name, what is recorded: the objective, and whether the student's forward and backward are in it."""
+
+
+def recordings(steps: Sequence[str] = tuple(STEPS)) -> dict[str, Recorded]:
+    """Some of STEPS for a micro-batch of 16 samples at LLaVA-KD's shapes, by the present code."""
     with tempfile.TemporaryDirectory() as folder:
         batch = _shapes.batch_of(Path(folder), _shapes.STUDENT, samples=SAMPLES, rank=64)
 
-    def record(weights: LossWeights, *, whole: bool) -> Recording:
+    def record(weights: LossWeights, *, whole: bool) -> Recorded:
         given = batch.targets if weights != CE_ONLY else None
         targets = PlannedTargets.of(batch.labels, given, weights)
         with imagined() as recorder, as_on_cuda():
@@ -119,25 +138,20 @@ def recordings() -> dict[str, Recording]:
                 vocab_size=_shapes.VOCAB,
                 trainable=("projector", "language_model"),
             ).train()
+            leaves = [parameter for parameter in student.parameters() if parameter.requires_grad]
             if not whole:
                 states = torch.empty(*batch.labels.shape, _shapes.STUDENT.width, requires_grad=True)
                 student.hidden_states = lambda _: states
-            recorder.operations.clear()
+                leaves.append(states)
+            recorder.begin()
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 parts = student(batch.inputs, batch.labels, targets, batch.denominators)
             parts.total.backward()
-            return recorder.operations
+            gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            peak = recorder.peak - sum(each.numel() * each.element_size() for each in gradients)
+            return Recorded(operations=recorder.operations, peak=peak)
 
-    return {
-        f"loss of {SAMPLES} samples, DFT": record(LossWeights(), whole=False),
-        f"loss of {SAMPLES} samples, DFT, kl_share 0.5": record(LossWeights(kl_share=0.5), whole=False),
-        f"loss of {SAMPLES} samples, DFT, kl_share 0.2": record(LossWeights(kl_share=0.2), whole=False),
-        f"loss of {SAMPLES} samples, DFT, adaptive_kl": record(
-            LossWeights(divergence="adaptive_kl"), whole=False
-        ),
-        f"step of {SAMPLES} samples, SFT": record(CE_ONLY, whole=True),
-        f"step of {SAMPLES} samples, DFT from the cache": record(LossWeights(), whole=True),
-    }
+    return {name: record(STEPS[name][0], whole=STEPS[name][1]) for name in steps}
 
 
 def main() -> None:
@@ -152,13 +166,20 @@ def main() -> None:
         }
         for case in calibration()
     ]
-    rows += [_row(name, recording, DEVICES[arguments.device]) for name, recording in recordings().items()]
-    print(f"{'':52} {'ms':>8} {'measured':>9} {'floor':>7} {'launches':>9} {'waits':>6}")
+    rows += [
+        {**_row(name, found.operations, DEVICES[arguments.device]), "peak": found.peak}
+        for name, found in recordings().items()
+    ]
+    print(
+        f"{f'{SAMPLES} samples':40} {'ms':>8} {'measured':>9} {'floor':>7} {'ratio':>6} {'launches':>9} "
+        f"{'waits':>6} {'peak MB':>8}"
+    )
     for row in rows:
         measured = f"{row['measured_ms']:9.1f}" if "measured_ms" in row else f"{'-':>9}"
+        peak = f"{row['peak'] / 1e6:8.0f}" if "peak" in row else ""
         print(
-            f"{row['name']:52} {row['ms']:8.1f} {measured} {row['floor_ms']:7.1f} {row['launches']:9,} "
-            f"{row['waits']:6}"
+            f"{row['name']:40} {row['ms']:8.1f} {measured} {row['floor_ms']:7.1f} "
+            f"{row['ms'] / row['floor_ms']:6.2f} {row['launches']:9,} {row['waits']:6} {peak}"
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

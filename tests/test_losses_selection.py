@@ -92,7 +92,7 @@ def test_a_plan_of_the_same_share_waits_for_nothing():
     with imagined() as recorder, as_on_cuda():
         hidden = torch.empty(len(SPANS), LENGTH, D, requires_grad=True)
         head = Head(weight=torch.empty(V + 3, D, requires_grad=True), vocab_size=V)
-        recorder.operations.clear()
+        recorder.begin()
         loss = DistillationLoss(weights)
         loss(hidden, labels, targets, head, counts).total.backward()
     assert sum(each.waits * count for each, count in recorder.operations.items()) == 0

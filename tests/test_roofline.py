@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks._recorder import as_on_cuda, imagined
-from benchmarks.roofline import DEVICES, calibration, foretell
+from benchmarks.roofline import DEVICES, calibration, foretell, recordings
 from cache_schema.format.spec import TargetSpec
 from pipeline.entry_rules import limits_of
 from pipeline.targets import Asked, TargetMaker
@@ -22,7 +22,7 @@ def test_the_forecast_is_within_30_percent_of_the_measurement(case):
 def test_a_product_counts_its_operations_bytes_and_launch():
     with imagined() as recorder:
         left, right = torch.empty(256, 512), torch.empty(512, 384)
-        recorder.operations.clear()
+        recorder.begin()
         left @ right
     ((operation, count),) = recorder.operations.items()
     assert (operation.name, operation.dtype, count) == ("mm", "float32", 1)
@@ -34,10 +34,10 @@ def test_a_product_counts_its_operations_bytes_and_launch():
 def test_views_cost_nothing_and_the_backward_pass_is_seen():
     with imagined() as recorder:
         weight = torch.empty(128, 128, requires_grad=True)
-        recorder.operations.clear()
+        recorder.begin()
         weight.t().reshape(-1)[:64].view(8, 8)
         assert sum(recorder.operations.values()) == 1  # the reshape of a transposed matrix copies
-        recorder.operations.clear()
+        recorder.begin()
         (weight @ weight).sum().backward()
     assert sum(count for operation, count in recorder.operations.items() if operation.name == "mm") == 3
 
@@ -56,7 +56,7 @@ def test_views_cost_nothing_and_the_backward_pass_is_seen():
 def test_what_values_decide_counts_as_a_wait(wait):
     with imagined() as recorder:
         x = torch.empty(32)
-        recorder.operations.clear()
+        recorder.begin()
         wait(x)
     assert sum(operation.waits * count for operation, count in recorder.operations.items()) >= 1
 
@@ -64,7 +64,7 @@ def test_what_values_decide_counts_as_a_wait(wait):
 def test_attention_is_one_kernel_without_scores():
     with imagined() as recorder:
         query = torch.empty(2, 4, 100, 64, dtype=torch.bfloat16, requires_grad=True)
-        recorder.operations.clear()
+        recorder.begin()
         torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
     names = {operation.name: operation for operation in recorder.operations}
     assert names["attention"].flops == 2 * 2 * 2 * 4 * 100 * 100 * 64
@@ -75,13 +75,67 @@ def test_attention_is_one_kernel_without_scores():
 def test_code_that_waits_runs_host_and_device_in_turn():
     with imagined() as recorder:
         x = torch.empty(1024, 1024)
-        recorder.operations.clear()
+        recorder.begin()
         x @ x
         free = foretell(recorder.operations, DEVICES["H100"])
         x.sum().item()
         waiting = foretell(recorder.operations, DEVICES["H100"])
     assert free.seconds == max(free.device, free.host)
     assert waiting.seconds == waiting.device + waiting.host
+
+
+def test_memory_is_what_is_held_at_a_time():
+    with imagined() as recorder:
+        before = torch.empty(1000)
+        recorder.begin()
+        kept = before * 2
+        kept += 1
+        for _ in range(3):
+            (kept[:500] * 3).sum()
+    assert recorder.peak == 4 * (1000 + 500 + 1)
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """The losses of a micro-batch of 16 samples at LLaVA-KD's shapes."""
+    names = ("loss, DFT", "loss, DFT, kl_share 0.5", "loss, DFT, kl_share 0.2")
+    return [(found, foretell(found.operations, DEVICES["H100"])) for found in recordings(names).values()]
+
+
+def test_the_loss_of_a_step_takes_at_most_1_5_of_its_products(losses):
+    """Foretold, not measured."""
+    for _, forecast in losses:
+        assert forecast.seconds < 1.5 * forecast.floor
+        assert forecast.waits == 0
+
+
+def test_the_loss_of_a_step_takes_few_launches(losses):
+    """At most 12 a chunk of logits, and 60 besides; 20 more where positions are selected."""
+    for (found, forecast), besides in zip(losses, (60, 80, 80), strict=True):
+        chunks = sum(
+            count for each, count in found.operations.items() if each.name in ("row_kernel", "row_entropy")
+        )
+        assert 3 < chunks < 20
+        # Of a chunk: its states and their cast, three products, the kernel, the hidden states' gradient; of
+        # one of entropies: states, cast, product, kernel.
+        in_chunks = sum(
+            count * (7 if each.name == "row_kernel" else 4)
+            for each, count in found.operations.items()
+            if each.name in ("row_kernel", "row_entropy")
+        )
+        assert forecast.launches - in_chunks <= besides
+
+
+def test_the_loss_of_a_step_holds_at_most_a_gigabyte(losses):
+    """Over weights and gradients: a chunk of logits, and the head in bfloat16."""
+    for found, _ in losses:
+        assert 0.9e9 < found.peak < 1e9
+
+
+def test_a_share_of_the_positions_saves_time(losses):
+    whole, half, fifth = (forecast.seconds for _, forecast in losses)
+    assert half < 0.9 * whole
+    assert fifth < 0.65 * whole
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["fixed", "ragged"])
@@ -104,7 +158,7 @@ def test_the_loss_of_planned_targets_waits_for_nothing(tail, temperature, reduct
                 torch.empty(*shape, requires_grad=True)
                 for shape in ((len(SPANS), LENGTH, D), (V + 3, D), (V + 3,))
             )
-            recorder.operations.clear()
+            recorder.begin()
             parts = DistillationLoss(weights)(
                 hidden,
                 labels,
@@ -132,7 +186,7 @@ def test_entries_by_a_threshold_are_selected_without_a_wait():
     asked = Asked(places=numbers, labels=numbers, rows=numbers, positions=numbers, limits=limits)
     with imagined() as recorder:
         maker = TargetMaker(Head(weight=torch.empty(352, 16)), spec)
-        recorder.operations.clear()
+        recorder.begin()
         maker.batch(torch.empty(10, 16), asked)
     assert sum(recorder.operations.values()) > 20
     assert sum(each.waits * count for each, count in recorder.operations.items()) == 0

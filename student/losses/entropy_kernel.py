@@ -74,14 +74,17 @@ def kernel_entropy(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    out: Tensor | None = None,
     launch: Launch = LAUNCH,
 ) -> Tensor:
     """(n,) `row_entropy` of the logits that products (n, V) = hidden weight^T become, in one launch.
 
-    products: float32, rows of stride >= V; they stay as they are.
+    products: float32 or bfloat16, rows of stride >= V; they stay as they are. out: (n,) float32, to be
+    filled.
     """
     count, columns = products.shape
-    out = torch.empty(count, dtype=torch.float32, device=products.device)
+    if out is None:
+        out = torch.empty(count, dtype=torch.float32, device=products.device)
     if count == 0:
         return out
     _entropy_kernel[launch.grid(count, products.device)](

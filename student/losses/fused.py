@@ -97,14 +97,14 @@ class _FusedLosses(torch.autograd.Function):
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             products = HeadProducts(head, hidden.dtype, compute, matrix)
             gradients = Gradients(hidden, head, products, wanted)
-            narrow = products.narrowed(hidden)
             values = torch.zeros(shares.shape[1], dtype=products.dtype, device=hidden.device)
             count = 0 if relations is None else len(relations.weights)
             rows = 0 if positions is None else len(positions.layout.sources)
             kl, ce, images, whole = values.tensor_split((rows, 2 * rows, 2 * rows + count))
             if positions is not None:
-                run_positions(narrow, positions, products, gradients, memory_budget, kl, ce)
+                run_positions(hidden, positions, products, gradients, memory_budget, kl, ce)
             if relations is not None and relations.groups:
+                narrow = products.narrowed(hidden)
                 images.copy_(run_relations(narrow, head, relations, products, gradients, memory_budget))
             for work, part in zip(dense, whole.split([len(work.weights) for work in dense]), strict=True):
                 part.copy_(run_dense(hidden, work, products, gradients, memory_budget, compute))
@@ -115,6 +115,7 @@ class _FusedLosses(torch.autograd.Function):
             None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
         )
         ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
         return sums[0].clone(), sums
 
     @staticmethod

@@ -57,12 +57,13 @@ def row_kernel(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
     launch: Launch = LAUNCH,
 ) -> tuple[Tensor, Tensor]:
     """KL (n,) times T^2 and cross entropy (n,) of products (n, V) = hidden weight^T, and their gradient.
 
-    products: float32, rows of stride >= V; spoilt. rows: contiguous, blanks at V. grads: (n, V), of
-    any dtype, or None where none is wanted: the gradient in products + bias, of
+    products: float32, rows of stride >= V; spoilt. rows: contiguous. out: where the values go, float32.
+    grads: (n, V), of any dtype, or None where none is wanted: the gradient in products + bias, of
     sum_n weights_n T^2 KL_n + label_weights_n CE_n; it may lie in the memory of `products`, each row in its
     row. apart: cross entropy is that at temperature 1.
     """
@@ -76,8 +77,7 @@ def row_kernel(
         "softcap": softcap,
         "launch": launch,
     }
-    kl = torch.empty(len(products), dtype=torch.float32, device=products.device)
-    ce = torch.empty_like(kl)
+    kl, ce = out or products.new_empty(2, len(products), dtype=torch.float32).unbind()
     if len(products) == 0:
         return kl, ce
     entries = rows.entries
@@ -88,8 +88,8 @@ def row_kernel(
     _launch(products, rows, entries.logprobs, entries.log_tail, kl, ce, events=events, **options)
     nothing = torch.full_like(entries.log_tail, -math.inf)
     teacher = torch.cat([entries.logprobs, entries.log_tail[:, None], nothing[:, None]], dim=1)
-    kl, slopes = value_and_slopes(divergences, rows.which, teacher, events)
-    kl = torch.where(rows.weights != 0, kl * temperature**2, 0.0)
+    values, slopes = value_and_slopes(divergences, rows.which, teacher, events)
+    kl.copy_(torch.where(rows.weights != 0, values * temperature**2, 0.0))
     if grads is not None:
         inside, tail, padding = (each.contiguous() for each in slopes.neg().tensor_split((-2, -1), dim=1))
         _launch(products, rows, inside, tail, kl, ce, grads=grads, pads=padding, **options)

@@ -122,47 +122,85 @@ def _run_kernel(
     kl: Tensor,
     ce: Tensor,
 ) -> None:
-    """`run_positions` in six launches a chunk: products, one pass over the logits, and what gathers."""
-    columns, dtype = len(products.weight), products.dtype
-    sources = work.layout.sources
-    apart = work.temperature != 1.0
+    """`run_positions` through a kernel. Of a selection the entropies are found first, from logits that are as
+    wide as the factors of products; those of the selected rows are made again, in full chunks: as many rows
+    of logits as a sample has do not fit beside their gradients."""
+    sources, rows, selection = work.layout.sources, work.rows, work.layout.selection
+    if selection is None:
+        _rows_by_kernel(kernel, hidden, sources, rows, work, products, gradients, memory_budget, kl, ce)
+        return
+    chosen = selection.pick(_entropies(hidden, sources, products, memory_budget))
+    scale = selection.scale.to(kl.dtype)
+    rows = rows.pick(chosen)
+    rows = replace(rows, weights=rows.weights * scale)
+    found = kl.new_zeros(2, len(chosen))
+    sources = sources.index_select(0, chosen)
+    _rows_by_kernel(kernel, hidden, sources, rows, work, products, gradients, memory_budget, *found)
+    kl.index_copy_(0, chosen, found[0] * scale)
+    ce.index_copy_(0, chosen, found[1])
+
+
+def _entropies(hidden: Tensor, sources: Tensor, products: HeadProducts, memory_budget: int) -> Tensor:
+    """(n,) the entropies of the student at positions sources (n,)."""
+    matrix = products.operand_matrix()
+    columns, width = len(matrix), -(-len(matrix) // 16) * 16
+    row_bytes = width * matrix.itemsize + hidden.shape[1] * (hidden.itemsize + matrix.itemsize)
+    size = _chunk_rows(len(sources), 0, row_bytes, memory_budget)
+    table = matrix.new_empty(min(size, len(sources)), width)
+    found = matrix.new_empty(len(sources), dtype=products.dtype)
+    kernel = _entropy_kernel()
+    for part, entropy in zip(sources.split(size), found.split(size), strict=True):
+        logits = table[: len(part), :columns]
+        torch.mm(hidden.index_select(0, part).to(products.operand), matrix.t(), out=logits)
+        kernel(logits, out=entropy, bias=products.bias, scale=products.logit_scale, softcap=products.softcap)
+    return found
+
+
+def _rows_by_kernel(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    hidden: Tensor,
+    sources: Tensor,
+    rows: LogitRows,
+    work: PositionWork,
+    products: HeadProducts,
+    gradients: Gradients,
+    memory_budget: int,
+    kl: Tensor,
+    ce: Tensor,
+) -> None:
+    """KL (n,) and cross entropy (n,) at rows of logits of positions sources (n,), in seven launches a
+    chunk."""
+    columns, dtype, matrix = len(products.weight), products.dtype, products.operand_matrix()
     stride = -(-columns // 16) * 16
     size = _chunk_rows(len(sources), 0, stride * dtype.itemsize, memory_budget)
-    states = hidden.index_select(0, sources).to(products.operand)  # (n, D)
-    matrix = products.operand_matrix()
-    form = {"bias": products.bias, "scale": products.logit_scale, "softcap": products.softcap}
-
-    def make(rows: slice, table: Tensor) -> None:
-        products.product(states[rows], matrix.t(), table[:, :columns])
-
-    def entropy_of(table: Tensor) -> Tensor:
-        return _entropy_kernel()(table[:, :columns], **form)
-
-    for part in _parts(work, len(sources), size, stride, make, entropy_of):
+    table = kl.new_empty(min(size, len(sources)), stride)
+    for start in range(0, len(sources), size):
+        part = slice(start, min(start + size, len(sources)))
+        lines = table[: part.stop - start]
+        states = hidden.index_select(0, sources[part]).to(products.operand)  # (n, D)
+        products.product(states, matrix.t(), lines[:, :columns])
         # A row's gradient lies in the row's own memory, half as wide where the factors of products are.
-        grads = part.table.view(products.operand)[:, :columns] if gradients.wanted else None
-        values = kernel(
-            part.table[:, :columns],
-            part.asked,
+        grads = lines.view(products.operand)[:, :columns] if gradients.wanted else None
+        kernel(
+            lines[:, :columns],
+            rows.pick(part),
+            out=(kl[part], ce[part]),
             grads=grads,
             tokens=products.columns,
             temperature=work.temperature,
             inside_only=work.inside_only,
             divergences=work.divergences,
-            apart=apart,
-            **form,
+            apart=work.temperature != 1.0,
+            bias=products.bias,
+            scale=products.logit_scale,
+            softcap=products.softcap,
         )
-        if isinstance(part.rows, slice):
-            kl[part.rows], ce[part.rows] = values
-        else:
-            part.put(*values, kl, ce)
         if grads is None:
             continue
         if gradients.hidden is not None:
-            pulled = products.product(grads, matrix)
-            gradients.hidden.index_add_(0, sources[part.rows], pulled)
+            gradients.hidden.index_add_(0, sources[part], products.product(grads, matrix))
         if gradients.weight is not None:
-            gradients.weight.add(slice(0, columns), grads.t(), states[part.rows])
+            gradients.weight.add(slice(0, columns), grads.t(), states)
         if gradients.bias is not None:
             gradients.bias += grads.sum(dim=0, dtype=dtype)
 

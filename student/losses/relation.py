@@ -78,7 +78,9 @@ def cosine_distance(
     As half the squared distance of the normalised matrices: 1 - cos as such has no digits left under 1e-7.
     A matrix of zeros has cosine 0 with everything, and no gradient.
     """
-    norms = torch.stack([torch.linalg.vector_norm(each, dim=(1, 2)) for each in (student, teacher)])
+    norms = student.new_empty(2, len(student))
+    for each, norm in zip((student, teacher), norms, strict=True):
+        torch.linalg.vector_norm(each, dim=(1, 2), out=norm)
     absent = (norms == 0).any(dim=0)
     inverse, other = norms[:, :, None, None].reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
     difference = (student * inverse).addcmul_(teacher, other, value=-1)

@@ -79,9 +79,10 @@ class Selection:
                 yield slice(row, end), slice(took, self.take_ends[sample])
                 row, took = end, self.take_ends[sample]
 
-    def pick(self, entropy: Tensor, rows: slice, takes: slice) -> Tensor:
-        """Of one of `parts`, whose rows have these entropies (n,): the rows kept (k,), counted from its
-        first. A row of no number is kept, so that the loss shows it."""
+    def pick(self, entropy: Tensor, rows: slice | None = None, takes: slice | None = None) -> Tensor:
+        """Of one of `parts`, or of all rows, which have these entropies (n,): the rows kept (k,), counted
+        from its first. A row of no number is kept, so that the loss shows it."""
+        rows, takes = rows or slice(0, len(self.group)), takes or slice(0, len(self.take))
         entropy = entropy.double().nan_to_num(nan=_APART / 2)
         order = torch.argsort(_APART * self.group[rows] - entropy, stable=True)
         return order[self.take[takes] - rows.start]
