@@ -26,8 +26,9 @@ from fsspec.asyn import AsyncFileSystem
 
 from benchmarks._random_cache import random_records
 from cache_schema.format.cache import open_cache
+from cache_schema.format.documents import VERSIONS
 from cache_schema.format.identity import Fingerprint
-from cache_schema.format.manifest import VERSIONS, Manifest, Plan
+from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.format.records import CapturedImage, CapturedSample, ImageRecord, Relation, TopK
 from cache_schema.format.shard import encode_shard
 from cache_schema.format.spec import TargetSpec

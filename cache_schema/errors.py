@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+REMEDY = "run `kdcache verify --repair` on the cache, then the same `kdcache build` again"
+
 _LONGEST_LINE = 1500
 _UNSAFE = {
     "trust_remote_code": "it needs code of its own, which is never run; take a model of transformers itself",
@@ -70,3 +75,12 @@ def first_line(error: BaseException) -> str:
             return ours
     lines = str(error).strip().splitlines()
     return shown(lines[0]) if lines else type(error).__name__
+
+
+@contextmanager
+def decoding(where: str) -> Iterator[None]:
+    """CacheDamaged for what a file of a cache with sound digests holds that is not as the format says."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, OverflowError, MemoryError, AssertionError) as error:
+        raise CacheDamaged(f"{where}: cannot be decoded ({first_line(error)}); {REMEDY}") from error

@@ -16,7 +16,8 @@ from cache_schema.errors import WrongUsage
 from cache_schema.format.block import ShardBlock
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.codecs.hidden import hidden_at
-from cache_schema.format.manifest import FORMAT_VERSION, CommitRecord, Manifest
+from cache_schema.format.documents import FORMAT_VERSION
+from cache_schema.format.manifest import CommitRecord, Manifest
 from cache_schema.format.records import CapturedSample, QuarantinedRow, Sample
 from cache_schema.format.spec import Kind, TargetSpec
 from cache_schema.format.store import refuse_inside

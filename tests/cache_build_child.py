@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from cache_schema.format.manifest import FORMAT_VERSION
+from cache_schema.format.documents import FORMAT_VERSION
 from tests.cache_faults import die, moments
 from tests.cache_teacher import KILL_SPEC, build_cache
 

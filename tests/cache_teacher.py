@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from cache_schema.format.cache import open_cache
+from cache_schema.format.documents import FORMAT_VERSION
 from cache_schema.format.identity import Fingerprint
-from cache_schema.format.manifest import FORMAT_VERSION, Manifest, Plan
+from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.format.records import (
     CapturedImage,
     CapturedSample,

@@ -24,8 +24,9 @@ from cache_schema import (
     TopK,
     open_cache,
 )
+from cache_schema.format.documents import FORMAT_VERSION
 from cache_schema.format.identity import Fingerprint
-from cache_schema.format.manifest import FORMAT_VERSION, Manifest, Plan
+from cache_schema.format.manifest import Manifest, Plan
 
 END, IMAGE = "<|end|>", "<image>"
 HIDDEN = 12

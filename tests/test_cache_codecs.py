@@ -17,13 +17,15 @@ from cache_schema.format.codecs.ids import decode_ids, encode_ids
 from cache_schema.format.codecs.logprobs import decode_logprobs, encode_logprobs, encode_tail
 from cache_schema.format.codecs.relation import RelationBlock, encode_relation, pack_relations
 from cache_schema.format.codecs.topk import decode_topk, encode_topk
+from cache_schema.format.documents import Counts
 from cache_schema.format.groups import read_groups, write_groups
 from cache_schema.format.identity import Fingerprint, compare, digest_of, tokenizer_digest
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan, StoredFile
 from cache_schema.format.records import Relation, TopK
 from cache_schema.format.sealed import seal, unseal
 from cache_schema.format.shard import positions_of, response_count, spans_of
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import KINDS, TargetSpec
+from cache_schema.format.statistics import relation_statistics
 from tests.cache_teacher import make_manifest, make_topk
 
 settings.register_profile("quick", max_examples=60, deadline=None)
@@ -286,8 +288,16 @@ def test_documents_round_trip() -> None:
         cache=manifest.identity,
         shard=3,
         attempt="0123456789ab",
-        counts={"samples": 4},
-        statistics={"tokens": [1, 2.5]},
+        counts=dict.fromkeys(Counts.__annotations__, 4),
+        statistics={
+            "longest": [[3, 17]],
+            "slowest": [[3, 0.25]],
+            "supervised_tokens": 9,
+            "quarantined": {"broken image": 1},
+            **{kind: {"positions": 0} for kind in KINDS},
+            "relation": relation_statistics([2, 3], [1e-6, 0.0]),
+            "bytes": {"samples": 3},
+        },
         files=(StoredFile(path="samples/x.arrow", bytes=3, sha256="0" * 64),),
         engine={"engine": "stand-in"},
         seconds=1.25,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache_schema.format.cache import open_cache
-from cache_schema.format.manifest import FORMAT_VERSION
+from cache_schema.format.documents import FORMAT_VERSION
 from cache_schema.operations.verify import verify
 from tests.cache_teacher import KILL_SPEC, assert_same_cache, build_cache
 

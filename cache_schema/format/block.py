@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_schema.errors import CacheDamaged
+from cache_schema.errors import decoding
 from cache_schema.format.codecs.hidden import hidden_of
 from cache_schema.format.codecs.relation import RelationBlock
 from cache_schema.format.codecs.topk import Arrays, Places, decode_topk, prepare_topk
@@ -22,14 +22,15 @@ from cache_schema.format.records import (
     labels_of,
     positions_by_kind,
 )
-from cache_schema.format.shard import positions_of
+from cache_schema.format.shard import check_samples, positions_of
 from cache_schema.format.spec import KINDS, Kind, TargetSpec
 
 
 class ShardBlock:
     """The stored arrays of a shard, uncompressed but still encoded: a sample is decoded on access.
 
-    contents: the bytes of its images by SHA-256, where they are embedded and asked for.
+    contents: the bytes of its images by SHA-256, where they are embedded and asked for. where: the shard in
+    errors. ValueError when the arrays are not those of a shard.
     """
 
     def __init__(
@@ -39,7 +40,10 @@ class ShardBlock:
         spec: TargetSpec,
         parts: frozenset[str],
         contents: Mapping[str, bytes] | None = None,
+        where: str = "a shard",
     ) -> None:
+        check_samples(table)
+        self._where = where
         self._contents = contents or {}
         self.parts = parts
         self._groups = {kind: prepare_topk(arrays) for kind, arrays in groups.items()}
@@ -60,13 +64,22 @@ class ShardBlock:
         return len(self._rows)
 
     def sample(self, position: int) -> Sample:
-        """The sample at a position of the shard, its targets decoded. IndexError outside 0..len-1."""
+        """The sample at a position of the shard, its targets decoded. IndexError outside 0..len-1,
+        CacheDamaged for a sample that points outside of what is stored."""
         row = self._rows[position]
+        with decoding(f"{self._where}, sample {position}"), np.errstate(all="ignore"):
+            return self._sample(row, position)
+
+    def _sample(self, row: Mapping[str, Any], position: int) -> Sample:
         input_ids = self._input_ids.numbers(position)
-        labels = labels_of(input_ids, self._label_spans.numbers(position).reshape(-1, 2))
+        spans = self._label_spans.numbers(position).reshape(-1, 2)
+        _check_runs(spans, len(input_ids), "label spans")
+        labels = labels_of(input_ids, spans)
         images = self._image_rows[self._images.slice(position)]
         records = tuple(_image_record(image, len(input_ids), self._contents) for image in images)
         positions = positions_by_kind(labels, (record.positions for record in records))
+        if row["responses"] != len(positions["response"]):
+            raise ValueError(f"{len(positions['response'])} response positions, not {row['responses']}")
         places: dict[Kind, Places | None] = {
             "response": _span(row["response_start"], len(positions["response"])),
             "visual": _image_places(images, records),
@@ -93,20 +106,51 @@ class ShardBlock:
         for kind in self._hidden_kinds:
             at = places[kind]
             if at is not None:
-                found[kind] = hidden_of(self._groups[f"hidden_{kind}"], at)
+                states = found[kind] = hidden_of(self._groups[f"hidden_{kind}"], at)
+                _check_lengths(_count(at), states.values, states.scales, states.channel_of)
+                if not 0 <= states.channel_of.max(initial=0) < max(len(states.channels), 1):
+                    raise ValueError("hidden states of channels that are not there")
         return found
 
     def _relations_of(self, images: list[dict[str, Any]]) -> list[Relation]:
         if self._relations is None:
             return []
-        return [self._relations[image["relation"]] for image in images]
+        found = []
+        for image in images:
+            number, tokens = image["relation"], sum(end - start for start, end in image["spans"])
+            if not 0 <= number < len(self._relations) or self._relations.tokens_of(number) != tokens:
+                raise ValueError(f"relation {number} is not that of an image of {tokens} tokens")
+            found.append(self._relations[number])
+        return found
 
     def _decode(self, kind: str, places: Places) -> TopK:
-        return decode_topk(self._groups[kind], places, self._temperatures)
+        record = decode_topk(self._groups[kind], places, self._temperatures)
+        fields = (getattr(record, name) for name in TopK.__dataclass_fields__ if name != "temperatures")
+        _check_lengths(_count(places), *fields)
+        return record
 
 
 def _span(start: int | None, count: int) -> Places | None:
+    if start is not None and start < 0:
+        raise ValueError(f"targets from {start} on")
     return None if start is None else slice(start, start + count)
+
+
+def _count(places: Places) -> int:
+    return places.stop - places.start if isinstance(places, slice) else len(places)
+
+
+def _check_lengths(count: int, *fields: NDArray[Any] | None) -> None:
+    for values in fields:
+        if values is not None and len(values) != count:
+            raise ValueError(f"targets of {len(values)} positions, not of {count}")
+
+
+def _check_runs(spans: NDArray[np.integer[Any]], tokens: int, what: str) -> None:
+    """ValueError unless half-open spans (S, 2) ascend among the tokens."""
+    ends = spans.ravel()
+    if len(ends) and (ends[0] < 0 or ends[-1] > tokens or (np.diff(ends) < 0).any()):
+        raise ValueError(f"{what} are not ascending runs among {tokens} tokens")
 
 
 def _image_places(images: list[dict[str, Any]], records: tuple[ImageRecord, ...]) -> Places | None:
@@ -114,6 +158,8 @@ def _image_places(images: list[dict[str, Any]], records: tuple[ImageRecord, ...]
     if not images or images[0]["visual_start"] is None:
         return None
     starts = [image["visual_start"] for image in images]
+    if min(starts) < 0:
+        raise ValueError(f"targets from {min(starts)} on")
     ends = [start + len(r.positions) for start, r in zip(starts, records, strict=True)]
     if starts[1:] == ends[:-1]:
         return slice(starts[0], ends[-1])
@@ -143,9 +189,7 @@ class _Lists:
 
 
 def _image_record(image: dict[str, Any], tokens: int, contents: Mapping[str, bytes]) -> ImageRecord:
-    ends = [0, *(end for span in image["spans"] for end in span), tokens]
-    if ends != sorted(ends):
-        raise CacheDamaged(f"{image['path']}: its tokens are not ascending runs among {tokens}")
+    _check_runs(np.array(image["spans"], np.int64).reshape(-1, 2), tokens, f"the tokens of {image['path']}")
     return ImageRecord(
         path=image["path"],
         sha256=image["sha256"],

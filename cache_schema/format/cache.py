@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import hashlib
 import os
 from collections import OrderedDict
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_schema.errors import CacheDamaged, KdcacheError, first_line
+from cache_schema.errors import REMEDY, CacheDamaged, KdcacheError, decoding
 from cache_schema.file_cache import FileCache
 from cache_schema.format.archive import unpack
 from cache_schema.format.block import ShardBlock
@@ -32,8 +31,6 @@ from cache_schema.format.writer import MANIFEST
 
 KEPT_SHARDS = 3
 """Shards that `cache[i]` keeps in memory."""
-
-REMEDY = "run `kdcache verify --repair` on the cache, then the same `kdcache build` again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +133,12 @@ class Cache:
         bytes of its images too, where the cache embeds them."""
         wanted = frozenset(self.spec.targets if parts is None else parts)
         stored = self.stored_shard(shard, wanted)
-        with self._decoding(self.commits[shard].path):
-            return ShardBlock(*stored, self.spec, wanted, self.images_of(shard) if images else None)
+        with decoding(where := f"{self.url}/{self.commits[shard].path}"):
+            contents = self.images_of(shard) if images else None
+            block = ShardBlock(*stored, self.spec, wanted, contents, where)
+            if len(block) != self.shard_length(shard):
+                raise ValueError(f"{len(block)} samples, not {self.shard_length(shard)}")
+            return block
 
     def stored_shard(self, shard: int, parts: Collection[str]) -> tuple[pa.Table, dict[str, Arrays]]:
         """The table of samples and the arrays of the targets `parts`, by group and name, as stored."""
@@ -145,10 +146,11 @@ class Cache:
             raise ValueError(f"{self.url}: has no {', '.join(sorted(unknown))} targets")
         record = self.commits[shard]
         found = self._read(record.extents("samples") | record.target_extents(parts))
-        ((path, data),) = ((p.path, data) for p, data in found.items() if p.path.startswith("samples/"))
-        with self._decoding(path):
+        with decoding(f"{self.url}/{record.path}"):
+            ((path, data),) = ((p.path, data) for p, data in found.items() if p.path.startswith("samples/"))
+        with decoding(f"{self.url}/{path}"):
             table = read_table(data)
-        with self._decoding(record.targets):
+        with decoding(f"{self.url}/{record.targets}"):
             return table, read_groups(hierarchy(record, found))
 
     def images_of(self, shard: int) -> dict[str, bytes]:
@@ -164,7 +166,7 @@ class Cache:
         wanted = {place: digest for file in record.files for place, digest in file.whole.items()}
         found = self._read(wanted)
         tables = {place.path: data for place, data in found.items() if not place.path.startswith("targets/")}
-        with self._decoding(record.targets):
+        with decoding(f"{self.url}/{record.targets}"):
             return tables, {path: bytes(data) for path, data in hierarchy(record, found).items()}
 
     def index(self) -> CacheIndex:
@@ -173,6 +175,9 @@ class Cache:
         found: dict[str, list[NDArray[np.int64]]] = {name: [np.zeros(0, np.int64)] for name in columns}
         for shard in self.shards:
             table = self._table(shard, "samples", columns)
+            with decoding(f"{self.url}/{self.commits[shard].path}"):
+                if len(table) != self.shard_length(shard) or any(table[name].null_count for name in columns):
+                    raise ValueError(f"the table of samples has not {self.shard_length(shard)} whole rows")
             for name in columns:
                 found[name].append(table[name].to_numpy().astype(np.int64))
         row, tokens, images, responses = (np.concatenate(found[name]) for name in columns)
@@ -194,19 +199,11 @@ class Cache:
                 yield QuarantinedRow(**row)
 
     def _table(self, shard: int, kind: str, columns: list[str] | None = None) -> Any:
-        ((place, data),) = self._read(self.commits[shard].extents(kind)).items()
-        with self._decoding(place.path):
+        record = self.commits[shard]
+        with decoding(f"{self.url}/{record.path}"):
+            ((place, data),) = self._read(record.extents(kind)).items()
+        with decoding(f"{self.url}/{place.path}"):
             return read_table(data, columns)
-
-    @contextlib.contextmanager
-    def _decoding(self, path: str) -> Iterator[None]:
-        """CacheDamaged for what a file of sound digests holds that is not as the format says."""
-        try:
-            yield
-        except (ValueError, LookupError, TypeError, MemoryError) as error:
-            raise CacheDamaged(
-                f"{self.url}/{path}: cannot be decoded ({first_line(error)}); {REMEDY}"
-            ) from error
 
     def _read(self, wanted: Mapping[Range, str]) -> dict[Range, bytes]:
         """Parts of files, each with its SHA-256, by which it is checked."""
@@ -283,8 +280,11 @@ def _read_commits(store: Store, manifest: Manifest) -> dict[int, CommitRecord]:
     for path, data in sorted(found.items()):
         record = CommitRecord.from_bytes(data, f"{store.url}/{path}")
         mine = record.cache == identity and record.format_version == manifest.format_version
-        if record.path != path or not mine:
+        if record.path != path or not mine or not 0 <= record.shard < manifest.plan.shards:
             raise CacheDamaged(f"{store.url}/{path}: it belongs to another shard or cache; {REMEDY}")
+        rows = record.counts["samples"] + record.counts["quarantined"]
+        if rows != len(manifest.plan.rows_of(record.shard)):
+            raise CacheDamaged(f"{store.url}/{path}: it counts {rows} rows, the plan others; {REMEDY}")
         commits[record.shard] = record
     return commits
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,20 +10,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.errors import CacheDamaged, KdcacheError
+from cache_schema.errors import CacheDamaged, first_line
+from cache_schema.format.documents import (
+    FORMAT_VERSION,
+    CommitDocument,
+    FileDocument,
+    ManifestDocument,
+    PlanDocument,
+    pack,
+    read,
+    unpack,
+)
 from cache_schema.format.identity import Fingerprint, digest_of
-from cache_schema.format.sealed import seal, unseal
+from cache_schema.format.sealed import seal
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import Range
 from cache_schema.format.stored_head import StoredHead
 from cache_schema.version import VERSION
-
-FORMAT_VERSION = 2
-"""Of new caches."""
-
-VERSIONS = (1, 2)
-"""The versions that are read, and in which a cache that was begun is continued. 1: targets are a folder of
-files; 2: one zip per shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +76,18 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """rows, shard_size, and `order` (and `ends`) as base64 of zlib of little-endian int64."""
         arrays = {"order": self.order} if self.ends is None else {"order": self.order, "ends": self.ends}
-        packed = {name: _pack(array.astype("<i8").tobytes()) for name, array in arrays.items()}
+        packed = {name: pack(array.astype("<i8").tobytes()) for name, array in arrays.items()}
         return {"rows": self.rows, "shard_size": self.shard_size, **packed}
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Plan:
-        """The plan of a manifest."""
+    def from_json(cls, document: PlanDocument) -> Plan:
+        """The plan of a manifest. ValueError when it is none."""
         order, ends = (
-            np.frombuffer(_unpack(document[name]), dtype="<i8").astype(np.int64) if name in document else None
-            for name in ("order", "ends")
+            np.frombuffer(unpack(packed, f"plan: {name}"), dtype="<i8").astype(np.int64) if packed else None
+            for name, packed in (("order", document["order"]), ("ends", document.get("ends")))
         )
-        assert order is not None
+        if order is None or (ends is not None and not len(ends)):
+            raise ValueError("plan: it has no order")
         return cls(rows=document["rows"], shard_size=document["shard_size"], order=order, ends=ends)
 
 
@@ -137,7 +139,7 @@ class Manifest:
                     name: {
                         "bytes": len(data),
                         "sha256": hashlib.sha256(data).hexdigest(),
-                        "data": _pack(data),
+                        "data": pack(data),
                     }
                     for name, data in sorted(self.assets.items())
                 },
@@ -147,29 +149,32 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, where: str = "manifest.json") -> Manifest:
         """The manifest of `manifest.json`. CacheDamaged when altered, KdcacheError for another format."""
-        document = unseal(data, where)
-        if document.get("format") != "kdcache":
-            raise CacheDamaged(f"{where}: not the manifest of a kdcache cache; give another directory")
-        if document["format_version"] not in VERSIONS:
-            raise KdcacheError(
-                f"{where}: format version {document['format_version']}, this kdcache reads "
-                f"{' and '.join(map(str, VERSIONS))}; install a kdcache that reads it"
+        document = read(data, ManifestDocument, "kdcache", where)
+        try:
+            assets = {
+                name: unpack(asset["data"], f"asset {name}") for name, asset in document["assets"].items()
+            }
+            plan, fingerprint = (
+                Plan.from_json(document["plan"]),
+                Fingerprint.from_json(document["fingerprint"]),
             )
-        assets = {name: _unpack(entry["data"]) for name, entry in document["assets"].items()}
-        for name, entry in document["assets"].items():
-            if hashlib.sha256(assets[name]).hexdigest() != entry["sha256"]:
+            made = cls(
+                fingerprint=fingerprint,
+                spec=TargetSpec.from_json(document["spec"]),
+                plan=plan,
+                created=document["created"],
+                assets=assets,
+                dataset=document["dataset"],
+                format_version=document["format_version"],
+                kdcache_version=document.get("kdcache_version", ""),
+                head=StoredHead.from_json(document["head"]) if "head" in document else None,
+            )
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            raise CacheDamaged(f"{where}: not as the format says ({first_line(error)})") from error
+        for name, asset in document["assets"].items():
+            if hashlib.sha256(assets[name]).hexdigest() != asset["sha256"]:
                 raise CacheDamaged(f"{where}: asset {name} does not match its digest")
-        return cls(
-            fingerprint=Fingerprint.from_json(document["fingerprint"]),
-            spec=TargetSpec.from_json(document["spec"]),
-            plan=Plan.from_json(document["plan"]),
-            created=document["created"],
-            assets=assets,
-            dataset=document["dataset"],
-            format_version=document["format_version"],
-            kdcache_version=document.get("kdcache_version", ""),
-            head=StoredHead.from_json(document["head"]) if "head" in document else None,
-        )
+        return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +211,7 @@ class StoredFile:
         return document
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> StoredFile:
+    def from_json(cls, document: FileDocument) -> StoredFile:
         """The file of a commit record."""
         parts = {
             name: (part["start"], part["end"], part["sha256"])
@@ -292,12 +297,9 @@ class CommitRecord:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> CommitRecord:
         """The record in `data`. CacheDamaged when altered."""
-        document = unseal(data, where)
-        if document["format"] != "kdcache-commit" or document["format_version"] not in VERSIONS:
-            raise CacheDamaged(f"{where}: not a commit record of format version {VERSIONS}")
-        document["files"] = tuple(map(StoredFile.from_json, document["files"]))
-        document.setdefault("kdcache_version", "")
-        return cls(**{name: document[name] for name in cls.__dataclass_fields__})
+        document = read(data, CommitDocument, "kdcache-commit", where)
+        files = tuple(map(StoredFile.from_json, document["files"]))
+        return cls(**({"kdcache_version": ""} | document | {"files": files}))  # type: ignore[arg-type]
 
 
 def commit_path(shard: int) -> str:
@@ -308,11 +310,3 @@ def commit_path(shard: int) -> str:
 def targets_path(name: str, version: int) -> str:
     """Path of the targets of the shard `name` ("00000-<attempt>") from the cache's root."""
     return f"targets/{name}.zarr{'.zip' if version > 1 else ''}"
-
-
-def _pack(data: bytes) -> str:
-    return base64.b64encode(zlib.compress(data, 6)).decode()
-
-
-def _unpack(text: str) -> bytes:
-    return zlib.decompress(base64.b64decode(text))

@@ -6,7 +6,9 @@ import hashlib
 import json
 from typing import Any
 
-from cache_schema.errors import CacheDamaged
+import msgspec
+
+from cache_schema.errors import CacheDamaged, first_line
 
 _KEY = b'"digest": "'
 _BLANK = b"0" * 64
@@ -33,7 +35,10 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         raise CacheDamaged(f"{where}: it has no digest; the file is truncated or altered")
     if hashlib.sha256(data[:at] + _BLANK + data[at + 64 :]).hexdigest().encode() != digest:
         raise CacheDamaged(f"{where}: its bytes do not match its digest; the file is truncated or altered")
-    document = json.loads(data)
+    try:
+        document = msgspec.json.decode(data)  # strict: no NaN, no lone surrogates
+        del document["digest"]
+    except (msgspec.DecodeError, RecursionError, TypeError, LookupError) as error:
+        raise CacheDamaged(f"{where}: not a sealed JSON object ({first_line(error)})") from error
     assert isinstance(document, dict)
-    del document["digest"]
     return document

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cache_schema.errors import first_line
@@ -74,6 +75,8 @@ SAMPLE_SCHEMA = pa.schema(
     ]
 )
 """One row per sample. `*_start`: the first row of its targets in that group; null: not captured."""
+
+_MAY_BE_NULL = ("response_start", "prompt_start", "prefix_key", "visual_start", "relation")
 
 QUARANTINE_SCHEMA = pa.schema(
     [("row", pa.int64()), ("sample_id", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
@@ -269,6 +272,32 @@ def write_table(table: pa.Table, compression: str | None = "zstd") -> bytes:
     ) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
+
+
+def check_samples(table: pa.Table) -> None:
+    """ValueError unless a table of samples has the columns of SAMPLE_SCHEMA, without nulls where none may be,
+    and counts its tokens and images rightly."""
+    for field in SAMPLE_SCHEMA:
+        place = table.schema.get_field_index(field.name)
+        if place < 0 or table.schema.field(place).type != field.type:
+            raise ValueError(f"the table of samples has no column {field.name} of {field.type}")
+        if field.name not in _MAY_BE_NULL:
+            for chunk in table.column(place).chunks:
+                _refuse_nulls(chunk, field.name)
+    for column, counts in (("input_ids", "tokens"), ("images", "image_count")):
+        if not pc.list_value_length(table[column]).equals(table[counts]):
+            raise ValueError(f"{counts} of the table of samples is not the number of its {column}")
+
+
+def _refuse_nulls(array: pa.Array, name: str) -> None:
+    if array.null_count:
+        raise ValueError(f"{name} of the table of samples is null")
+    if pa.types.is_struct(array.type):
+        for number, field in enumerate(array.type):
+            if field.name not in _MAY_BE_NULL:
+                _refuse_nulls(array.field(number), f"{name}.{field.name}")
+    elif hasattr(array, "values"):
+        _refuse_nulls(array.values, name)
 
 
 def read_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:

@@ -175,6 +175,10 @@ class RelationBlock:
     def __len__(self) -> int:
         return len(self._arrays["tokens"])
 
+    def tokens_of(self, image: int) -> int:
+        """The visual tokens P of an image."""
+        return int(self._arrays["tokens"][image])
+
     def __getitem__(self, image: int) -> Relation:
         """The relation of one image of the block, factor (P, r) or gram (P, P) in float32."""
         stored = self.stored(image)
@@ -188,7 +192,7 @@ class RelationBlock:
 
     def stored(self, image: int) -> StoredRelation:
         """The record of one image as it is stored, so that it can be copied to another block unchanged."""
-        tokens = int(self._arrays["tokens"][image])
+        tokens = self.tokens_of(image)
         return StoredRelation(
             tokens=tokens,
             residual=float(self._arrays["residual"][image]),
