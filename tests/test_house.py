@@ -27,7 +27,7 @@ ROOMS_MAY_IMPORT = {
     "": set(),
 }
 # Pillow decodes images in one file only, since teacher and student must decode them identically.
-CONTRACT_LIBRARIES = {"numpy", "numcodecs", "zarr", "pyarrow", "fsspec"}
+CONTRACT_LIBRARIES = {"numpy", "numcodecs", "msgspec", "zarr", "pyarrow", "fsspec"}
 
 
 def source_files() -> list[Path]:
