@@ -30,8 +30,12 @@ PARAMETERS: Mapping[str, Parameter | None] = {
     "balanced_kl": None,
     "dac_kl": Parameter("mu", 0.95, within(0.0, 1.0, "(]")),
     "dbild": Parameter("k", 0.0, at_least(2)),
+    "taid": Parameter("t", 0.4, within(0.0, 1.0, "[)")),
 }
-"""By name. `student.losses.divergences` holds the formula of each."""
+"""By name. `student.losses.divergences` holds the formula of each that is not in APART."""
+
+APART = frozenset({"taid"})
+"""The divergences whose target hangs on the student's own logits: `student.losses.dense` computes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cache_schema.format.spec import KINDS, Kind, Target
 from cache_schema.settings import Help, at_least, check, positive, within
-from student.divergences import FORWARD, Divergence, by_kind
+from student.divergences import APART, FORWARD, Divergence, by_kind
 
 Tail = Literal["bucket", "renormalize", "drop", "sampled", "dense"]
 Reduction = Literal["sample_mean", "token_mean"]
@@ -68,15 +68,35 @@ class LossWeights:
             f"divergence {each} needs tail `bucket` or `dense`": self.tail not in ("bucket", "dense")
             for each in others
         }
-        faults["kl_share below 1 does not go with tail `dense`"] = (
-            self.tail == "dense" and self.kl_share < 1.0
-        )
+        apart = next((each.name for each in self.divergences.values() if each.name in APART), None)
+        reason = "tail `dense`" if self.tail == "dense" else f"divergence {apart}"
+        faults[f"kl_share below 1 does not go with {reason}"] = bool(self.apart) and self.kl_share < 1.0
+        starts = {each.value for each in self.divergences.values() if each.name == "taid"}
+        faults["divergence taid needs one t for all kinds"] = len(starts) > 1
         check(self, faults)
 
     @property
     def divergences(self) -> dict[Kind, Divergence]:
         """The divergence of each kind of position."""
         return by_kind(self.divergence)
+
+    @property
+    def apart(self) -> tuple[Kind, ...]:
+        """The kinds of position whose logits are made apart from those of the other terms: those that are
+        compared with all of the teacher's tokens."""
+        return tuple(
+            kind for kind, each in self.divergences.items() if self.tail == "dense" or each.name in APART
+        )
+
+    @property
+    def interpolated(self) -> tuple[Kind, ...]:
+        """The kinds of position that learn by TAID."""
+        return tuple(kind for kind in self.apart if self.divergences[kind].name == "taid")
+
+    @property
+    def interpolates_from(self) -> float | None:
+        """The t at which TAID begins; None without it."""
+        return self.divergences[self.interpolated[0]].value if self.interpolated else None
 
     @property
     def by_target(self) -> dict[Target, float]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from student.interpolation import Interpolation
+
 
 @dataclass(slots=True, kw_only=True)
 class RunState:
@@ -15,6 +17,7 @@ class RunState:
     seconds: by lap of the stopwatch. scaler: state of the gradient scaler of fp16, else None. evaluated: the
     step of the newest evaluation, which gave `evaluation`; best_evaluation: the one with the least loss, at
     best_step; waited: evaluations since then. held_out: the identity of the cache that they measured.
+    interpolation: that of a run with TAID.
     """
 
     step: int = 0
@@ -27,6 +30,7 @@ class RunState:
     best_evaluation: dict[str, float] | None = None
     waited: int = 0
     held_out: str | None = None
+    interpolation: Interpolation | None = None
 
     @classmethod
     def from_json(cls, step: int, document: Mapping[str, Any]) -> RunState:
@@ -34,6 +38,8 @@ class RunState:
         values = {name: document[name] for name in ("samples", "seconds", "evaluation", "best_step")}
         known = {each.name for each in fields(cls)}
         values |= {name: value for name, value in document.items() if name in known}
+        if values.get("interpolation") is not None:
+            values["interpolation"] = Interpolation(**values["interpolation"])
         # Before version 0.2 a step was evaluated before it was saved.
         return cls(**{"evaluated": step, **values, "step": step, "seconds": dict(values["seconds"])})
 

@@ -25,6 +25,7 @@ from student.checks import warn_of_cache
 from student.collate import Batch, Collator
 from student.folder import model_is_whole
 from student.heldout import HeldOut, measure_cache, weighted
+from student.interpolation import Interpolation
 from student.loader import load_ahead
 from student.model import DistilledStudent
 from student.optimize import SUMS, Optimization
@@ -100,6 +101,7 @@ def _begin(
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
     saved = checkpoints.take_up(identity, resume=config.resume, progress=progress)
     state = RunState() if saved is None else saved.state
+    state.interpolation = state.interpolation or Interpolation.of(stage.losses)
     stopwatch = Stopwatch(accelerator.device, state.seconds)
     processor = student_processor(config, caches[0])
     student, collator = prepare_student(config, caches, processor, stopwatch, accelerator, progress)
@@ -209,7 +211,8 @@ class _Run:
 
     def _step(self, micro_batches: list[Batch], agreed: StepAgreement) -> None:
         """One optimizer step."""
-        step = self.state.step
+        step, interpolation = self.state.step, self.state.interpolation
+        self.student.loss.teacher_share = None if interpolation is None else interpolation.share
         try:
             terms, norm = self.optimization.gradients(
                 micro_batches, agreed.counts, seed=self.config.seed, step=step
@@ -225,6 +228,9 @@ class _Run:
         if not math.isfinite(norm) and not self.optimization.skips_infinite_gradients:
             self._refuse(micro_batches)
         self.optimization.step(self.stage.learning_rate_at(step, self.total))
+        if interpolation is not None:
+            sums["teacher_share"] = interpolation.share
+            interpolation.advance(self.stage.losses, sums, step, self.total)
         self.state.step += 1
         self.state.samples += int(agreed.counts.samples)
         self.meter.add(

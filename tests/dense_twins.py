@@ -179,6 +179,27 @@ def event_twin(
     return torch.stack(values)
 
 
+def taid_twin(
+    student: Tensor, record: Any, t: float, *, temperature: float = 1.0, vocab_size: int | None = None
+) -> Tensor:
+    """(N,) T^2 KL(softmax((1 - t) z + t z_teacher) || softmax(z)), every token's logits by itself; the
+    teacher's outside of its entries all equal."""
+    column = record.temperatures.tolist().index(temperature)
+    tokens = student.shape[1] if vocab_size is None else vocab_size
+    values = []
+    for n in range(len(student)):
+        ids, log_p = _entries_at(record, n)
+        tail = record.tail_logprob[n, column].exp()
+        teacher = torch.full((tokens,), 1e-300, dtype=torch.float64)
+        if len(ids) < tokens:
+            teacher += tail / (tokens - len(ids))
+        teacher[ids] = torch.softmax(log_p / temperature, dim=0) * (1.0 - tail)
+        own = (student[n] / temperature).log_softmax(0)
+        target = ((1.0 - t) * own[:tokens].detach() + t * teacher.log()).softmax(0)
+        values.append(temperature**2 * _kl_terms(target, own[:tokens]).sum())
+    return torch.stack(values)
+
+
 def _divergence_twin(text: str, p: Tensor, q: Tensor, padding: Tensor) -> Tensor:
     """D of p and q, whose last event is the tail; the padding's p is 0."""
     name, _, parameter = text.partition(":")
@@ -290,6 +311,8 @@ def objective_twin(
                 values = []
             elif forms[kind].name == "forward_kl":
                 values = sparse_kl_twin(logits[part.positions], part.record, tail=tail, **options)
+            elif forms[kind].name == "taid":
+                values = taid_twin(logits[part.positions], part.record, forms[kind].value, **options)
             else:
                 text = f"{forms[kind].name}:{forms[kind].value}"
                 values = event_twin(logits[part.positions], part.record, text, **options)

@@ -1,4 +1,5 @@
-"""The divergence from a teacher's whole distribution, made of its hidden states and head, chunk by chunk."""
+"""The divergence from a teacher's whole distribution, chunk by chunk: of its hidden states and head, or of
+entries with the tail's mass spread evenly."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from models.head import Head
 from student.divergences import FORWARD, Divergence
-from student.losses.divergences import IN_ORDER
+from student.losses.divergences import IN_ORDER, NOTHING
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.products import Gradients, HeadProducts
 from student.losses.records import Entries
@@ -22,15 +23,22 @@ _TABLES = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DenseWork:
-    """The divergence at M positions of hidden (N, D): positions (M,) int64, the teacher's states there and
-    its head, and what each counts, weights (M,)."""
+    """The divergence at M positions of hidden (N, D): positions (M,) int64, the teacher there, and what each
+    counts, weights (M,).
+
+    teacher: exactly one of states, with its head, and entries at `temperature`. share: what its logits count
+    in the target of `taid`, softmax((1 - share) student + share teacher), whose own the rest is, a constant
+    of the gradient.
+    """
 
     positions: Tensor
-    states: TeacherStates
-    teacher: Head
     weights: Tensor
     temperature: float
     divergence: Divergence
+    states: TeacherStates | None = None
+    teacher: Head | None = None
+    entries: Entries | None = None
+    share: float = 1.0
 
 
 def run_dense(
@@ -47,16 +55,24 @@ def run_dense(
     memory_budget: bytes of logits of both and of what is made from them at a time; at least one position's.
     """
     columns, tokens, dtype = len(products.weight), products.columns, products.dtype
-    if work.teacher.columns != tokens:
-        raise ValueError(f"dense loss: the teacher has {work.teacher.columns} tokens, the student {tokens}")
-    theirs = HeadProducts(work.teacher, dtype, compute)
+    theirs = None
+    if work.teacher is not None:
+        if work.teacher.columns != tokens:
+            raise ValueError(
+                f"dense loss: the teacher has {work.teacher.columns} tokens, the student {tokens}"
+            )
+        theirs = HeadProducts(work.teacher, dtype, compute)
     size = max(1, memory_budget // (_TABLES * (columns + 1) * dtype.itemsize))
     values = torch.zeros(len(work.positions), dtype=dtype, device=hidden.device)
     for start in range(0, len(work.positions), size):
         chunk = slice(start, min(start + size, len(work.positions)))
         index, weights = work.positions[chunk], work.weights[chunk]
-        log_p, _ = _logits(theirs, work.states.at(chunk).to(dtype), tokens)
-        log_p = torch.log_softmax(log_p.div_(work.temperature), dim=1)
+        if theirs is not None and work.states is not None:
+            log_p, _ = _logits(theirs, work.states.at(chunk).to(dtype), tokens)
+            log_p = torch.log_softmax(log_p.div_(work.temperature), dim=1)
+        else:
+            assert work.entries is not None
+            log_p = spread_evenly(work.entries.pick(chunk), tokens, dtype)
         states = hidden.index_select(0, index).to(dtype)  # (n, D)
         logits, slope = _logits(products, states, columns, blank=True)
         values[chunk] = _divergence(logits.div_(work.temperature), log_p, weights, tokens, work)
@@ -79,10 +95,24 @@ def _logits(
     return made, slopes
 
 
+def spread_evenly(entries: Entries, tokens: int, dtype: torch.dtype) -> Tensor:
+    """(n, tokens) log-probabilities of entries, the mass outside of them divided evenly among all other
+    tokens."""
+    there = entries.ids >= 0
+    others = (tokens - there.sum(dim=1)).clamp(min=1).to(dtype)
+    even = (entries.log_tail.to(dtype) - others.log()).clamp(min=NOTHING)
+    table = even[:, None].repeat(1, tokens + 1)  # the last column takes the blanks
+    ids = torch.where(there, entries.ids, tokens).long()
+    return table.scatter_(1, ids, entries.logprobs.to(dtype).clamp(min=NOTHING))[:, :tokens]
+
+
 def _divergence(logits: Tensor, log_p: Tensor, weights: Tensor, tokens: int, work: DenseWork) -> Tensor:
     """(n,) of logits (n, V + 1), divided by T, which become the gradient of its weighted sum in the logits
-    before that division: T (q - p) for the forward KL."""
-    if work.divergence != FORWARD:
+    before that division: T (q - p) for the forward KL, and for `taid`, which is that to its target."""
+    if work.divergence.name == "taid":
+        own = logits[:, :tokens].mul(1.0 - work.share)
+        log_p = torch.log_softmax(own.add_(log_p, alpha=work.share), dim=1)
+    elif work.divergence != FORWARD:
         count = len(logits)
         if work.divergence.name in IN_ORDER:
             log_p, ids = log_p.sort(dim=1, descending=True)

@@ -23,7 +23,7 @@ LEAST = -30.0
 _JUST_OVER = 1.0 + 1e-6
 """So that a mass of exactly mu, up to rounding, still counts to the head."""
 
-_NOTHING = -1e30
+NOTHING = -1e30
 """Stands for the log of 0: finite, so that 0 times it is 0."""
 
 _PAIRED = 64
@@ -108,7 +108,7 @@ def dac_kl(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
     log_p, log_q = log_p[:, :-2], log_q[:, :-2]
     p = log_p.exp()
     before = p.cumsum(dim=1) - p
-    clipped = log_p.masked_fill(before * _JUST_OVER >= mu, _NOTHING).log_softmax(dim=1)
+    clipped = log_p.masked_fill(before * _JUST_OVER >= mu, NOTHING).log_softmax(dim=1)
     return (clipped.exp() * (clipped - log_q)).sum(dim=1)
 
 
@@ -124,12 +124,12 @@ def dbild(log_p: Tensor, log_q: Tensor, k: float) -> Tensor:
     width = min(log_p.shape[1] - 2, _PAIRED)
     log_p, log_q = log_p[:, :width], log_q[:, :width]
     rank = torch.arange(width, device=log_p.device)
-    there = log_p > _NOTHING
+    there = log_p > NOTHING
     kept = there & (rank < (k or _up_to_knee(log_p, there)))
     one, other = torch.triu_indices(width, width, 1, device=log_p.device)
     pairs = kept[:, other]
     pairs_p, pairs_q = (
-        torch.where(pairs, log[:, one] - log[:, other], _NOTHING).log_softmax(dim=1) for log in (log_p, log_q)
+        torch.where(pairs, log[:, one] - log[:, other], NOTHING).log_softmax(dim=1) for log in (log_p, log_q)
     )
     return torch.where(pairs, pairs_p.exp() * (pairs_p - pairs_q), 0.0).sum(dim=1)
 
@@ -159,11 +159,11 @@ def value_and_slopes(
     log_p, log_q (n, m): logs of the masses of the events, -inf where there is none, of the same dtype. which
     (n,): the place in `divergences` of each row's own.
     """
-    log_p = log_p.detach().clamp(min=_NOTHING)
+    log_p = log_p.detach().clamp(min=NOTHING)
     value, slopes = torch.zeros_like(log_p[:, 0]), torch.zeros_like(log_p)
     for place, divergence in enumerate(divergences):
         with torch.enable_grad():
-            leaf = log_q.detach().clamp(min=_NOTHING).requires_grad_()
+            leaf = log_q.detach().clamp(min=NOTHING).requires_grad_()
             found = FORMULAS[divergence.name](log_p, leaf, divergence.value)
             (slope,) = torch.autograd.grad(found.sum(), leaf)
         mine = which == place

@@ -17,8 +17,9 @@ from torch import Tensor
 from cache_schema.errors import WrongUsage
 from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
-from student.divergences import FORWARD, Divergence
+from student.divergences import APART, FORWARD, Divergence
 from student.loss_weights import Tail
+from student.losses.dense import DenseWork
 from student.losses.fused import fused_losses
 from student.losses.logit_rows import LogitRows
 from student.losses.plan import Layout, group_images
@@ -59,7 +60,7 @@ def sparse_kl(
       and the value is that to p^, which is above the dense one.
 
     divergence: another one in place of the KL, as `jsd:0.5`, over the events of `bucket` and the student's
-    padding (`student.losses.divergences`).
+    padding (`student.losses.divergences`). `taid:0.4`: TAID at t = 0.4, the tail's mass spread evenly.
 
     Gradients are those of this value, the factor T^2 included. ValueError: shapes that do not fit, a T whose
     tail mass (whose draws) the target does not hold, an id with mass that is not a token of the head, a
@@ -78,6 +79,16 @@ def sparse_kl(
     entries = entries_of(target, tail=tail, temperature=temperature, dtype=dtype).of(head)
     rows = weights.nonzero()[:, 0]
     weights = weights[rows]
+    if form.name in APART:
+        apart = DenseWork(
+            positions=rows,
+            weights=weights,
+            temperature=temperature,
+            divergence=form,
+            entries=entries.pick(rows),
+            share=form.value,
+        )
+        return fused_losses(hidden, head, shares=weights[None], dense=[apart], memory_budget=memory_budget)[0]
     work = PositionWork(
         layout=Layout.of(rows, rows[:0]),
         rows=LogitRows.of_entries(entries.pick(rows), weights),

@@ -17,6 +17,7 @@ from student.losses.logit_rows import LogitRows
 from student.losses.plan import Plan, plan_of
 from student.losses.positions import PositionWork
 from student.losses.products import KeptMatrix, wide_dtype
+from student.losses.records import Entries
 from student.losses.relation import RelationWork
 from student.losses.targets import Denominators, DistillationTargets, PositionTargets
 
@@ -51,7 +52,8 @@ class DistillationLoss:
     L_rel: `relation_loss` of every image. Means as `LossWeights.reduction` says. All terms share one pass: a
     position's logits are made once. With a `kl_share` below 1 the KL terms count the selected positions
     alone, each of them for as many as were asked for each selected one. With tail `dense` they compare with
-    the whole distribution that `teacher`, its head, makes of its hidden states; their logits are made apart.
+    the whole distribution that `teacher`, its head, makes of its hidden states; their logits are made apart,
+    as are those of TAID, whose t is `teacher_share` (None: where it begins).
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class DistillationLoss:
     ) -> None:
         self.weights = weights
         self.teacher = teacher
+        self.teacher_share: float | None = None
         self.memory_budget = memory_budget
         self.matrix = KeptMatrix()
 
@@ -120,7 +123,7 @@ class DistillationLoss:
             positions=work,
             relations=RelationWork(groups=plan.groups, weights=relation),
             dense=[
-                self._dense(kind, target, part)
+                self._dense(kind, target, part, plan.spread.get(kind), head)
                 for (kind, target), part in zip(plan.whole.items(), whole, strict=True)
             ],
             memory_budget=self.memory_budget,
@@ -151,15 +154,21 @@ class DistillationLoss:
             return [max(denominators.samples, 1.0)] * len(plan.terms)
         return [max(denominators.by_term[TERMS[term]], 1.0) for term in plan.terms]
 
-    def _dense(self, kind: Kind, target: PositionTargets, weights: Tensor) -> DenseWork:
-        """The term of a kind against the teacher's whole distribution."""
-        if target.states is None or self.teacher is None:
+    def _dense(
+        self, kind: Kind, target: PositionTargets, weights: Tensor, entries: Entries | None, head: Head
+    ) -> DenseWork:
+        """The term of a kind against the teacher's whole distribution, made of entries where these are
+        given."""
+        if entries is None and (target.states is None or self.teacher is None):
             raise ValueError("tail `dense` needs the teacher's hidden states and its head")
+        divergence = self.weights.divergences[kind]
         return DenseWork(
             positions=target.positions,
-            states=target.states,
-            teacher=self.teacher,
             weights=weights,
             temperature=self.weights.temperature,
-            divergence=self.weights.divergences[kind],
+            divergence=divergence,
+            states=target.states if entries is None else None,
+            teacher=self.teacher if entries is None else None,
+            entries=None if entries is None else entries.of(head),
+            share=divergence.value if self.teacher_share is None else self.teacher_share,
         )

@@ -160,7 +160,8 @@ class Plan:
     weights: of the objective it is made for. layout: of m rows of logits. entries, which (m,) int64 and
     labels (m,) int64: what is asked at each, -1 and blanks where nothing is; the place of each one's
     divergence in `divergences`. label_range: the least and the greatest label, None: there is none. groups:
-    the images. whole: the targets of kinds that are learnt from the teacher's whole distribution. terms:
+    the images. whole: the targets of kinds that are learnt from the teacher's whole distribution; spread:
+    their entries, where it is made of these. terms:
     whose losses are asked for, by their places in TERMS, with shares (T, N) float64: what each of N values
     counts in the sum of each term, 0 where nothing; 1 over the number of its sample where samples have means
     of their own, else 1. The values: KL and cross entropy of the m rows, the images of all groups, the
@@ -176,6 +177,7 @@ class Plan:
     label_range: tuple[int, int] | None
     groups: tuple[RelationGroup, ...]
     whole: Mapping[Kind, PositionTargets]
+    spread: Mapping[Kind, Entries]
     terms: tuple[int, ...]
     shares: Tensor
     unsupervised: int
@@ -191,8 +193,8 @@ class Plan:
             samples, offsets = samples[:0], offsets[:0]
         next_tokens = labels[samples, offsets + 1]
         asked = {kind: one for kind, one in targets.positions.items() if len(one) and weights.by_target[kind]}
-        whole = asked if weights.tail == "dense" else {}
-        sparse = {} if whole else asked
+        whole = {kind: target for kind, target in asked.items() if kind in weights.apart}
+        sparse = {kind: target for kind, target in asked.items() if kind not in whole}
         layout = _layout(sparse, samples * length + offsets, samples, batch, weights.kl_share)
         count = len(layout.sources)
         groups = group_images(targets.relations) if weights.relation else ()
@@ -226,6 +228,9 @@ class Plan:
             label_range=(int(next_tokens.min()), int(next_tokens.max())) if len(next_tokens) else None,
             groups=groups,
             whole=whole,
+            spread={}
+            if weights.tail == "dense"
+            else {kind: _entries(whole[kind], weights) for kind in whole},
             terms=tuple(TERMS.index(name) for name in counted),
             shares=shares,
             unsupervised=int((~marked.any(dim=1)).sum()),
@@ -241,6 +246,7 @@ class Plan:
             labels=self.labels.to(device, non_blocking=True),
             groups=tuple(group.to(device) for group in self.groups),
             whole={kind: target.to(device) for kind, target in self.whole.items()},
+            spread={kind: entries.to(device) for kind, entries in self.spread.items()},
             shares=self.shares.to(device, non_blocking=True),
         )
 
@@ -270,15 +276,16 @@ def _requests(
     which = torch.zeros(count, dtype=torch.long, device=rows.device)
     if not sparse:
         return no_entries(count, torch.float32, rows.device), which
-    made = [
-        entries_of(target, tail=weights.tail, temperature=weights.temperature, dtype=target.logprobs.dtype)
-        for target in sparse.values()
-    ]
+    made = [_entries(target, weights) for target in sparse.values()]
     if len(divergences) > 1:
         places = [divergences.index(weights.divergences[kind]) for kind in sparse]
         lengths = torch.tensor([len(target) for target in sparse.values()])
         which[rows] = torch.tensor(places).repeat_interleave(lengths).to(rows.device)
     return join(made).spread(rows, count), which
+
+
+def _entries(target: PositionTargets, weights: LossWeights) -> Entries:
+    return entries_of(target, tail=weights.tail, temperature=weights.temperature, dtype=target.logprobs.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
