@@ -159,9 +159,9 @@ def rounded(
 def as_stored(steps: Tensor, scales: Tensor, residual: Tensor) -> dict[str, Tensor]:
     """The fields of `quantised` of steps (B, P, C) whose scales are (B, C) and whose residual is (B,)."""
     places = torch.arange(steps.shape[2], device=steps.device)
-    rank = ((steps != 0).any(dim=1) * (places + 1)).amax(dim=1).clamp(min=1)
-    whole_steps = steps.int()
-    zigzag = torch.where(whole_steps >= 0, 2 * whole_steps, -2 * whole_steps - 1).to(torch.int16)
+    rank = ((steps.abs().amax(dim=1) > 0) * (places + 1)).amax(dim=1).clamp(min=1)
+    whole = steps.to(torch.int16)
+    zigzag = (whole << 1) ^ (whole >> 15)
     return {"columns": zigzag.mT.contiguous(), "scales": scales, "rank": rank, "residual": residual}
 
 

@@ -19,7 +19,6 @@ from pipeline.relation_batch import (
     factors_of,
     level_of,
     orthonormal,
-    residual_of,
     rounded,
     start_of,
     steps_of,
@@ -36,20 +35,23 @@ def gram_of(exact: Tensor) -> Tensor:
     """G G^T (B, P, P) of exact (B, P, D); one half is multiplied, the other is its mirror image."""
     gram = exact.new_empty(len(exact), exact.shape[1], exact.shape[1])
     for one, made in zip(exact, gram, strict=True):
-        for start in range(0, len(one), _BLOCK):
-            end = min(start + _BLOCK, len(one))
-            made[start:, start:end] = one[start:] @ one[start:end].T
+        for start, end in _blocks(len(one)):
+            torch.mm(one[start:], one[start:end].T, out=made[start:, start:end])
             made[start:end, end:] = made[end:, start:end].T
     return gram
 
 
 def times_lower(inputs: Tensor, lower: Tensor) -> Tensor:
     """inputs (B, P, D) times a lower triangular matrix (D, D), whose blocks of zeros are skipped."""
-    found = inputs.new_empty(inputs.shape)
-    for start in range(0, len(lower), _BLOCK):
-        end = min(start + _BLOCK, len(lower))
-        found[:, :, start:end] = inputs[:, :, start:] @ lower[start:, start:end]
-    return found
+    rows = inputs.flatten(0, 1)
+    found = torch.empty_like(rows)
+    for start, end in _blocks(len(lower)):
+        torch.mm(rows[:, start:], lower[start:, start:end], out=found[:, start:end])
+    return found.view(inputs.shape)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK)]
 
 
 def quantised_by_need(
@@ -83,14 +85,14 @@ def _few_columns(whole: Tensor, bound: float) -> tuple[Tensor, float] | None:
     is missing.
     """
     basis = orthonormal(whole @ start_of(whole.shape[1], _FEW_COLUMNS + OVERSAMPLING, whole.device))
-    for number in range(_ROUNDS):
+    for _ in range(_ROUNDS):
         pushed = whole @ basis
         inner = (basis.mT @ pushed).double()
         values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
         values, vectors = values[0].flip(0).clamp(min=0.0), vectors.flip(2).float()
         missing = (1 - values.square().cumsum(0)) / 2
         needed = int((missing > _SLACK * bound).sum()) + 1
-        if number and needed <= min(_FEW_COLUMNS, len(values)):
+        if needed <= min(_FEW_COLUMNS, len(values)):
             kept = min(_FEW_COLUMNS, len(values))
             factor = (basis @ vectors[:, :, :kept]) * values[:kept].sqrt().float()
             return factor, max(float(missing[kept - 1]), 0.0)
@@ -120,15 +122,27 @@ def _few_steps(whole: Tensor, bound: float) -> dict[str, Tensor] | None:
         stored = steps * scales[:, None, :]
         residual = missing + _added(factor[0], energy[0], stored[0]) / 2
         if residual <= bound:
-            told = residual_of(whole, stored)
+            told = _residual_of(whole, stored)
             missing += float(told) - residual  # what the products of (C, C) do not see
             residual = float(told)
             if residual <= bound:
                 best = as_stored(steps, scales, told)
-                if residual >= 0.95 * bound:
+                if residual >= 0.97 * bound:
                     break
-        level = level * min(max(0.98 * bound / residual, 0.25), 2.0)
+        level = level * min(max(0.99 * bound / residual, 0.25), 2.0)
     return best
+
+
+def _residual_of(whole: Tensor, stored: Tensor) -> Tensor:
+    """As relation_batch.residual_of of one image; from U^T U, and one half of what is symmetric."""
+    columns = stored[0]
+    other = columns.T / torch.linalg.vector_norm(columns.T @ columns)
+    apart = 0.0
+    for start, end in _blocks(len(columns)):
+        block = torch.addmm(whole[0, start:, start:end], columns[start:], other[:, start:end], beta=-1.0)
+        sizes = torch.linalg.vector_norm(block, dim=1).double().square()
+        apart += float(2 * sizes.sum() - sizes[: end - start].sum())
+    return torch.tensor([apart / 2], dtype=torch.float64)
 
 
 def _added(factor: Tensor, energy: Tensor, stored: Tensor) -> float:
