@@ -48,9 +48,12 @@ def identity_of(config: TrainConfig, caches: Sequence[Cache]) -> dict[str, Any]:
     if config.mixture is None:
         data: dict[str, Any] = {"cache": found[0]}
     else:
-        weights = (source.weight for source in config.mixture.sources)
+        weights = (source.weight for source in config.sources)
         pairs = enumerate(zip(found, weights, strict=True))
-        data = {"caches": {str(place): {**each, "weight": weight} for place, (each, weight) in pairs}}
+        data = {
+            "caches": {str(place): {**each, "weight": weight} for place, (each, weight) in pairs},
+            "mixture": config.mixture.to_json()["mixture"],
+        }
     return {
         "stage": config.resolved_stage.to_json(),
         "seed": config.seed,

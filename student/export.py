@@ -123,7 +123,10 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
             else []
         ),
         f"- losses: {losses}",
-        f"- cache: fingerprint `{identity['cache']['identity']}`, {identity['cache']['samples']} samples",
+        *(
+            f"- cache: fingerprint `{cache['identity']}`, {cache['samples']} samples"
+            for cache in (identity["caches"].values() if "caches" in identity else [identity["cache"]])
+        ),
         f"- started from weights `{identity['student']}`",
         "- versions: " + ", ".join(f"{name} {version}" for name, version in stage["versions"].items()),
         "",

@@ -20,9 +20,10 @@ from student.loader import load_ahead
 from student.loss_weights import TERMS
 from student.losses import Denominators, LossWeights
 from student.model import EVERY_TERM, DistilledStudent
+from student.order import Catalogue, EpochOrder, Int64, StreamConfig
 from student.pixels import PixelInputs
 from student.ranks import AddUp, summed
-from student.stream import Stream, StreamConfig
+from student.stream import OrderedStream
 
 _SUMS = (*TERMS, "response_top1", "visual_top1")
 
@@ -86,9 +87,46 @@ def measure_cache(
     share the samples. The model is in eval mode meanwhile. An error in the data of one rank is raised there
     once all ranks are through; the others get KdcacheError.
     """
-    config = StreamConfig(global_batch=micro_batch * world_size, shuffle=False, samples=samples)
-    stream = Stream(
-        cache, config, micro_batch=micro_batch, targets=collator.targets, rank=rank, world_size=world_size
+    catalogue = Catalogue([cache])
+    among = catalogue.samples_of(0)[:samples]
+    return measure_samples(
+        student,
+        catalogue,
+        among,
+        collator,
+        device=device,
+        micro_batch=micro_batch,
+        workers=workers,
+        rank=rank,
+        world_size=world_size,
+        add_up=add_up,
+        progress=progress,
+    )
+
+
+def measure_samples(
+    student: DistilledStudent,
+    catalogue: Catalogue,
+    among: Int64,
+    collator: Collator,
+    *,
+    device: torch.device,
+    micro_batch: int = 8,
+    workers: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    add_up: AddUp = lambda sums: sums,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """`measure_cache` over the samples of a catalogue that have the numbers `among`."""
+    config = StreamConfig(global_batch=micro_batch * world_size, shuffle=False)
+    stream = OrderedStream(
+        catalogue,
+        EpochOrder(catalogue, config, among),
+        micro_batch=micro_batch,
+        targets=collator.targets,
+        rank=rank,
+        world_size=world_size,
     )
     steps = stream.steps_per_epoch
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)

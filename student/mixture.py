@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.format.cache import Cache
 from student.order import Catalogue, Int64, StreamConfig, by_length, shuffled
 from student.stream import OrderedStream
 
@@ -175,26 +173,26 @@ class MixedOrder:
 
 
 class MixedStream(OrderedStream):
-    """Global batches of several caches, each with its share of the samples; see MixedOrder.
+    """Global batches of domains, each with its share of the samples; see MixedOrder.
 
-    A cache is read once per pass, again at every epoch of the mixture and at every new weighting.
+    A shard is read once per pass through each domain in it, again at every epoch of the mixture and at every
+    change of the shares.
     """
 
     def __init__(
         self,
-        caches: Sequence[Cache],
+        catalogue: Catalogue,
         config: StreamConfig,
-        *,
+        domains: Sequence[Int64],
         shares: Sequence[float] | None = None,
+        *,
         micro_batch: int,
         targets: tuple[str, ...] = (),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        catalogue = Catalogue(caches)
-        self.order = MixedOrder(
-            catalogue, config, [catalogue.samples_of(source) for source in range(len(caches))], shares
-        )
+        """domains, shares: as for MixedOrder."""
+        self.order = MixedOrder(catalogue, config, domains, shares)
         super().__init__(
             catalogue,
             self.order,
@@ -232,8 +230,3 @@ def _normal(shares: Float64) -> tuple[float, ...]:
     assert (shares >= 0).all(), shares
     assert shares.sum() > 0, shares
     return tuple((shares / shares.sum()).tolist())
-
-
-def weighting_from(document: dict[str, Any]) -> Weighting:
-    """The weighting of a checkpoint's JSON, as `asdict` wrote it."""
-    return replace(Weighting(**document), shares=tuple(document["shares"]), drawn=tuple(document["drawn"]))

@@ -102,15 +102,18 @@ class Order(Protocol):
 
 
 class EpochOrder:
-    """Every sample of a catalogue once an epoch, but for `config.samples`."""
+    """Every sample of a catalogue once an epoch, but for `config.samples`, or those with numbers in `among`
+    (ascending)."""
 
     start = 0
 
-    def __init__(self, catalogue: Catalogue, config: StreamConfig) -> None:
+    def __init__(self, catalogue: Catalogue, config: StreamConfig, among: Int64 | None = None) -> None:
         self._config = config
-        self._tokens = catalogue.tokens[: config.samples]
-        self._with_image = catalogue.with_image[: config.samples]
-        self._shard = catalogue.shard[: config.samples]
+        self._numbers = np.arange(len(catalogue.tokens)) if among is None else among
+        self._numbers = self._numbers[: config.samples]
+        self._tokens = catalogue.tokens[self._numbers]
+        self._with_image = catalogue.with_image[self._numbers]
+        self._shard = catalogue.shard[self._numbers]
         self._shards = len(catalogue.starts) - 1
         self.batches = lru_cache(maxsize=2)(self._make_batches)
 
@@ -146,7 +149,7 @@ class EpochOrder:
         else:
             order = order[self._by_length(np.arange(len(order)), order, random)]
             batches = [order[i : i + size] for i in range(0, len(order), size)]
-        return [batch[np.lexsort((batch, -self._tokens[batch]))] for batch in batches]
+        return [self._numbers[batch[np.lexsort((batch, -self._tokens[batch]))]] for batch in batches]
 
     def _by_length(self, places: Int64, order: Int64, random: np.random.Generator) -> Int64:
         together = self._config.mega_batch if self._config.shuffle else 1

@@ -30,13 +30,11 @@ from student.folder import save_folder
 from student.generation import answer_ends, settle_generation
 from student.heldout import HeldOut, held_out
 from student.lora import add_adapters, merge_adapters
-from student.mixture import MixedStream
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
 from student.ranks import Ranks
 from student.run_folder import write_result
 from student.settings import TrainConfig
-from student.stream import OrderedStream, Stream, StreamConfig
 from student.throughput import activations_fit, hold_frozen
 from student.timing import Stopwatch
 
@@ -134,27 +132,6 @@ def _refuse_other_heads(caches: Sequence[Cache]) -> None:
             f"tail `dense` reads the head of one teacher, and {', '.join(other)} has another than "
             f"{caches[0].url}; use tail `bucket`, or caches of one teacher"
         )
-
-
-def training_stream(config: TrainConfig, caches: Sequence[Cache], ranks: Ranks) -> OrderedStream:
-    """The order of samples of a run, as this process reads it."""
-    stage = config.resolved_stage
-    order = StreamConfig(
-        seed=config.seed,
-        global_batch=stage.global_batch,
-        window=config.window,
-        group_by_modality=stage.group_by_modality,
-        mega_batch=stage.mega_batch,
-    )
-    reading: dict[str, Any] = {
-        "micro_batch": config.micro_batch,
-        "targets": stage.parts,
-        "rank": ranks.rank,
-        "world_size": ranks.count,
-    }
-    if config.mixture is None:
-        return Stream(caches[0], order, **reading)
-    return MixedStream(caches, order, shares=config.mixture.shares, **reading)
 
 
 def prepare_held_out(config: TrainConfig, student: DistilledStudent, processor: Any) -> HeldOut | None:

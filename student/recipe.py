@@ -9,7 +9,8 @@ from typing import Any
 from cache_schema.errors import WrongUsage
 from cache_schema.progress import Progress
 from student.settings import TrainConfig
-from student.stages import Recipe
+from student.sources import Source
+from student.stages import Recipe, RecipeStage
 from student.train import train
 
 
@@ -35,7 +36,7 @@ def train_recipe(
     bare = [
         entry.stage.name
         for entry in recipe.stages
-        if not (caches.get(entry.stage.name) or entry.mixture or entry.cache or config.cache)
+        if not (caches.get(entry.stage.name) or _sources(entry) or entry.cache or config.cache)
     ]
     if bare:
         raise WrongUsage(f"stage {', '.join(bare)} has no cache to learn from: give --cache")
@@ -43,6 +44,9 @@ def train_recipe(
     results = []
     for number, entry in enumerate(recipe.stages, start=1):
         name = entry.stage.name
+        mixture = entry.mixture
+        if mixture is not None and name in caches:
+            mixture = replace(mixture, sources=())
         root = image_roots.get(name) or entry.image_root or config.image_root
         result = train(
             replace(
@@ -50,7 +54,7 @@ def train_recipe(
                 stage=entry.stage,
                 student=student,
                 cache=caches.get(name) or entry.cache or config.cache,
-                mixture=None if caches.get(name) else entry.mixture,
+                mixture=mixture,
                 image_root=root,
                 eval_cache=entry.eval_cache or config.eval_cache,
                 out=config.out / f"{number}-{name}",
@@ -60,3 +64,7 @@ def train_recipe(
         results.append(result)
         student = config.out / f"{number}-{name}" / "model"
     return {"recipe": recipe.name, "stages": results, "model": str(student)}
+
+
+def _sources(entry: RecipeStage) -> tuple[Source, ...]:
+    return entry.mixture.sources if entry.mixture else ()

@@ -108,19 +108,19 @@ class Journal:
         self._path = out / "metrics.jsonl"
         step = state.step
         if accelerator.is_main_process:
-            evaluated = step if state.evaluated == step else step - 1
-            kept = [
-                line
-                for line in read_metrics(out)
-                if line["step"] <= (evaluated if line["group"] == "held-out" else step)
-            ]
+            measured = None if state.mixture is None else state.mixture["measured"]
+            last = {
+                "held-out": step if state.evaluated == step else step - 1,
+                "mixture": step if measured == step else step - 1,
+            }
+            kept = [line for line in read_metrics(out) if line["step"] <= last.get(line["group"], step)]
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         if accelerator.log_with:
             purge = {"purge_step": step + 1} if step else {}
             accelerator.init_trackers("kdcache", init_kwargs={"tensorboard": purge})
 
     def write(self, step: int, values: Mapping[str, Any], *, group: str) -> None:
-        """One line: the step, the group (`train`, `held-out`), the values; `group/name` to the trackers."""
+        """One line: step, group (`train`, `held-out`, `mixture`) and values; `group/name` to the trackers."""
         finite = {
             name: value if not isinstance(value, float) or math.isfinite(value) else None
             for name, value in values.items()

@@ -18,6 +18,7 @@ class RunState:
     step of the newest evaluation, which gave `evaluation`; best_evaluation: the one with the least loss, at
     best_step; waited: evaluations since then. held_out: the identity of the cache that they measured.
     interpolation: that of a run with TAID.
+    mixture: the shares of a mixture whose rule is ddk, as `Reweighing.state`.
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class RunState:
     waited: int = 0
     held_out: str | None = None
     interpolation: Interpolation | None = None
+    mixture: dict[str, Any] | None = None
 
     @classmethod
     def from_json(cls, step: int, document: Mapping[str, Any]) -> RunState:

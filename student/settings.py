@@ -149,18 +149,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         needs = self.early_stop is not None and not (self.eval_cache and self.eval_every)
         mixed = "none" in self.trackers and len(self.trackers) > 1
+        cut = self.mixture is not None and self.mixture.rule == "ddk" and self.stage.mega_batch > 1
         check(
             self,
             {
                 "early_stop needs eval_cache and eval_every": needs,
                 "trackers cannot be none and others": mixed,
+                f"stage {self.stage.name}: mega_batch above 1 does not go with mixture ddk": cut,
             },
         )
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """The caches to learn from, each with its image root where one is given; empty without any."""
-        if self.mixture is None:
+        if self.mixture is None or not self.mixture.sources:
             return (Source(cache=self.cache, image_root=self.image_root),) if self.cache else ()
         return tuple(
             replace(source, image_root=source.image_root or self.image_root)
@@ -190,7 +192,8 @@ class TrainConfig:
             }.items()
             if name not in ("stage", "mixture", "resume", "wait", "wait_minutes", "files", *_OVERRIDES)
         }
-        values |= {"cache": None, **self.mixture.to_json()} if self.mixture else {}
+        values |= {**self.mixture.to_json()} if self.mixture else {}
+        values |= {"cache": None} if self.mixture and self.mixture.sources else {}
         return {"stage": self.resolved_stage.to_json(), **values, "trackers": list(self.trackers)}
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 from cache_schema.errors import WrongUsage
-from cache_schema.settings import Help, check, positive, settings_of
+from cache_schema.settings import Help, at_least, check, positive, settings_of, within
+
+REST = "rest"
+"""The domain of the samples that meet no condition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +29,29 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """Several caches, of which every step takes samples by their weights; without weights by their sizes."""
+    """Several caches, or parts of them, of which every step takes samples by their shares."""
 
-    sources: tuple[Source, ...]
+    sources: Annotated[
+        tuple[Source, ...], Help("The caches; empty: the stage's one cache, for its domains.")
+    ] = ()
+    rule: Annotated[
+        Literal["fixed", "ddk"],
+        Help(
+            "fixed: shares are the weights, without weights the sizes; ddk: shares follow the student's "
+            "distance to the teacher on held-out samples of each domain."
+        ),
+    ] = "fixed"
+    every: Annotated[int, at_least(1), Help("ddk: steps between two measurements.")] = 1000
+    held_out: Annotated[
+        int, at_least(1), Help("ddk: samples of each domain to measure on, a tenth of it at most.")
+    ] = 500
+    smoothing: Annotated[
+        float, within(0.0, 1.0, "(]"), Help("ddk: of the new shares; the rest is spread evenly.")
+    ] = 0.5
+    domains: Annotated[
+        Mapping[str, str],
+        Help("ddk: conditions of `select --where` by name, the first that holds; none: the caches."),
+    ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         weighted = [source.weight is not None for source in self.sources]
@@ -36,9 +59,11 @@ class Mixture:
         check(
             self,
             {
-                "caches must name at least one cache": not self.sources,
                 "either all caches have a weight or none": any(weighted) and not all(weighted),
                 f"each cache must be named once, not {names}": len(set(names)) < len(names),
+                "weights are for rule fixed: ddk measures the shares": any(weighted) and self.rule == "ddk",
+                "domains need rule ddk": bool(self.domains) and self.rule != "ddk",
+                f"a domain may not be named {REST}": REST in self.domains,
             },
         )
 
@@ -50,16 +75,25 @@ class Mixture:
 
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values."""
-        return {"caches": [asdict(source) for source in self.sources]}
+        values = asdict(self)
+        sources = list(values.pop("sources"))
+        return {"caches": sources, "mixture": {**values, "domains": dict(self.domains)}}
 
 
-def mixture_from(document: Any, where: str) -> Mixture:
-    """The mixture that `caches` of a recipe's stage describes: a list of caches, each a path or a mapping of
-    the fields of Source. WrongUsage for what is not one."""
-    if not isinstance(document, list):
-        raise WrongUsage(f"{where}: caches must be a list, not {document!r}")
+def mixture_from(caches: Any, rule: Any, where: str) -> Mixture:
+    """The mixture that `caches` and `mixture` of a recipe's stage describe: a list of caches, each a path or
+    a mapping of the fields of Source; the name of a rule, or a mapping of the other fields of Mixture.
+    WrongUsage for what is not one."""
+    if caches is not None and not (isinstance(caches, list) and caches):
+        raise WrongUsage(f"{where}: caches must be a list of caches, not {caches!r}")
+    values = {"rule": rule} if isinstance(rule, str) else rule
+    known = [name for name in settings_of(Mixture) if name != "sources"]
+    if not isinstance(values, Mapping) or not isinstance(values.get("domains", {}), Mapping):
+        raise WrongUsage(f"{where}: mixture must be a rule or a mapping of {', '.join(known)}, not {rule!r}")
+    if unknown := sorted(set(values) - set(known)):
+        raise WrongUsage(f"{where}: unknown keys {unknown} of mixture; known are {', '.join(known)}")
     try:
-        return Mixture(sources=tuple(_source_from(entry) for entry in document))
+        return Mixture(sources=tuple(_source_from(entry) for entry in caches or ()), **values)
     except WrongUsage as error:
         raise WrongUsage(f"{where}: {error}") from error
 

@@ -183,7 +183,7 @@ class Recipe:
         """By stage name, where the recipe sets them."""
         found = {}
         for entry in self.stages:
-            sources = entry.mixture.sources if entry.mixture else ()
+            sources = entry.mixture.sources if entry.mixture is not None else ()
             inner = [source.image_root for source in sources if source.image_root]
             if root := entry.image_root or (inner[0] if inner and len(inner) == len(sources) else None):
                 found[entry.stage.name] = root
@@ -263,10 +263,12 @@ def _recipe_from(document: Any, path: Path) -> Recipe:
         for key, value in data.items():
             if not isinstance(value, str) or not value:
                 raise WrongUsage(f"{where}: {key} must be a path, not {value!r}")
-        settings = {key: value for key, value in entry.items() if key not in {*data, "caches"}}
+        settings = {key: value for key, value in entry.items() if key not in {*data, "caches", "mixture"}}
         if "cache" in entry and "caches" in entry:
             raise WrongUsage(f"{where}: give either cache or caches")
-        mixture = mixture_from(entry["caches"], where) if "caches" in entry else None
+        mixture = None
+        if "caches" in entry or "mixture" in entry:
+            mixture = mixture_from(entry.get("caches"), entry.get("mixture", {}), where)
         stages.append(RecipeStage(stage=stage_from(settings, where), mixture=mixture, **data))
     names = [entry.stage.name for entry in stages]
     if not names or len(set(names)) != len(names):

@@ -23,10 +23,10 @@ from student.cache_wait import wait_for_caches
 from student.checkpoint import Checkpoints, identity_of
 from student.checks import warn_of_cache
 from student.collate import Batch, Collator
+from student.feed import Feed
 from student.folder import model_is_whole
 from student.heldout import HeldOut, measure_cache, weighted
 from student.interpolation import Interpolation
-from student.loader import load_ahead
 from student.model import DistilledStudent
 from student.optimize import SUMS, Optimization
 from student.prepare import (
@@ -37,14 +37,12 @@ from student.prepare import (
     rewrite_model,
     save_trained,
     student_processor,
-    training_stream,
 )
 from student.ranks import Ranks, StepAgreement, agree_on_step
 from student.run_folder import Journal, Meter, finished, locked, time_line, write_result, write_settings
 from student.run_state import RunState
 from student.settings import TrainConfig
 from student.stages import Stage
-from student.stream import OrderedStream
 from student.throughput import StepFlops
 from student.timing import Stopwatch
 
@@ -111,7 +109,7 @@ def _begin(
         state.measure_against(measured.identity)
     if saved is not None:
         student.load_trained(saved.weights)
-    stream = training_stream(config, caches, ranks)
+    feed = Feed(config, caches, collator, ranks, accelerator.device, state)
     optimization = Optimization(student, stage, accelerator, stopwatch)
     if accelerator.device.type != "cpu" or config.compile:
         probe = padded_batch(caches[0], collator)
@@ -137,8 +135,8 @@ def _begin(
         collator=collator,
         held_out=measured,
         caches=caches,
-        stream=stream,
-        total=stage.total_steps(stream.steps_per_epoch),
+        feed=feed,
+        total=stage.total_steps(feed.steps_per_epoch),
         state=state,
         checkpoints=checkpoints,
         saved_step=None if saved is None else state.step,
@@ -166,7 +164,7 @@ class _Run:
     collator: Collator
     held_out: HeldOut | None
     caches: Sequence[Cache]
-    stream: OrderedStream
+    feed: Feed
     total: int
     state: RunState
     checkpoints: Checkpoints
@@ -179,21 +177,16 @@ class _Run:
         """Steps until the stage's end, an early stop, a signal, or data that cannot be read."""
         if self.state.step and self._evaluation_is_due():  # stopped between a checkpoint and its evaluation
             self._evaluate()
-        batches = load_ahead(
-            self.stream.read(self.state.step, self.total),
-            self.collator,
-            workers=self.config.workers,
-            pin=self.device.type == "cuda",
-        )
         try:
             with task(self.progress, f"{self.stage.name}: training", self.total), Interrupt() as interrupt:
                 while self.state.step < self.total and not self._stalled():
+                    self._reweigh()
                     self.stopwatch.step(measured=self.state.step % self.config.log_every == 0)
                     micro_batches: list[Batch] = []
                     fault: Exception | None = None
                     with self.stopwatch.lap("data wait"):
                         try:
-                            _, micro_batches = next(batches)
+                            micro_batches = self.feed.next()
                         except Exception as error:  # noqa: BLE001  (whatever it is, it is saved first)
                             fault = error
                     agreed = agree_on_step(self.ranks, micro_batches, interrupt.asked, fault)
@@ -207,7 +200,17 @@ class _Run:
                     self._step(micro_batches, agreed)
                     self._after_step()
         finally:
-            batches.close()
+            self.feed.close()
+
+    def _reweigh(self) -> None:
+        """Sets the shares of a mixture where they are measured; faults end the run with everything saved."""
+        try:
+            written = self.feed.reweigh(self.student)
+        except (KdcacheError, OSError) as error:
+            self._end(error)
+        else:
+            if written is not None:
+                self.journal.write(self.state.step, written, group="mixture")
 
     def _step(self, micro_batches: list[Batch], agreed: StepAgreement) -> None:
         """One optimizer step."""
@@ -268,7 +271,7 @@ class _Run:
         rate = self.stage.learning_rate_at(step - 1, self.total)
         self.progress.update(step, **self.meter.fields(), lr=f"{rate:.2e}")
         if step % config.log_every == 0 or last:
-            epoch = step / self.stream.steps_per_epoch
+            epoch = step / self.feed.steps_per_epoch
             self.journal.write(step, {**self.meter.close(), "lr": rate, "epoch": epoch}, group="train")
         if config.save_every and (last or step % config.save_every == 0):
             error = self._try_save()

@@ -104,6 +104,7 @@ def shard() -> None:
 def train_one(settings: dict[str, Any]) -> None:
     from cache_schema.progress import Silent
     from student.settings import TrainConfig
+    from student.sources import mixture_from
     from student.stages import stage_from
     from student.train import train
 
@@ -113,6 +114,8 @@ def train_one(settings: dict[str, Any]) -> None:
     if settings.pop("shard", False):
         shard()
     stage = stage_from({"base": settings.pop("base"), **settings.pop("stage", {})})
+    if (mixture := settings.pop("mixture", None)) is not None:
+        settings["mixture"] = mixture_from(mixture["caches"], mixture["mixture"], "test")
     paths = {name: Path(settings.pop(name)) for name in ("student", "image_root", "out")}
     train(TrainConfig(stage=stage, trackers=(), **paths, **settings), Silent())
 

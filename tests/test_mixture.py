@@ -44,10 +44,12 @@ def caches():
 
 
 def stream_of(*, shares=(5, 3, 2), batch=8, micro=3, rank=0, world=1, **config):
+    catalogue = Catalogue(caches())
     return MixedStream(
-        caches(),
+        catalogue,
         StreamConfig(global_batch=batch, **config),
-        shares=shares,
+        [catalogue.samples_of(source) for source in range(3)],
+        shares,
         micro_batch=micro,
         targets=("response",),
         rank=rank,
@@ -275,8 +277,8 @@ def test_a_recipe_lists_the_caches_of_a_stage(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("caches: a", "must be a list"),
-        ("caches: []", "at least one cache"),
+        ("caches: a", "must be a list of caches"),
+        ("caches: []", "must be a list of caches"),
         ("caches: [{cache: a, weight: 1}, b]", "either all caches have a weight or none"),
         ("caches: [{cache: a, weight: 0}]", "weight must"),
         ("caches: [{cache: a, share: 1}]", r"unknown keys \['share'\]"),

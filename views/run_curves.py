@@ -23,23 +23,26 @@ Lines = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRun:
-    """One stage of a run: its lines in metrics.jsonl, its settings in recipe.yaml, its result (empty while it
-    runs)."""
+    """One stage of a run: its lines in metrics.jsonl by group, its settings in recipe.yaml, its result (empty
+    while it runs)."""
 
     name: str
     train: Lines
     held_out: Lines
+    mixture: Lines = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What a row of panels shows: its names in the training lines and in the held-out ones."""
+    """What a row of panels shows: its names in the training lines and in the held-out ones, and the beginning
+    of its names in those of a mixture."""
 
     title: str
     train: str | None
     held_out: tuple[str, ...] = ()
+    mixture: str = ""
 
 
 QUANTITIES = (
@@ -50,6 +53,7 @@ QUANTITIES = (
     Quantity("KL at prompt positions, nats", "prompt_kl", ("prompt_kl",)),
     Quantity("relation, 1 - cos", "relation", ("relation",)),
     Quantity("most likely token is the teacher's", None, ("response_top1", "visual_top1")),
+    Quantity("shares of the mixture", None, mixture="share "),
     Quantity("learning rate", "lr"),
     Quantity("gradient norm", "grad_norm"),
 )
@@ -94,9 +98,15 @@ def _trained(quantity: Quantity, stage: StageRun) -> list[tuple[float, float]]:
     return found if any(value for _, value in found) else []
 
 
+def _mixed(quantity: Quantity, stage: StageRun) -> list[str]:
+    """Its names in the lines of a mixture."""
+    names = dict.fromkeys(name for line in stage.mixture for name in line)
+    return [name for name in names if quantity.mixture and name.startswith(quantity.mixture)]
+
+
 def _has(quantity: Quantity, stage: StageRun) -> bool:
     held_out = any(_curve(stage.held_out, name) for name in quantity.held_out)
-    return held_out or bool(_trained(quantity, stage))
+    return held_out or bool(_trained(quantity, stage) or _mixed(quantity, stage))
 
 
 def _panel(axes: Axes, quantity: Quantity, stage: StageRun) -> None:
@@ -113,6 +123,9 @@ def _panel(axes: Axes, quantity: Quantity, stage: StageRun) -> None:
             axes.plot(
                 *zip(*found, strict=True), color=colour, linestyle="--", marker="o", markersize=4, label=label
             )
+    for name in _mixed(quantity, stage):
+        label = name.removeprefix(quantity.mixture)
+        axes.plot(*zip(*_curve(stage.mixture, name), strict=True), drawstyle="steps-post", label=label)
     if len(axes.lines) > 1 or any("held" in str(line.get_label()) for line in axes.lines):
         axes.legend(fontsize=8, framealpha=0.6)
     if not axes.lines:

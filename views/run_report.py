@@ -90,6 +90,7 @@ def _stage(folder: Path) -> StageRun:
         settings=settings,
         train=[line for line in lines if line["group"] == "train"],
         held_out=[line for line in lines if line["group"] == "held-out"],
+        mixture=[line for line in lines if line["group"] == "mixture"],
         result=read_result(folder) or {},
     )
 
@@ -111,7 +112,10 @@ def final_table(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
         found = [(title, [_figure(end.get(name), ".4f") for end in ends]) for name, title in _NAMES.items()]
         present = [(name, texts) for name, texts in found if set(texts) != {"-"}]
         lines += [(heading, []), *present] if present else []
-    return lines
+    mixed = [_last(stage.mixture) for stage in stages]
+    names = dict.fromkeys(name for end in mixed for name in end if name not in ("step", "group"))
+    rows = [(name, [_figure(end.get(name), ".4f") for end in mixed]) for name in names]
+    return [*lines, ("mixture, at the last measurement", []), *rows] if rows else lines
 
 
 def _last(lines: Lines) -> Mapping[str, Any]:
@@ -189,12 +193,22 @@ def _settings(stage: StageRun) -> list[tuple[str, str]]:
         ("losses", ", ".join(f"{name} {value}" for name, value in settings["losses"].items())),
         ("batch, learning rate", f"{settings['global_batch']}, {settings['learning_rate']}"),
         ("student", str(stage.settings["student"])),
-        ("cache", f"{stage.settings['cache']} ({stage.settings['identity']['cache']['identity'][:12]})"),
+        ("cache", _caches(stage.settings)),
         ("held-out cache", str(stage.settings.get("eval_cache") or "none")),
         ("versions", ", ".join(f"{name} {value}" for name, value in stage.settings["versions"].items())),
     ]
     laps = [f"{name[5:]} {share:.0%}" for name, share in latest.items() if name.startswith("time ")]
     return [*rows, ("time", ", ".join(laps))] if laps else rows
+
+
+def _caches(settings: Mapping[str, Any]) -> str:
+    """The caches of a stage with their identities."""
+    identity = settings["identity"]
+    if "cache" in identity:
+        return f"{settings['cache']} ({identity['cache']['identity'][:12]})"
+    names = [source["cache"] for source in settings["caches"]] or [settings["cache"]]
+    found = zip(names, identity["caches"].values(), strict=True)
+    return ", ".join(f"{name} ({each['identity'][:12]})" for name, each in found)
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -12,14 +12,12 @@ import numpy as np
 from cache_schema.errors import KdcacheError
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.store import refuse_inside
-from cache_schema.operations.condition import FROM_TARGETS, parse
+from cache_schema.operations.condition import FROM_TARGETS, Columns, parse
 from cache_schema.operations.partial_shards import Piece
 from cache_schema.operations.reshard import arrange, plan_of, write_cache
 from cache_schema.operations.scores import scores_of
 from cache_schema.progress import Progress, Silent, task
 from cache_schema.version import VERSION
-
-Columns = dict[str, list[Any]]
 
 
 def select(cache: str, where: str, out: str, progress: Progress | None = None) -> dict[str, Any]:
@@ -41,8 +39,8 @@ def select(cache: str, where: str, out: str, progress: Progress | None = None) -
     with task(progress, "reading", len(source.shards)):
         for number, shard in enumerate(source.shards):
             columns = columns_of(source, shard, condition.fields | {"row"})
-            keep = np.flatnonzero(condition.mask({name: _array(values) for name, values in columns.items()}))
-            rows = np.array(columns["row"], dtype=np.int64)[keep]
+            keep = np.flatnonzero(condition.mask(columns))
+            rows = columns["row"].astype(np.int64)[keep]
             pieces.append(Piece(cache=source, shard=shard, keep=keep, rows=rows))
             progress.update(number + 1)
     shards = arrange(pieces, source.plan.shard_size)
@@ -61,9 +59,10 @@ def select(cache: str, where: str, out: str, progress: Progress | None = None) -
 
 
 def columns_of(cache: Cache, shard: int, fields: Collection[str]) -> Columns:
-    """The fields of `condition` for the samples of a shard; response targets are read if needed."""
+    """The fields of `condition` for the samples of a shard, as `Condition.mask` takes them; response targets
+    are read if needed."""
     scored = sorted(set(fields) & FROM_TARGETS)
-    columns: Columns = {name: [] for name in fields}
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
     block = cache.read_shard(shard, parts=("response",) if scored else ())
     for j in range(len(block)):
         sample = block.sample(j)
@@ -73,7 +72,7 @@ def columns_of(cache: Cache, shard: int, fields: Collection[str]) -> Columns:
             values = asdict(scores_of(sample))
             for name in scored:
                 columns[name].append(values[name])
-    return columns
+    return {name: _array(values) for name, values in columns.items()}
 
 
 _FIELD = {
