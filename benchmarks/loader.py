@@ -3,10 +3,11 @@
     python -m benchmarks.loader [--samples 768] [--seconds 0.008] [--json FILE]
 
 A stand-in student sleeps `seconds` per sample (the interpreter released) in place of a device; everything
-before it is real: shards of a cache, targets, JPEGs of 640 x 480 brought to 384 x 384, tensors. Samples have
-729 visual and 105 response positions, K = 32. For relations of rank 24 and of full rank (their factors are
-random and flat: the worst case), over micro-batches of 8 (steps of 64) and of 1 (steps of 1): the share of
-time that is waited for data after the first step, and processor milliseconds per sample, of all threads.
+before it is real: shards of a cache, targets, JPEGs of 640 x 640 brought to 384 x 384, tensors. Pixels stay
+bytes, whose values a device looks up. Samples have 729 visual and 105 response positions, K = 32. For
+relations of rank 24 and of full rank (their factors are random and flat: the worst case), over micro-batches
+of 8 (steps of 64) and of 1 (steps of 1): the share of time that is waited for data after the first step, and
+processor milliseconds per sample, of all threads.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def waited(folder: Path, cache: Cache, micro_batch: int, step: int, seconds: flo
         micro_batch=micro_batch,
         targets=tuple(cache.spec.targets),
     )
-    collator = collator_for(folder, cache, image_size=384, patch_size=14)
+    collator = collator_for(folder, cache, image_size=384, patch_size=14, as_bytes=True)
     batches = load_ahead(stream.read(0, stream.steps_per_epoch), collator)
     waits, samples = [], 0
     spent = time.process_time()

@@ -147,6 +147,7 @@ def collator_for(
     *,
     image_size: int = IMAGE_SIZE,
     patch_size: int = PATCH,
+    as_bytes: bool = False,
 ) -> Collator:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<image>": 0, "<unk>": 1}, unk_token="<unk>")),
@@ -159,7 +160,7 @@ def collator_for(
         vision_feature_select_strategy="full",
     )
     return kind(
-        pixels=PixelInputs(processor),
+        pixels=PixelInputs(processor, as_bytes=as_bytes),
         image_root=open_root(folder / "images"),
         pad_token_id=1,
         image_token_id=IMAGE_ID,

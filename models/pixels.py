@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import equal, from_numpy
+from torch import Tensor, equal, from_numpy
 from transformers import BatchFeature
 
 _PROBES = ((23, 31), (64, 48))
@@ -22,10 +23,10 @@ class PixelTable:
 
     def __init__(self, image_processor: Any) -> None:
         self._processor = image_processor
-        levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(image_processor.image_mean), 1, 256))
-        scaled = image_processor.rescale(levels, image_processor.rescale_factor)
+        bytes_of = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(image_processor.image_mean), 1, 256))
+        scaled = image_processor.rescale(bytes_of, image_processor.rescale_factor)
         made = image_processor.normalize(scaled, image_processor.image_mean, image_processor.image_std)
-        self._table = np.ascontiguousarray(made[:, 0], dtype=np.float32)  # (C, 256)
+        self.values = np.ascontiguousarray(made[:, 0], dtype=np.float32)  # (C, 256)
 
     @classmethod
     def of(cls, processor: Any) -> PixelTable | None:
@@ -37,14 +38,14 @@ class PixelTable:
 
     def __call__(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """pixel_values (images, C, H, W) of images in RGB."""
-        resized = self._resized(images)
+        resized = self.resized(images)
         pixels = np.empty((len(resized), *resized[0].shape), np.float32)
         for number, image in enumerate(resized):
             for channel, levels in enumerate(image):
-                np.take(self._table[channel], levels, out=pixels[number, channel], mode="clip")
+                np.take(self.values[channel], levels, out=pixels[number, channel], mode="clip")
         return pixels
 
-    def _resized(self, images: Sequence[Image.Image]) -> Sequence[NDArray[np.uint8]]:
+    def resized(self, images: Sequence[Image.Image]) -> Sequence[NDArray[np.uint8]]:
         """Bytes (C, H, W) of each image in the model's size, all of one shape."""
         processor = self._processor
         named = {name for name, value in dict(processor.size).items() if value}
@@ -63,6 +64,13 @@ class PixelTable:
         made = processor(text=[processor.image_token], images=[[image]], return_tensors="pt")
         others = {name for name, value in made.items() if value.shape != made["input_ids"].shape}
         return others == {"pixel_values"} and equal(made["pixel_values"], from_numpy(self([image])))
+
+
+def look_up(levels: Tensor, values: Tensor) -> Tensor:
+    """pixel_values (N, C, H, W) of bytes of that shape: `PixelTable.__call__` on any device. values (C, 256):
+    of the table."""
+    rows = torch.arange(0, values.numel(), values.shape[1], device=levels.device)
+    return values.flatten()[levels.long() + rows[:, None, None]].contiguous()
 
 
 def with_table(processor: Any) -> Any:

@@ -17,6 +17,7 @@ from cache_schema.format.codecs.hidden import join_hidden
 from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK, positions_by_kind
 from cache_schema.format.spec import KINDS, Kind
 from models.inputs import open_recorded, pad
+from models.pixels import look_up
 from models.stored_head import state_tensors
 from student.losses import (
     Denominators,
@@ -37,6 +38,7 @@ class Batch:
     inputs: what the model's forward takes: input_ids (B, T) and attention_mask (B, T) int64, pixel inputs
     when any sample has an image, and all other inputs that the cache stores. labels (B, T) int64.
     rows, sample_ids, sources: of these samples; empty in an idle batch, which only keeps a rank synchronised.
+    pixel_table (C, 256): where pixel_values are still bytes, their values, which they take on a device.
     """
 
     inputs: dict[str, Tensor]
@@ -46,12 +48,18 @@ class Batch:
     rows: tuple[int, ...]
     sample_ids: tuple[str, ...]
     sources: tuple[int, ...] = ()
+    pixel_table: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        if self.pixel_table is not None and "pixel_values" in inputs:
+            table = self.pixel_table.to(device, non_blocking=True)
+            inputs["pixel_values"] = look_up(inputs["pixel_values"], table)
         return replace(
             self,
-            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            inputs=inputs,
+            pixel_table=None,
             labels=self.labels.to(device, non_blocking=True),
             targets=None if self.targets is None else self.targets.to(device),
         )
@@ -119,6 +127,7 @@ class Collator:
             labels=labels,
             targets=targets,
             denominators=Denominators.of(labels, targets),
+            pixel_table=self.pixels.table,
             rows=tuple(sample.row for sample in samples),
             sample_ids=tuple(sample.sample_id for sample in samples),
             sources=tuple(sample.source for sample in samples),

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, from_numpy
 
 from models.inputs import join
@@ -20,18 +21,24 @@ class PixelInputs:
 
     The whole processor is called, not only its image processor: some families tile an image only through the
     processor (InternVL), or only when a sample has no other image (LLaVA-OneVision). Where models.pixels has
-    a table for the processor, it is used instead.
+    a table for the processor, it is used instead; or, where `as_bytes` asks for it, not yet: pixel_values are
+    then bytes, a quarter as large, and `table` (C, 256) has their values, for `models.pixels.look_up`.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, *, as_bytes: bool = False) -> None:
         self._processor = processor
         self._threads = threading.local()  # tokenizers are not thread-safe
         self._table = PixelTable.of(processor)
+        self.table: Tensor | None = None
+        if as_bytes and self._table is not None:
+            self.table = from_numpy(self._table.values)
 
     def __call__(self, samples: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
         """Inputs of a batch from the images of each sample, as models.inputs.join joins them; empty without
         images."""
         if self._table is not None and (flat := [image for images in samples for image in images]):
+            if self.table is not None:
+                return {"pixel_values": from_numpy(np.stack(self._table.resized(flat)))}
             return {"pixel_values": from_numpy(self._table(flat))}
         made = [self._of_sample(images) for images in samples if images]
         names = {name: None for inputs in made for name in inputs}

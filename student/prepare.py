@@ -79,7 +79,7 @@ def prepare_student(
     it does not fit one of the caches, KdcacheError when its head is not understood."""
     stage = config.resolved_stage
     student = load_student(config, caches[0].manifest.fingerprint.training["vocab_size"], stopwatch)
-    collator = _collator(config, caches, student.model, processor)
+    collator = _collator(config, caches, student.model, processor, accelerator.device)
     student.check_head(torch.tensor([processor.tokenizer.encode("What is in the image?")]))
     if "hidden" in stage.parts:
         _refuse_other_heads(caches)
@@ -96,7 +96,9 @@ def prepare_student(
     return student.train(), collator
 
 
-def _collator(config: TrainConfig, caches: Sequence[Cache], model: Any, processor: Any) -> Collator:
+def _collator(
+    config: TrainConfig, caches: Sequence[Cache], model: Any, processor: Any, device: torch.device
+) -> Collator:
     """The collator of the first cache, with those of the others in it. IdentityMismatch when the student does
     not fit one of them."""
     stage = config.resolved_stage
@@ -112,7 +114,7 @@ def _collator(config: TrainConfig, caches: Sequence[Cache], model: Any, processo
         placeholders = check_student(cache, model, processor, root, stage, adopt_template=adopted)
         made.append(
             Collator(
-                pixels=PixelInputs(processor),
+                pixels=PixelInputs(processor, as_bytes=device.type != "cpu"),
                 image_root=root,
                 pad_token_id=pad_token_id_of(processor.tokenizer),
                 image_token_id=cache.manifest.fingerprint.training["image_token_id"],

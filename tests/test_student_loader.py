@@ -14,7 +14,7 @@ from torch import Tensor
 from models import device
 from student.collate import Batch
 from student.loader import load_ahead, on_device, with_tensors
-from student.losses import Denominators
+from student.losses import Denominators, PlannedTargets
 from student.stream import Located, Step
 from tests.distillation_batches import LENGTH, SPANS, collate, make_samples
 
@@ -127,6 +127,35 @@ def test_every_tensor_of_a_batch_is_reached_and_nothing_else_changes() -> None:
         assert torch.equal(ours, theirs)
     (alone,) = on_device([batch], torch.device("cpu"))
     assert all(torch.equal(*pair) for pair in zip(tensors_of(alone), tensors_of(batch), strict=True))
+
+
+def test_of_planned_targets_a_device_gets_the_plan_alone() -> None:
+    labels, samples = make_samples(torch.Generator().manual_seed(0), SPANS, LENGTH)
+    targets = PlannedTargets.of(labels, collate(samples, LENGTH))
+    reached: list[Tensor] = []
+    with_tensors(targets, lambda tensor: reached.append(tensor) or tensor)
+    assert {id(tensor) for tensor in reached} == {id(tensor) for tensor in tensors_of(targets.plan)}
+
+
+def test_pixels_are_bytes_until_they_are_on_a_device() -> None:
+    levels = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
+    table = torch.randn(3, 256)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    batch = Batch(
+        inputs={"input_ids": labels, "pixel_values": levels},
+        labels=labels,
+        targets=None,
+        denominators=Denominators(samples=2.0),
+        rows=(0, 1),
+        sample_ids=("a", "b"),
+        pixel_table=table,
+    )
+    moved = batch.to(torch.device("cpu"))
+    for channel in range(3):
+        expected = table[channel][levels[:, channel].long()]
+        assert torch.equal(moved.inputs["pixel_values"][:, channel], expected)
+    again = moved.to(torch.device("cpu"))
+    assert torch.equal(again.inputs["pixel_values"], moved.inputs["pixel_values"])
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from models.pixels import with_table
+from models.pixels import look_up, with_table
 from student.pixels import PixelInputs
 from tests.tiny_models import IMAGE, tiny_tokenizer
 
@@ -52,6 +52,12 @@ def test_the_table_gives_the_bits_of_the_processor(kind):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs[0])
     assert pixels([[], []]) == {}
+    narrow = PixelInputs(processor, as_bytes=True)
+    levels = narrow([images[:2], [], images[2:]])["pixel_values"]
+    assert levels.dtype == torch.uint8
+    looked_up = look_up(levels, narrow.table)
+    assert looked_up.is_contiguous()
+    assert torch.equal(looked_up, found["pixel_values"])
 
 
 @pytest.mark.parametrize("change", [{"do_normalize": False}, {"do_rescale": False}, {"do_pad": True}])

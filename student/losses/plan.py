@@ -12,7 +12,7 @@ from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import Kind
 from student.divergences import FORWARD, Divergence
 from student.loss_weights import TERMS, LossWeights
-from student.losses.records import Entries, entries_of, join, no_entries, spread
+from student.losses.records import Entries, entries_of, no_entries, placed, spread
 from student.losses.selection import Selection, rows_by_sample
 from student.losses.targets import ON_THE_HOST, DistillationTargets, PositionTargets, RelationTargets
 
@@ -281,7 +281,7 @@ def _requests(
         places = [divergences.index(weights.divergences[kind]) for kind in sparse]
         lengths = torch.tensor([len(target) for target in sparse.values()])
         which[rows] = torch.tensor(places).repeat_interleave(lengths).to(rows.device)
-    return join(made).spread(rows, count), which
+    return placed(made, rows.split([len(target) for target in sparse.values()]), count), which
 
 
 def _entries(target: PositionTargets, weights: LossWeights) -> Entries:

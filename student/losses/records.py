@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,15 +54,6 @@ class Entries:
             return self
         return replace(self, ids=self.ids.masked_fill(self.ids >= head.columns, -1))
 
-    def spread(self, rows: Tensor, count: int) -> Entries:
-        """Brought to distinct rows (N,) of `count`; the others are blank."""
-        return replace(
-            self,
-            ids=spread(self.ids, rows, count, -1),
-            logprobs=spread(self.logprobs, rows, count, -math.inf),
-            log_tail=spread(self.log_tail, rows, count, -math.inf),
-        )
-
 
 def spread(values: Tensor, rows: Tensor, count: int, fill: float) -> Tensor:
     """(count, ...) with values (N, ...) at distinct rows (N,), `fill` elsewhere."""
@@ -75,18 +67,24 @@ def no_entries(count: int, dtype: torch.dtype, device: torch.device) -> Entries:
     return Entries(ids=ids, logprobs=nothing, log_tail=nothing[:, 0].contiguous())
 
 
-def join(entries: list[Entries]) -> Entries:
-    """Entries one after the other, at least one; the narrower ones are filled up with blanks."""
-    width = max(each.ids.shape[1] for each in entries)
-
-    def widened(values: Tensor, fill: float) -> Tensor:
-        return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
-
+def placed(entries: Sequence[Entries], rows: Sequence[Tensor], count: int) -> Entries:
+    """Entries of `count` rows: each of `entries`, at least one, at its distinct rows (N,); what is narrower
+    than the widest is filled up with blanks, as the other rows are."""
+    first, width = entries[0], max(each.ids.shape[1] for each in entries)
+    ids = first.ids.new_full((count, width), -1)
+    logprobs = first.logprobs.new_full((count, width), -math.inf)
+    log_tail = first.logprobs.new_full((count,), -math.inf)
+    for each, places in zip(entries, rows, strict=True):
+        kept = each.ids.shape[1]
+        ids[:, :kept].index_copy_(0, places, each.ids.to(ids.dtype))
+        logprobs[:, :kept].index_copy_(0, places, each.logprobs.to(logprobs.dtype))
+        log_tail.index_copy_(0, places, each.log_tail.to(logprobs.dtype))
+    used = [each.used for each in entries]
     return Entries(
-        ids=torch.cat([widened(each.ids, -1) for each in entries]),
-        logprobs=torch.cat([widened(each.logprobs, -math.inf) for each in entries]),
-        log_tail=torch.cat([each.log_tail for each in entries]),
-        used=(min(each.used[0] for each in entries), max(each.used[1] for each in entries)),
+        ids=ids,
+        logprobs=logprobs,
+        log_tail=log_tail,
+        used=(min(least for least, _ in used), max(greatest for _, greatest in used)),
         most=max(each.most for each in entries),
     )
 

@@ -79,6 +79,9 @@ class PositionTargets:
 
 def range_of(ids: Tensor, used: Tensor) -> tuple[int, int]:
     """The least and the greatest of `ids` where they are used; (0, 0) where none is."""
+    if bool(used.all()) and len(used):
+        least, greatest = ids.aminmax()
+        return int(least), int(greatest)
     if not bool(used.any()):
         return 0, 0
     limits = torch.iinfo(ids.dtype)
