@@ -79,9 +79,8 @@ class DistilledStudent(nn.Module):
 
     def one_step(self) -> AbstractContextManager[None]:
         """Around the micro-batches of a step, in which no weight changes: the losses keep the head's matrix
-        as their products take it. Not under FSDP, which gathers it anew for each."""
-        sharded = any(isinstance(module, FSDPModule) for module in self.modules())
-        return nullcontext() if sharded else self.loss.matrix.kept()
+        as their products take it, also where FSDP gathers its weight anew for each."""
+        return self.loss.matrix.kept()
 
     def reshard(self) -> None:
         """Gives back what FSDP has gathered for a forward pass that no backward pass follows: until then

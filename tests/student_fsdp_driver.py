@@ -26,8 +26,10 @@ from models.folder import load_model, load_processor
 from student.collate import Collator
 from student.heldout import measure_cache
 from student.losses import Denominators, LossWeights
+from student.losses.products import KeptMatrix
 from student.model import DistilledStudent, unsharded
 from student.pixels import PixelInputs
+from tests.dense_twins import imitate_wide_products
 
 STEPS = 3
 MICRO_BATCH = 3
@@ -81,6 +83,9 @@ def main() -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    micro_batches_of_a_step_share_the_heads_matrix(alone, sharded, [collator(seen[:2]), collator(seen[2:5])])
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     expected, found = alone.trained(), sharded.trained()
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -110,6 +115,36 @@ def main() -> None:
     assert both == pytest.approx(whole_cache, rel=1e-3)
     (out / f"rank-{rank}").write_text("done")
     dist.destroy_process_group()
+
+
+def micro_batches_of_a_step_share_the_heads_matrix(alone, sharded, batches) -> None:
+    """In bfloat16, on a device whose products take it: it is made once, and gradients are right."""
+    counts = sum((batch.denominators for batch in batches), Denominators())
+    every, make = [], KeptMatrix.of
+
+    def of(kept, weight, dtype):
+        every.append(make(kept, weight, dtype))
+        return every[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        imitate_wide_products(patch)
+        patch.setattr(KeptMatrix, "of", of)
+        for student in (alone, sharded):
+            every.clear()
+            with student.one_step():
+                for batch in batches:
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        parts = student(batch.inputs, batch.labels, batch.targets, counts)
+                    parts.total.backward()
+            assert len(every) == 2
+            assert every[0] is every[1]
+            assert every[0].dtype == torch.bfloat16
+    theirs = dict(alone.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        if parameter.requires_grad:
+            expected = theirs[name].grad
+            error = (unsharded(parameter.grad) - expected).norm()
+            assert error < 0.02 * expected.norm() + 1e-4, name
 
 
 def add_up(values: torch.Tensor) -> torch.Tensor:

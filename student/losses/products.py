@@ -70,7 +70,8 @@ class KeptMatrix:
         if self._made is not None and (self._made.shape, self._made.dtype) == (weight.shape, dtype):
             return self._made
         made = weight.to(dtype)
-        self._made = made if self._keeps else None
+        # Never the weight itself: FSDP gives its memory back between micro-batches.
+        self._made = made if self._keeps and made.dtype != weight.dtype else None
         return made
 
 
