@@ -25,11 +25,14 @@ import pytest
 from cache_schema import KdcacheError, open_cache
 from cache_schema.format import archive, sealed
 from cache_schema.format.groups import read_groups, write_groups
+from cache_schema.format.manifest import Manifest
 from cache_schema.format.shard import SAMPLE_SCHEMA, read_table, write_table
 from cache_schema.format.spec import KINDS
 from cache_schema.operations.summary import summarise
 from cache_schema.operations.verify import verify
+from tests.fake_caches import make_cache
 from tests.fuzzing import changed_bytes, mutated
+from tests.test_cli import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -283,3 +286,79 @@ def test_values_of_arrays(stranger: Stranger) -> None:
         stranger.put_arrays(name, write_groups(groups, {"temperatures": [1.0]}))
 
     assert tried(stranger, "values", change) > 0
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202enoitaxat\n[bold red]x[/]<script>alert(1)</script>\ud7ff"
+
+
+def hostile(value: Any) -> Any:
+    """The value with every text in it, keys of free mappings too, ending in what no terminal may get."""
+    if isinstance(value, str):
+        return value + HOSTILE
+    if isinstance(value, dict):
+        return {key: hostile(inner) for key, inner in value.items()} | {HOSTILE: HOSTILE}
+    return [hostile(inner) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(params=[1, 2])
+def talkative(request: pytest.FixtureRequest, tmp_path: Path) -> Stranger:
+    """A cache whose every free text holds control sequences: in documents, samples and quarantine."""
+    make_cache(tmp_path / "made", tmp_path / "images", rows=6, bad={4: "broken_image"}, version=request.param)
+    stranger = Stranger(tmp_path / "made", tmp_path / "cache")
+    manifest = stranger.document("manifest.json")
+    manifest |= {"dataset": hostile(manifest["dataset"]), "kdcache_version": HOSTILE}
+    capture = {
+        key: hostile(value) for key, value in manifest["fingerprint"]["capture"].items() if key != "spec"
+    }
+    manifest["fingerprint"]["capture"] |= capture
+    manifest["fingerprint"]["recorded"] = hostile(manifest["fingerprint"]["recorded"])
+    stranger.seal("manifest.json", manifest)
+    identity = Manifest.from_bytes((stranger.root / "manifest.json").read_bytes()).identity
+    for path in stranger.commits:
+        document = stranger.document(path)
+        document |= {"cache": identity, "engine": hostile(document["engine"]), "kdcache_version": HOSTILE}
+        document["statistics"]["quarantined"] = {HOSTILE: 1}
+        for file in document["files"]:
+            if file["path"].split("/")[0] in ("samples", "quarantine"):
+                table = read_table(stranger.original[file["path"]])
+                rows = table.to_pylist()
+                for row in rows:
+                    for name in ("sample_id", "reason", "detail"):
+                        if name in row:
+                            row[name] += HOSTILE
+                    for image in row.get("images", ()):
+                        image["path"] += HOSTILE
+                data = write_table(pa.Table.from_pylist(rows, table.schema))
+                stranger.write(file["path"], data)
+                file |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        stranger.seal(path, document)
+    return stranger
+
+
+def test_no_text_of_a_cache_moves_a_terminal(
+    talkative: Stranger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = talkative.root
+    for words in (
+        ("inspect", cache),
+        ("inspect", cache, "--sample", "0"),
+        ("inspect", cache, "--html", tmp_path / "page.html"),
+        ("inspect", cache, "--json"),
+        ("verify", cache),
+        ("verify", cache, "--quick", "--json"),
+        ("diff", cache, cache),
+        ("diff", cache, cache, "--json"),
+        ("select", cache, "--where", "tokens > 0", "--out", tmp_path / "selected"),
+        ("merge", cache, "--format", "2", "--out", tmp_path / "merged"),
+        ("to-arrow", cache, "--out", tmp_path / "arrow"),
+        ("train", "--stage", "sft", "--student", cache, "--cache", cache, "--out", tmp_path / "run"),
+    ):
+        code, out, err = run(*words, capsys=capsys)
+        assert code == 0 or words[0] == "train", (words, err)
+        if "--json" in words:
+            json.loads(out)
+        for text in (out, err):
+            strange = {c for c in text if not c.isprintable() and c != "\n"}
+            assert not strange, (words, strange, text[:2000])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "[/]<script>" not in page

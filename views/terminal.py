@@ -30,8 +30,9 @@ notes = Console(stderr=True, highlight=False)
 
 
 def print_json(document: Any) -> None:
-    """One JSON object on stdout and nothing else."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """One JSON object on stdout and nothing else. What no terminal should get is escaped in its texts."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 class Bar:
