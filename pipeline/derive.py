@@ -170,7 +170,7 @@ def _write(
     """One shard of the new cache."""
     started = time.monotonic()
     table, groups = source.stored_shard(shard, ("hidden",))
-    block = ShardBlock(table, groups, source.spec, frozenset({"hidden"}), source.images_of(shard))
+    block = ShardBlock(table, groups, source.manifest, frozenset({"hidden"}), source.images_of(shard))
     spans = table["label_spans"].to_pylist()
     engine.samples = {sample.row: sample for sample in map(block.sample, range(len(block)))}
     prepared = [

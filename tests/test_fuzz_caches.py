@@ -1,5 +1,5 @@
 """Caches from strangers: manifests, commit records, tables and arrays changed by somebody who also makes the
-digests right again. Some 15,000 of them, each by its seed.
+digests right again. Some 12,000 of them, each by its seed.
 
 Every one is read or refused in one line of bounded length, in bounded time and memory; what is read is what
 a cache can hold: records as long as their positions, paths below the root, and nothing that moves the cursor
@@ -40,7 +40,7 @@ GOLDEN = Path(__file__).parent / "golden"
 LONGEST_LINE = 2000
 SECONDS = 20.0  # for one cache, all that is tried on it
 MEMORY = 1 << 30  # bytes that the whole suite may add to the process
-EACH = 1000
+EACH = 750
 
 FAILED: dict[str, tuple[int, ...]] = {}
 
@@ -172,8 +172,8 @@ def look(root: Path) -> int:
             record, positions = sample.records[kind], sample.positions[kind]
             assert record is None or len(record) == len(positions)
             assert not len(positions) or 0 <= positions.min() <= positions.max() < len(sample.input_ids)
-            if record is not None:
-                assert np.isfinite(record.logsumexp).all() if record.logsumexp is not None else True
+            if record is not None and record.token_ids.size:
+                assert 0 <= record.token_ids.min() <= record.token_ids.max() < cache.manifest.vocab_size
     return read
 
 
@@ -285,7 +285,7 @@ def test_values_of_arrays(stranger: Stranger) -> None:
             del groups[group][array]
         stranger.put_arrays(name, write_groups(groups, {"temperatures": [1.0]}))
 
-    assert tried(stranger, "values", change) > 0
+    assert tried(stranger, "values", change, 250) > 0
 
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202enoitaxat\n[bold red]x[/]<script>alert(1)</script>\ud7ff"

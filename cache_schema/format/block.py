@@ -13,6 +13,7 @@ from cache_schema.errors import decoding
 from cache_schema.format.codecs.hidden import hidden_of
 from cache_schema.format.codecs.relation import RelationBlock
 from cache_schema.format.codecs.topk import Arrays, Places, decode_topk, prepare_topk
+from cache_schema.format.manifest import Manifest
 from cache_schema.format.records import (
     HiddenStates,
     ImageRecord,
@@ -23,7 +24,7 @@ from cache_schema.format.records import (
     positions_by_kind,
 )
 from cache_schema.format.shard import check_samples, positions_of
-from cache_schema.format.spec import KINDS, Kind, TargetSpec
+from cache_schema.format.spec import KINDS, Kind
 
 
 class ShardBlock:
@@ -37,13 +38,20 @@ class ShardBlock:
         self,
         table: pa.Table,
         groups: Mapping[str, Arrays],
-        spec: TargetSpec,
+        manifest: Manifest,
         parts: frozenset[str],
         contents: Mapping[str, bytes] | None = None,
         where: str = "a shard",
     ) -> None:
         check_samples(table)
-        self._where = where
+        spec, self._where = manifest.spec, where
+        for arrays in (
+            {"token_ids": table["input_ids"].combine_chunks().values.to_numpy()},
+            *groups.values(),
+        ):
+            for name in ("vocabulary", "token_ids", "sampled_ids"):
+                if name in arrays and ("vocabulary" not in arrays or name == "vocabulary"):
+                    _check_ids(arrays[name], manifest.vocab_size)
         self._contents = contents or {}
         self.parts = parts
         self._groups = {kind: prepare_topk(arrays) for kind, arrays in groups.items()}
@@ -52,6 +60,7 @@ class ShardBlock:
         self._relations = RelationBlock(groups["relation"]) if "relation" in groups else None
         self._rows = table.drop_columns(["images", "input_ids", "label_spans"]).to_pylist()
         self._input_ids = _Lists(table["input_ids"])
+        _check_ids(self._input_ids.values.to_numpy(), manifest.vocab_size)
         self._label_spans = _Lists(table["label_spans"])
         self._images = _Lists(table["images"])
         images = self._images.values
@@ -138,6 +147,11 @@ def _span(start: int | None, count: int) -> Places | None:
 
 def _count(places: Places) -> int:
     return places.stop - places.start if isinstance(places, slice) else len(places)
+
+
+def _check_ids(ids: NDArray[np.int32], vocab_size: int) -> None:
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(f"token ids of {ids.min()} to {ids.max()}, not below {vocab_size}")
 
 
 def _check_lengths(count: int, *fields: NDArray[Any] | None) -> None:

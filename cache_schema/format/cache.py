@@ -135,7 +135,7 @@ class Cache:
         stored = self.stored_shard(shard, wanted)
         with decoding(where := f"{self.url}/{self.commits[shard].path}"):
             contents = self.images_of(shard) if images else None
-            block = ShardBlock(*stored, self.spec, wanted, contents, where)
+            block = ShardBlock(*stored, self.manifest, wanted, contents, where)
             if len(block) != self.shard_length(shard):
                 raise ValueError(f"{len(block)} samples, not {self.shard_length(shard)}")
             return block

@@ -12,10 +12,10 @@ from cache_schema.format.records import HiddenStates, Relation, StoredRelation, 
 from cache_schema.format.spec import EntryRule, Kind, TargetSpec
 
 
-def topk_problems(record: TopK, kind: Kind, spec: TargetSpec, vocab_size: int | None) -> list[str]:
+def topk_problems(record: TopK, kind: Kind, spec: TargetSpec, vocab_size: int) -> list[str]:
     """Every way in which a block of positions of a kind violates `spec`; empty when it is valid.
 
-    vocab_size: ids must be below it; None: only not negative.
+    vocab_size: ids must be below it.
     """
     positions = len(record)
     problems: list[str] = []
@@ -70,12 +70,11 @@ def _shape_problem(record: TopK, rule: EntryRule) -> str | None:
     return None
 
 
-def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list[str]:
-    limit = vocab_size if vocab_size is not None else 2**31 - 1
+def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int) -> list[str]:
     problems = []
-    outside = (record.token_ids < 0) | (record.token_ids >= limit)
+    outside = (record.token_ids < 0) | (record.token_ids >= vocab_size)
     if outside.any():
-        problems.append(f"token ids outside 0..{limit - 1} at {_first(outside)}")
+        problems.append(f"token ids outside 0..{vocab_size - 1} at {_first(outside)}")
     padding = -1 - np.arange(record.token_ids.shape[1], dtype=np.int32)
     ordered = np.sort(np.where(record.there, record.token_ids, padding), axis=1)
     twice = ordered[:, 1:] == ordered[:, :-1]
@@ -85,9 +84,9 @@ def _id_problems(record: TopK, spec: TargetSpec, vocab_size: int | None) -> list
         problems.append(f"tail samples are {'missing' if spec.tail_samples else 'present, against the spec'}")
     elif record.sampled_ids is not None and record.sampled_counts is not None:
         drawn = record.sampled_counts > 0
-        outside = drawn & ((record.sampled_ids < 0) | (record.sampled_ids >= limit))
+        outside = drawn & ((record.sampled_ids < 0) | (record.sampled_ids >= vocab_size))
         if outside.any():
-            problems.append(f"sampled ids outside 0..{limit - 1} at {_first(outside)}")
+            problems.append(f"sampled ids outside 0..{vocab_size - 1} at {_first(outside)}")
     return problems
 
 

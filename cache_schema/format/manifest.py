@@ -117,6 +117,12 @@ class Manifest:
         return digest_of([self.fingerprint.digest, self.spec.to_json(), self.plan_digest])
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens of the teacher's tokenizer: all token ids are below it."""
+        known = self.fingerprint.training.get("vocab_size")
+        return known if isinstance(known, int) else 1 << 31
+
+    @property
     def plan_digest(self) -> str:
         """Digest of the plan: rows, shard size, order, and where the shards end if they are uneven."""
         return self.plan.digest

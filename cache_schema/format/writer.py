@@ -43,7 +43,7 @@ class CacheWriter:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
-        self._vocab_size = manifest.fingerprint.training.get("vocab_size")
+        self._vocab_size = manifest.vocab_size
 
     @classmethod
     def open(

@@ -92,14 +92,14 @@ def _check_content(
     block = ShardBlock(
         read_table(files[f"samples/{name}.arrow"]),
         read_groups(groups),
-        manifest.spec,
+        manifest,
         frozenset(manifest.spec.targets),
     )
     if manifest.spec.embed_images:
         _check_images(
             files[f"images/{name}.arrow"], block, lambda what: problem(f"images/{name}.arrow", what)
         )
-    spec, vocab_size = manifest.spec, manifest.fingerprint.training.get("vocab_size")
+    spec, vocab_size = manifest.spec, manifest.vocab_size
     rows = quarantine["row"].to_pylist()
     counts = Counter(samples=len(block), quarantined=len(rows))
     for position in range(len(block)):
