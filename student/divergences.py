@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cache_schema.errors import WrongUsage
 from cache_schema.format.spec import KINDS, Kind
-from cache_schema.settings import Range, at_least, within
+from cache_schema.settings import Range, at_least, positive, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ PARAMETERS: Mapping[str, Parameter | None] = {
     "balanced_kl": None,
     "dac_kl": Parameter("mu", 0.95, within(0.0, 1.0, "(]")),
     "dbild": Parameter("k", 0.0, at_least(2)),
+    "first": Parameter("temperature", 0.0, positive),
     "taid": Parameter("t", 0.4, within(0.0, 1.0, "[)")),
 }
 """By name. `student.losses.divergences` holds the formula of each that is not in APART."""
@@ -44,6 +45,13 @@ class Divergence:
 
     name: str
     value: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """What `parse` makes it of."""
+        parameter = PARAMETERS[self.name]
+        plain = parameter is None or self.value == parameter.default
+        return self.name if plain else f"{self.name}:{self.value!r}"
 
     @classmethod
     def parse(cls, text: str) -> Divergence:
@@ -70,6 +78,9 @@ class Divergence:
 
 
 FORWARD = Divergence("forward_kl")
+
+CONCENTRATED = 5
+"""The most likely tokens that `first` learns from."""
 
 
 def by_kind(text: str) -> dict[Kind, Divergence]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from cache_schema.format.spec import KINDS, Kind, Target
@@ -87,6 +87,16 @@ class LossWeights:
         return tuple(
             kind for kind, each in self.divergences.items() if self.tail == "dense" or each.name in APART
         )
+
+    @property
+    def uncalibrated(self) -> tuple[Kind, ...]:
+        """The kinds of position that learn by FIRST at a temperature still to be found."""
+        return tuple(kind for kind, each in self.divergences.items() if each == Divergence("first"))
+
+    def calibrated(self, temperature: float) -> LossWeights:
+        """The same with that temperature for them."""
+        found = {**self.divergences, **dict.fromkeys(self.uncalibrated, Divergence("first", temperature))}
+        return replace(self, divergence=",".join(f"{kind}={each.text}" for kind, each in found.items()))
 
     @property
     def interpolated(self) -> tuple[Kind, ...]:

@@ -17,7 +17,7 @@ class RunState:
     seconds: by lap of the stopwatch. scaler: state of the gradient scaler of fp16, else None. evaluated: the
     step of the newest evaluation, which gave `evaluation`; best_evaluation: the one with the least loss, at
     best_step; waited: evaluations since then. held_out: the identity of the cache that they measured.
-    interpolation: that of a run with TAID.
+    interpolation: that of a run with TAID. teacher_temperature: at which FIRST found its teacher calibrated.
     mixture: the shares of a mixture whose rule is ddk, as `Reweighing.state`.
     """
 
@@ -33,6 +33,7 @@ class RunState:
     held_out: str | None = None
     interpolation: Interpolation | None = None
     mixture: dict[str, Any] | None = None
+    teacher_temperature: float | None = None
 
     @classmethod
     def from_json(cls, step: int, document: Mapping[str, Any]) -> RunState:

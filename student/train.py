@@ -20,6 +20,7 @@ from cache_schema.output import require_folder
 from cache_schema.progress import Progress, Silent, task
 from models.device import peak_flops
 from student.cache_wait import wait_for_caches
+from student.calibration import calibrated
 from student.checkpoint import Checkpoints, identity_of
 from student.checks import warn_of_cache
 from student.collate import Batch, Collator
@@ -93,12 +94,13 @@ def _begin(
     progress: Progress,
 ) -> _Run:
     """A run as it stands before its next step: from the start, or from its newest checkpoint."""
-    stage = config.resolved_stage
     for cache in caches:
         warn_of_cache(cache, progress)
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
     saved = checkpoints.take_up(identity, resume=config.resume, progress=progress)
     state = RunState() if saved is None else saved.state
+    config = calibrated(config, state, progress)
+    stage = config.resolved_stage
     state.interpolation = state.interpolation or Interpolation.of(stage.losses)
     stopwatch = Stopwatch(accelerator.device, state.seconds)
     processor = student_processor(config, caches[0])

@@ -238,6 +238,9 @@ def _divergence_twin(text: str, p: Tensor, q: Tensor, padding: Tensor) -> Tensor
         while count < len(p) - 1 and p[:count].sum() * (1 + 1e-6) < value:
             count += 1
         return kl(p[:count] / p[:count].sum(), q[:count])
+    if name == "first":
+        count = min(5, len(p) - 1)
+        return kl((p[:count].log() / value).softmax(0), q[:count] / q[:count].sum())
     if name == "dbild":
         return _dbild_twin(p[:-1], q[:-1], int(value))
     if name == "adaptive_kl":

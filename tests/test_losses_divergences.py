@@ -39,6 +39,8 @@ NAMES = (
     "dbild",
     "dbild:3",
     "dbild:8",
+    "first:1",
+    "first:1.7",
 )
 
 
@@ -234,6 +236,7 @@ def test_terms_of_other_divergences_equal_the_loop():
         "visual=skew_kl:0.2,prompt=total_variation",
         "taid:0.3",
         "response=taid:0.6,visual=jsd",
+        "response=first:1.2,visual=first:0.7",
         "response=dbild:3,visual=dac_kl:0.8,prompt=dbild",
     ):
         for memory_budget in (1, 2**20):
@@ -248,6 +251,7 @@ def test_terms_of_other_divergences_equal_the_loop():
         ("jsd:x", "beta must be a number"),
         ("skew_kl:0", "alpha must lie in"),
         ("reverse_kl:1", "no parameter"),
+        ("first:0", "temperature must be positive"),
         ("dbild:1", "k must be at least 2"),
         ("picture=jsd", "must be KIND=NAME"),
         ("visual=jsd,visual=jsd", "must be KIND=NAME"),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from student.divergences import Divergence
+from student.divergences import CONCENTRATED, Divergence
 
 LEAST = -30.0
 """Least log p that a reverse divergence sees: a teacher's mass of 0 would make it infinite."""
@@ -29,7 +29,7 @@ NOTHING = -1e30
 _PAIRED = 64
 """Most likely entries whose logit differences `dbild` takes at most."""
 
-IN_ORDER = frozenset({"adaptive_kl", "dac_kl", "dbild"})
+IN_ORDER = frozenset({"adaptive_kl", "dac_kl", "dbild", "first"})
 """The divergences that need the most likely entry first."""
 
 
@@ -134,6 +134,19 @@ def dbild(log_p: Tensor, log_q: Tensor, k: float) -> Tensor:
     return torch.where(pairs, pairs_p.exp() * (pairs_p - pairs_q), 0.0).sum(dim=1)
 
 
+def first(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    """KL(p' || q') over the five most likely entries, p' = p^(1/temperature) and q' = q, both normalised over
+    them (FIRST, arXiv 2408.12168).
+
+    Our reading of its trustworthy maximisation: the temperature calibrates the teacher's log-probabilities.
+    Its authors' code takes the softmax of probabilities, which cannot be sure.
+    """
+    width = min(CONCENTRATED, log_p.shape[1] - 2)
+    calibrated = (log_p[:, :width] / temperature).log_softmax(dim=1)
+    own = log_q[:, :width].masked_fill(log_p[:, :width] <= NOTHING, NOTHING).log_softmax(dim=1)
+    return (calibrated.exp() * (calibrated - own)).sum(dim=1)
+
+
 FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     formula.__name__: formula
     for formula in (
@@ -147,6 +160,7 @@ FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
         balanced_kl,
         dac_kl,
         dbild,
+        first,
     )
 }
 

@@ -74,6 +74,8 @@ def sparse_kl(
         raise ValueError(f"sparse_kl: temperature must be positive, not {temperature}")
     weights = _weights(weights, count, 1.0 / max(count, 1), hidden.device, dtype)
     form = Divergence.parse(divergence)
+    if form == Divergence("first"):
+        raise WrongUsage("divergence first needs its temperature here, as in first:1.5")
     if form != FORWARD and tail != "bucket":
         raise WrongUsage(f"divergence {form.name} is defined with tail `bucket`, not `{tail}`")
     entries = entries_of(target, tail=tail, temperature=temperature, dtype=dtype).of(head)
