@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,45 @@ from student.losses.kernels import row_kernel
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.records import Entries
 
-LENGTH, VISUAL, RESPONSE, K, V, TOKENS, D, RANK = 890, 729, 105, 32, 151_936, 151_646, 1_024, 64
 FIELDS = ("token_ids", "logprobs", "tail_logprob")
-GPU = torch.device("cuda")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of a micro-batch: samples of `length` tokens, among them `visual` and `response` positions with K
+    entries; a head of V columns, the first `tokens` of them real, over D; relations of `rank`.
+
+    checked, rows: columns of the head, and rows of logits, in the checks against float64.
+    """
+
+    device: torch.device
+    length: int = 890
+    visual: int = 729
+    response: int = 105
+    k: int = 32
+    v: int = 151_936
+    tokens: int = 151_646
+    d: int = 1_024
+    rank: int = 64
+    checked: int = 20_000
+    rows: int = 37
+
+    @classmethod
+    def tiny(cls, device: torch.device) -> Sizes:
+        """To try the scripts on a CPU."""
+        return cls(
+            device=device,
+            length=20,
+            visual=6,
+            response=4,
+            k=4,
+            v=96,
+            tokens=91,
+            d=16,
+            rank=4,
+            checked=80,
+            rows=5,
+        )
 
 
 def records(count: int, tokens: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,17 +74,25 @@ def records(count: int, tokens: int, k: int, device: torch.device) -> tuple[Tens
     return ids, logprobs, torch.log1p(-logprobs.exp().sum(1, keepdim=True))
 
 
-def micro_batch(samples: int) -> dict[str, Any]:
+def for_weights(batch: dict[str, Any], weights: LossWeights) -> dict[str, Any]:
+    """The micro-batch with its targets planned for another objective."""
+    targets, labels = batch["targets"], batch["labels"]
+    bare = DistillationTargets(positions=targets.positions, relations=targets.relations)
+    planned = PlannedTargets.of(labels.cpu(), bare, weights)
+    return {**batch, "targets": planned.to(labels.device)}
+
+
+def micro_batch(of: Sizes, samples: int) -> dict[str, Any]:
     """Hidden states (B, T, D), the head, labels and targets of a micro-batch."""
-    hidden = torch.randn(samples, LENGTH, D, device=GPU).requires_grad_()
-    weight = torch.empty(V, D, device=GPU).normal_(std=0.05).requires_grad_()
-    labels = torch.full((samples, LENGTH), -100)
-    labels[:, LENGTH - RESPONSE :] = torch.randint(TOKENS, (samples, RESPONSE))
+    hidden = torch.randn(samples, of.length, of.d, device=of.device).requires_grad_()
+    weight = torch.empty(of.v, of.d, device=of.device).normal_(std=0.05).requires_grad_()
+    labels = torch.full((samples, of.length), -100)
+    labels[:, of.length - of.response :] = torch.randint(of.tokens, (samples, of.response))
     begin = 10
 
     def positions(start: int, count: int) -> PositionTargets:
-        places = torch.arange(start, start + count) + LENGTH * torch.arange(samples)[:, None]
-        ids, logprobs, tail = records(samples * count, TOKENS, K, torch.device("cpu"))
+        places = torch.arange(start, start + count) + of.length * torch.arange(samples)[:, None]
+        ids, logprobs, tail = records(samples * count, of.tokens, of.k, torch.device("cpu"))
         return PositionTargets(
             positions=places.flatten(),
             samples=torch.arange(samples).repeat_interleave(count),
@@ -60,46 +104,47 @@ def micro_batch(samples: int) -> dict[str, Any]:
 
     relations = tuple(
         RelationTargets(
-            positions=torch.arange(begin, begin + VISUAL) + LENGTH * b,
+            positions=torch.arange(begin, begin + of.visual) + of.length * b,
             sample=b,
-            factor=torch.randn(VISUAL, RANK),
+            factor=torch.randn(of.visual, of.rank),
         )
         for b in range(samples)
     )
     targets = DistillationTargets(
         positions={
-            "response": positions(LENGTH - RESPONSE - 1, RESPONSE),
-            "visual": positions(begin, VISUAL),
+            "response": positions(of.length - of.response - 1, of.response),
+            "visual": positions(begin, of.visual),
         },
         relations=relations,
     )
     return {
         "hidden": hidden,
         "weight": weight,
-        "labels": labels.to(GPU),
-        "targets": PlannedTargets.of(labels, targets).to(GPU),
+        "labels": labels.to(of.device),
+        "targets": PlannedTargets.of(labels, targets).to(of.device),
         "counts": Denominators.of(labels, targets),
     }
 
 
-def check_kernel() -> list[str]:
+def check_kernel(of: Sizes) -> list[str]:
     """The kernel against `row_losses` in float64 on the device: all of its variants."""
     lines = []
-    n, v, tokens, e = 37, 20_016, 19_801, 19
+    n, v, tokens, e = of.rows, of.checked + 16, of.checked - of.checked // 100, 19
     for temperature in (1.0, 2.0):
         for inside_only in (False, True):
             for bias, cap, scale in ((False, None, 1.0), (True, 5.0, 0.5)):
-                for half in (False, True):
-                    z = torch.randn(n, v, device=GPU) * 4
-                    ids = torch.rand(n, tokens, device=GPU).argsort(1)[:, :e].contiguous()
-                    _, logprobs, tail = records(n, tokens, e, GPU)
+                # Triton's interpreter does not round to bfloat16.
+                for half in (False, True) if of.device.type == "cuda" else (False,):
+                    z = torch.randn(n, v, device=of.device) * 4
+                    ids = torch.rand(n, tokens, device=of.device).argsort(1)[:, :e].contiguous()
+                    _, logprobs, tail = records(n, tokens, e, of.device)
                     ids[0, -1], logprobs[0, -1] = v, -math.inf
-                    labels = torch.randint(tokens, (n,), device=GPU)
+                    labels = torch.randint(tokens, (n,), device=of.device)
                     labels[2], labels[3] = ids[2, 0], v
                     entries = Entries(
                         ids=ids, logprobs=logprobs.contiguous(), log_tail=tail[:, 0].contiguous()
                     )
-                    kl_weights, ce_weights = torch.rand(n, device=GPU), torch.rand(n, device=GPU)
+                    kl_weights, ce_weights = torch.rand(n, device=of.device), torch.rand(n, device=of.device)
                     kl_weights[1], ce_weights[3] = 0, 0
                     rows = LogitRows(
                         entries=entries,
@@ -115,13 +160,13 @@ def check_kernel() -> list[str]:
                         labels=labels,
                         label_weights=ce_weights.double(),
                     )
-                    b = torch.randn(v, device=GPU) if bias else None
+                    b = torch.randn(v, device=of.device) if bias else None
                     x = (z.double() + (0 if b is None else b.double())) * scale
                     slope = torch.full_like(x, scale)
                     if cap is not None:
                         x = cap * torch.tanh(x / cap)
                         slope = scale * (1 - (x / cap).square())
-                    blank = torch.full((n, 1), -math.inf, device=GPU, dtype=torch.float64)
+                    blank = torch.full((n, 1), -math.inf, device=of.device, dtype=torch.float64)
                     kl_rows, ce_rows = wide.split()
                     full = torch.cat([x, blank], 1)
                     tempered = full / temperature
@@ -129,7 +174,7 @@ def check_kernel() -> list[str]:
                     _, ce = row_losses(full, ce_rows, temperature=1.0, **options)
                     kl, _ = row_losses(tempered, kl_rows, temperature=temperature, **options)
                     true = (full + tempered)[:, :v] * slope
-                    buffer = torch.zeros(n, -(-v // 16) * 16, device=GPU)
+                    buffer = torch.zeros(n, -(-v // 16) * 16, device=of.device)
                     buffer[:, :v] = z
                     grads = (buffer.view(torch.bfloat16) if half else buffer)[:, :v]
                     ours_kl, ours_ce = row_kernel(
@@ -159,22 +204,22 @@ def check_kernel() -> list[str]:
     return lines
 
 
-def check_loss() -> list[str]:
+def check_loss(of: Sizes) -> list[str]:
     """The whole loss of one sample against float64, beside the errors of dense logits under autocast."""
-    v, tokens, batch = min(V, 20_000), min(TOKENS, 19_800), micro_batch(1)
+    v, tokens, batch = of.checked, of.checked - of.checked // 100, micro_batch(of, 1)
     weight = batch["weight"].detach()[:v].clone().requires_grad_()
     hidden, targets = batch["hidden"], batch["targets"]
     at = {
-        kind: replace(one, **dict(zip(FIELDS, records(len(one), tokens, K, GPU), strict=True)))
+        kind: replace(one, **dict(zip(FIELDS, records(len(one), tokens, of.k, of.device), strict=True)))
         for kind, one in targets.positions.items()
     }
     labels = batch["labels"] % tokens
     labels[batch["labels"] < 0] = -100
-    relations = tuple(one.to(GPU) for one in targets.relations)
+    relations = tuple(one.to(of.device) for one in targets.relations)
     targets = PlannedTargets.of(labels, DistillationTargets(positions=at, relations=relations))
 
     def dense(h: Tensor, w: Tensor, cast: torch.dtype | None) -> tuple[Tensor, ...]:
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=cast is not None):
+        with torch.autocast(of.device.type, dtype=torch.bfloat16, enabled=cast is not None):
             z = h[0] @ w.t()
             loss = F.cross_entropy(z[:-1].to(torch.float64), labels[0, 1:])
             for target in targets.positions.values():

@@ -86,6 +86,21 @@ class Shape:
 
 TEACHER = Shape(name="teacher 4B", width=2560, layers=40, heads=20, inner=6912, tied=False)
 STUDENT = Shape(name="student 0.5B", width=1024, layers=24, heads=16, inner=2816, tied=True)
+TINY = {
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "inner": 48,
+    "vision_width": 32,
+    "vision_layers": 2,
+    "vision_heads": 2,
+    "vision_inner": 48,
+    "image_size": 42,
+    "vocab": 512,
+}
+TINY_TEACHER = Shape(name="tiny teacher", tied=False, **TINY)
+TINY_STUDENT = Shape(name="tiny student", tied=True, **TINY)
+"""To try the scripts on a CPU."""
 SMALL = {
     "tower": {"vision_width": 384, "vision_layers": 6, "vision_heads": 6, "vision_inner": 1536},
 }

@@ -1,6 +1,6 @@
 """`kdcache build` on a GPU beside the teacher's plain forward, at LLaVA-KD's shapes, with random weights.
 
-    python -m benchmarks.gpu_capture [--small] [--rows 768] [--targets ...] [--json FILE]
+    python -m benchmarks.gpu_capture [--small] [--rows 768] [--device cuda] [--json FILE]
 
 The teacher (4.4 B parameters in bfloat16) is saved as a folder; rows are JPEGs of 640 x 480 with about 160
 tokens of text. plain: `model(**inputs).logits` over batches of 16 samples that lie on the device. Each build
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,12 +31,12 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from benchmarks import _shapes
+from benchmarks._clock import Clock
 from cache_schema import open_cache
 from models.device import device_name
 from models.folder import load_model
 
 BATCH, SHARD = 16, 128
-WORDS = 151_000
 TEMPLATE = (
     "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
     "{%- for item in message['content'] -%}"
@@ -52,22 +51,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a small teacher, for small cards")
     parser.add_argument("--rows", type=int, default=768)
+    parser.add_argument("--device", default="cuda", help="cpu: a tiny teacher, to try the script")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    shape = _shapes.SMALL_TEACHER if arguments.small else _shapes.TEACHER
+    if device.type == "cpu":
+        shape = _shapes.TINY_TEACHER
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), arguments.rows, small=arguments.small)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        try:
+            measure(Path(folder), arguments.rows, device, shape, result)
+        finally:  # what was measured before a build failed
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def measure(folder: Path, rows: int, *, small: bool) -> dict[str, Any]:
-    """Samples per second of the plain forward and of builds."""
-    shape = _shapes.SMALL_TEACHER if small else _shapes.TEACHER
-    make_data(folder, rows)
-    teacher = make_teacher(folder, shape, rank=64)
-    plain = plain_forward(teacher, shape)
-    result: dict[str, Any] = {
-        "device": device_name(torch.device("cuda")),
+def measure(
+    folder: Path, rows: int, device: torch.device, shape: _shapes.Shape, result: dict[str, Any]
+) -> None:
+    """Puts samples per second of the plain forward and of builds in `result`."""
+    make_data(folder, rows, shape.vocab - 4)
+    teacher = make_teacher(folder, device, shape, rank=64)
+    plain = plain_forward(teacher, device, shape)
+    Clock(device).free()
+    result |= {
+        "device": device_name(device),
         "torch": torch.__version__,
         "teacher": shape.name,
         "rows": rows,
@@ -82,7 +91,7 @@ def measure(folder: Path, rows: int, *, small: bool) -> dict[str, Any]:
         ("all targets, full rank", None, "response,visual,relation"),
     ):
         if rank is None:
-            teacher = make_teacher(folder, shape, rank=None)
+            teacher = make_teacher(folder, device, shape, rank=None)
         found = timed_build(teacher, folder, targets, rows)
         result["builds"][name] = found | {
             "wall_over_plain": found["wall_samples_per_second"] / plain,
@@ -90,18 +99,17 @@ def measure(folder: Path, rows: int, *, small: bool) -> dict[str, Any]:
         }
         wall, steady = found["wall_samples_per_second"], found["steady_samples_per_second"]
         print(f"{name:34} {wall:8.1f} {wall / plain:9.2f} {steady:9.1f} {steady / plain:9.2f}", flush=True)
-    return result
 
 
-def make_data(folder: Path, rows: int) -> None:
-    """Rows of one image, a question of 40 words and an answer of 104."""
+def make_data(folder: Path, rows: int, words_known: int) -> None:
+    """Rows of one image, a question of 40 words and an answer of 104, of `words_known` ones."""
     (folder / "images").mkdir()
     random = np.random.default_rng(0)
     made = []
     for row in range(rows):
         pixels = random.integers(0, 256, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((640, 480)).save(folder / f"images/{row}.jpg")
-        words = [f"w{number}" for number in random.integers(0, WORDS, 144)]
+        words = [f"w{number}" for number in random.integers(0, words_known, 144)]
         turns = [
             {"from": "human", "value": "<image>\n" + " ".join(words[:40])},
             {"from": "gpt", "value": " ".join(words[40:])},
@@ -110,12 +118,12 @@ def make_data(folder: Path, rows: int) -> None:
     (folder / "data.json").write_text(json.dumps(made), encoding="utf-8")
 
 
-def make_teacher(folder: Path, shape: _shapes.Shape, *, rank: int | None) -> Path:
+def make_teacher(folder: Path, device: torch.device, shape: _shapes.Shape, *, rank: int | None) -> Path:
     """The teacher's folder. rank: of its head, None for a random one; its other weights are the same."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with device:
             model = shape.build()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -146,31 +154,24 @@ def make_teacher(folder: Path, shape: _shapes.Shape, *, rank: int | None) -> Pat
     model.save_pretrained(teacher)
     processor.save_pretrained(teacher)
     del model
-    torch.cuda.empty_cache()
+    Clock(device).free()
     return teacher
 
 
-def plain_forward(teacher: Path, shape: _shapes.Shape, repeats: int = 6) -> float:
+def plain_forward(teacher: Path, device: torch.device, shape: _shapes.Shape) -> float:
     """Samples per second of `model(**inputs).logits`, inputs on the device."""
-    model = load_model(teacher, torch.bfloat16).to("cuda").eval()
+    model = load_model(teacher, torch.bfloat16).to(device).eval()
     length = shape.visual + 146
-    ids = torch.randint(4, shape.vocab, (BATCH, length), device="cuda")
+    ids = torch.randint(4, shape.vocab, (BATCH, length), device=device)
     ids[:, : shape.visual] = _shapes.IMAGE_ID
     size = shape.image_size
-    pixels = torch.randn(BATCH, 3, size, size, device="cuda", dtype=torch.bfloat16)
-    seconds = []
+    pixels = torch.randn(BATCH, 3, size, size, device=device, dtype=torch.bfloat16)
+    clock = Clock(device)
     with torch.inference_mode():
-        for turn in range(repeats + 2):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
-            torch.cuda.synchronize()
-            if turn >= 2:
-                seconds.append(time.perf_counter() - started)
-            del logits
-    del model
-    torch.cuda.empty_cache()
-    return BATCH / statistics.median(seconds)
+        milliseconds = clock.median(
+            lambda: model(input_ids=ids, pixel_values=pixels, use_cache=False).logits, 6
+        )
+    return 1e3 * BATCH / milliseconds
 
 
 def timed_build(teacher: Path, folder: Path, targets: str, rows: int) -> dict[str, Any]:
@@ -181,7 +182,8 @@ def timed_build(teacher: Path, folder: Path, targets: str, rows: int) -> dict[st
         [
             *(sys.executable, "-c", "import cli; cli.main()", "build", "--teacher", str(teacher)),
             *("--data", str(folder / "data.json"), "--image-root", str(folder / "images")),
-            *("--out", str(out), "--targets", targets, "--shard-size", str(SHARD), "--json"),
+            *("--out", str(out), "--targets", targets, "--json"),
+            *("--shard-size", str(min(SHARD, max(1, rows // 3)))),
         ],
         check=True,
         stdout=subprocess.PIPE,

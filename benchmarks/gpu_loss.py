@@ -1,6 +1,6 @@
 """The loss of a step on a GPU: right or wrong, milliseconds, memory, launches. Under a minute, no data.
 
-    python -m benchmarks.gpu_loss [--sweep] [--samples 16] [--json FILE]
+    python -m benchmarks.gpu_loss [--sweep] [--samples 16] [--device cuda] [--json FILE]
 
 A micro-batch of 16 samples of 890 tokens: 729 visual, 105 response, K = 32, V = 151,936 (151,646 tokens),
 D = 1,024, trained head and hidden states in float32, bfloat16 products (what autocast makes), relation on.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,20 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._loss_batch import (
-    GPU,
-    LENGTH,
-    RESPONSE,
-    TOKENS,
-    VISUAL,
-    D,
-    K,
-    V,
-    check_kernel,
-    check_loss,
-    micro_batch,
-    records,
-)
+from benchmarks._clock import Clock
+from benchmarks._loss_batch import Sizes, check_kernel, check_loss, for_weights, micro_batch, records
+from models.device import device_name
 from student.losses import DistillationLoss, Head, LossWeights
 from student.losses.fused import memory_budget_of
 from student.losses.kernels import LAUNCH, Launch, row_kernel
@@ -46,28 +34,14 @@ from student.losses.products import HeadProducts, add_product
 from student.losses.records import Entries
 
 
-def timed(step: Callable[[], Any], repeats: int = 7) -> float:
-    """Median milliseconds of `step` by the device's events, after two that do not count."""
-    step(), step()
-    found = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end))
-    return statistics.median(found)
-
-
-def loss_step(batch: dict[str, Any], weights: LossWeights, budget: int | None = None) -> Any:
+def loss_step(of: Sizes, batch: dict[str, Any], weights: LossWeights, budget: int | None = None) -> Any:
     """Forward and backward of the objective."""
     batch["hidden"].grad = batch["weight"].grad = None
     parts = DistillationLoss(weights, memory_budget=budget)(
         batch["hidden"],
         batch["labels"],
         batch["targets"],
-        Head(weight=batch["weight"], vocab_size=TOKENS),
+        Head(weight=batch["weight"], vocab_size=of.tokens),
         batch["counts"],
         compute=torch.bfloat16,
     )
@@ -75,11 +49,13 @@ def loss_step(batch: dict[str, Any], weights: LossWeights, budget: int | None = 
     return parts
 
 
-def floor_step(batch: dict[str, Any], low: Tensor, out: Tensor, total: Tensor) -> Callable[[], None]:
+def floor_step(
+    of: Sizes, batch: dict[str, Any], low: Tensor, out: Tensor, total: Tensor
+) -> Callable[[], None]:
     """The products alone, in chunks of `out` (n, V) float32."""
-    states = batch["hidden"].detach().reshape(-1, D).bfloat16()
+    states = batch["hidden"].detach().reshape(-1, of.d).bfloat16()
     count = sum(len(target) for target in batch["targets"].positions.values())
-    grads = out.view(torch.bfloat16)[:, :V]
+    grads = out.view(torch.bfloat16)[:, : of.v]
 
     def step() -> None:
         for start in range(0, count, len(out)):
@@ -93,9 +69,9 @@ def floor_step(batch: dict[str, Any], low: Tensor, out: Tensor, total: Tensor) -
     return step
 
 
-def plain_floor(batch: dict[str, Any], low: Tensor) -> Callable[[], None]:
+def plain_floor(of: Sizes, batch: dict[str, Any], low: Tensor) -> Callable[[], None]:
     """The same operations as bfloat16 products with bfloat16 results: no traffic of float32."""
-    states = batch["hidden"].detach().reshape(-1, D).bfloat16()
+    states = batch["hidden"].detach().reshape(-1, of.d).bfloat16()
     count = sum(len(target) for target in batch["targets"].positions.values())
 
     def step() -> None:
@@ -107,21 +83,24 @@ def plain_floor(batch: dict[str, Any], low: Tensor) -> Callable[[], None]:
     return step
 
 
-def dense_step(batch: dict[str, Any]) -> None:
+def dense_step(of: Sizes, batch: dict[str, Any]) -> None:
     """One sample the dense way, the teacher's logits at hand."""
-    teacher = batch.setdefault("teacher", torch.randn(VISUAL + RESPONSE, V, device=GPU, dtype=torch.bfloat16))
+    teacher = batch.setdefault(
+        "teacher", torch.randn(of.visual + of.response, of.v, device=of.device, dtype=torch.bfloat16)
+    )
     batch["hidden"].grad = batch["weight"].grad = None
     at = batch["targets"].positions
-    rows = torch.cat([at["visual"].positions[:VISUAL], at["response"].positions[:RESPONSE]])
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        logits = batch["hidden"].reshape(-1, D)[rows] @ batch["weight"].t()
-        loss = F.cross_entropy(logits[VISUAL:].float(), batch["labels"][0, LENGTH - RESPONSE :])
-        for part in (slice(0, VISUAL), slice(VISUAL, None)):
+    rows = torch.cat([at["visual"].positions[: of.visual], at["response"].positions[: of.response]])
+    rows = rows.to(of.device)
+    with torch.autocast(of.device.type, dtype=torch.bfloat16):
+        logits = batch["hidden"].reshape(-1, of.d)[rows] @ batch["weight"].t()
+        loss = F.cross_entropy(logits[of.visual :].float(), batch["labels"][0, of.length - of.response :])
+        for part in (slice(0, of.visual), slice(of.visual, None)):
             p = F.softmax(teacher[part], dim=-1, dtype=torch.float32)
             q = F.log_softmax(logits[part], dim=-1, dtype=torch.float32)
             loss = loss + F.kl_div(q, p, reduction="batchmean")
-        seen = logits[:VISUAL, :TOKENS]
-        gram, factor = (seen @ seen.t()).float(), batch["targets"].relations[0].factor.to(GPU)
+        seen = logits[: of.visual, : of.tokens]
+        gram, factor = (seen @ seen.t()).float(), batch["targets"].relations[0].factor.to(of.device)
         loss = loss + 0.5 * (1 - F.cosine_similarity(gram.flatten(), (factor @ factor.t()).flatten(), dim=0))
     loss.backward()
 
@@ -146,11 +125,11 @@ def profile(step: Callable[[], Any]) -> dict[str, int]:
     return counts
 
 
-def sweep(buffer: Tensor, rows: LogitRows) -> dict[str, float]:
+def sweep(clock: Clock, of: Sizes, buffer: Tensor, rows: LogitRows) -> dict[str, float]:
     """Milliseconds of the kernel over a chunk in several layouts."""
     found = {}
-    half = buffer.view(torch.bfloat16)[:, :V]
-    kernel = {"tokens": TOKENS, "temperature": 1.0, "inside_only": False, "apart": False}
+    half = buffer.view(torch.bfloat16)[:, : of.v]
+    kernel = {"tokens": of.tokens, "temperature": 1.0, "inside_only": False, "apart": False}
     layouts = [
         (2048, 4, 4, 1), (4096, 8, 2, 1), (4096, 8, 4, 1), (4096, 16, 2, 1), (8192, 16, 1, 1),
         (8192, 16, 2, 1), (16384, 32, 1, 1), (8192, 32, 1, 1), (8192, 16, 2, 2),
@@ -160,7 +139,7 @@ def sweep(buffer: Tensor, rows: LogitRows) -> dict[str, float]:
         launch = Launch(block=block, warps=warps, programs=programs, stages=stages)
         name = f"kernel, block {block}, {warps} warps, {programs} a processor, {stages} stages"
         try:
-            found[name] = timed(
+            found[name] = clock.median(
                 lambda at=launch: row_kernel(buffer, rows, grads=half, launch=at, **kernel), 5
             )
         except Exception as error:  # noqa: BLE001  a layout that this card refuses
@@ -169,29 +148,30 @@ def sweep(buffer: Tensor, rows: LogitRows) -> dict[str, float]:
 
 
 def parts_of(
-    batch: dict[str, Any], low: Tensor, buffer: Tensor, total: Tensor, options: Any
+    clock: Clock, of: Sizes, batch: dict[str, Any], low: Tensor, buffer: Tensor, total: Tensor, options: Any
 ) -> dict[str, float]:
     """Milliseconds of each part of a step, for one chunk or the whole batch."""
     n = len(buffer)
-    states = batch["hidden"].detach().reshape(-1, D)[:n].bfloat16()
-    half = buffer.view(torch.bfloat16)[:, :V]
-    ids, logprobs, tail = records(n, TOKENS, K, GPU)
+    states = batch["hidden"].detach().reshape(-1, of.d)[:n].bfloat16()
+    half = buffer.view(torch.bfloat16)[:, : of.v]
+    ids, logprobs, tail = records(n, of.tokens, of.k, of.device)
     rows = LogitRows(
         entries=Entries(ids=ids, logprobs=logprobs.contiguous(), log_tail=tail[:, 0].contiguous()),
-        weights=torch.rand(n, device=GPU),
-        which=torch.zeros(n, dtype=torch.long, device=GPU),
-        labels=torch.randint(TOKENS, (n,), device=GPU),
-        label_weights=torch.rand(n, device=GPU),
+        weights=torch.rand(n, device=of.device),
+        which=torch.zeros(n, dtype=torch.long, device=of.device),
+        labels=torch.randint(of.tokens, (n,), device=of.device),
+        label_weights=torch.rand(n, device=of.device),
     )
-    pulled = torch.empty(n, D, device=GPU)
+    pulled = torch.empty(n, of.d, device=of.device)
     relation_only = LossWeights(ce=0.0, response=0.0, visual=0.0)
-    kernel = {"tokens": TOKENS, "temperature": 1.0, "inside_only": False, "apart": False}
+    related = for_weights(batch, relation_only)
+    kernel = {"tokens": of.tokens, "temperature": 1.0, "inside_only": False, "apart": False}
 
     def two_steps() -> None:
         total.add_(torch.mm(half.t(), states, out_dtype=torch.float32))
 
     torch.mm(states, low.t(), out_dtype=torch.float32, out=buffer)
-    head = Head(weight=batch["weight"], vocab_size=TOKENS)
+    head = Head(weight=batch["weight"], vocab_size=of.tokens)
     steps: dict[str, Callable[[], Any]] = {
         f"logits product, {n} rows": lambda: torch.mm(states, low.t(), out_dtype=torch.float32, out=buffer),
         f"logits product, bf16 out, {n} rows": lambda: torch.mm(states, low.t(), out=half),
@@ -202,12 +182,12 @@ def parts_of(
         f"weight gradient and then its sum, {n} rows": two_steps,
         "head to bf16": lambda: batch["weight"].detach().bfloat16(),
         "W^T W": lambda: HeadProducts(head, torch.bfloat16).gram(),
-        "relation alone, with W^T W and the head's gradient": lambda: loss_step(batch, relation_only),
+        "relation alone, with W^T W and the head's gradient": lambda: loss_step(of, related, relation_only),
         "zeros of the head's gradient": lambda: torch.zeros_like(total),
     }
-    found = {name: timed(step) for name, step in steps.items()}
+    found = {name: clock.median(step) for name, step in steps.items()}
     if options.sweep:
-        found |= sweep(buffer, rows)
+        found |= sweep(clock, of, buffer, rows)
     return found
 
 
@@ -216,55 +196,66 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--samples", type=int, default=16, help="in the micro-batch")
     parser.add_argument("--sweep", action="store_true", help="also layouts of the kernel and sizes of chunks")
+    parser.add_argument("--device", default="cuda", help="cpu: tiny sizes, to try the script")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    device = torch.device(options.device)
+    of = Sizes(device=device) if device.type == "cuda" else Sizes.tiny(device)
     began = time.monotonic()
     torch.manual_seed(int(time.time()))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for line in check_kernel() + check_loss():
+    print(f"{device_name(device)}, torch {torch.__version__}")
+    for line in check_kernel(of) + check_loss(of):
         print(line)
     found: dict[str, float] = {}
-    batch = micro_batch(options.samples)
-    step = lambda: loss_step(batch, LossWeights())  # noqa: E731
-    found["loss, forward and backward"] = timed(step)
-    budgets = (320, 640, 1280) if options.sweep else ()
-    for budget in budgets:
-        found[f"loss, chunks of {budget} MB"] = timed(
-            lambda b=budget: loss_step(batch, LossWeights(), b * 2**20), 3
-        )
-    found["loss without relation"] = timed(lambda: loss_step(batch, LossWeights(relation=0.0)))
-    batch["hidden"].grad = batch["weight"].grad = None
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    peak = torch.cuda.max_memory_allocated() - before
-    gradients = sum(batch[name].grad.numel() * 4 for name in ("hidden", "weight"))
-    counts = profile(step)
-    print(f"launches {counts['launches']}, copies {counts['copies']}, waits {counts['waits']}")
-    batch["hidden"].grad = batch["weight"].grad = None
-    low, total = batch["weight"].detach().bfloat16(), torch.zeros(V, D, device=GPU)
-    rows = options.samples * (VISUAL + RESPONSE)
-    chunks = math.ceil(rows / (memory_budget_of(GPU) // (4 * V)))
-    buffer = torch.empty(math.ceil(rows / chunks), V, device=GPU)
-    found["floor, float32 sums, chunks"] = timed(floor_step(batch, low, buffer, total))
-    found |= parts_of(batch, low, buffer, total, options)
-    del buffer
-    found["floor, bf16 out, in one"] = timed(plain_floor(batch, low))
     try:
-        found[f"dense, one sample x {options.samples}"] = (
-            timed(lambda: dense_step(batch), 3) * options.samples
-        )
-    except torch.OutOfMemoryError:
-        found["dense"] = math.nan
+        measure(Clock(device), of, options, found)
+    finally:  # what was measured before something failed
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
     for name, value in found.items():
-        print(f"{name:60} {value:9.3f} ms")
+        print(f"{name:60} {value:9.3f}")
     for name in ("floor, float32 sums, chunks", "floor, bf16 out, in one"):
         print(f"loss / {name}: {found['loss, forward and backward'] / found[name]:.2f}")
-    print(f"peak over weights, targets and gradients: {(peak - gradients) / 2**20:.0f} MB")
     print(f"{time.monotonic() - began:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps({**found, **counts, "peak": peak - gradients}, indent=2))
+
+
+def measure(clock: Clock, of: Sizes, options: Any, found: dict[str, float]) -> None:
+    """Puts milliseconds, launches and megabytes in `found`."""
+    batch = micro_batch(of, options.samples)
+    step = lambda: loss_step(of, batch, LossWeights())  # noqa: E731
+    found["loss, forward and backward"] = clock.median(step)
+    for share in (0.5, 0.2):
+        weights = LossWeights(kl_share=share)
+        chosen = for_weights(batch, weights)
+        found[f"loss, kl_share {share}"] = clock.median(lambda c=chosen, w=weights: loss_step(of, c, w))
+    for budget in (320, 640, 1280) if options.sweep else ():
+        found[f"loss, chunks of {budget} MB"] = clock.median(
+            lambda b=budget: loss_step(of, batch, LossWeights(), b * 2**20), 3
+        )
+    without = LossWeights(relation=0.0)
+    chosen = for_weights(batch, without)
+    found["loss without relation"] = clock.median(lambda: loss_step(of, chosen, without))
+    batch["hidden"].grad = batch["weight"].grad = None
+    clock.free()
+    peak = clock.span(step).peak
+    gradients = sum(batch[name].grad.nbytes for name in ("hidden", "weight"))
+    found["peak over weights, targets and gradients, MB"] = (peak - gradients) / 1e6 if peak else math.nan
+    if of.device.type == "cuda":
+        found |= profile(step)
+    batch["hidden"].grad = batch["weight"].grad = None
+    low, total = batch["weight"].detach().bfloat16(), torch.zeros(of.v, of.d, device=of.device)
+    rows = options.samples * (of.visual + of.response)
+    chunks = math.ceil(rows / (memory_budget_of(of.device) // (4 * of.v)))
+    buffer = torch.empty(math.ceil(rows / chunks), of.v, device=of.device)
+    found["floor, float32 sums, chunks"] = clock.median(floor_step(of, batch, low, buffer, total))
+    found |= parts_of(clock, of, batch, low, buffer, total, options)
+    del buffer
+    found["floor, bf16 out, in one"] = clock.median(plain_floor(of, batch, low))
+    name = f"dense, one sample x {options.samples}"
+    try:
+        found[name] = clock.median(lambda: dense_step(of, batch), 3) * options.samples
+    except torch.OutOfMemoryError:
+        found[name] = math.nan
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training steps on a GPU at LLaVA-KD's shapes, with random weights: SFT, DFT from the cache, DFT with a live
 teacher.
 
-    python -m benchmarks.gpu_step [--small] [--no-live] [--json FILE]
+    python -m benchmarks.gpu_step [--small] [--no-live] [--device cuda] [--json FILE]
 
 A micro-batch of 16 samples of 890 tokens (729 visual, 105 supervised) that lies on the device, forward, loss
 and backward, and an optimizer step every fourth; bf16 autocast, float32 master weights, K = 32, relations of
@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import _shapes
+from benchmarks._clock import Clock, Span
 from models.device import device_name, peak_flops
 from models.parts import Part
 from student.losses import LossWeights, PlannedTargets
@@ -37,20 +37,29 @@ SAMPLES, ACCUMULATE, LIVE_SAMPLES = 16, 4, 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a small pair, for small cards")
+    parser.add_argument("--device", default="cuda", help="cpu: a tiny pair, to try the script")
     parser.add_argument("--no-live", action="store_true", help="without the live teacher")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    result = measure(small=arguments.small, live=not arguments.no_live, repeats=arguments.repeats)
+    shapes = (_shapes.STUDENT, _shapes.TEACHER)
+    if arguments.small:
+        shapes = (_shapes.SMALL_STUDENT, _shapes.SMALL_TEACHER)
+    if arguments.device == "cpu":
+        shapes = (_shapes.TINY_STUDENT, _shapes.TINY_TEACHER)
+    result = measure(
+        torch.device(arguments.device), *shapes, live=not arguments.no_live, repeats=arguments.repeats
+    )
     show(result)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
+def measure(
+    device: torch.device, shape: _shapes.Shape, teacher_shape: _shapes.Shape, *, live: bool, repeats: int
+) -> dict[str, Any]:
     """Milliseconds per sample, peak bytes and MFU of every kind of step."""
-    device = torch.device("cuda")
-    shape = _shapes.SMALL_STUDENT if small else _shapes.STUDENT
+    clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
         batch = _shapes.batch_of(Path(folder), shape, samples=SAMPLES, rank=64).to(device)
     torch.manual_seed(0)
@@ -77,7 +86,7 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
 
     def step(student: DistilledStudent, targets: PlannedTargets) -> None:
         nonlocal taken
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             parts = student(inputs, batch.labels, targets, batch.denominators)
         parts.total.backward()
         taken += 1
@@ -92,7 +101,7 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
     alone.hidden_states = lambda _: states  # type: ignore[method-assign]
 
     def loss_alone() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             alone(inputs, batch.labels, batch.targets, batch.denominators).total.backward()
         states.grad = None
 
@@ -100,12 +109,10 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
     steps["SFT"] = lambda: step(sft, labels_only)
     steps["DFT from the cache"] = lambda: step(dft, batch.targets)
     steps["loss of DFT alone"] = loss_alone
-    found = timed(steps, repeats, SAMPLES)
+    found = timed(clock, steps, repeats, SAMPLES)
     if live:
-        teacher_shape = _shapes.SMALL_TEACHER if small else _shapes.TEACHER
-        found |= timed(
-            live_steps(model, teacher_shape, inputs, batch, optimizer), max(3, repeats // 3), LIVE_SAMPLES
-        )
+        lives = live_steps(device, model, teacher_shape, inputs, batch, optimizer)
+        found |= timed(clock, lives, max(3, repeats // 3), LIVE_SAMPLES)
     peak = peak_flops(device)
     flops_of = StepFlops(model)
     for name, rows in (("SFT", _shapes.ANSWER), ("DFT from the cache", shape.visual + _shapes.ANSWER)):
@@ -117,13 +124,18 @@ def measure(*, small: bool, live: bool, repeats: int) -> dict[str, Any]:
 
 
 def live_steps(
-    model: Any, teacher_shape: _shapes.Shape, inputs: dict[str, Any], batch: Any, optimizer: Any
+    device: torch.device,
+    model: Any,
+    teacher_shape: _shapes.Shape,
+    inputs: dict[str, Any],
+    batch: Any,
+    optimizer: Any,
 ) -> dict[str, Callable[[], None]]:
     """DFT with the teacher in memory: dense KL and Gram losses, as LLaVA-KD's trainer computes them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with device:
             teacher = teacher_shape.build().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
@@ -139,7 +151,7 @@ def live_steps(
 
     def step() -> None:
         hidden = forward()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             logits = model(**few, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         for kind in (answers, visual):
@@ -161,31 +173,22 @@ def live_steps(
     return {"DFT with a live teacher": step, "the teacher's forward alone": forward}
 
 
-def timed(steps: dict[str, Callable[[], Any]], repeats: int, samples: int) -> dict[str, dict[str, Any]]:
+def timed(
+    clock: Clock, steps: dict[str, Callable[[], Any]], repeats: int, samples: int
+) -> dict[str, dict[str, Any]]:
     """Each step's milliseconds per sample and peak bytes; the steps take turns."""
-    found: dict[str, dict[str, Any]] = {name: {} for name in steps}
-    spent: dict[str, list[float]] = {name: [] for name in steps}
-    launched: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 2):
+    spans: dict[str, list[Span]] = {name: [] for name in steps}
+    for _ in range(repeats + 2):
         for name, step in steps.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            started = time.perf_counter()
-            begin.record()
-            step()
-            end.record()
-            launched_after = time.perf_counter() - started
-            torch.cuda.synchronize()
-            if turn >= 2:
-                spent[name].append(begin.elapsed_time(end))
-                launched[name].append(launched_after * 1e3)
-            found[name]["peak_gb_over_weights"] = (torch.cuda.max_memory_allocated() - held) / 1e9
-    for name, values in spent.items():
-        found[name]["ms_per_sample"] = statistics.median(values) / samples
-        found[name]["host_ms_per_sample"] = statistics.median(launched[name]) / samples
-    return found
+            spans[name].append(clock.span(step))
+    return {
+        name: {
+            "peak_gb_over_weights": found[-1].peak / 1e9,
+            "ms_per_sample": statistics.median(span.device for span in found[2:]) / samples,
+            "host_ms_per_sample": statistics.median(span.host for span in found[2:]) / samples,
+        }
+        for name, found in spans.items()
+    }
 
 
 def show(result: dict[str, Any]) -> None:
