@@ -1,6 +1,6 @@
 """A build in a process of its own.
 
-    python -m tests.cache_build_child URL [rank world_size] [--version V] [--die-at N] [--embed]
+    python -m tests.cache_build_child URL [rank world_size] [--version V] [--die-at N]
 
 Prints the shards it committed, or with --moments the moments at which it could die.
 """
@@ -8,11 +8,10 @@ Prints the shards it committed, or with --moments the moments at which it could 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 from cache_schema.format.documents import FORMAT_VERSION
 from tests.cache_faults import die, moments
-from tests.cache_teacher import KILL_SPEC, build_cache
+from tests.cache_teacher import build_cache, disturbed_spec
 
 
 def main() -> None:
@@ -22,9 +21,8 @@ def main() -> None:
     parser.add_argument("--version", type=int, default=FORMAT_VERSION)
     parser.add_argument("--die-at", type=int, default=0)
     parser.add_argument("--moments", action="store_true")
-    parser.add_argument("--embed", action="store_true")
     options = parser.parse_args()
-    spec = replace(KILL_SPEC, embed_images=options.embed)
+    spec = disturbed_spec(options.version)
     with moments(options.die_at, die) as counter:
         made = build_cache(options.url, spec, workers=tuple(options.workers), version=options.version)
     print("\n".join(counter.names) if options.moments else " ".join(map(str, made)))

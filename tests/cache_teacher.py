@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from cache_schema.format.manifest import Manifest, Plan
 from cache_schema.format.records import (
     CapturedImage,
     CapturedSample,
+    HiddenStates,
     ImageRecord,
     QuarantinedRow,
     Relation,
@@ -23,10 +25,50 @@ from cache_schema.format.records import (
 )
 from cache_schema.format.shard import response_count
 from cache_schema.format.spec import Kind, TargetSpec
+from cache_schema.format.stored_head import StoredHead
 from cache_schema.format.writer import CacheWriter
 from cache_schema.operations.verify import verify
 
 VOCAB = 500
+WIDTH = 16
+
+
+def make_head() -> tuple[StoredHead, bytes]:
+    """A head in bfloat16 with a bias, and what a manifest says of it."""
+    rng = np.random.default_rng(11)
+    weight, bias = (rng.normal(size=shape).astype("<f4") for shape in ((VOCAB, WIDTH), (VOCAB,)))
+    data = b"".join((values.view("<u4") >> 16).astype("<u2").tobytes() for values in (weight, bias))
+    ends = 2 * weight.size, 2 * (weight.size + bias.size)
+    header = json.dumps(
+        {
+            "weight": {"dtype": "BF16", "shape": [VOCAB, WIDTH], "data_offsets": [0, ends[0]]},
+            "bias": {"dtype": "BF16", "shape": [VOCAB], "data_offsets": [ends[0], ends[1]]},
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    file = len(header).to_bytes(8, "little") + header + data
+    return StoredHead(
+        sha256=hashlib.sha256(file).hexdigest(),
+        size=len(file),
+        rows=VOCAB,
+        width=WIDTH,
+        dtype="bfloat16",
+        bias=True,
+        softcap=30.0,
+        logit_scale=0.5,
+    ), file
+
+
+def make_hidden(key: int, positions: int) -> HiddenStates:
+    """Stored states of some positions; three keys in a row have the same channels."""
+    channels = np.random.default_rng(key // 3).normal(size=(1, 2, WIDTH)).astype(np.float32)
+    rng = np.random.default_rng([13, key])
+    return HiddenStates(
+        values=rng.integers(-127, 128, size=(positions, WIDTH)).astype(np.int8),
+        scales=rng.uniform(0.01, 0.1, size=positions).astype(np.float32),
+        channels=channels,
+        channel_of=np.zeros(positions, np.int32),
+    )
 
 
 def make_topk(
@@ -114,6 +156,7 @@ def make_sample(row: int, spec: TargetSpec, *, tokens: int = 9, share: bool = Fa
                 record=record,
                 prefix_key=f"{source:064x}" if share and number == 0 else None,
                 visual=visual,
+                hidden=make_hidden(source, tokens) if "visual" in spec.hidden else None,
                 relation=make_relation(of_image, tokens) if "relation" in spec.targets else None,
             )
         )
@@ -130,6 +173,7 @@ def make_sample(row: int, spec: TargetSpec, *, tokens: int = 9, share: bool = Fa
         images=tuple(images),
         response=make_topk(rng, responses, spec) if "response" in spec.targets else None,
         prompt=make_topk(rng, prompts, spec, kind="prompt") if "prompt" in spec.targets else None,
+        hidden=make_hidden(row, responses) if "response" in spec.hidden else None,
         model_inputs={"token_type_ids": (np.arange(length) % 2).astype(np.int64)} if row % 2 else {},
     )
 
@@ -154,6 +198,7 @@ def make_manifest(
         assets={"tokenizer.json": b'{"vocab": "\xc3\xa4"}', "chat_template.jinja": b"{{ messages }}"},
         dataset={"name": "stand-in", "rows": rows},
         format_version=version,
+        head=make_head()[0] if spec.hidden else None,
     )
 
 
@@ -174,6 +219,20 @@ def capture(
 
 KILL_SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), top_k=4)
 
+EVERYTHING = TargetSpec(
+    targets=("response", "visual", "relation", "prompt", "hidden"),
+    top_k={"prompt": 3},
+    entries={"response": 0.01, "visual": 0.02},
+    temperatures=(0.5, 1.0),
+    embed_images=True,
+)
+"""All that version 2 can hold."""
+
+
+def disturbed_spec(version: int) -> TargetSpec:
+    """What is captured where builds and caches of a format version are disturbed."""
+    return KILL_SPEC if version == 1 else EVERYTHING
+
 
 def build_cache(
     url: object,
@@ -187,6 +246,8 @@ def build_cache(
 ) -> list[int]:
     """Build, or complete, the stand-in cache at `url`, as worker (rank, world size); the shards it made."""
     writer = CacheWriter.open(url, make_manifest(spec, rows, version=version), **options)
+    if writer.lacks_head:
+        writer.put_head(make_head()[1])
     made = []
     for shard in writer.pending(*workers):
         samples, bad = capture(writer.manifest.plan.rows_of(shard).tolist(), spec, share=share)

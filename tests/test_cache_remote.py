@@ -22,7 +22,14 @@ from cache_schema import (
 from cache_schema.format import store
 from cache_schema.format.store import ObjectStore
 from cache_schema.operations.verify import verify
-from tests.cache_teacher import assert_same_cache, build_cache, capture, make_manifest
+from tests.cache_teacher import (
+    assert_same_cache,
+    build_cache,
+    capture,
+    disturbed_spec,
+    make_head,
+    make_manifest,
+)
 
 SPEC = TargetSpec(targets=("response", "visual"), top_k=4)
 ROWS = 12
@@ -108,9 +115,10 @@ def test_damage_is_found_and_repaired(place, undisturbed: Path, version: int) ->
 @pytest.mark.parametrize("version", [1, 2])
 def test_of_racing_writers_one_wins(place, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     url, options = place
-    manifest = make_manifest(SPEC, ROWS, version=version)
+    spec = disturbed_spec(version)
+    manifest = make_manifest(spec, ROWS, version=version)
     writers = [CacheWriter.open(url, manifest, storage_options=options) for _ in range(4)]
-    samples, bad = capture(writers[0].manifest.plan.rows_of(2).tolist(), SPEC)
+    samples, bad = capture(writers[0].manifest.plan.rows_of(2).tolist(), spec)
     start = threading.Barrier(len(writers))
     for kind in (store.LocalStore, store.ObjectStore):
         create = kind.create
@@ -118,6 +126,8 @@ def test_of_racing_writers_one_wins(place, monkeypatch: pytest.MonkeyPatch, vers
     records: list[Any] = []
 
     def write(writer: CacheWriter) -> None:
+        if writer.lacks_head:
+            writer.put_head(make_head()[1])
         records.append(writer.write_shard(2, samples, bad, engine={}, seconds=0.0))
 
     threads = [threading.Thread(target=write, args=(writer,)) for writer in writers]

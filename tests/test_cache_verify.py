@@ -19,7 +19,14 @@ from cache_schema import CacheDamaged, CacheWriter, KdcacheError, TargetSpec, op
 from cache_schema.operations import verify as verifying
 from cache_schema.operations import verify_shard
 from cache_schema.operations.verify import GRACE_SECONDS, verify
-from tests.cache_teacher import assert_same_cache, build_cache, capture, holding, make_manifest
+from tests.cache_teacher import (
+    assert_same_cache,
+    build_cache,
+    capture,
+    disturbed_spec,
+    holding,
+    make_manifest,
+)
 
 SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), top_k=6)
 
@@ -220,14 +227,16 @@ def find_faults(cache: Path, count: int, seed: int) -> None:
 def read_everything(cache: Path) -> None:
     opened = open_cache(cache)
     for shard in opened.shards:
-        opened.read_shard(shard)
+        opened.read_shard(shard, images=True)
+    if opened.manifest.head is not None:
+        opened.head_bytes()
     if len(opened.shards) < opened.plan.shards:
         raise CacheDamaged("a shard is missing")
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_random_faults_are_found(tmp_path: Path, version: int) -> None:
-    build_cache(tmp_path, SPEC, rows=8, version=version)
+    build_cache(tmp_path, disturbed_spec(version), rows=8, version=version)
     find_faults(tmp_path, 24, seed=1)
 
 
@@ -235,7 +244,7 @@ def test_random_faults_are_found(tmp_path: Path, version: int) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("version", [1, 2])
 def test_400_random_faults_are_found(tmp_path: Path, version: int) -> None:
-    build_cache(tmp_path, SPEC, rows=8, version=version)
+    build_cache(tmp_path, disturbed_spec(version), rows=8, version=version)
     find_faults(tmp_path, 400, seed=2)
 
 

@@ -20,7 +20,7 @@ from cache_schema.operations.verify import verify
 from cache_schema.progress import Silent
 from pipeline.capture import BuildConfig, build
 from student.train import train
-from tests.cache_teacher import KILL_SPEC, assert_same_cache, build_cache
+from tests.cache_teacher import EVERYTHING, assert_same_cache, build_cache
 from tests.student_caches import make_world
 from tests.test_cache_kills import start
 from tests.test_student_train import settings
@@ -150,18 +150,17 @@ def test_damage_is_found_and_other_bytes_are_refused(made, tmp_path: Path) -> No
 
 
 def test_kills_around_the_images_leave_what_an_undisturbed_build_leaves(tmp_path: Path) -> None:
-    spec = replace(KILL_SPEC, embed_images=True)
-    build_cache(tmp_path / "undisturbed", spec)
+    build_cache(tmp_path / "undisturbed", EVERYTHING)
     expected = images_in(open_cache(tmp_path / "undisturbed"))
     assert len(expected) > 5
-    names = start(tmp_path / "moments", "--embed", "--moments").communicate(timeout=120)[0].split("\n")[:-1]
+    names = start(tmp_path / "moments", "--moments").communicate(timeout=120)[0].split("\n")[:-1]
     steps = [place for place, name in enumerate(names, 1) if "images" in name or ".arrow" in name]
     assert len(steps) >= 5
     for at in steps[:: max(1, len(steps) // 6)]:
-        process = start(tmp_path / str(at), "--embed", "--die-at", at)
+        process = start(tmp_path / str(at), "--die-at", at)
         process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL
-        build_cache(tmp_path / str(at), spec)
+        build_cache(tmp_path / str(at), EVERYTHING)
         assert_same_cache(tmp_path / str(at), tmp_path / "undisturbed")
         assert images_in(open_cache(tmp_path / str(at))) == expected
         assert verify(tmp_path / str(at)).ok

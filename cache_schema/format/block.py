@@ -45,13 +45,6 @@ class ShardBlock:
     ) -> None:
         check_samples(table)
         spec, self._where = manifest.spec, where
-        for arrays in (
-            {"token_ids": table["input_ids"].combine_chunks().values.to_numpy()},
-            *groups.values(),
-        ):
-            for name in ("vocabulary", "token_ids", "sampled_ids"):
-                if name in arrays and ("vocabulary" not in arrays or name == "vocabulary"):
-                    _check_ids(arrays[name], manifest.vocab_size)
         self._contents = contents or {}
         self.parts = parts
         self._groups = {kind: prepare_topk(arrays) for kind, arrays in groups.items()}
@@ -137,6 +130,15 @@ class ShardBlock:
         fields = (getattr(record, name) for name in TopK.__dataclass_fields__ if name != "temperatures")
         _check_lengths(_count(places), *fields)
         return record
+
+
+def check_targets(groups: Mapping[str, Arrays], vocab_size: int) -> None:
+    """ValueError for a token id among the targets that is outside of the vocabulary."""
+    for arrays in groups.values():
+        named = ("vocabulary",) if "vocabulary" in arrays else ("token_ids", "sampled_ids")
+        for name in named:
+            if name in arrays:
+                _check_ids(arrays[name], vocab_size)
 
 
 def _span(start: int | None, count: int) -> Places | None:

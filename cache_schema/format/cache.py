@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cache_schema.errors import REMEDY, CacheDamaged, KdcacheError, decoding
 from cache_schema.file_cache import FileCache
 from cache_schema.format.archive import unpack
-from cache_schema.format.block import ShardBlock
+from cache_schema.format.block import ShardBlock, check_targets
 from cache_schema.format.codecs.topk import Arrays
 from cache_schema.format.groups import read_groups
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan
@@ -135,6 +135,7 @@ class Cache:
         stored = self.stored_shard(shard, wanted)
         with decoding(where := f"{self.url}/{self.commits[shard].path}"):
             contents = self.images_of(shard) if images else None
+            check_targets(stored[1], self.manifest.vocab_size)
             block = ShardBlock(*stored, self.manifest, wanted, contents, where)
             if len(block) != self.shard_length(shard):
                 raise ValueError(f"{len(block)} samples, not {self.shard_length(shard)}")
