@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from cache_schema.errors import KdcacheError
 
@@ -17,6 +17,8 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 KINDS = ("shape", "color", "yesno")
 DESCRIBE = "Describe the image."
+MOST_TURNS = 8
+"""Of a conversation that the teacher is trained on; what it says in later turns means little."""
 
 Split = Literal["train", "test"]
 
@@ -30,6 +32,16 @@ class DemoData:
     conversations: Path
     held_out: Path
     test: Path
+
+
+class Described(Protocol):
+    """An image of which questions with their answers and captions are known."""
+
+    @property
+    def questions(self) -> Sequence[tuple[str, str]]: ...
+
+    @property
+    def captions(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +70,11 @@ class Picture:
     path: Path
     questions: tuple[tuple[str, str], ...]
     attributes: Attributes
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """As `Attributes.captions`."""
+        return self.attributes.captions
 
 
 def question_kind(answer: str) -> str:
@@ -129,6 +146,7 @@ def write_dataset(
     test_images: int | None = None,
     held_out_images: int | None = None,
     max_yesno_per_image: int | None = None,
+    max_turns: int | None = None,
     seed: int = 0,
 ) -> DemoData:
     """Writes images, captions.json, conversations.json and test.json under `out`, in LLaVA's row format.
@@ -142,6 +160,7 @@ def write_dataset(
         train_images, test_images: how many images, drawn with `seed`; None takes all.
         held_out_images: how many of the test images also get a conversation row; None takes all.
         max_yesno_per_image: keep at most so many yes/no questions of a test image; None keeps all.
+        max_turns: keep so many turns, the first in their drawn order, of a conversation; None keeps all.
         seed: decides the draw of images, the order of turns and the kept yes/no questions.
 
     Raises:
@@ -161,14 +180,14 @@ def write_dataset(
     for picture in train:
         image = _copy_image(picture, data.image_root, "train")
         rng = random.Random(f"row-{seed}-{picture.image_id}")
-        caption = rng.choice(picture.attributes.captions)
+        caption = rng.choice(picture.captions)
         captions.append(_row(f"caption-{picture.image_id}", image, [(DESCRIBE, caption)]))
-        conversations.append(_conversation(picture, image, rng))
+        conversations.append(_conversation(picture, image, max_turns, rng))
     for place, picture in enumerate(test):
         image = _copy_image(picture, data.image_root, "test")
         if held_out_images is None or place < held_out_images:
             rng = random.Random(f"row-{seed}-{picture.image_id}")
-            held_out.append(_conversation(picture, image, rng))
+            held_out.append(_conversation(picture, image, max_turns, rng))
         for number in _kept_questions(picture, max_yesno_per_image, seed):
             pair = picture.questions[number]
             row = _row(f"test-{picture.image_id}-{number}", image, [pair])
@@ -222,10 +241,10 @@ def _copy_image(picture: Picture, image_root: Path, split: Split) -> str:
     return image
 
 
-def _conversation(picture: Picture, image: str, rng: random.Random) -> dict[str, Any]:
+def _conversation(picture: Picture, image: str, max_turns: int | None, rng: random.Random) -> dict[str, Any]:
     turns = list(picture.questions)
     rng.shuffle(turns)
-    return _row(f"conversation-{picture.image_id}", image, turns)
+    return _row(f"conversation-{picture.image_id}", image, turns[:max_turns])
 
 
 def _row(row_id: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from cache_schema.format.cache import open_cache
 from cache_schema.output import require_folder, write_text, writing
 from cache_schema.progress import Progress
 from demo.curves import draw_curves
-from demo.easy_vqa import write_dataset
+from demo.easy_vqa import MOST_TURNS, write_dataset
 from demo.settings import DemoConfig
 from views.terminal import notes
 
@@ -41,6 +41,7 @@ class DemoSettings:
     test_images: int = 1000
     held_out_images: int = 150
     yesno_per_image: int = 2
+    max_turns: int = MOST_TURNS
     hidden_size: int = 64
     layers: int = 3
     heads: int = 4
@@ -221,6 +222,7 @@ def _write_data(data: Path, settings: DemoSettings) -> None:
         test_images=settings.test_images,
         held_out_images=settings.held_out_images,
         max_yesno_per_image=settings.yesno_per_image,
+        max_turns=settings.max_turns,
     )
 
 

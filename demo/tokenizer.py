@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from demo.easy_vqa import DESCRIBE, Picture
+from demo.easy_vqa import DESCRIBE, Described
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -37,10 +37,10 @@ def turn_text(question: str, answer: str) -> str:
     return f"USER: {question} ASSISTANT: {answer}{END}"
 
 
-def training_texts(pictures: Sequence[Picture]) -> Iterator[str]:
+def training_texts(pictures: Sequence[Described]) -> Iterator[str]:
     """The text of a split: every turn, the captions, and the request for one, without image tokens."""
     for picture in pictures:
-        for caption in picture.attributes.captions:
+        for caption in picture.captions:
             yield f"{caption}\n"
             yield turn_text(f"\n{DESCRIBE}", caption)
         for question, answer in picture.questions:

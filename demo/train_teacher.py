@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -28,18 +27,18 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from cache_schema.progress import Progress, task
-from demo.easy_vqa import Picture, load_pictures
-from demo.language_model import IGNORE, padded, train_language_model
+from cache_schema.progress import Progress
+from demo.easy_vqa import MOST_TURNS, Described, Picture, load_pictures
+from demo.language_model import train_language_model
 from demo.measure_teacher import answer_accuracy, mean_entropy
+from demo.phases import Lines, WorkFolder, train_phase
 from demo.teacher_model import assemble, make_processor, save_teacher
-from demo.teacher_texts import Row, Texts, attention_of
+from demo.teacher_texts import Row, Texts
 from demo.tokenizer import train_tokenizer, training_texts, turn_text
 from demo.vision_tower import (
     TowerTraining,
     load_images,
     normalized,
-    one_cycle,
     shifted,
     train_tower,
 )
@@ -68,16 +67,16 @@ class TeacherTraining:
 
 
 def caption_batches(
-    pictures: Sequence[Picture], texts: Texts, batch: int, steps: int, rng: random.Random
+    pictures: Sequence[Described], texts: Texts, batch: int, steps: int, rng: random.Random
 ) -> Iterator[tuple[list[int], list[Row]]]:
     """(picture numbers, rows) for each step, captions only."""
     for _ in range(steps):
         chosen = [rng.randrange(len(pictures)) for _ in range(batch)]
-        yield chosen, [texts.caption(rng.choice(pictures[row].attributes.captions)) for row in chosen]
+        yield chosen, [texts.caption(rng.choice(pictures[row].captions)) for row in chosen]
 
 
 def instruction_batches(
-    pictures: Sequence[Picture], texts: Texts, batch: int, steps: int, rng: random.Random
+    pictures: Sequence[Described], texts: Texts, batch: int, steps: int, rng: random.Random
 ) -> Iterator[tuple[list[int], list[Row]]]:
     """Batches of one kind each: captions (a tenth), single questions (half, twice the rows), conversations.
 
@@ -92,11 +91,11 @@ def instruction_batches(
         for row in chosen:
             questions = pictures[row].questions
             if draw < 0.1:
-                rows.append(texts.caption(rng.choice(pictures[row].attributes.captions)))
+                rows.append(texts.caption(rng.choice(pictures[row].captions)))
             elif draw < 0.6:
                 rows.append(texts.conversation([rng.choice(questions)]))
             else:
-                rows.append(texts.conversation(rng.sample(questions, min(len(questions), 8))))
+                rows.append(texts.conversation(rng.sample(questions, min(len(questions), MOST_TURNS))))
         yield chosen, rows
 
 
@@ -115,9 +114,11 @@ def question_batches(
         for row in chosen:
             picture = pictures[row]
             if draw < 0.1:
-                rows.append(texts.caption(rng.choice(picture.attributes.captions)))
+                rows.append(texts.caption(rng.choice(picture.captions)))
             elif draw < 0.3:
-                rows.append(texts.conversation(rng.sample(picture.questions, min(len(picture.questions), 8))))
+                rows.append(
+                    texts.conversation(rng.sample(picture.questions, min(len(picture.questions), MOST_TURNS)))
+                )
             else:
                 truth = {picture.attributes.shape, picture.attributes.color}
                 named = [pair for pair in picture.questions if truth & set(pair[0].rstrip("?").split())]
@@ -127,101 +128,10 @@ def question_batches(
         yield chosen, rows
 
 
-def train_phase(
-    name: str,
-    model: LlavaForConditionalGeneration,
-    images: Tensor,
-    batches: Iterator[tuple[list[int], list[Row]]],
-    *,
-    trained: Sequence[nn.Module],
-    steps: int,
-    learning_rate: float,
-    weight_decay: float,
-    seed: int,
-    progress: Progress,
-    check: Callable[[], str] | None = None,
-) -> None:
-    """Next-token training of the `trained` modules on supervised positions; everything else is frozen."""
+def augmented(images: Tensor, seed: int) -> Callable[[list[int]], Tensor]:
+    """Pixel values of images by their numbers, each time mirrored and moved anew."""
     generator = torch.Generator().manual_seed(seed)
-    model.requires_grad_(False)
-    for module in trained:
-        module.requires_grad_(True)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
-    with task(progress, name, steps):
-        running = 0.0
-        for step, (chosen, rows) in enumerate(batches, start=1):
-            pixels = normalized(shifted(images[chosen], generator))
-            ids = padded([row.ids for row in rows], model.config.text_config.pad_token_id)
-            labels = padded([row.labels for row in rows], IGNORE)
-            supervised = labels[:, 1:] != IGNORE
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                if any(any(row.parts) for row in rows):
-                    mask, positions = attention_of(rows)
-                    attention = {"attention_mask": {"full_attention": mask}, "position_ids": positions}
-                else:  # padding is on the right and attention is causal: supervised positions need no mask
-                    attention = {}
-                hidden = model.model(input_ids=ids, pixel_values=pixels, **attention).last_hidden_state
-                logits = model.lm_head(hidden[:, :-1][supervised])
-            loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][supervised])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            running = loss.item() if step == 1 else 0.95 * running + 0.05 * loss.item()
-            progress.update(step, loss=f"{running:.4f}")
-            if check is not None and (step % 200 == 0 or step == steps):
-                progress.message(f"{name}, step {step}: {check()}")
-
-
-class WorkFolder:
-    """Finished phases, each a folder with its settings; a phase whose settings differ is made again."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self._path = path
-        self._progress = progress
-
-    def phase(self, name: str, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
-        """The folder of phase `name`, made by `make` unless it is there; renamed into place when complete."""
-        folder, partial = self._path / name, self._path / f"{name}.partial"
-        stamp = folder / "settings.json"
-        if stamp.exists() and json.loads(stamp.read_text()) == settings:
-            self._progress.message(f"{name}: kept from {folder}")
-            return folder
-        for stale in (folder, partial):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir(parents=True)
-        started = time.monotonic()
-        make(partial)
-        (partial / "seconds.json").write_text(json.dumps(round(time.monotonic() - started, 1)))
-        (partial / "settings.json").write_text(json.dumps(settings, indent=1))
-        partial.rename(folder)
-        return folder
-
-
-class Lines:
-    """Progress as plain lines, one per ten seconds."""
-
-    def __init__(self) -> None:
-        self._what, self._total, self._began, self._told = "", 0, 0.0, 0.0
-
-    def begin(self, what: str, total: int | None) -> None:
-        self._what, self._total, self._began = what, total or 0, time.monotonic()
-
-    def update(self, done: int, **fields: str) -> None:
-        now = time.monotonic()
-        if now - self._told < 10 and done != self._total:
-            return
-        self._told = now
-        shown = ", ".join(f"{name} {value}" for name, value in fields.items())
-        print(f"{self._what} {done}/{self._total}: {shown}, {now - self._began:.0f} s", flush=True)
-
-    def message(self, line: str) -> None:
-        print(line, flush=True)
-
-    def end(self) -> None: ...
+    return lambda chosen: normalized(shifted(images[chosen], generator))
 
 
 def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Progress) -> dict[str, Any]:
@@ -250,7 +160,7 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
         for picture in seen:
             turns = rng.sample(picture.questions, len(picture.questions))
             lines.append("".join(turn_text(question, answer) for question, answer in turns))
-            lines += [f"{caption}\n" for caption in picture.attributes.captions]
+            lines += [f"{caption}\n" for caption in picture.captions]
         train_language_model(
             lines,
             tokenizer,
@@ -274,7 +184,7 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
         train_phase(
             "projector on captions",
             model,
-            images,
+            augmented(images, settings.seed),
             caption_batches(
                 seen, texts, settings.batch, settings.caption_steps, random.Random(settings.seed)
             ),
@@ -282,7 +192,6 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
             steps=settings.caption_steps,
             learning_rate=settings.caption_learning_rate,
             weight_decay=0.0,
-            seed=settings.seed,
             progress=progress,
         )
         model.save_pretrained(path)
@@ -306,13 +215,12 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
         train_phase(
             name,
             model,
-            images,
+            augmented(images, seed),
             batches,
             trained=[model.model.multi_modal_projector, model.model.language_model, model.lm_head],
             steps=steps,
             learning_rate=rate,
             weight_decay=settings.weight_decay,
-            seed=seed,
             progress=progress,
             check=check,
         )

@@ -306,6 +306,15 @@ def test_a_language_model_learns_the_text_and_loads_again(data, tokenizer, tmp_p
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATE
 
 
+def test_conversations_are_cut_at_the_turns_asked_for(tmp_path):
+    whole = write_dataset(tmp_path / "whole", train_images=30, test_images=5)
+    cut = write_dataset(tmp_path / "cut", train_images=30, test_images=5, max_turns=4)
+    for long, short in zip(read(whole.conversations), read(cut.conversations), strict=True):
+        assert turns_of(short) == turns_of(long)[:4]
+    assert max(len(turns_of(row)) for row in read(whole.conversations)) > 8
+    assert read(cut.test) == read(whole.test)
+
+
 def test_held_out_conversations_are_about_test_images(tmp_path):
     data = write_dataset(tmp_path, train_images=2, test_images=3, held_out_images=2)
     rows = json.loads(data.held_out.read_text(encoding="utf-8"))
