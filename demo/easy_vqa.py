@@ -181,7 +181,7 @@ def write_dataset(
         image = _copy_image(picture, data.image_root, "train")
         rng = random.Random(f"row-{seed}-{picture.image_id}")
         caption = rng.choice(picture.captions)
-        captions.append(_row(f"caption-{picture.image_id}", image, [(DESCRIBE, caption)]))
+        captions.append(llava_row(f"caption-{picture.image_id}", image, [(DESCRIBE, caption)]))
         conversations.append(_conversation(picture, image, max_turns, rng))
     for place, picture in enumerate(test):
         image = _copy_image(picture, data.image_root, "test")
@@ -190,7 +190,7 @@ def write_dataset(
             held_out.append(_conversation(picture, image, max_turns, rng))
         for number in _kept_questions(picture, max_yesno_per_image, seed):
             pair = picture.questions[number]
-            row = _row(f"test-{picture.image_id}-{number}", image, [pair])
+            row = llava_row(f"test-{picture.image_id}-{number}", image, [pair])
             questions.append({**row, "kind": question_kind(pair[1])})
     for path, rows in (
         (data.captions, captions),
@@ -200,6 +200,15 @@ def write_dataset(
     ):
         path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return data
+
+
+def llava_row(row_id: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """A conversation about one image in LLaVA's row format."""
+    conversations = []
+    for number, (question, answer) in enumerate(turns):
+        human = f"<image>\n{question}" if number == 0 else question
+        conversations += [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
+    return {"id": row_id, "image": image, "conversations": conversations}
 
 
 def _package_folder() -> Path:
@@ -244,12 +253,4 @@ def _copy_image(picture: Picture, image_root: Path, split: Split) -> str:
 def _conversation(picture: Picture, image: str, max_turns: int | None, rng: random.Random) -> dict[str, Any]:
     turns = list(picture.questions)
     rng.shuffle(turns)
-    return _row(f"conversation-{picture.image_id}", image, turns[:max_turns])
-
-
-def _row(row_id: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    conversations = []
-    for number, (question, answer) in enumerate(turns):
-        human = f"<image>\n{question}" if number == 0 else question
-        conversations += [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
-    return {"id": row_id, "image": image, "conversations": conversations}
+    return llava_row(f"conversation-{picture.image_id}", image, turns[:max_turns])

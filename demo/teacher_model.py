@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from demo.tokenizer import CHAT_TEMPLATE, IMAGE
-from demo.vision_tower import FEATURE_LAYER, IMAGE_SIZE, PATCH_SIZE, VISUAL_TOKENS
+from demo.vision_tower import FEATURE_LAYER, IMAGE_SIZE, PATCH_SIZE
 
 
 def assemble(
@@ -35,7 +35,7 @@ def assemble(
         projector_hidden_act="gelu",
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="full",
-        image_seq_length=VISUAL_TOKENS,
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config)
@@ -51,12 +51,12 @@ def assemble(
     return model
 
 
-def make_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+def make_processor(tokenizer: PreTrainedTokenizerBase, patch_size: int = PATCH_SIZE) -> LlavaProcessor:
     """The processor that feeds `assemble`'s model; images of another size are resized to a square."""
     return LlavaProcessor(
         SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
         tokenizer,
-        patch_size=PATCH_SIZE,
+        patch_size=patch_size,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     )
@@ -69,4 +69,4 @@ def save_teacher(trained: Path, out: Path, tokenizer: PreTrainedTokenizerBase) -
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._name_or_path = ""  # or the work folder's path would be shipped
     model.save_pretrained(out)
-    make_processor(tokenizer).save_pretrained(out)
+    make_processor(tokenizer, model.config.vision_config.patch_size).save_pretrained(out)

@@ -32,8 +32,9 @@ def attention_of(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 class Texts:
     """Captions and turns as token ids and labels, the image token repeated for every visual token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, visual_tokens: int = VISUAL_TOKENS) -> None:
         self.vocabulary = len(tokenizer)
+        self._visual_tokens = visual_tokens
         self._tokenizer = tokenizer
         self._image_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
         self._cache: dict[str, list[int]] = {}
@@ -76,7 +77,7 @@ class Texts:
         labels: list[int] = []
         for prompt, answer in pieces:
             for token in prompt:
-                ids += [token] * (VISUAL_TOKENS if token == self._image_id else 1)
+                ids += [token] * (self._visual_tokens if token == self._image_id else 1)
             ids += answer
             labels += [IGNORE] * (len(ids) - len(labels) - len(answer)) + answer
         return Row(ids=ids, labels=labels, parts=[0] * len(ids), positions=list(range(len(ids))))

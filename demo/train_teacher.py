@@ -116,9 +116,7 @@ def question_batches(
             if draw < 0.1:
                 rows.append(texts.caption(rng.choice(picture.captions)))
             elif draw < 0.3:
-                rows.append(
-                    texts.conversation(rng.sample(picture.questions, min(len(picture.questions), MOST_TURNS)))
-                )
+                rows.append(texts.conversation(rng.sample(picture.questions, min(len(picture.questions), 8))))
             else:
                 truth = {picture.attributes.shape, picture.attributes.color}
                 named = [pair for pair in picture.questions if truth & set(pair[0].rstrip("?").split())]

@@ -1,0 +1,1 @@
+"""The paper's ablations on two small sets: `python -m ablations`."""
