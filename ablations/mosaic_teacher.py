@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
+    LlavaForConditionalGeneration,
     Qwen2ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
