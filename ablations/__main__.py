@@ -27,10 +27,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results-run"), help="folder of the runs")
     parser.add_argument("--page", type=Path, help="the page to write; default: OUT/results.md")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--only", choices=tuple(FULL.budgets), help="the one set to work on this time")
     parser.add_argument("--quick", action="store_true", help="3 seeds, no search, Tables 2 to 4 alone")
     parser.add_argument("--page-only", action="store_true", help="write the page of the runs that are there")
     options = parser.parse_args()
-    study = Study(options.out, QUICK if options.quick else FULL)
+    study = Study(options.out, QUICK if options.quick else FULL, options.only)
     try:
         if not options.page_only:
             run_study(study, options.jobs, Lines())

@@ -33,14 +33,13 @@ from student.stream import Stream, StreamConfig
 
 CURVE_POINTS = 5
 CURVE_IMAGES = 60
-TEXT_STEPS = 150
 
 
 class Bench:
     """A set as arms need it: everything that is the same for all of them, read once."""
 
-    def __init__(self, found: QuestionSet) -> None:
-        self.found = found
+    def __init__(self, found: QuestionSet, text_steps: int) -> None:
+        self.found, self._text_steps = found, text_steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = found.tokenizer()
         self.features = {split: found.features(split) for split in found.described}
@@ -69,11 +68,11 @@ class Bench:
                 hidden_size=width,
                 layers=layers,
                 heads=heads,
-                steps=TEXT_STEPS,
+                steps=self._text_steps,
                 seed=seed,
             )
 
-        settings = {"size": [width, layers, heads], "seed": seed, "steps": TEXT_STEPS}
+        settings = {"size": [width, layers, heads], "seed": seed, "steps": self._text_steps}
         folder = WorkFolder(self.found.folder / "language-models", Silent())
         return folder.phase(f"{size}-{seed}", settings, make)
 

@@ -34,7 +34,7 @@ def write_page(study: Study, page: Path) -> None:
     kept. A page that does not exist is made of the results alone."""
     charts = page.parent / "charts"
     charts.mkdir(parents=True, exist_ok=True)
-    main = {set_name: _runs(study, set_name, _main(study, set_name)) for set_name in study.sets}
+    main = {set_name: _runs(study, set_name, _main()) for set_name in study.sets}
     draw_bars({TITLES[name]: arms for name, arms in main.items()}, charts / "accuracy.svg")
     shown = {TITLES[name]: {arm.name: main[name].get(arm.name, []) for arm in STAGES} for name in study.sets}
     draw_curves(shown, charts / "curves.svg")
@@ -47,8 +47,8 @@ def write_page(study: Study, page: Path) -> None:
     write_text(page, f"{before}{BEGIN}\n\n{made}\n{END}{after}")
 
 
-def _main(study: Study, set_name: str) -> Sequence[Arm]:
-    return study.arms(set_name)[0]
+def _main() -> Sequence[Arm]:
+    return tuple(dict.fromkeys((*STAGES, *STRATEGIES, *TARGETS)))
 
 
 def _runs(study: Study, set_name: str, arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:

@@ -38,7 +38,8 @@ class StudySettings:
 
     budgets: dict[str, Budget]
     seeds: int = 5
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    factors: tuple[float, ...] = (1.0, 2.0, 4.0)
+    text_steps: int = 60
     live: str | None = "easy-vqa"
     sizes: bool = True
     validation: int = 100
@@ -67,14 +68,17 @@ class Place:
 class Study:
     """The runs in a folder, as far as they are made."""
 
-    def __init__(self, out: Path, settings: StudySettings) -> None:
+    def __init__(self, out: Path, settings: StudySettings, only: str | None = None) -> None:
+        """only: the one set that is worked on."""
         self.out, self.settings = out, settings
-        self.sets = tuple(settings.budgets)
+        self.sets = tuple(settings.budgets) if only is None else (only,)
 
     def arms(self, set_name: str) -> list[tuple[Arm, ...]]:
         """The arms of a set in groups, in the order in which they are run; none stands in two."""
-        settings, main = self.settings, dict.fromkeys((*STAGES, *STRATEGIES, *TARGETS))
-        groups: list[tuple[Arm, ...]] = [tuple(main)]
+        settings = self.settings
+        groups: list[tuple[Arm, ...]] = []
+        for table in (STAGES, STRATEGIES, TARGETS):
+            groups.append(tuple(arm for arm in table if not any(arm in group for group in groups)))
         if set_name == settings.live:
             groups.append(SOURCES)
         if settings.sizes:
@@ -226,7 +230,7 @@ def _bench(out: Path, settings: StudySettings, set_name: str) -> Any:
     from ablations.arm_run import Bench
 
     if set_name not in _benches:
-        _benches[set_name] = Bench(_opened(out, settings, set_name)[0])
+        _benches[set_name] = Bench(_opened(out, settings, set_name)[0], settings.text_steps)
     return _benches[set_name]
 
 

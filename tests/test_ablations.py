@@ -120,6 +120,7 @@ def test_a_tiny_study_is_made_once_and_its_page_written(tmp_path, monkeypatch):
         budgets={"easy-vqa": tiny, "mosaics": tiny},
         seeds=2,
         factors=(1.0,),
+        text_steps=1,
         validation=4,
         test=6,
         teacher={
@@ -170,11 +171,8 @@ def test_a_live_teacher_gives_the_loss_of_a_full_cache(tmp_path):
     sizes = Sizes(validation=2, test=3)
     found = open_set("easy-vqa", tmp_path / "easy", budget, sizes)
     prepare(found, sizes, ("compact", "full"), Silent())
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr("ablations.arm_run.TEXT_STEPS", 2)
-    bench = Bench(found)
+    bench = Bench(found, text_steps=2)
     live, full = (run_arm(bench, Job(arm=arm, seed=0, factor=1.0)) for arm in SOURCES[:2])
-    monkey.undo()
     assert live["steps"] == full["steps"] == 3
     assert live["calibration"] == pytest.approx(full["calibration"], abs=1e-4)
     assert bench.of_teacher["test"].accuracy()["mean"] > 0.9
