@@ -44,9 +44,7 @@ class FeatureCollator(Collator):
     features: Tensor
     places: Mapping[str, int]
 
-    def images(
-        self, samples: Sequence[Sequence[ImageRecord]], rows: Sequence[int] | None = None
-    ) -> dict[str, Tensor]:
+    def images(self, samples: Sequence[Sequence[ImageRecord]], *more: object) -> dict[str, Tensor]:
         """`pixel_values` (images, P, D) of the images of each sample."""
         shown = [self.places[image.path] for images in samples for image in images]
         return {"pixel_values": self.features[shown]}
