@@ -16,10 +16,16 @@ from demo.phases import Lines
 FULL = StudySettings(
     budgets={
         "easy-vqa": Budget(images=400, fewer=(100, 200)),
-        "mosaics": Budget(images=600, fewer=(150, 300)),
+        "mosaics": Budget(images=400, fewer=(100, 200), factors=(1.0, 2.0)),
     }
 )
-QUICK = replace(FULL, seeds=3, factors=(1.0,), live=None, sizes=False)
+QUICK = replace(
+    FULL,
+    budgets={name: replace(budget, factors=(1.0,)) for name, budget in FULL.budgets.items()},
+    seeds=3,
+    live=None,
+    sizes=False,
+)
 
 
 def main() -> None:

@@ -146,6 +146,7 @@ def _train(
         pad_token_id=bench.tokenizer.pad_token_id,
         image_token_id=model.config.image_token_id,
         targets=stage.targets,
+        losses=stage.losses,
     )
     order = StreamConfig(seed=job.seed, global_batch=stage.global_batch, samples=arm.images)
     stream = Stream(cache, order, micro_batch=stage.global_batch, targets=stage.targets)

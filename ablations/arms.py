@@ -22,7 +22,8 @@ RESPONSE = LossWeights(visual=0.0, relation=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What every arm on a set is given: images, epochs and batch. The learning rates are searched."""
+    """What every arm on a set is given: images, epochs, batch, and the same search of learning rates, whose
+    `factors` multiply both of them."""
 
     images: int
     fewer: tuple[int, ...]
@@ -31,6 +32,7 @@ class Budget:
     batch: int = 8
     alignment_rate: float = 3e-3
     tuning_rate: float = 2e-3
+    factors: tuple[float, ...] = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,12 +35,16 @@ def encode(tower: SiglipVisionModel, images: Tensor, *, batch: int = 64) -> Tens
     return torch.cat(parts)
 
 
+class _NoPixels:
+    table = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureCollator(Collator):
     """A collator that gives the features (N, P, D) of images for their pixels; `places` finds an image by its
     path."""
 
-    pixels: None = None  # type: ignore[assignment]
+    pixels: Any = _NoPixels()  # noqa: RUF009 - nothing changes it
     features: Tensor
     places: Mapping[str, int]
 

@@ -80,13 +80,13 @@ def _sections(study: Study) -> list[str]:
         arms = (SOURCES[0], DISTILLED, *SOURCES[1:])
         lines += [*_table(study, study.settings.live, arms, SOURCES[0]), ""]
     if study.settings.sizes:
-        for title, groups in (("Student sizes", _sizes()), ("Number of training images", _counts(study))):
+        for title, groups in (
+            ("Student sizes", dict.fromkeys(study.sets, _sizes())),
+            ("Number of training images", _counts(study)),
+        ):
             lines += ["", f"## {title}", ""]
             for set_name in study.sets:
-                lines += [
-                    *_pairs(study, set_name, groups[set_name] if set_name in groups else groups[""]),
-                    "",
-                ]
+                lines += [*_pairs(study, set_name, groups[set_name]), ""]
     lines += ["## Learning rates", "", *_rates(study)]
     return lines
 
@@ -107,12 +107,7 @@ def _table(study: Study, set_name: str, arms: Sequence[Arm], against: Arm) -> li
     base = study.results(set_name, against)
     kinds = _kinds(base)
     head = ["arm", "n", "accuracy", "difference", "p", *kinds, "agreement", "ECE"]
-    lines = [
-        f"**{TITLES[set_name]}**, differences from {against.name}:",
-        "",
-        _row(head),
-        "|---" * len(head) + "|",
-    ]
+    lines = [f"**{TITLES[set_name]}**, differences from {against.name}:", "", *_head(head)]
     for arm in arms:
         results = study.results(set_name, arm)
         if not results:
@@ -129,7 +124,7 @@ def _table(study: Study, set_name: str, arms: Sequence[Arm], against: Arm) -> li
 
 def _pairs(study: Study, set_name: str, pairs: Mapping[str, tuple[Arm, Arm]]) -> list[str]:
     head = ["", "n", "plain", "distilled", "difference", "p"]
-    lines = [f"**{TITLES[set_name]}**:", "", _row(head), "|---" * len(head) + "|"]
+    lines = [f"**{TITLES[set_name]}**:", "", *_head(head)]
     for name, (plain, distilled) in pairs.items():
         base, ours = study.results(set_name, plain), study.results(set_name, distilled)
         both = sorted(base.keys() & ours.keys())
@@ -141,10 +136,10 @@ def _pairs(study: Study, set_name: str, pairs: Mapping[str, tuple[Arm, Arm]]) ->
     return lines
 
 
-def _sizes() -> dict[str, dict[str, tuple[Arm, Arm]]]:
+def _sizes() -> dict[str, tuple[Arm, Arm]]:
     pairs = {"small": sized("small"), "medium": (PLAIN, DISTILLED), "large": sized("large")}
     words = {size: f"{size}: {width} x {layers}" for size, (width, layers, _) in SIZES.items()}
-    return {"": {words[size]: pair for size, pair in pairs.items()}}  # type: ignore[index]
+    return {words[size]: pair for size, pair in pairs.items()}  # type: ignore[index]
 
 
 def _counts(study: Study) -> dict[str, dict[str, tuple[Arm, Arm]]]:
@@ -156,22 +151,18 @@ def _counts(study: Study) -> dict[str, dict[str, tuple[Arm, Arm]]]:
 
 
 def _rates(study: Study) -> list[str]:
-    lines = [
-        "| set | arm | " + " | ".join(f"x {factor:g}" for factor in study.settings.factors) + " | chosen |"
-    ]
-    lines.append("|---" * (len(study.settings.factors) + 3) + "|")
+    lines = _head(["set", "arm", "validation accuracy by factor", "chosen"])
     for set_name in study.sets:
-        for group in study.arms(set_name):
-            for arm in group:
-                chosen = study.factor(set_name, arm)
-                if chosen is None or arm in SOURCES:
-                    continue
-                tried = [
-                    study.place(set_name, arm).result(SEARCH_SEED, factor)
-                    for factor in study.settings.factors
-                ]
-                values = [f"{100 * result['validation']:.1f}" for result in tried if result]
-                lines.append(_row([TITLES[set_name], arm.name, *values, f"x {chosen:g}"]))
+        for arm in (arm for group in study.arms(set_name) for arm in group if arm not in SOURCES):
+            chosen = study.factor(set_name, arm)
+            if chosen is None:
+                continue
+            tried = {
+                factor: study.place(set_name, arm).result(SEARCH_SEED, factor) or {}
+                for factor in study.settings.budgets[set_name].factors
+            }
+            values = [f"x {factor:g}: {100 * run['validation']:.1f}" for factor, run in tried.items()]
+            lines.append(_row([TITLES[set_name], arm.name, ", ".join(values), f"x {chosen:g}"]))
     return lines
 
 
@@ -193,6 +184,10 @@ def _kinds(results: Mapping[int, Mapping[str, Any]]) -> list[str]:
 def _mean(shares: Sequence[float]) -> str:
     mean, deviation = spread([100 * share for share in shares])
     return f"{mean:.1f}" if len(shares) == 1 else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_row(cells), "|---" * len(cells) + "|"]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -33,12 +33,11 @@ SEARCH_SEED = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudySettings:
-    """What is run. The learning rates of an arm are multiplied by that of `factors` whose student is best on
-    the validation images; its seed is not reported."""
+    """What is run. An arm takes the factor of its budget whose student is best on the validation images; its
+    seed is not reported."""
 
     budgets: dict[str, Budget]
     seeds: int = 5
-    factors: tuple[float, ...] = (1.0, 2.0, 4.0)
     text_steps: int = 60
     live: str | None = "easy-vqa"
     sizes: bool = True
@@ -77,10 +76,8 @@ class Study:
         """The arms of a set in groups, in the order in which they are run; none stands in two."""
         settings = self.settings
         groups: list[tuple[Arm, ...]] = []
-        for table in (STAGES, STRATEGIES, TARGETS):
+        for table in (STAGES, SOURCES if set_name == settings.live else (), STRATEGIES, TARGETS):
             groups.append(tuple(arm for arm in table if not any(arm in group for group in groups)))
-        if set_name == settings.live:
-            groups.append(SOURCES)
         if settings.sizes:
             others = [*sized("small"), *sized("large")]
             for images in settings.budgets[set_name].fewer:
@@ -93,7 +90,8 @@ class Study:
         DISTILLED in their source alone take its factor."""
         arm = DISTILLED if arm in SOURCES else arm
         tried = {
-            factor: self.place(set_name, arm).result(SEARCH_SEED, factor) for factor in self.settings.factors
+            factor: self.place(set_name, arm).result(SEARCH_SEED, factor)
+            for factor in self.settings.budgets[set_name].factors
         }
         if any(result is None for result in tried.values()):
             return None
@@ -124,7 +122,7 @@ class Study:
                 (set_name, arm, SEARCH_SEED, factor)
                 for set_name, arm in here
                 if arm not in SOURCES
-                for factor in self.settings.factors
+                for factor in self.settings.budgets[set_name].factors
             )
             yield self._without_result(
                 (set_name, arm, seed, factor)

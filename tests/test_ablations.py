@@ -115,11 +115,10 @@ def test_all_arms_have_equal_steps_and_data():
 
 @pytest.mark.slow
 def test_a_tiny_study_is_made_once_and_its_page_written(tmp_path, monkeypatch):
-    tiny = Budget(images=16, fewer=(8,), alignment_epochs=1, tuning_epochs=1)
+    tiny = Budget(images=16, fewer=(8,), alignment_epochs=1, tuning_epochs=1, factors=(1.0,))
     settings = StudySettings(
         budgets={"easy-vqa": tiny, "mosaics": tiny},
         seeds=2,
-        factors=(1.0,),
         text_steps=1,
         validation=4,
         test=6,
