@@ -77,10 +77,22 @@ def first_line(error: BaseException) -> str:
     return shown(lines[0]) if lines else type(error).__name__
 
 
+UNDECODABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
+"""What the decoding of bytes that are not as the format says may raise."""
+
+
 @contextmanager
 def decoding(where: str) -> Iterator[None]:
     """CacheDamaged for what a file of a cache with sound digests holds that is not as the format says."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, OverflowError, MemoryError, AssertionError) as error:
+    except UNDECODABLE as error:
         raise CacheDamaged(f"{where}: cannot be decoded ({first_line(error)}); {REMEDY}") from error

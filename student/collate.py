@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,6 +108,15 @@ class Collator:
         if not samples:
             return self._idle()
         samples = [self._of(sample.source).fitted(sample) for sample in samples]
+        pixels = self.images(
+            [sample.images for sample in samples],
+            [sample.row for sample in samples],
+            [sample.source for sample in samples],
+        )
+        return self.batch_of(samples, pixels)
+
+    def batch_of(self, samples: Sequence[Sample], pixels: Mapping[str, Tensor]) -> Batch:
+        """The Batch of samples whose pixel inputs are at hand, joined in their order."""
         length = max(len(sample.input_ids) for sample in samples)
         ids = [sample.input_ids for sample in samples]
         inputs = {
@@ -115,11 +124,7 @@ class Collator:
             "attention_mask": pad([np.ones_like(each) for each in ids], length, 0, np.int64),
         }
         inputs |= _extra_inputs(samples, length)
-        inputs |= self.images(
-            [sample.images for sample in samples],
-            [sample.row for sample in samples],
-            [sample.source for sample in samples],
-        )
+        inputs |= pixels
         labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)
         targets = PlannedTargets.of(labels, self._targets(samples, length), self.losses)
         return Batch(

@@ -73,7 +73,7 @@ class Stranger:
         self.changed.add(name)
 
     def document(self, name: str) -> dict[str, Any]:
-        return sealed.unseal(self.original[name], name)
+        return sealed.unseal((self.root / name).read_bytes(), name)
 
     def seal(self, name: str, document: Any) -> None:
         """The document with the digest that a stranger gives it; NaN and lone surrogates are no hindrance."""

@@ -24,7 +24,7 @@ from cache_schema.format.groups import read_groups
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan
 from cache_schema.format.records import QuarantinedRow, Sample
 from cache_schema.format.roll import rolled
-from cache_schema.format.shard import read_table
+from cache_schema.format.shard import QUARANTINE_SCHEMA, check_columns, read_table
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.store import Range, Store, open_store
 from cache_schema.format.writer import MANIFEST
@@ -196,7 +196,10 @@ class Cache:
     def quarantined(self) -> Iterator[QuarantinedRow]:
         """The rows that could not be captured, of all committed shards."""
         for shard in self.shards:
-            for row in self._table(shard, "quarantine").to_pylist():
+            table = self._table(shard, "quarantine")
+            with decoding(f"{self.url}/{self.commits[shard].path}"):
+                check_columns(table, QUARANTINE_SCHEMA)
+            for row in table.select(QUARANTINE_SCHEMA.names).to_pylist():
                 yield QuarantinedRow(**row)
 
     def _table(self, shard: int, kind: str, columns: list[str] | None = None) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
-from cache_schema.errors import CacheDamaged
+from cache_schema.errors import UNDECODABLE, CacheDamaged
 from cache_schema.format.bounds import array_bytes, check_blosc
 from cache_schema.format.codecs.topk import Arrays
 
@@ -72,7 +72,7 @@ def read_groups(files: Files) -> dict[str, Arrays]:
                 metadata = json.loads(bytes(data))
                 read = _read_array if _is_ours(metadata) else _read_by_zarr
                 groups.setdefault(group, {})[name] = read(base, data, metadata, chunks)
-            except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, MemoryError) as error:
+            except (*UNDECODABLE, RuntimeError) as error:
                 raise ValueError(f"{base}: not an array of a cache ({error!r})") from error
     return groups
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.errors import CacheDamaged, first_line
+from cache_schema.errors import UNDECODABLE, CacheDamaged, first_line
 from cache_schema.format.documents import (
     FORMAT_VERSION,
     CommitDocument,
@@ -175,7 +175,7 @@ class Manifest:
                 kdcache_version=document.get("kdcache_version", ""),
                 head=StoredHead.from_json(document["head"]) if "head" in document else None,
             )
-        except (ValueError, TypeError, LookupError, OverflowError) as error:
+        except UNDECODABLE as error:
             raise CacheDamaged(f"{where}: not as the format says ({first_line(error)})") from error
         for name, asset in document["assets"].items():
             if hashlib.sha256(assets[name]).hexdigest() != asset["sha256"]:

@@ -277,21 +277,26 @@ def write_table(table: pa.Table, compression: str | None = "zstd") -> bytes:
 def check_samples(table: pa.Table) -> None:
     """ValueError unless a table of samples has the columns of SAMPLE_SCHEMA, without nulls where none may be,
     and counts its tokens and images rightly."""
-    for field in SAMPLE_SCHEMA:
-        place = table.schema.get_field_index(field.name)
-        if place < 0 or table.schema.field(place).type != field.type:
-            raise ValueError(f"the table of samples has no column {field.name} of {field.type}")
-        if field.name not in _MAY_BE_NULL:
-            for chunk in table.column(place).chunks:
-                _refuse_nulls(chunk, field.name)
+    check_columns(table, SAMPLE_SCHEMA)
     for column, counts in (("input_ids", "tokens"), ("images", "image_count")):
         if not pc.list_value_length(table[column]).equals(table[counts]):
             raise ValueError(f"{counts} of the table of samples is not the number of its {column}")
 
 
+def check_columns(table: pa.Table, schema: pa.Schema) -> None:
+    """ValueError unless a table has the columns of `schema`, without nulls where none may be."""
+    for field in schema:
+        place = table.schema.get_field_index(field.name)
+        if place < 0 or table.schema.field(place).type != field.type:
+            raise ValueError(f"the table has no column {field.name} of {field.type}")
+        if field.name not in _MAY_BE_NULL:
+            for chunk in table.column(place).chunks:
+                _refuse_nulls(chunk, field.name)
+
+
 def _refuse_nulls(array: pa.Array, name: str) -> None:
     if array.null_count:
-        raise ValueError(f"{name} of the table of samples is null")
+        raise ValueError(f"{name} of the table is null")
     if pa.types.is_struct(array.type):
         for number, field in enumerate(array.type):
             if field.name not in _MAY_BE_NULL:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_schema.errors import CacheDamaged
+from cache_schema.errors import UNDECODABLE, CacheDamaged, shown
 from cache_schema.format.archive import disagreement, unpack
 from cache_schema.format.block import ShardBlock
 from cache_schema.format.cache import hierarchy
@@ -50,13 +50,13 @@ def check_shard(
     problems: list[Problem] = []
 
     def problem(file: str, what: str) -> None:
-        problems.append(Problem(file=file, what=what, remedy=REMAKE))
+        problems.append(Problem(file=file, what=shown(what, 600), remedy=REMAKE))
 
     files = _check_files(record, store, present, problem)
     if files is not None and manifest is not None and not quick:
         try:
             _check_content(record, files, manifest, problem)
-        except (CacheDamaged, ValueError, LookupError, TypeError, MemoryError) as error:
+        except (CacheDamaged, *UNDECODABLE) as error:
             problem(record.path, f"its files cannot be decoded ({error})")
     return problems
 

@@ -1,0 +1,122 @@
+"""The public dataset: it yields what `kdcache train` reads, on any number of workers and processes."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor
+
+from cache_schema import KdcacheError, open_cache
+from cache_schema.format.spec import KINDS
+from student.dataset import CachedSamples
+from tests.student_caches import make_world
+
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("dataset"), rows=14, shard_size=4)
+
+
+@pytest.fixture(scope="module")
+def processor(world):
+    return AutoProcessor.from_pretrained(world.student)
+
+
+def dataset(world, processor, **options):
+    options = {"batch_size": BATCH, "image_root": world.image_root, "seed": 3, **options}
+    return CachedSamples(world.cache, processor, **options)
+
+
+def rows_of(loader):
+    return [[item["row"] for item in batch] for batch in loader]
+
+
+def loader_of(data, workers=0):
+    return DataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=list)
+
+
+def test_items_are_what_the_cache_holds(world, processor):
+    cache = open_cache(world.cache)
+    stored = {cache[i].row: cache[i] for i in range(len(cache))}
+    seen = set()
+    for item in dataset(world, processor):
+        sample = stored[item["row"]]
+        seen.add(sample.row)
+        np.testing.assert_array_equal(item["input_ids"], sample.input_ids)
+        np.testing.assert_array_equal(item["labels"], sample.labels)
+        for kind in KINDS:
+            record = sample.records[kind]
+            assert (kind in item) == (record is not None)
+            if record is not None:
+                np.testing.assert_array_equal(item[kind]["positions"], sample.positions[kind])
+                np.testing.assert_array_equal(item[kind]["token_ids"], record.token_ids)
+                np.testing.assert_array_equal(item[kind]["logprobs"], record.logprobs)
+        for given, relation in zip(item["relations"], sample.relations, strict=True):
+            np.testing.assert_array_equal(given["factor"], relation.factor)
+        assert ("pixel_values" in item["pixels"]) == bool(sample.images)
+    assert len(seen) == 12  # four batches of three; two samples fill none
+
+
+def test_a_collated_batch_is_that_of_the_trainer(world, processor):
+    data = dataset(world, processor)
+    items = [item for _, item in zip(range(BATCH), data, strict=False)]
+    made = data.collate(items)
+    stream, collator = data._opened
+    (step,) = stream.read(0, 1)
+    theirs = collator([located.sample() for located in step.micro_batches[0]])
+    assert made.keys() == {*theirs.inputs, "labels", "targets"}
+    for name, value in theirs.inputs.items():
+        torch.testing.assert_close(made[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(made["labels"], theirs.labels, rtol=0, atol=0)
+    for kind, target in theirs.targets.positions.items():
+        ours = made["targets"].positions[kind]
+        for name in ("positions", "token_ids", "logprobs", "tail_logprob"):
+            torch.testing.assert_close(getattr(ours, name), getattr(target, name), rtol=0, atol=0)
+    for ours, target in zip(made["targets"].relations, theirs.targets.relations, strict=True):
+        torch.testing.assert_close(ours.factor, target.factor, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_change_nothing(world, processor):
+    alone = dataset(world, processor)
+    epochs = [rows_of(loader_of(alone)) for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    assert all(sorted(map(len, epoch)) == [BATCH] * 4 for epoch in epochs)
+    shared = dataset(world, processor)
+    for epoch, expected in enumerate(epochs):
+        shared.set_epoch(epoch)
+        assert rows_of(loader_of(shared, workers=2)) == expected
+
+
+def test_processes_share_every_global_batch(world, processor):
+    whole = rows_of(DataLoader(dataset(world, processor, batch_size=4), batch_size=4, collate_fn=list))
+    two = [dataset(world, processor, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    parts = [rows_of(DataLoader(data, batch_size=2, collate_fn=list)) for data in two]
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_restored_place_goes_on_where_it_was(world, processor, stop):
+    undisturbed = dataset(world, processor)
+    expected = rows_of(loader_of(undisturbed)) + rows_of(loader_of(undisturbed))
+    first = dataset(world, processor)
+    batches = iter(loader_of(first))
+    done = [[item["row"] for item in next(batches)] for _ in range(stop)]
+    state = first.state_dict()
+    second = dataset(world, processor)
+    second.load_state_dict(state)
+    rest = rows_of(loader_of(second)) + rows_of(loader_of(second))
+    assert done + rest == expected
+
+
+def test_what_cannot_be_read_is_refused(world, processor):
+    with pytest.raises(KdcacheError, match="has no prompt targets"):
+        dataset(world, processor, targets=["prompt"])
+    with pytest.raises(KdcacheError, match="give image_root"):
+        dataset(world, processor, image_root=None)
+    with pytest.raises(KdcacheError, match="14 samples, a batch 15"):
+        dataset(world, processor, batch_size=15)
+    with pytest.raises(KdcacheError, match="make no batches"):
+        dataset(world, processor, rank=2, world_size=2)
