@@ -10,6 +10,7 @@ import hashlib
 import json
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 import zarr
 from numcodecs import Blosc
 
-from cache_schema import Sample, TargetSpec, TopK, open_cache
+from cache_schema import Cache, Sample, TargetSpec, TopK, open_cache
 from cache_schema.format.archive import unpack
 from cache_schema.format.codecs.topk import topk_at
 from cache_schema.operations.verify import verify
-from tests.cache_teacher import build_cache, holding
+from models.stored_head import head_of
+from tests.cache_teacher import EVERYTHING, build_cache, holding
 
 GOLDEN = Path(__file__).parent / "golden" / "cache-v1"
 TARGETS = ("response", "visual", "relation", "prompt")
@@ -115,6 +118,29 @@ def gram(group: zarr.Group, image: int) -> np.ndarray:
     return factor @ factor.T
 
 
+def states(group: zarr.Group, rows: slice) -> np.ndarray:
+    """The hidden states of some positions, (N, D)."""
+    found = {name: array[:] for name, array in group.arrays()}
+    mean, unit = np.moveaxis(found["channels"][found["channel_of"][rows]].astype(np.float64), 1, 0)
+    return mean + unit * found["scales"][rows, None] * found["values"][rows]
+
+
+def read_head(root: Path, head: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of the teacher's head: safetensors is a length, a JSON header, and the numbers."""
+    data = (root / "head" / f"{head['sha256']}.safetensors").read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (head["size"], head["sha256"])
+    begin = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, told in json.loads(data[8:begin]).items():
+        start, end = (begin + offset for offset in told["data_offsets"])
+        assert told["dtype"] == {"bfloat16": "BF16"}[head["dtype"]]
+        numbers = np.frombuffer(data[start:end], "<u2").astype(np.uint32) << 16
+        tensors[name] = numbers.view(np.float32).reshape(told["shape"])
+    assert tensors["weight"].shape == (head["rows"], head["width"])
+    assert ("bias" in tensors) == head["bias"]
+    return tensors
+
+
 def stock_targets(root: Path, name: str, version: int) -> zarr.Group:
     if version == 1:
         return zarr.open_group(root / "targets" / f"{name}.zarr", mode="r")
@@ -140,6 +166,13 @@ def read_stock(root: Path) -> list[dict[str, Any]]:
         targets = stock_targets(root, name, manifest["format_version"])
         with pa.OSFile(str(root / "samples" / f"{name}.arrow")) as source:
             table = pa.ipc.open_file(source).read_all()
+        files = {}
+        if manifest["spec"].get("embed_images"):
+            with pa.OSFile(str(root / "images" / f"{name}.arrow")) as source:
+                rows = pa.ipc.open_file(source).read_all().to_pylist()
+            files = {row["sha256"]: row["data"] for row in rows}
+            assert all(hashlib.sha256(data).hexdigest() == digest for digest, data in files.items())
+        hidden_kinds = manifest["spec"].get("hidden", {"kinds": ()})["kinds"]
         for row in table.to_pylist():
             supervised = [t - 1 for a, b in row["label_spans"] for t in range(a, b) if t > 0]
             visual = [t for image in row["images"] for a, b in image["spans"] for t in range(a, b)]
@@ -155,11 +188,21 @@ def read_stock(root: Path) -> list[dict[str, Any]]:
                 if (start := row[f"{kind}_start"]) is not None:
                     sample[kind] = topk(targets[kind], slice(start, start + count), at_one)
             sample["visual"] = []
+            sample["hidden"] = {kind: [] for kind in hidden_kinds}
+            sample["files"] = [files.get(image["sha256"]) for image in row["images"]]
+            if "response" in hidden_kinds:
+                start = row["response_start"]
+                sample["hidden"]["response"].append(
+                    states(targets["hidden_response"], slice(start, start + len(supervised)))
+                )
             sample["relations"] = []
             for image in row["images"]:
                 count = sum(b - a for a, b in image["spans"])
                 if (start := image["visual_start"]) is not None:
-                    sample["visual"].append(topk(targets["visual"], slice(start, start + count), at_one))
+                    here = slice(start, start + count)
+                    sample["visual"].append(topk(targets["visual"], here, at_one))
+                    if "visual" in hidden_kinds:
+                        sample["hidden"]["visual"].append(states(targets["hidden_visual"], here))
                 if image["relation"] is not None:
                     sample["relations"].append(gram(targets["relation"], image["relation"]))
             samples.append(sample)
@@ -192,10 +235,40 @@ def assert_sample(found: Sample, stock: dict[str, Any]) -> None:
             assert_same(topk_at(found.visual, slice(start, start + len(part["token_ids"]))), part)
             start += len(part["token_ids"])
         assert start == len(found.visual)
+    assert found.hidden.keys() == {kind for kind, parts in stock["hidden"].items() if parts}
+    for kind, values in found.hidden.items():
+        expected = np.concatenate(stock["hidden"][kind])
+        assert len(values) == len(found.positions[kind])
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+    assert [image.content for image in found.images] == stock["files"]
     assert len(found.relations) == len(stock["relations"])
     for relation, expected in zip(found.relations, stock["relations"], strict=True):
         kept = relation.gram if relation.factor is None else relation.factor @ relation.factor.T
         np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def assert_stock_reads(root: Path) -> None:
+    cache, stock = open_cache(root), read_stock(root)
+    assert len(stock) == len(cache)
+    for index, sample in enumerate(stock):
+        assert_sample(cache[index], sample)
+    assert_head(cache, root)
+
+
+def assert_head(cache: Cache, root: Path) -> None:
+    """A head is there where hidden states are, and a stranger reads the same logits from it."""
+    told = unsealed(root / "manifest.json").get("head")
+    assert (told is None) == (not cache.spec.hidden)
+    if told is None:
+        return
+    tensors, ours = read_head(root, told), head_of(cache)
+    np.testing.assert_array_equal(tensors["weight"], ours.weight.float().numpy())
+    np.testing.assert_array_equal(tensors["bias"], ours.bias.float().numpy())
+    assert (told["softcap"], told["logit_scale"]) == (ours.softcap, ours.logit_scale)
+    hidden = next(s.hidden[told_kind] for s in cache for told_kind in s.hidden)
+    z = told["logit_scale"] * (hidden @ tensors["weight"].T + tensors["bias"])
+    z = told["softcap"] * np.tanh(z / told["softcap"])
+    np.testing.assert_allclose(ours.logits(torch.from_numpy(hidden)).numpy(), z, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -217,11 +290,20 @@ def assert_sample(found: Sample, stock: dict[str, Any]) -> None:
 )
 def test_stock_libraries_read_what_is_written(tmp_path: Path, spec: TargetSpec, version: int) -> None:
     build_cache(tmp_path, spec, share=True, version=version)
-    cache = open_cache(tmp_path)
-    stock = read_stock(tmp_path)
-    assert len(stock) == len(cache)
-    for index, sample in enumerate(stock):
-        assert_sample(cache[index], sample)
+    assert_stock_reads(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        EVERYTHING,
+        replace(EVERYTHING, hidden=("visual",), precision="full", embed_images=False, tail_samples=2),
+    ],
+    ids=["all", "visual states"],
+)
+def test_stock_libraries_read_all_that_version_2_can_hold(tmp_path: Path, spec: TargetSpec) -> None:
+    build_cache(tmp_path, spec, share=True)
+    assert_stock_reads(tmp_path)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -291,6 +373,11 @@ def numbers_of(sample: Sample) -> dict[str, Any]:
             for r in sample.relations
         ],
     }
+    for kind, values in sample.hidden.items():
+        numbers[f"hidden_{kind}"] = [values[0].tolist(), float(np.abs(values).sum(dtype=np.float64))]
+    for image in sample.images:
+        if image.content is not None:
+            numbers.setdefault("files", []).append(image.content.decode())
     for kind in ("response", "visual", "prompt"):
         record = getattr(sample, kind)
         if record is not None:
@@ -323,7 +410,8 @@ def assert_numbers(found: Any, expected: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "version"), [("compact", 1), ("full", 1), ("compact", 2), ("full", 2), ("entries", 2)]
+    ("name", "version"),
+    [("compact", 1), ("full", 1), ("compact", 2), ("full", 2), ("entries", 2), ("everything", 2)],
 )
 def test_golden_caches_hold_what_they_held(name: str, version: int) -> None:
     """`compact` and `full` of version 2 are those of version 1, repacked once: the same numbers."""
@@ -332,7 +420,7 @@ def test_golden_caches_hold_what_they_held(name: str, version: int) -> None:
     assert report.problems == []
     cache = open_cache(golden)
     assert cache.manifest.format_version == version
-    numbers_file = golden if name == "entries" else GOLDEN / name
+    numbers_file = golden if name in ("entries", "everything") else GOLDEN / name
     expected = json.loads(numbers_file.with_suffix(".json").read_text())
     assert len(cache) == len(expected["samples"])
     assert cache.manifest.identity == expected["identity"]
@@ -340,5 +428,4 @@ def test_golden_caches_hold_what_they_held(name: str, version: int) -> None:
     assert [row.row for row in cache.quarantined()] == expected["quarantined"]
     for index, numbers in enumerate(expected["samples"]):
         assert_numbers(numbers_of(cache[index]), numbers, f"{name}/{index}")
-    for index, sample in enumerate(read_stock(golden)):
-        assert_sample(cache[index], sample)
+    assert_stock_reads(golden)

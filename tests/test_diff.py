@@ -12,11 +12,13 @@ import pytest
 from rich.console import Console
 
 from cache_schema import TargetSpec, open_cache
-from cache_schema.format.records import Relation, TopK
+from cache_schema.format.records import HiddenStates, Relation, TopK
 from cache_schema.operations.diff import DiffReport, diff
 from cache_schema.operations.divergence import kl, relation_cosine
 from cache_schema.operations.select import select
 from cache_schema.operations.settings import DiffConfig
+from tests import cache_teacher
+from tests.cache_teacher import EVERYTHING, build_cache, make_hidden
 from tests.fake_caches import by_row, make_cache
 from views.diff_page import print_difference
 
@@ -111,6 +113,44 @@ def test_what_may_differ_is_named_by_the_caller(tmp_path: Path, pictures: Path) 
     noisy = make_cache(tmp_path / "d", pictures, rows=5, noise=0.3)
     assert not diff(a, noisy, config=DiffConfig(kl_bound=1e-9)).targets_agree
     assert diff(a, noisy, config=DiffConfig(kl_bound=9.0)).kl["visual"].p99 > 0
+
+
+def test_hidden_states_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_cache(tmp_path / "a", EVERYTHING, rows=8)
+    a = open_cache(tmp_path / "a")
+    report = diff(a, open_cache(tmp_path / "a"))
+    assert report.same
+    assert {kind: found.max for kind, found in report.hidden.items()} == {"response": 0.0, "visual": 0.0}
+
+    def shifted(key: int, positions: int) -> HiddenStates:
+        states = make_hidden(key, positions)
+        return replace(states, scales=states.scales * np.float32(1.5))
+
+    monkeypatch.setattr(cache_teacher, "make_hidden", shifted)
+    build_cache(tmp_path / "b", EVERYTHING, rows=8)
+    b = open_cache(tmp_path / "b")
+    report = diff(a, b)
+    assert not report.same
+    assert not report.targets_agree
+    assert all(kind.max == 0.0 for kind in report.kl.values())
+    rows = {row: (sample, by_row(b)[row]) for row, sample in by_row(a).items()}
+    for kind in ("response", "visual"):
+        apart = {}
+        for row, others in rows.items():
+            x, y = (sample.hidden.get(kind) for sample in others)
+            if x is not None and len(x):
+                apart[row] = np.linalg.norm(x - y, axis=1) / np.linalg.norm(x, axis=1)
+        found, everything = report.hidden[kind], np.concatenate(list(apart.values()))
+        assert found.positions == len(everything)
+        assert found.mean == pytest.approx(everything.mean(), rel=1e-4)
+        assert found.p99 == pytest.approx(np.quantile(everything, 0.99), rel=1e-4)
+        assert found.worst_row == max(apart, key=lambda row: apart[row].mean())
+        assert found.worst_row_mean == pytest.approx(apart[found.worst_row].mean(), rel=1e-4)
+    page = printed(report, 80)
+    assert f"{found.worst_row} ({found.worst_row_mean:.1e})" in page
+    assert "hidden |a-b|/|a|" in page
+    wide = DiffConfig(hidden_bound=float(max(kind.mean for kind in report.hidden.values())) + 0.01)
+    assert diff(a, b, config=wide).same
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -30,6 +30,7 @@ from cache_schema.format.shard import SAMPLE_SCHEMA, read_table, write_table
 from cache_schema.format.spec import KINDS
 from cache_schema.operations.summary import summarise
 from cache_schema.operations.verify import verify
+from models.stored_head import head_of
 from tests.fake_caches import make_cache
 from tests.fuzzing import changed_bytes, mutated
 from tests.test_cli import run
@@ -130,7 +131,9 @@ class Stranger:
         self.changed.clear()
 
 
-@pytest.fixture(params=["cache-v1/full", "cache-v1/compact", "cache-v2/entries"], scope="module")
+@pytest.fixture(
+    params=["cache-v1/full", "cache-v1/compact", "cache-v2/entries", "cache-v2/everything"], scope="module"
+)
 def stranger(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     return Stranger(GOLDEN / request.param, tmp_path_factory.mktemp("stranger") / "cache")
 
@@ -164,8 +167,11 @@ def look(root: Path) -> int:
     list(cache.quarantined())
     cache.find("id-1")
     read = 0
+    if cache.manifest.head is not None:
+        head_of(cache)
     for number in range(min(len(cache), 64)):
         sample = cache[number]
+        assert all(len(own) == len(sample.positions[kind]) for kind, own in sample.hidden.items())
         read += 1
         assert len(sample.labels) == len(sample.input_ids) == index.tokens[number]
         for kind in KINDS:

@@ -12,8 +12,9 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 
-from cache_schema import Cache, KdcacheError, TargetSpec
+from cache_schema import Cache, KdcacheError, TargetSpec, open_cache
 from cache_schema.operations.arrow_export import to_arrow
+from tests.cache_teacher import EVERYTHING, build_cache
 from tests.fake_caches import make_cache
 
 SPEC = TargetSpec(
@@ -63,6 +64,19 @@ def test_every_column_is_the_cache_decoded(tmp_path: Path, form: str) -> None:
         assert line["relation_residual"] == [relation.residual for relation in sample.relations]
         first = np.exp(sample.response.logprobs[:, 0].astype(np.float64)).mean()
         assert line["confidence"] == pytest.approx(first)
+
+
+def test_hidden_states_are_columns(tmp_path: Path) -> None:
+    build_cache(tmp_path / "a", EVERYTHING, rows=8)
+    to_arrow(str(tmp_path / "a"), tmp_path / "out")
+    cache, table = open_cache(tmp_path / "a"), read(tmp_path / "out")
+    assert table.schema.field("visual_hidden").type == pa.list_(pa.list_(pa.float32()))
+    for line, sample in zip(table.to_pylist(), cache, strict=True):
+        for kind in ("response", "visual"):
+            expected = sample.hidden[kind].tolist() if kind in sample.hidden else []
+            assert line[f"{kind}_hidden"] == expected
+            assert len(expected) == len(sample.positions[kind])
+    assert sum(map(len, table["visual_hidden"].to_pylist())) > 0
 
 
 def test_all_files_have_one_schema(tmp_path: Path) -> None:

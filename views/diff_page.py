@@ -31,6 +31,8 @@ def print_difference(document: Mapping[str, Any], a: str, b: str, console: Conso
         console.print(_differences(document))
     if document["kl"]:
         console.print(_kinds(document))
+    if document["hidden"]:
+        console.print(_hidden(document))
     if document["relation"]:
         found = document["relation"]
         console.print(
@@ -68,7 +70,9 @@ def _targets(document: Mapping[str, Any]) -> tuple[bool, str]:
     bounds = f"mean KL at most {document['kl_bound']:g} nats per position"
     if document["relation"]:
         bounds += f", mean 1 - cos at most {document['relation_bound']:g}"
-    if not document["kl"] and not document["relation"]:
+    if document["hidden"]:
+        bounds += f", mean |a-b|/|a| of hidden states at most {document['hidden_bound']:g}"
+    if not document["kl"] and not document["relation"] and not document["hidden"]:
         return good, "targets: nothing to compare"
     return good, f"targets: {said} ({bounds})"
 
@@ -103,15 +107,24 @@ def _value(value: Any) -> Text:
 
 
 def _kinds(document: Mapping[str, Any]) -> Table:
+    return _distances("KL(a||b)", document["kl"], {"same 1st": "top1_agreement"})
+
+
+def _hidden(document: Mapping[str, Any]) -> Table:
+    return _distances("hidden |a-b|/|a|", document["hidden"], {})
+
+
+def _distances(heading: str, kinds: Mapping[str, Any], shares: Mapping[str, str]) -> Table:
+    """A distance per position, one line a kind; shares: further columns, heading -> name."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("KL(a||b)", "positions", "mean", "99%", "max", "same 1st", "worst row"):
-        table.add_column(name, justify="left" if name == "KL(a||b)" else "right", no_wrap=True)
-    for kind, found in document["kl"].items():
+    for name in (heading, "positions", "mean", "99%", "max", *shares, "worst row"):
+        table.add_column(name, justify="left" if name == heading else "right", no_wrap=True)
+    for kind, found in kinds.items():
         table.add_row(
             kind,
             count(found["positions"]),
             *[f"{found[name]:.1e}" for name in ("mean", "p99", "max")],
-            f"{found['top1_agreement']:.2%}",
+            *[f"{found[name]:.2%}" for name in shares.values()],
             f"{found['worst_row']} ({found['worst_row_mean']:.1e})",
         )
     return table

@@ -34,11 +34,12 @@ def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[st
 
     Columns: row, sample_id, tokens, input_ids, labels, images (list of path, sha256, width, height,
     positions); for each captured kind (response, visual, prompt) positions (N), token_ids and logprobs
-    (N, K), tail_logprob (N, n_T), logsumexp, entropy and, where it exists, label_logprob (N), all prefixed
-    with the kind's name; confidence, disagreement, perplexity of the response; relation_factor (images, P, r)
-    or relation_gram (images, P, P), relation_residual, relation_norm (images). Nested lists throughout. The
-    spec and the temperatures are in the files' metadata under `kdcache`. Targets are decoded: expect several
-    times the size of the cache. KdcacheError when `out` is not empty. `out` appears only when it is complete.
+    (N, K), tail_logprob (N, n_T), logsumexp, entropy and, where it exists, label_logprob (N), where hidden
+    states are stored hidden (N, D), all prefixed with the kind's name; confidence, disagreement, perplexity
+    of the response; relation_factor (images, P, r) or relation_gram (images, P, P), relation_residual,
+    relation_norm (images). Nested lists throughout. The spec and the temperatures are in the files' metadata
+    under `kdcache`. Targets are decoded: expect several times the size of the cache. KdcacheError when `out`
+    is not empty. `out` appears only when it is complete.
     """
     progress = progress or Silent()
     source = open_cache(cache)
@@ -82,6 +83,10 @@ def table_of(samples: Sequence[Sample], spec: TargetSpec) -> pa.Table:
     for kind in KINDS:
         if kind in spec.targets:
             columns |= _kind(samples, kind, spec)
+    for kind in spec.hidden:
+        states = [sample.hidden_states.get(kind) for sample in samples]
+        arrays = [np.zeros((0, 0), np.float32) if own is None else own.decode() for own in states]
+        columns[f"{kind}_hidden"] = _lists(arrays, np.float32, ndim=2)
     if "response" in spec.targets:
         scores = [scores_of(sample) for sample in samples]
         columns |= {name: pa.array([getattr(s, name) for s in scores], pa.float64()) for name in _SCORES}

@@ -12,7 +12,7 @@ from cache_schema.format.cache import Cache
 from cache_schema.format.identity import compare
 from cache_schema.format.records import Sample
 from cache_schema.format.spec import KINDS, Kind
-from cache_schema.operations.divergence import kl, relation_cosine
+from cache_schema.operations.divergence import hidden_distance, kl, relation_cosine
 from cache_schema.operations.settings import DiffConfig
 from cache_schema.progress import Progress, Silent, task
 
@@ -33,13 +33,26 @@ class KindDifference:
 
 
 @dataclass(slots=True, kw_only=True)
+class HiddenDifference:
+    """|a - b| / |a| of the hidden states at the positions of one kind; worst_row: the row with the greatest
+    mean."""
+
+    positions: int
+    mean: float
+    p99: float
+    max: float
+    worst_row: int
+    worst_row_mean: float
+
+
+@dataclass(slots=True, kw_only=True)
 class DiffReport:
     """The differences. identity: of fingerprint and spec, each as key, a, b, blocks; `blocks` is "nothing"
     for recorded values and "allowed" for those that the caller allows to differ. engines: those that wrote
     the shards of a and of b, if they differ. only_in_*: row numbers.
 
     other_inputs: rows whose token ids, labels or image positions differ, so that their targets were not
-    compared. kl: by kind. relation: images, mean and least cosine, worst row.
+    compared. kl, hidden: by kind. relation: images, mean and least cosine, worst row.
     """
 
     identity: list[dict[str, Any]] = field(default_factory=list)
@@ -49,9 +62,11 @@ class DiffReport:
     only_in_b: list[int] = field(default_factory=list)
     other_inputs: list[int] = field(default_factory=list)
     kl: dict[str, KindDifference] = field(default_factory=dict)
+    hidden: dict[str, HiddenDifference] = field(default_factory=dict)
     relation: dict[str, Any] | None = None
     kl_bound: float
     relation_bound: float
+    hidden_bound: float
 
     @property
     def same_samples(self) -> bool:
@@ -65,8 +80,10 @@ class DiffReport:
 
     @property
     def targets_agree(self) -> bool:
-        """The mean KL of every kind, and the mean 1 - cosine of the relations, are within the bounds."""
+        """The mean KL and the mean distance of hidden states of every kind, and the mean 1 - cosine of the
+        relations, are within the bounds."""
         near = all(kind.mean <= self.kl_bound for kind in self.kl.values())
+        near = near and all(kind.mean <= self.hidden_bound for kind in self.hidden.values())
         return near and (self.relation is None or 1.0 - self.relation["mean_cosine"] <= self.relation_bound)
 
     @property
@@ -97,6 +114,7 @@ def diff(
     report = DiffReport(
         kl_bound=config.kl_bound,
         relation_bound=config.relation_bound,
+        hidden_bound=config.hidden_bound,
         identity=_identity(a, b, config.may_differ),
     )
     engines = {"a": _engines(a), "b": _engines(b)}
@@ -113,7 +131,10 @@ def diff(
             else:
                 report.other_inputs.append(left.row)
             progress.update(report.samples)
-    report.kl = {kind: found.kind(kind) for kind in KINDS if found.kl[kind]}
+    report.kl = {kind: found.kind(kind) for kind in KINDS if found.kl.values[kind]}
+    report.hidden = {
+        kind: HiddenDifference(**found.hidden.of(kind)) for kind in KINDS if found.hidden.values[kind]
+    }
     report.relation = found.relation()
     return report
 
@@ -161,41 +182,56 @@ def _same_inputs(a: Sample, b: Sample) -> bool:
     )
 
 
+class _PerPosition:
+    """A distance at every position, by kind."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[np.ndarray[Any, np.dtype[np.float32]]]] = {kind: [] for kind in KINDS}
+        self.worst = dict.fromkeys(KINDS, (-1.0, -1))
+
+    def add(self, kind: Kind, distance: np.ndarray[Any, np.dtype[np.float64]], row: int) -> None:
+        self.values[kind].append(distance.astype(np.float32))
+        self.worst[kind] = max(self.worst[kind], (float(distance.mean()), row))
+
+    def of(self, kind: Kind) -> dict[str, Any]:
+        values = np.concatenate(self.values[kind]).astype(np.float64)
+        mean, row = self.worst[kind]
+        return {
+            "positions": len(values),
+            "mean": float(values.mean()),
+            "p99": float(np.quantile(values, 0.99)),
+            "max": float(values.max()),
+            "worst_row": row,
+            "worst_row_mean": mean,
+        }
+
+
 class _Found:
     """Running sums over the pairs of samples."""
 
     def __init__(self) -> None:
-        self.kl: dict[str, list[np.ndarray[Any, np.dtype[np.float32]]]] = {kind: [] for kind in KINDS}
+        self.kl = _PerPosition()
+        self.hidden = _PerPosition()
         self.agree = dict.fromkeys(KINDS, 0)
-        self.worst = dict.fromkeys(KINDS, (-1.0, -1))
         self.cosines: list[float] = []
         self.worst_relation = (2.0, -1)
 
     def add(self, a: Sample, b: Sample) -> None:
         for kind in KINDS:
             x, y = a.records[kind], b.records[kind]
-            if x is None or y is None or not len(x):
-                continue
-            values = kl(x, y)
-            self.kl[kind].append(values.astype(np.float32))
-            self.agree[kind] += int((x.token_ids[:, 0] == y.token_ids[:, 0]).sum())
-            self.worst[kind] = max(self.worst[kind], (float(values.mean()), a.row))
-        for one, other in zip(a.relations, b.relations, strict=False):
-            self.cosines.append(relation_cosine(one, other))
+            if x is not None and y is not None and len(x):
+                self.kl.add(kind, kl(x, y), a.row)
+                self.agree[kind] += int((x.token_ids[:, 0] == y.token_ids[:, 0]).sum())
+            one, other = a.hidden_states.get(kind), b.hidden_states.get(kind)
+            if one is not None and other is not None and len(one):
+                self.hidden.add(kind, hidden_distance(one, other), a.row)
+        for left, right in zip(a.relations, b.relations, strict=False):
+            self.cosines.append(relation_cosine(left, right))
             self.worst_relation = min(self.worst_relation, (self.cosines[-1], a.row))
 
     def kind(self, kind: Kind) -> KindDifference:
-        values = np.concatenate(self.kl[kind]).astype(np.float64)
-        mean, row = self.worst[kind]
-        return KindDifference(
-            positions=len(values),
-            mean=float(values.mean()),
-            p99=float(np.quantile(values, 0.99)),
-            max=float(values.max()),
-            top1_agreement=self.agree[kind] / len(values),
-            worst_row=row,
-            worst_row_mean=mean,
-        )
+        told = self.kl.of(kind)
+        return KindDifference(**told, top1_agreement=self.agree[kind] / told["positions"])
 
     def relation(self) -> dict[str, Any] | None:
         if not self.cosines:

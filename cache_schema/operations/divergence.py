@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.format.records import Int32, Relation, TopK
+from cache_schema.format.records import HiddenStates, Int32, Relation, TopK
 
 Float64 = NDArray[np.float64]
 
@@ -31,6 +31,16 @@ def kl(a: TopK, b: TopK) -> Float64:
     rest_q = np.maximum(_rest(b, log_q, in_a < 0), LOG_NOTHING)
     rest = np.exp(rest_p) * (np.maximum(rest_p, LOG_NOTHING) - rest_q)
     return np.asarray(terms + rest, dtype=np.float64)
+
+
+def hidden_distance(a: HiddenStates, b: HiddenStates) -> Float64:
+    """|a - b| / |a| of the hidden states at each of N positions, (N,) float64; where a is zero, 0 if b is,
+    else 1. ValueError when the shapes differ."""
+    left, right = a.decode().astype(np.float64), b.decode().astype(np.float64)
+    if left.shape != right.shape:
+        raise ValueError(f"hidden states of shape {list(left.shape)} against {list(right.shape)}")
+    apart, size = (np.linalg.norm(values, axis=1) for values in (left - right, left))
+    return np.asarray(np.where(size > 0, apart / np.where(size > 0, size, 1.0), apart > 0), np.float64)
 
 
 def relation_cosine(a: Relation, b: Relation) -> float:

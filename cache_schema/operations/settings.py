@@ -46,6 +46,7 @@ class DiffConfig:
 
     kl_bound: Annotated[float, at_least(0), Help("Largest mean KL in nats per position.")] = 1e-2
     relation_bound: Annotated[float, at_least(0), Help("Largest mean 1 - cos of relations.")] = 1e-3
+    hidden_bound: Annotated[float, at_least(0), Help("Largest mean |a - b| / |a| of hidden states.")] = 0.05
     may_differ: Annotated[
         tuple[str, ...],
         Help("Keys of the identity that may differ, as dtype; a key covers all dotted keys below it."),
