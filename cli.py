@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_schema.operations.settings import DiffConfig, MergeConfig, VerifyConfig
+from cache_schema.operations.settings import DiffConfig, MergeConfig, SelectConfig, VerifyConfig
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig
 from pipeline.settings import BuildConfig, DeriveConfig, ForecastConfig
-from student.settings import AnswersConfig, EvaluateConfig, NewStudentConfig, TrainConfig
+from student.settings import AnswersConfig, EvaluateConfig, NewStudentConfig, ScoreConfig, TrainConfig
 from views.options import by_stage, with_options
 from views.outcome import run
 from views.settings import ForecastFiles, PageConfig
@@ -173,28 +173,39 @@ def merge(
 @command()
 def select(
     cache: CachePath,
-    where: Annotated[
-        str,
-        typer.Option(
-            help="Such as 'tokens < 512 and not (\"cat\" in image or confidence > 0.5)'; "
-            "or rows:FILE, ids:FILE with one per line."
-        ),
-    ],
     out: Annotated[str, typer.Option(help="The new cache.")],
+    config: SelectConfig,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 'tokens < 512 and not (\"cat\" in image or confidence > quantile(0.5))'; "
+            "or rows:FILE, ids:FILE with one per line. Default: all samples."
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Make a smaller cache of the samples that meet a condition.
+    """Make a smaller cache of the samples that meet a condition, or of a draw of them.
 
     Fields: row (in the dataset), id (its label), tokens (length), images (how many), image (path of any),
     response_tokens; over the response positions confidence (mean probability of the teacher's most likely
-    token), disagreement (share where that is not the label), perplexity (of the labels).
+    token), disagreement (share where that is not the label), perplexity (of the labels); after `kdcache
+    score` reference (its log-likelihood per token) and advantage (the teacher's less that). A field may be
+    compared with quantile(SHARE).
 
     Whole shards become hard links on one file system (they take no space, and stay valid when the old cache
     is removed, since files never change), copies elsewhere; parts are rewritten as stored.
     """
     from cache_schema.operations.select import select as select_samples
 
-    _show(select_samples(cache, where, out, progress=Bar()), json_, "selected")
+    _show(select_samples(cache, where, out, Bar(), config), json_, "selected")
+
+
+@command()
+def score(cache: CachePath, config: ScoreConfig, json_: Json = False) -> None:
+    """Add the log-likelihood of each sample under a small reference model; run again to continue."""
+    from student.score import score_cache
+
+    _show(score_cache(cache, config, Bar()), json_, "scored")
 
 
 @command()

@@ -75,6 +75,8 @@ def _by_condition(
 ) -> dict[str, Int64]:
     """The samples of each domain: the first whose condition they meet, else REST where there are any."""
     parsed = {name: parse(text) for name, text in conditions.items()}
+    if relative := [name for name, condition in parsed.items() if condition.quantiles]:
+        raise WrongUsage(f"domain {relative[0]} of the mixture: quantile() is for `kdcache select`")
     fields = frozenset().union(*(condition.fields for condition in parsed.values()))
     place = np.full(len(catalogue.tokens), len(parsed))
     at = 0

@@ -285,3 +285,25 @@ class AnswersConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreConfig:
+    """A reference model's log-likelihood of the labels of a cache."""
+
+    model: Annotated[
+        Path, Help("Folder of the reference model: a small one with the tokenizer of the cache's teacher.")
+    ]
+    image_root: Annotated[
+        str | None,
+        Help(
+            "Folder or fsspec URL that the cache's image paths start from. Not needed where the cache embeds "
+            "its images."
+        ),
+    ] = None
+    batch_size: Annotated[int, at_least(1), Help("Samples per forward pass, of similar length.")] = 16
+    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    files: FileCacheConfig = field(default_factory=FileCacheConfig)
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -20,6 +20,8 @@ COLUMNS = {
     "disagreement": np.array([0.9, 0.5, 0.0, np.nan]),
     "perplexity": np.array([100.0, 3.0, 1.5, np.nan]),
     "response_tokens": np.array([5, 25, 5, 0]),
+    "reference": np.array([-2.0, -1.0, -3.0, np.nan]),
+    "advantage": np.array([0.5, -0.5, 1.5, np.nan]),
 }
 
 
@@ -115,3 +117,42 @@ def test_rows_and_ids_from_a_file(tmp_path: Path) -> None:
         parse(f"rows:{ids}")
     with pytest.raises(KdcacheError, match="cannot read"):
         parse(f"rows:{tmp_path / 'absent'}")
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("advantage >= quantile(0.5)", [0, 2]),
+        ("tokens > quantile(0.5) or advantage == quantile(0)", [1, 2, 3]),
+        ("quantile(1) > reference", [0, 2]),
+        ("quantile(0.25) <= tokens <= quantile(0.75)", [1, 2]),
+    ],
+)
+def test_quantiles_are_those_of_the_samples_that_have_the_field(text, rows):
+    condition = parse(text)
+    mask = condition.mask({**COLUMNS, **condition.quantiles_of(COLUMNS)})
+    assert np.flatnonzero(mask).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "quantile(0.5) > 3",
+        "advantage > quantile(2)",
+        "advantage > quantile('a')",
+        "id == quantile(0.5)",
+        "advantage > mean(0.5)",
+        "advantage > quantile(0.5, 0.6)",
+        "advantage > quantile(share=0.5)",
+        "advantage in [quantile(0.5)]",
+    ],
+)
+def test_what_is_no_quantile_is_refused(text):
+    with pytest.raises(KdcacheError, match="fields: row"):
+        parse(text)
+
+
+def test_a_field_that_no_sample_has_has_no_quantile():
+    condition = parse("advantage > quantile(0.5)")
+    with pytest.raises(KdcacheError, match="no sample has the field advantage"):
+        condition.quantiles_of({"advantage": np.full(3, np.nan)})

@@ -1,7 +1,8 @@
 """The condition of `select --where`: a small language of comparisons, read with `ast` and never executed.
 
 `tokens < 512 and confidence > 0.5`, `image == "coco/1.jpg" or "cat" in id`, `not (row in [1, 2, 3])`,
-`100 <= tokens < 200`, `rows:FILE` and `ids:FILE` (one row number or id per line).
+`100 <= tokens < 200`, `advantage >= quantile(0.5)`, `rows:FILE` and `ids:FILE` (one row number or id per
+line).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from cache_schema.errors import KdcacheError
 
 Mask = NDArray[np.bool_]
 Columns = Mapping[str, Any]
-"""Columns of equal length: an array of numbers, a list of str, or a list of tuples of str."""
+"""Columns of equal length: an array of numbers, a list of str, or a list of tuples of str; and the quantiles
+that a condition names, one number each."""
 
 NUMBERS = {
     "row": "the dataset row number",
@@ -30,10 +32,13 @@ NUMBERS = {
     "confidence": "mean probability of the teacher's most likely token over the response positions",
     "disagreement": "share of response positions whose label is not the teacher's most likely token",
     "perplexity": "of the teacher on the labels, exp of the mean negative log-likelihood",
+    "reference": "log-likelihood of the labels under the model of `kdcache score`, nats per token",
+    "advantage": "the teacher's log-likelihood of the labels less that of the reference, nats per token",
 }
 TEXTS = {"id": "the dataset's label of the sample", "image": "path of any of its images"}
 FIELDS = NUMBERS | TEXTS
-FROM_TARGETS = frozenset({"confidence", "disagreement", "perplexity"})
+FROM_TARGETS = frozenset({"confidence", "disagreement", "perplexity", "advantage"})
+FROM_REFERENCE = frozenset({"reference", "advantage"})
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -47,15 +52,28 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A parsed condition. fields: the columns it reads."""
+    """A parsed condition. fields: the columns it reads. quantiles: those of all samples that it names: under
+    which key of the columns, of which field, and the share of samples below it."""
 
     text: str
     fields: frozenset[str]
     _mask: Callable[[Columns], Mask]
+    quantiles: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
     def mask(self, columns: Columns) -> Mask:
-        """True where the samples of `columns` (at least `fields`) meet the condition."""
+        """True where the samples of `columns` (at least `fields` and `quantiles`) meet the condition."""
         return self._mask(columns)
+
+    def quantiles_of(self, columns: Columns) -> dict[str, float]:
+        """The quantiles over all samples, whose columns these are. KdcacheError where no sample has the
+        field."""
+        found = {}
+        for key, (name, share) in self.quantiles.items():
+            values = columns[name][~np.isnan(columns[name].astype(np.float64))]
+            if not len(values):
+                raise KdcacheError(f"--where {self.text!r}: no sample has the field {name}")
+            found[key] = float(np.quantile(values, share))
+        return found
 
 
 def parse(text: str) -> Condition:
@@ -65,8 +83,9 @@ def parse(text: str) -> Condition:
         return _listed(text, kind, Path(path.strip()))
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        fields = frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
-        return Condition(text, fields, _Compiler(text.strip()).boolean(tree))
+        compiler = _Compiler(text.strip())
+        mask = compiler.boolean(tree)
+        return Condition(text, frozenset(compiler.fields), mask, compiler.quantiles)
     except (SyntaxError, RecursionError, ValueError) as error:  # ValueError: a null byte
         raise KdcacheError(f"--where {text!r} is not a condition: {error}; fields: {_known()}") from None
 
@@ -98,6 +117,8 @@ class _Compiler:
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self.fields: set[str] = set()
+        self.quantiles: dict[str, tuple[str, float]] = {}
 
     def refuse(self, node: ast.AST, why: str) -> KdcacheError:
         part = ast.get_source_segment(self.text, node) if hasattr(node, "lineno") else None
@@ -132,13 +153,17 @@ class _Compiler:
                 raise self.refuse(right, "only numbers can be compared with each other")
             return lambda columns: compare(columns[a], columns[b])
         if isinstance(left, ast.Name):
-            name, value = self.field(left), self.constant(right)
+            name, other = self.field(left), right
         elif isinstance(right, ast.Name):
-            name, value = self.field(right), self.constant(left)
+            name, other = self.field(right), left
             swapped = compare
             compare = lambda x, y: swapped(y, x)  # noqa: E731
         else:
             raise self.refuse(left, "one side must be a field")
+        if isinstance(other, ast.Call):
+            key = self.quantile(other, name)
+            return lambda columns: compare(columns[name], columns[key])
+        value = self.constant(other)
         self.check_kind(left, name, value)
         if name in NUMBERS:
             return lambda columns: compare(columns[name], value)
@@ -166,7 +191,21 @@ class _Compiler:
     def field(self, node: ast.Name) -> str:
         if node.id not in FIELDS:
             raise self.refuse(node, f"no field {node.id!r}")
+        self.fields.add(node.id)
         return node.id
+
+    def quantile(self, node: ast.Call, name: str) -> str:
+        """The key of the quantile of a field that `quantile(SHARE)` names."""
+        match node:
+            case ast.Call(func=ast.Name(id="quantile"), args=[share], keywords=[]) if name in NUMBERS:
+                value = self.constant(share)
+                if not isinstance(value, str) and 0 <= value <= 1:
+                    key = f"quantile({value}) of {name}"
+                    self.quantiles[key] = (name, float(value))
+                    return key
+        raise self.refuse(
+            node, "expected a number or, beside a number field, quantile(SHARE) with SHARE from 0 to 1"
+        )
 
     def constant(self, node: ast.expr) -> int | float | str:
         match node:

@@ -37,6 +37,26 @@ class MergeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SelectConfig:
+    """How many of the samples that meet a condition are taken, and which are likelier."""
+
+    sample: Annotated[
+        int | None, at_least(1), Help("Draw SAMPLE of them without replacement; default: all of them.")
+    ] = None
+    by: Annotated[
+        str | None,
+        Help(
+            "Draw by rank in this field: of N samples the highest is drawn with N times the probability of "
+            "the lowest."
+        ),
+    ] = None
+    seed: Annotated[int, at_least(0), Help("Seed of the draw.")] = 0
+
+    def __post_init__(self) -> None:
+        check(self, {"by needs sample": self.by is not None and self.sample is None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiffConfig:
     """The bounds within which two caches count as the same. The bounds hold over all positions of a kind, and
     over all images.

@@ -19,6 +19,7 @@ from cache_schema.format.roll import ROLL
 from cache_schema.format.sealed import unseal
 from cache_schema.format.store import Store, open_store
 from cache_schema.format.writer import MANIFEST, set_aside
+from cache_schema.operations.reference_scores import SCORES
 from cache_schema.operations.verify_shard import REMAKE, Problem, check_shard
 from cache_schema.progress import Progress, Silent, task
 
@@ -34,6 +35,7 @@ _QUICKER = 16  # times, without decoding
 UNCHECKED = "contents: files have the committed sizes and digests, but nothing in them was decoded or counted"
 DAMAGED_HEAD = "truncated or altered: it is not the teacher's head of the manifest"
 DAMAGED_ROLL = "truncated or altered; readers go by the commit records themselves"
+DAMAGED_SCORES = "truncated or altered: the scores of this shard are lost"
 STRANGER = "not a file of the committed shard"
 _ATTEMPT = re.compile(r"^(?:samples|targets|quarantine|images)/\.?(\d{5,})-([0-9a-f]{12})\.")
 
@@ -253,6 +255,9 @@ class _Verification:
                 continue
             if path in named or path in (MANIFEST, ROLL) or path.startswith("aside/"):
                 continue
+            if path.startswith(SCORES) and "/." not in path:
+                self._check_scores(path)
+                continue
             if path.startswith(".manifest.") or "/." in path:
                 self.report.leftovers.append(path)
             elif attempt and (int(attempt[1]), attempt[2]) in committed:
@@ -262,6 +267,13 @@ class _Verification:
             elif not path.startswith("commits/"):
                 self._problem(path, "not a file of a cache", "move it elsewhere")
 
+    def _check_scores(self, path: str) -> None:
+        """A file of `kdcache score`; of an attempt that is no longer committed it is harmless."""
+        try:
+            unseal(self.store.read(path), path)
+        except CacheDamaged:
+            self._problem(path, DAMAGED_SCORES, "run `kdcache verify --repair`, then `kdcache score` again")
+
     def _repair(self, files: dict[str, int]) -> None:
         if self.manifest is None and MANIFEST in files:
             self.store.move(MANIFEST, f"aside/{MANIFEST}.{int(time.time())}")
@@ -270,7 +282,7 @@ class _Verification:
             set_aside(self.store, path)
             self.report.repaired.append(f"set aside {path}")
         for problem in self.report.problems:
-            if problem.what in (STRANGER, DAMAGED_HEAD, DAMAGED_ROLL):
+            if problem.what in (STRANGER, DAMAGED_HEAD, DAMAGED_ROLL, DAMAGED_SCORES):
                 self.store.move(problem.file, f"aside/{problem.file}")
                 self.report.repaired.append(f"set aside {problem.file}")
         dead = [path for path in self.report.leftovers if self._is_dead(path)]
