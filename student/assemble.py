@@ -1,4 +1,4 @@
-"""A new student: a vision tower, a fresh projector and a language model as one Llava folder."""
+"""A new student: a vision tower, a projector and a language model as one Llava folder."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from models.folder import LOAD_ERRORS
 from models.parts import part_of
 from student.folder import save_folder
 from student.generation import answer_ends, settle_generation
+from student.kept_projector import keep_projector
 from student.settings import NewStudentConfig
 
 IMAGE_TOKEN = "<image>"
@@ -39,10 +40,10 @@ _TOWER_KEY = re.compile(r"^(?:model\.)?(?:vision_tower\.)?(?:vision_model\.)?")
 def new_student(config: NewStudentConfig) -> dict[str, Any]:
     """Writes a LlavaForConditionalGeneration folder with its processor and returns its sizes.
 
-    The projector is drawn from the seed as torch draws linear layers. With `like`, tokenizer, image token,
-    feature layer, select strategy, chat template and (where the tower's folder has none) image processor are
-    those of the cache's teacher. KdcacheError when a folder is of another kind or the language model does not
-    cover the tokenizer.
+    The projector is drawn from the seed as torch draws linear layers, or is a teacher's (`keep_projector`).
+    With `like`, tokenizer, image token, feature layer, select strategy, chat template and (where the tower's
+    folder has none) image processor are those of the cache's teacher. KdcacheError when a folder is of
+    another kind or the language model does not cover the tokenizer.
     """
     out, like = config.out, config.like
     require_folder(out, new=True)
@@ -75,6 +76,9 @@ def new_student(config: NewStudentConfig) -> dict[str, Any]:
         chat_template=template,
         image_token=tokenizer.convert_ids_to_tokens(image_token_id),
     )
+    kept = {}
+    if config.projector_from is not None:
+        kept = keep_projector(model, config.projector_from, image_processor, config.projector_images)
     tokens = _visual_tokens(model, image_processor)
     model.config.image_seq_length = tokens
     settle_generation(model, processor, () if cache is None else answer_ends(cache, tokenizer))
@@ -92,6 +96,7 @@ def new_student(config: NewStudentConfig) -> dict[str, Any]:
         "vision_feature_select_strategy": strategy,
         "tokenizer_length": len(tokenizer),
         "like": like,
+        **({"projector": kept} if kept else {}),
     }
 
 

@@ -38,6 +38,17 @@ class NewStudentConfig:
     like: Annotated[
         str | None, Help("Take image token, tokenizer, feature layer and template of this cache's teacher.")
     ] = None
+    projector_from: Annotated[
+        Path | None,
+        Help(
+            "Keep the projector of this Llava teacher; with another width of the language models a linear "
+            "adapter is folded into it."
+        ),
+    ] = None
+    projector_images: Annotated[
+        Path | None,
+        Help("Folder of some images, to which a narrower student's kept projector is fitted."),
+    ] = None
     seed: Annotated[int, at_least(0), Help("Seed of the projector's weights.")] = 0
     feature_layer: Annotated[
         int | None, Help("The tower's layer whose features are taken. Default: as `like`, or -2.")
@@ -48,7 +59,8 @@ class NewStudentConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        check(self)
+        alone = self.projector_images is not None and self.projector_from is None
+        check(self, {"projector_images needs projector_from": alone})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
