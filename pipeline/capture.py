@@ -23,7 +23,7 @@ from pipeline.loop import CaptureLoop
 from pipeline.prefetch import Prefetch
 from pipeline.settings import BuildConfig, BuildSummary
 from pipeline.teachers import load_teacher
-from pipeline.vllm_engine import claim_device, require_vllm
+from pipeline.vllm_start import claim_device, require_vllm
 from pipeline.windows import Windows
 from pipeline.workers import place_among_workers
 
@@ -100,13 +100,15 @@ def spec_for_engine(config: BuildConfig) -> TargetSpec:
     spec = config.spec
     if config.engine == "transformers":
         if config.engine_mode != "hidden":
-            raise WrongUsage("--engine-mode logprobs is a mode of vLLM: add --engine vllm, or omit it")
+            raise WrongUsage(
+                f"--engine-mode {config.engine_mode} is a mode of vLLM: add --engine vllm, or omit it"
+            )
         return spec
     for name in ("quantization", "device_map", "compile"):
         if getattr(config, name):
             option = "--" + name.replace("_", "-")
             raise WrongUsage(f"{option} belongs to the engine transformers; omit it with --engine vllm")
-    if config.engine_mode == "hidden":
+    if config.engine_mode != "logprobs":
         return spec
     wanted = [name for name in ("visual", "relation", "hidden") if name in spec.targets]
     if wanted:

@@ -12,7 +12,7 @@ from cache_schema.format.spec import KINDS, TARGETS, EntryRule, Precision, Targe
 from cache_schema.settings import Help, Only, at_least, check, positive, within
 
 EngineName = Literal["transformers", "vllm"]
-EngineMode = Literal["hidden", "logprobs"]
+EngineMode = Literal["hidden", "extracted", "logprobs"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 OverLong = Literal["quarantine", "cut"]
 RelationChoice = float | Literal["exact"]
@@ -91,7 +91,11 @@ class BuildConfig:
     files: FileCacheConfig = field(default_factory=FileCacheConfig)
     engine_mode: Annotated[
         EngineMode,
-        Help("hidden states, or logprobs, which serve response and prompt targets only.", _VLLM),
+        Help(
+            "hidden states through pooling; the same extracted, with a prefix cache; or logprobs, for "
+            "response and prompt targets only.",
+            _VLLM,
+        ),
     ] = "hidden"
     memory_share: Annotated[
         float, within(0.0, 1.0, "(]"), Help("Share of the accelerator's memory for vLLM.", _VLLM)

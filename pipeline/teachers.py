@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from cache_schema.errors import KdcacheError, first_line
 from cache_schema.progress import Progress, task
@@ -19,7 +18,8 @@ from pipeline.prefix import packing_is_exact, prefix_is_independent
 from pipeline.samples import PreparedSample
 from pipeline.spot_check import Finding, finding_of, require_agreement
 from pipeline.transformers_engine import DTYPES, TransformersEngine, load_engine
-from pipeline.vllm_engine import hidden_engine, logprob_engine, start_vllm
+from pipeline.vllm_engine import VllmExtracted, engine_of
+from pipeline.vllm_start import start_vllm
 
 _TRIES = 16  # samples on which a teacher is tried before it counts as faulty
 
@@ -120,11 +120,10 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
             top_k=most_selected(config.spec, job.vocab_size),
             processor=job.processor,
             vision_type=getattr(getattr(job.teacher_config, "vision_config", None), "model_type", ""),
+            layers=job.teacher_config.get_text_config().num_hidden_layers,
         )
-        places: dict[str, Any] = {"tokenizer": job.processor.tokenizer, "image_root": job.image_root}
-        engine: Engine | RecordEngine
         head: Head | None = None
-        if config.engine_mode == "hidden":
+        if config.engine_mode != "logprobs":
             head = read_head(
                 Path(config.teacher),
                 job.teacher_config,
@@ -133,9 +132,15 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
                 device=choose_device(config.device),
             )
             head = replace(head, softcap=softcap)
-            engine = hidden_engine(llm, head, **places)
-        else:
-            engine = logprob_engine(llm, top_k=most_selected(config.spec, job.vocab_size), **places)
+        engine = engine_of(
+            llm,
+            head,
+            samples,
+            mode=config.engine_mode,
+            top_k=most_selected(config.spec, job.vocab_size),
+            tokenizer=job.processor.tokenizer,
+            image_root=job.image_root,
+        )
         theirs = finding_of(engine, head, config.spec, samples)
         require_agreement(ours, theirs, samples, dtype=job.dtype, engine="vllm")
         # Log-probabilities make no targets of images, so there is nothing to share.
@@ -144,6 +149,8 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
             and bool(samples[0].images)
             and prefix_is_independent(engine, samples[0])
         )
+        if sharing and isinstance(engine, VllmExtracted):
+            engine.share_prefixes()
     return Teacher(
         engine=engine, head=head, sharing=sharing, packing=False, batch_tokens=config.batch_tokens or DEFAULT
     )

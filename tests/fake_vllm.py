@@ -54,8 +54,8 @@ class FakeLLM:
     def apply_model(self, work: Any) -> list[Any]:
         return [work(torch.nn.Sequential(self.cut))]
 
-    def encode(self, prompts: Sequence[Any], *, pooling_task: str, use_tqdm: bool) -> list[Any]:
-        assert pooling_task == "token_embed"
+    def encode(self, prompts: Sequence[Any], params: Any, *, pooling_task: str, use_tqdm: bool) -> list[Any]:
+        assert pooling_task == params.task == "token_embed"
         found = []
         for prompt in prompts:
             ids, hidden, _ = self._forward(prompt)
@@ -113,7 +113,12 @@ def install(monkeypatch: pytest.MonkeyPatch, **faults: Any) -> list[FakeLLM]:
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     contents: dict[str, dict[str, Any]] = {
-        "vllm": {"LLM": start, "SamplingParams": SimpleNamespace, "__version__": "0"},
+        "vllm": {
+            "LLM": start,
+            "SamplingParams": SimpleNamespace,
+            "PoolingParams": SimpleNamespace,
+            "__version__": "0",
+        },
         "vllm.config": {"PoolerConfig": SimpleNamespace},
         "vllm.platforms": {"current_platform": SimpleNamespace(get_device_name=lambda: "")},
         "vllm.model_executor.model_loader": {"register_model_loader": lambda name: lambda kind: kind},

@@ -28,7 +28,9 @@ from pipeline import teachers
 from pipeline.capture import BuildConfig, build
 from pipeline.job import open_job
 from pipeline.prefix import _changed_after_images
-from pipeline.vllm_engine import _Prompts, claim_device, record_of
+from pipeline.vllm_engine import record_of
+from pipeline.vllm_inputs import Prompts
+from pipeline.vllm_start import claim_device
 from tests.fake_vllm import install
 from tests.family_checks import SIZES, rows_for
 from tests.tiny_families import make, names
@@ -260,7 +262,7 @@ def test_a_row_that_vllm_reads_otherwise_is_kept_in_quarantine(
     lengths = [
         sum(
             1
-            for _ in _Prompts(job.processor.tokenizer, Path()).of([replace(s, images=())])[0][
+            for _ in Prompts(job.processor.tokenizer, Path()).of([replace(s, images=())])[0][
                 "prompt_token_ids"
             ]
         )
@@ -307,7 +309,7 @@ def test_prompts_are_what_the_template_wrote(name: str, tmp_path: Path) -> None:
     tokenizer = job.processor.tokenizer
     for conversation in (open_dataset(config.data)[row] for row in range(len(job.dataset))):
         sample = job.preparer.prepare(conversation)
-        (prompt,) = _Prompts(tokenizer, config.image_root).of([sample])
+        (prompt,) = Prompts(tokenizer, config.image_root).of([sample])
         rendered = job.template.render(conversation.messages)
         ids = tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
         assert prompt["prompt_token_ids"] == ids

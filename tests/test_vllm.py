@@ -144,11 +144,26 @@ def test_hidden_states_make_the_cache_of_transformers(setting: Setting) -> None:
     assert summary["already_done"]
     assert summary["captured"] == 14
     assert summary["quarantined"] == {"missing_image": 1, "over_long": 1}
-    difference = setting.diff("plain", "hidden")
+    check_all(setting, "hidden")
+
+
+def test_extracted_hidden_states_make_the_cache_of_transformers(setting: Setting) -> None:
+    """Conversations about one image have their beginning computed once, and nothing changes."""
+    summary = setting.build(
+        "extracted", "--targets", EVERYTHING, "--engine", "vllm", "--engine-mode", "extracted"
+    )
+    assert summary["captured"] == 14
+    assert summary["quarantined"] == {"missing_image": 1, "over_long": 1}
+    check_all(setting, "extracted")
+
+
+def check_all(setting: Setting, mode: str) -> None:
+    """The cache of a mode against that of transformers, every target."""
+    difference = setting.diff("plain", mode)
     assert difference["same"], difference
     assert {entry["key"] for entry in difference["identity"]} == {"engine", "engine_mode"}
     assert max(kind["max"] for kind in difference["kl"].values()) <= 1e-5
-    plain, hidden = setting.cache("plain"), setting.cache("hidden")
+    plain, hidden = setting.cache("plain"), setting.cache(mode)
     assert hidden.manifest.fingerprint.capture["sharing"] is True
     assert check_same(plain, hidden, ("response", "visual", "prompt"), FIELDS) > 500
     place = {row: i for i, row in enumerate(hidden.index().row.tolist())}
@@ -158,7 +173,10 @@ def test_hidden_states_make_the_cache_of_transformers(setting: Setting) -> None:
             assert 1.0 - relation_cosine(one, other) <= 1e-6
             assert abs(one.norm / other.norm - 1.0) <= 1e-4
     engines = [commit.engine for commit in hidden.commits.values()]
-    assert all(engine["engine"] == "vllm" and engine["engine_mode"] == "hidden" for engine in engines)
+    assert all(engine["engine"] == "vllm" and engine["engine_mode"] == mode for engine in engines)
+    # Llava's pixels are taken as they were prepared; Qwen's are scaled by vLLM's model, so it makes its own.
+    images = {"llava": "as prepared", "qwen2_5_vl": "by vLLM"}[setting.name]
+    assert all(engine["images"] == images for engine in engines)
 
 
 def test_logprobs_make_the_responses_of_transformers(setting: Setting) -> None:
