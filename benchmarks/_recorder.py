@@ -34,8 +34,13 @@ aten = torch.ops.aten
 _TILE = 128
 """Rows and columns of a tile of a matrix product: a product of fewer costs as much as one of so many."""
 _CROOKED = 6.0
-_FACTORS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "addmm_": 1, "baddbmm_": 1}
+_FACTORS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "addmm_": 1, "baddbmm_": 1, "matmul": 0}
 """Where the first factor of a product stands among the arguments."""
+_FACTORISATIONS: dict[str, Callable[..., int]] = {
+    "linalg_cholesky_ex": lambda matrix: matrix.numel() * matrix[-1] // 3,
+    "linalg_solve_triangular": lambda matrix, other: other.numel() * matrix[-1],
+}
+"""Floating-point operations of what is no product, by the shapes of its arguments."""
 _FREE = {
     "empty",
     "empty_like",
@@ -64,8 +69,9 @@ _WAITS = {
 class Operation:
     """One operation of the device.
 
-    name: of aten, or of the kernel. dtype: of the factors of a product, else empty. flops: floating-point
-    operations of products, tiles filled up. bytes: read plus written. launches: kernels that the host starts.
+    name: of aten, or of the kernel. dtype: of the factors of a product, or `factorisation`, else empty.
+    flops: floating-point operations of products, tiles filled up. bytes: read plus written. launches: kernels
+    that the host starts.
     waits: times that the host waits for the device.
     """
 
@@ -138,12 +144,14 @@ def _operation(
     if func.namespace == "prim" or (not waits and (name in _FREE or _is_view(func, inputs, outputs))):
         return None
     flops, dtype = 0, ""
-    count = flop_registry.get(func._overloadpacket)
+    count = _matmul_flops if name == "matmul" else flop_registry.get(func._overloadpacket)
     if count is not None and inputs:
         shapes = [each for each in args if not isinstance(each, torch.dtype)]
         flops = int(count(*shapes, out_val=out) * _filling(name, args))
         factor = args[_FACTORS[name]] if name in _FACTORS else inputs[-1]
         dtype = str(factor.dtype).removeprefix("torch.")
+    if name in _FACTORISATIONS:
+        flops, dtype = _FACTORISATIONS[name](*(tensor.shape for tensor in inputs)), "factorisation"
     return Operation(
         name=name,
         dtype=dtype,
@@ -152,6 +160,11 @@ def _operation(
         launches=0 if name == "_local_scalar_dense" else 1,
         waits=int(waits),
     )
+
+
+def _matmul_flops(left: Tensor, right: Tensor, *, out_val: Tensor) -> int:
+    """Of a product that inference mode leaves whole."""
+    return 2 * out_val.numel() * left.shape[-1]
 
 
 def _bytes(name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:

@@ -5,10 +5,13 @@
 The teacher is a Llava with the real SmolLM2-135M as language model and a small random SigLIP tower (256
 visual tokens); conversations have about 130 tokens of English text. Per round and in turn: the plain
 `model(**inputs).logits` over the capture's own batches, the capture of the same samples with all targets
-(response, visual, relation), and both again over 1.7 conversations an image; these four in CPU seconds of
+(response, visual, relation), and both again over 1.7 conversations an image; and of the first samples
+hidden states only and each target alone; all in CPU seconds of
 the one thread that computes, which other work on the machine does not disturb. Then in wall time a whole
 `build` against the plain forward: torch has one thread, and another core reads images, encodes shards and
-writes them meanwhile, as the host of a GPU would.
+writes them meanwhile, as the host of a GPU would. Last what the cost model foretells of the same parts on a
+GPU at LLaVA-KD's shapes (benchmarks.roofline), and the CPU time per sample there to prepare, encode and
+write (benchmarks.host_work).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -28,8 +32,10 @@ import torch
 from PIL import Image
 from transformers import SiglipVisionConfig
 
+from benchmarks._capture_forecast import table
 from benchmarks._smollm2 import load_smollm2, save_llava
 from benchmarks._teachers import english
+from benchmarks.roofline import DEVICES
 from cache_schema import TargetSpec
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.progress import Silent
@@ -45,6 +51,7 @@ from pipeline.transformers_engine import TransformersEngine, load_engine
 SPEC = TargetSpec(targets=("response", "visual", "relation"))
 BATCH_TOKENS = 2048
 GROUPS = (1, 2, 2, 1, 2, 2, 1, 2, 2, 2)  # conversations an image, 1.7 on average
+HOST_ROWS = 128
 REACH = {"one conversation an image": 0.95, "1.7 conversations an image": 1.4}
 
 
@@ -101,6 +108,13 @@ def plain(engine: TransformersEngine, samples: Sequence[PreparedSample]) -> None
         engine.logits([samples[i] for i in batch])
 
 
+def hidden_only(engine: TransformersEngine, samples: Sequence[PreparedSample]) -> None:
+    """The hidden states of the same batches."""
+    packs = [Pack(samples=(sample,)) for sample in samples]
+    for batch in batches(packs, BATCH_TOKENS):
+        engine.hidden_states([samples[i] for i in batch])
+
+
 def capture(extractor: Extractor, samples: Sequence[PreparedSample]) -> None:
     """The capture of samples that are prepared already."""
     ShardCapture(extractor).run(samples)
@@ -131,6 +145,9 @@ def main() -> None:
 
 def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     """The ratios of samples/s to those of the plain forward."""
+    from benchmarks import host_work  # which takes data and clock from here
+
+    (folder / "host").mkdir()
     teacher = make_teacher(folder / "teacher")
     processor = load_processor(teacher)
     engine = load_engine(teacher, vocab_size=len(processor.tokenizer), pad_token_id=0, device="cpu")
@@ -153,10 +170,24 @@ def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
         Extractor(engine, head, SPEC, fingerprint="", share=pack, pack=pack, batch_tokens=BATCH_TOKENS)
         for pack in (False, True)
     )
+    each = {
+        f"{target} alone": Extractor(
+            engine,
+            head,
+            replace(SPEC, targets=(target,)),
+            fingerprint="",
+            share=False,
+            pack=False,
+            batch_tokens=BATCH_TOKENS,
+        )
+        for target in SPEC.targets
+    }
     text = [len(sample) - 256 for sample in samples[several]]
     one, many = samples[single], samples[several]
     found: dict[str, list[float]] = {
         "plain": [],
+        "hidden only": [],
+        **{name: [] for name in each},
         "capture": [],
         "plain, several": [],
         "packed": [],
@@ -167,6 +198,11 @@ def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
         cpu, wall = seconds_per_sample(lambda: plain(engine, one), len(one))
         times = {
             "plain": cpu,
+            "hidden only": seconds_per_sample(lambda: hidden_only(engine, one), len(one))[0],
+            **{
+                name: seconds_per_sample(lambda e=extractor: capture(e, one), len(one))[0]
+                for name, extractor in each.items()
+            },
             "capture": seconds_per_sample(lambda: capture(alone, one), len(one))[0],
             "plain, several": seconds_per_sample(lambda: plain(engine, many), len(many))[0],
             "packed": seconds_per_sample(lambda: capture(packed, many), len(many))[0],
@@ -186,11 +222,14 @@ def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
         "samples": [len(one), len(many)],
         "text tokens": [min(text), round(statistics.mean(text), 1), max(text)],
         "samples/s over the plain forward's": {
+            **{name: ratio("plain", name) for name in ("hidden only", *each)},
             "one conversation an image": ratio("plain", "capture"),
             "1.7 conversations an image": ratio("plain, several", "packed"),
             "whole build, wall time": ratio("plain, wall", "build, wall"),
         },
         "reach": REACH,
+        "foretold on a GPU": {name: table(DEVICES[name]) for name in ("H100", "H200")},
+        "host": host_work.measure(folder / "host", HOST_ROWS, 0.018),
     }
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_capture [--small] [--rows 768] [--device cuda] [--json FILE]
 
 The teacher (4.4 B parameters in bfloat16) is saved as a folder; rows are JPEGs of 640 x 480 with about 160
-tokens of text. plain: `model(**inputs).logits` over batches of 16 samples that lie on the device. Each build
+tokens of text. Of batches of 16 samples that lie on the device: the plain forward `model(**inputs).logits`,
+hidden states only, and each target alone from these, beside what the cost model foretells. Each build
 runs as a command of its own: wall is all of it, start-up included; steady is the pace between its first and
 its last shard. The head of the teacher has rank 64 ("rank 64": every relation record needs no more), or is
 random ("full rank").
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,14 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from benchmarks import _shapes
+from benchmarks._capture_forecast import SPEC, TARGETS, asked_of, shown, table
 from benchmarks._clock import Clock
+from benchmarks.roofline import DEVICES
 from cache_schema import open_cache
 from models.device import device_name
 from models.folder import load_model
+from models.head import Head
+from pipeline.targets import TargetMaker
 
 BATCH, SHARD = 16, 128
 TEMPLATE = (
@@ -73,7 +79,8 @@ def measure(
     """Puts samples per second of the plain forward and of builds in `result`."""
     make_data(folder, rows, shape.vocab - 4)
     teacher = make_teacher(folder, device, shape, rank=64)
-    plain = plain_forward(teacher, device, shape)
+    parts = parts_of(teacher, device, shape)
+    plain = parts["plain forward"]
     Clock(device).free()
     result |= {
         "device": device_name(device),
@@ -81,9 +88,16 @@ def measure(
         "teacher": shape.name,
         "rows": rows,
         "plain_samples_per_second": plain,
+        "samples_per_second": parts,
         "builds": {},
     }
     print(f"{result['device']}, {shape.name}, plain forward {plain:.1f} samples/s", flush=True)
+    for name, speed in parts.items():  # those of targets without the forward before them
+        print(f"{name:34} {1e3 / speed:8.2f} ms per sample, {plain / speed:.3f} of the plain forward's")
+    known = [one for one in DEVICES.values() if one.name in result["device"] and shape is _shapes.TEACHER]
+    for one in known:
+        result["foretold"] = table(one)
+        print(f"foretold by the cost model for {one.name}\n{shown(result['foretold'])}", flush=True)
     print(f"{'':34} {'wall/s':>8} {'of plain':>9} {'steady/s':>9} {'of plain':>9}")
     for name, rank, targets in (
         ("all targets, rank 64", 64, "response,visual,relation"),
@@ -158,20 +172,28 @@ def make_teacher(folder: Path, device: torch.device, shape: _shapes.Shape, *, ra
     return teacher
 
 
-def plain_forward(teacher: Path, device: torch.device, shape: _shapes.Shape) -> float:
-    """Samples per second of `model(**inputs).logits`, inputs on the device."""
+def parts_of(teacher: Path, device: torch.device, shape: _shapes.Shape) -> dict[str, float]:
+    """Samples per second of `model(**inputs).logits`, of hidden states alone, and of the records of each of
+    TARGETS from these; inputs on the device."""
     model = load_model(teacher, torch.bfloat16).to(device).eval()
-    length = shape.visual + 146
+    length = shape.visual + _shapes.TEXT + _shapes.ANSWER
     ids = torch.randint(4, shape.vocab, (BATCH, length), device=device)
     ids[:, : shape.visual] = _shapes.IMAGE_ID
     size = shape.image_size
     pixels = torch.randn(BATCH, 3, size, size, device=device, dtype=torch.bfloat16)
+    given: dict[str, Any] = {"input_ids": ids, "pixel_values": pixels, "use_cache": False}
     clock = Clock(device)
     with torch.inference_mode():
-        milliseconds = clock.median(
-            lambda: model(input_ids=ids, pixel_values=pixels, use_cache=False).logits, 6
-        )
-    return 1e3 * BATCH / milliseconds
+        took = {
+            "plain forward": clock.median(lambda: model(**given).logits, 6),
+            "hidden only": clock.median(lambda: model.base_model(**given).last_hidden_state, 6),
+        }
+        states = model.base_model(**given).last_hidden_state.flatten(0, 1)
+    head = Head.of(model, shape.vocab)
+    for name, targets in TARGETS.items():
+        maker, asked = TargetMaker(head, replace(SPEC, targets=targets)), asked_of(targets, shape)
+        took[name] = clock.median(lambda m=maker, a=asked: m.batch(states, a), 6)
+    return {name: 1e3 * BATCH / milliseconds for name, milliseconds in took.items()}
 
 
 def timed_build(teacher: Path, folder: Path, targets: str, rows: int) -> dict[str, Any]:

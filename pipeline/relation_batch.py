@@ -114,9 +114,15 @@ def factors_of(whole: Tensor, tokens: Tensor, bound: float, max_rank: int) -> tu
 
 
 def steps_of(
-    whole: Tensor, factor: Tensor, triangular: Tensor, tokens: Tensor, bound: float
+    whole: Tensor,
+    factor: Tensor,
+    triangular: Tensor,
+    tokens: Tensor,
+    bound: float,
+    *,
+    look: bool = False,
 ) -> dict[str, Tensor]:
-    """The factor in steps as coarse as the bound allows."""
+    """The factor in steps as coarse as the bound allows. look: to end as soon as they are, a wait."""
     energy = factor.square().sum(dim=1).double()  # (B, C), the e_c
     places = torch.arange(factor.shape[2], device=whole.device)
     order = torch.where(triangular[:, None], -places.double(), energy).argsort(
@@ -139,7 +145,7 @@ def steps_of(
         steps, scales, residual = at(level)
         good = residual <= target
         best = torch.where(good, torch.maximum(best, level), best)
-        if whole.device.type == "cpu" and bool((good & (residual >= 0.97 * target)).all()):
+        if look and bool((good & (residual >= 0.97 * target)).all()):
             return as_stored(steps, scales, residual)
         level = level * (0.985 * target / residual.clamp(min=1e-300)).clamp(0.25, 2.0)
     return as_stored(*at(torch.where(best > 0, best, level)))

@@ -64,7 +64,8 @@ def quantised_by_need(
         record = _few_steps(whole, bound) if min(count, max_rank) > _FEW_COLUMNS else None
         if record is None:
             given = torch.tensor([count])
-            record = steps_of(whole, *factors_of(whole, given, bound, max_rank), given, bound)
+            factored = factors_of(whole, given, bound, max_rank)
+            record = steps_of(whole, *factored, given, bound, look=True)
         found.append(record | {"scales": record["scales"] * size**0.5 if size else record["scales"]})
     columns = max(record["scales"].shape[1] for record in found)
     every = {name: torch.cat([record[name] for record in found]) for name in ("rank", "residual")}

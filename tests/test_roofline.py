@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks._capture_forecast import target_recordings
 from benchmarks._recorder import as_on_cuda, imagined
-from benchmarks.roofline import DEVICES, calibration, foretell, recordings
+from benchmarks._shapes import TEACHER
+from benchmarks.roofline import DEVICES, SAMPLES, calibration, foretell, recordings
 from cache_schema.format.spec import TargetSpec
 from pipeline.entry_rules import limits_of
 from pipeline.targets import Asked, TargetMaker
@@ -190,3 +192,24 @@ def test_entries_by_a_threshold_are_selected_without_a_wait():
         maker.batch(torch.empty(10, 16), asked)
     assert sum(recorder.operations.values()) > 20
     assert sum(each.waits * count for each, count in recorder.operations.items()) == 0
+
+
+def test_a_capture_on_a_gpu_is_foretold_within_its_goals():
+    """Top-k records in at most three passes over the logits, relations of a batch together, nothing waits."""
+    recorded = target_recordings()
+    device = DEVICES["H100"]
+    took = {name: 1e3 * foretell(recording, device).seconds / SAMPLES for name, recording in recorded.items()}
+    assert took["response alone"] + took["visual alone"] <= 1.5
+    assert took["relation alone"] <= 2.0
+    assert all(each.waits == 0 for recording in recorded.values() for each in recording)
+    logits = 4 * SAMPLES * TEACHER.visual * TEACHER.vocab
+    passes = sum(
+        count * each.bytes
+        for each, count in recorded["visual alone"].items()
+        if each.name not in ("index_select", "masked_fill", "isfinite")
+    )
+    factors = 2 * TEACHER.width * (TEACHER.vocab * 8 + SAMPLES * TEACHER.visual)
+    assert 2 * logits < passes < 3 * logits + factors
+    assert max(each.launches for each in recorded["relation alone"]) == 1
+    launches = sum(each.launches * count for each, count in recorded["relation alone"].items())
+    assert launches < 600  # for 16 images: not one after the other
