@@ -12,7 +12,7 @@ import typer
 from cache_schema.operations.settings import DiffConfig, MergeConfig, SelectConfig, VerifyConfig
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig
-from pipeline.settings import BuildConfig, DeriveConfig, ForecastConfig
+from pipeline.settings import BuildConfig, ClusterConfig, DeriveConfig, ForecastConfig
 from student.settings import AnswersConfig, EvaluateConfig, NewStudentConfig, ScoreConfig, TrainConfig
 from views.options import by_stage, with_options
 from views.outcome import run
@@ -80,11 +80,14 @@ def plan(config: ForecastConfig, files: ForecastFiles, json_: Json = False) -> N
 
 
 @command()
-def build(config: BuildConfig, json_: Json = False) -> None:
+def build(config: BuildConfig, place: ClusterConfig, json_: Json = False) -> None:
     """Run the teacher over a dataset once and write the cache; run again to continue."""
     from pipeline.capture import build as build_cache
+    from pipeline.cluster import build_on_cluster
 
-    _show(build_cache(config, Bar()).to_json(), json_, "cache")
+    on_ray = place.cluster is not None
+    made = build_on_cluster(config, place, Bar()) if on_ray else build_cache(config, Bar())
+    _show(made.to_json(), json_, "cache")
 
 
 @command()

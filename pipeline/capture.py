@@ -61,7 +61,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
             with task(progress, "hashing the teacher's weights"):
                 CacheWriter.open(config.out, job.manifest(known["sharing"], weights.result()))
             progress.message(f"{config.out} is finished: nothing left to capture")
-            return _summary(config.out, started, already_done=True)
+            return summary_of(config.out, started, already_done=True)
     pending = pending_shards(open_store(config.out), job.plan.shards, rank, world_size)
     shards = chain(again, (shard for shard in pending if shard not in again))
     with Prefetch(Windows(job).of(shards)) as windows:  # the first are ready when the teacher is
@@ -87,7 +87,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         _tell_other_versions(commits, teacher.engine.description, progress)
         CaptureLoop(job, writer, extractor, teacher.engine, progress).run(windows, commits)
         writer.finish()
-    return _summary(config.out, started, already_done=False)
+    return summary_of(config.out, started, already_done=False)
 
 
 def spec_for_engine(config: BuildConfig) -> TargetSpec:
@@ -156,7 +156,8 @@ def _with_quarantine(out: str, rank: int, world_size: int) -> list[int]:
     ]
 
 
-def _summary(out: str, started: float, *, already_done: bool) -> BuildSummary:
+def summary_of(out: str, started: float, *, already_done: bool) -> BuildSummary:
+    """What the cache at `out` holds; started: of `time.monotonic`."""
     commits = open_cache(out).commits.values()
     reasons: Counter[str] = Counter()
     for commit in commits:

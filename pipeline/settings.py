@@ -21,7 +21,7 @@ MAX_BAD = 0.05
 MAX_BAD_FROM = 100
 """Without --max-bad: the share of bad rows that stops a build, and the rows seen from which on it counts."""
 
-_TEACHER, _DATA, _VLLM, _RUN = "Teacher", "Data", "The engine vllm", "Run"
+_TEACHER, _DATA, _VLLM, _RUN, _RAY = "Teacher", "Data", "The engine vllm", "Run", "A Ray cluster"
 _GRID, _BOUNDS = "Settings to try", "Bounds of the recommended settings"
 
 
@@ -110,6 +110,25 @@ class BuildConfig:
             "Threads that prepare samples. Default: this process's cores, less one, at most 8.",
             _RUN,
         ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Where the workers of a build run."""
+
+    cluster: Annotated[
+        str | None,
+        Help("Run workers on a Ray cluster: auto, its address, or local for one that is started here.", _RAY),
+    ] = None
+    workers: Annotated[
+        int | None, at_least(1), Help("Workers on the cluster. Default: as many as its GPUs, or cores.", _RAY)
+    ] = None
+    gpus_per_worker: Annotated[
+        float | None, at_least(0), Help("GPUs of a worker. Default: 1 where the cluster has any.", _RAY)
     ] = None
 
     def __post_init__(self) -> None:
