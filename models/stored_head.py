@@ -16,8 +16,8 @@ from cache_schema.format.stored_head import StoredHead
 from models.head import Head
 
 
-def head_file(head: Head) -> tuple[StoredHead, bytes]:
-    """The file of a head, its tokens' rows alone, in the dtype that it has, and what a manifest says of it.
+def head_tensors(head: Head) -> dict[str, Tensor]:
+    """What the file of a head holds: its tokens' rows alone, in the dtype that it has.
 
     KdcacheError for a matrix that is not made of plain numbers, as in a quantised layer.
     """
@@ -27,16 +27,22 @@ def head_file(head: Head) -> tuple[StoredHead, bytes]:
             f"the teacher's head is in {str(weight.dtype).removeprefix('torch.')}, which cannot be stored "
             "beside its hidden states; omit --quantization, or hidden from --targets"
         )
-    tensors = {"weight": weight[: head.columns].cpu().contiguous()}
+    tensors = {"weight": weight[: head.columns]}
     if head.bias is not None:
-        tensors["bias"] = head.bias.detach()[: head.columns].cpu().contiguous()
-    data = save(tensors)
+        tensors["bias"] = head.bias.detach()[: head.columns]
+    return tensors
+
+
+def head_file(head: Head) -> tuple[StoredHead, bytes]:
+    """The file of a head (see `head_tensors`), and what a manifest says of it."""
+    tensors = head_tensors(head)
+    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     return StoredHead(
         sha256=hashlib.sha256(data).hexdigest(),
         size=len(data),
         rows=head.columns,
-        width=weight.shape[1],
-        dtype=str(weight.dtype).removeprefix("torch."),
+        width=tensors["weight"].shape[1],
+        dtype=str(tensors["weight"].dtype).removeprefix("torch."),
         bias=head.bias is not None,
         softcap=head.softcap,
         logit_scale=head.logit_scale,

@@ -192,6 +192,34 @@ def test_a_build_with_the_recommended_flags_writes_what_was_foretold(
     assert best["total_bytes"] == pytest.approx(real["bytes"]["total"], rel=0.03)
 
 
+def test_hidden_states_are_foretold_and_not_chosen(
+    world: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = forecast_words(world, "--targets", "response,visual,hidden", "--positions", 100_000)
+    code, out, err = run(*words, "--json", capsys=capsys)
+    assert code == 0, err
+    told = json.loads(out)
+    command = shlex.split(told["command"])
+    command[command.index("--out") + 1] = str(tmp_path / "cache")
+    code, out, err = run(*command[1:], "--json", capsys=capsys)
+    assert code == 0, err
+    cache = open_cache(str(tmp_path / "cache"))
+    assert cache.spec.hidden == ("response", "visual")
+    real, best = summarise(cache)["bytes"], told["recommended"]
+    assert best["bytes"].keys() == real["by_part"].keys() - {"quarantine", "other"}
+    for row in told["hidden"]:
+        part = f"hidden_{row['target']}"
+        assert best["bytes"][part] == pytest.approx(real["by_part"][part], rel=0.04, abs=600)
+        assert row["dataset_bytes"] == best["bytes"][part]
+        assert row["bytes"] == pytest.approx(real["a_position"][part], rel=0.04, abs=4)
+        states = np.concatenate([s.hidden[row["target"]] for s in cache if row["target"] in s.hidden])
+        assert row["channels"] == states.shape[1]
+        assert 0.0 < row["kl"] < 1e-3
+    assert best["bytes"]["head"] == pytest.approx(real["by_part"]["head"], abs=200)
+    assert best["total_bytes"] == pytest.approx(real["total"], rel=0.03)
+    assert "hidden" not in best["max_angle"]
+
+
 def test_a_few_rows_stand_for_all(world: SimpleNamespace) -> None:
     whole = forecast(config_of(world, top_ks=(16,), relations=(1e-4,)), Silent())
     part = forecast(config_of(world, top_ks=(16,), relations=(1e-4,), samples=12, seed=1), Silent())
@@ -212,7 +240,7 @@ def test_a_few_rows_stand_for_all(world: SimpleNamespace) -> None:
 def test_the_document_is_json_of_a_known_shape(answer: dict[str, Any]) -> None:
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
     assert set(answer) == {
-        *("samples", "teacher", "student", "positions", "relations", "dataset", "speed"),
+        *("samples", "teacher", "student", "positions", "relations", "hidden", "dataset", "speed"),
         *("recommended", "break_even", "arguments", "command"),
     }
     assert set(answer["positions"][0]) == {

@@ -26,6 +26,7 @@ def print_forecast(document: Mapping[str, Any], console: Console = results) -> N
         _samples(document),
         *_positions(document),
         _relations(document),
+        _hidden(document),
         _legend(),
         _dataset(document),
         _cost(document),
@@ -159,6 +160,24 @@ def _relations(document: Mapping[str, Any]) -> Table | None:
             _bounded(row["angle"], chosen["max_angle"]["relation"], "{:.2f}"),
             size(row["dataset_bytes"]),
             style="bold" if best else "",
+        )
+    return table
+
+
+def _hidden(document: Mapping[str, Any]) -> Table | None:
+    rows = document["hidden"]
+    if not rows:
+        return None
+    table = _table(
+        "hidden states, in 8 bits", *("positions", "channels", "bytes/position", "KL lost", "dataset")
+    )
+    for row in rows:
+        table.add_row(
+            row["target"],
+            count(row["channels"]),
+            f"{row['bytes']:.1f}",
+            f"{row['kl']:.1e}",
+            size(row["dataset_bytes"]),
         )
     return table
 

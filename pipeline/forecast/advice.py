@@ -18,13 +18,28 @@ from cache_schema.format.spec import KINDS, TARGETS, Precision, TargetSpec
 from cache_schema.operations.divergence import kl
 from cache_schema.progress import Progress, task
 from models.head import Head
+from models.stored_head import head_tensors, states_on
 from pipeline.entry_rules import cut
 from pipeline.forecast.choice import build_arguments, choose, chosen_spec
 from pipeline.forecast.fidelity import as_stored, covered, relation_angle
-from pipeline.forecast.footprint import Footprint, relation_footprint, table_footprint, topk_footprint
-from pipeline.forecast.stand_in import GivenStudent, NoisyTeacher, StandIn, agreement_at, exact_relations
+from pipeline.forecast.footprint import (
+    Footprint,
+    hidden_footprint,
+    relation_footprint,
+    table_footprint,
+    topk_footprint,
+)
+from pipeline.forecast.stand_in import (
+    GivenStudent,
+    NoisyTeacher,
+    StandIn,
+    agreement_at,
+    exact_relations,
+    kl_between,
+)
 from pipeline.forecast.survey import GivenModel, Survey, Surveyor, draw_rows, sharing_of
 from pipeline.forecast.workload import Workload, break_even, bytes_by_part, workload_of
+from pipeline.hidden_states import hidden_record, rounded_states
 from pipeline.job import open_job
 from pipeline.settings import ForecastConfig, RelationChoice
 from pipeline.teachers import load_with_transformers
@@ -41,6 +56,9 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
     job = open_job(config.build, progress)
     config = _within_vocabulary(config, job.vocab_size, progress)
     engine, head, sharing, packing, batch_tokens = load_with_transformers(job, progress)
+    stored_head = (
+        head_tensors(head) if config.build.spec.hidden else {}
+    )  # refused before anything is captured
     student = None
     if config.student is not None:
         with task(progress, "loading the student"):
@@ -59,7 +77,7 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
     )
     survey = surveyor.run(draw, student, progress)
     kinds = [kind for kind in KINDS if kind in survey.records]
-    targets = config.build.spec.targets
+    targets = config.widest.targets
     missing = [
         name for name in targets if name not in kinds and not (name == "relation" and survey.relations)
     ]
@@ -94,17 +112,20 @@ def forecast(config: ForecastConfig, progress: Progress) -> dict[str, Any]:
         )
         positions += rows
     relations = _measure_relations(config, survey, head, stand_in, workload, footprints, progress)
+    hidden = _measure_hidden(config, survey, head, workload, batch_tokens, footprints)
     return _document(
         config,
         survey,
         workload,
         positions,
         relations,
+        hidden,
         footprints,
         student={**stand_in.describe(), "kl": reached},
         sharing={"allowed": sharing, "packed": packing, "share_of_equal_prefixes": alike},
         teacher=_teacher(engine.model, head, str(config.build.teacher), engine.description),
         drawn=len(draw.rows),
+        head_bytes=sum(tensor.nbytes for tensor in stored_head.values()),
     )
 
 
@@ -211,6 +232,37 @@ def _measure_relations(
     return rows
 
 
+def _measure_hidden(
+    config: ForecastConfig,
+    survey: Survey,
+    head: Head,
+    workload: Workload,
+    batch_tokens: int,
+    footprints: dict[Any, Footprint],
+) -> list[dict[str, Any]]:
+    """One row per kind of position whose hidden states are to be stored: there is nothing to choose."""
+    rows = []
+    tables = workload.computed_tokens / workload.shards / batch_tokens
+    for kind in config.build.spec.hidden:
+        if kind not in survey.teacher.positions:
+            continue
+        exact = survey.teacher.positions[kind].float()
+        stored = hidden_record({name: a.cpu().numpy() for name, a in rounded_states(exact).items()})
+        footprint = footprints[f"hidden_{kind}"] = hidden_footprint(stored, tables)
+        decoded = states_on(stored, exact.device)
+        total = footprint.total(workload.positions[kind], workload.shards)
+        rows.append(
+            {
+                "target": kind,
+                "channels": exact.shape[1],
+                "bytes": total / workload.positions[kind],
+                "kl": max(kl_between(head, exact, head, decoded.__getitem__), 0.0),
+                "dataset_bytes": total,
+            }
+        )
+    return rows
+
+
 def _relation_spec(spec: TargetSpec, form: RelationChoice, precision: Precision) -> TargetSpec:
     if form == "exact":
         return replace(spec, relation="exact", precision=precision)
@@ -223,12 +275,14 @@ def _document(
     workload: Workload,
     positions: list[dict[str, Any]],
     relations: list[dict[str, Any]],
+    hidden: list[dict[str, Any]],
     footprints: Mapping[Any, Footprint],
     *,
     student: dict[str, Any],
     sharing: dict[str, Any],
     teacher: dict[str, Any],
     drawn: int,
+    head_bytes: int,
 ) -> dict[str, Any]:
     bounds = {str(name): bound for name, bound in config.max_angle.items()}
     choice = choose(positions, relations, max_angle=bounds, max_kl=config.max_kl)
@@ -237,9 +291,12 @@ def _document(
     }
     if relations:
         chosen["relation"] = footprints["relation", choice["relation"], choice["precision"]]
+    chosen |= {f"hidden_{row['target']}": footprints[f"hidden_{row['target']}"] for row in hidden}
     spec = chosen_spec(config.build.spec, choice)
     tables = table_footprint(survey.bare, spec, sharing=sharing["allowed"])
     by_part = bytes_by_part(workload, chosen, tables)
+    if spec.hidden:
+        by_part["head"] = float(head_bytes)
     arguments = build_arguments(replace(config.build, spec=spec))
     even = break_even(survey.speed, workload)
     return {
@@ -257,6 +314,7 @@ def _document(
         "student": student,
         "positions": positions,
         "relations": relations,
+        "hidden": hidden,
         "dataset": {**workload.to_json(), "sharing": sharing},
         "speed": {
             "seconds": survey.speed.seconds,
@@ -292,8 +350,14 @@ def _document(
 def _standard_error(workload: Workload, by_part: Mapping[str, float]) -> float:
     """Standard error of the total bytes from sampling rows. Errors of parts that grow with the images are
     correlated."""
-    of_images = sum(by_part.get(part, 0.0) for part in ("visual", "relation")) * workload.errors["images"]
-    of_kinds = [by_part.get(kind, 0.0) * workload.errors.get(kind, 0.0) for kind in KINDS]
+    of_images = (
+        sum(by_part.get(part, 0.0) for part in ("visual", "relation", "hidden_visual"))
+        * workload.errors["images"]
+    )
+    of_kinds = [
+        (by_part.get(kind, 0.0) + by_part.get(f"hidden_{kind}", 0.0)) * workload.errors.get(kind, 0.0)
+        for kind in KINDS
+    ]
     of_rows = by_part["samples"] * workload.errors["tokens"]
     return float(np.sqrt(np.square([of_images, *of_kinds, of_rows]).sum()))
 

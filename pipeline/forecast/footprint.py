@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cache_schema.format.archive import pack
+from cache_schema.format.codecs.hidden import hidden_arrays, hidden_at
 from cache_schema.format.codecs.relation import pack_relations
 from cache_schema.format.codecs.topk import Arrays, encode_topk, topk_at
 from cache_schema.format.groups import write_groups
-from cache_schema.format.records import CapturedSample, StoredRelation, TopK
+from cache_schema.format.records import CapturedSample, HiddenStates, StoredRelation, TopK
 from cache_schema.format.shard import encode_shard
 from cache_schema.format.spec import Precision, TargetSpec
 
@@ -59,6 +60,16 @@ def topk_footprint(record: TopK, precision: Precision, vocab_size: int) -> Footp
 def relation_footprint(stored: Sequence[StoredRelation]) -> Footprint:
     """The footprint of the relation records of some images."""
     return _line(len(stored), lambda count: _sizes(pack_relations(stored[:count])))
+
+
+def hidden_footprint(states: HiddenStates, tables: float) -> Footprint:
+    """The footprint of hidden states that were rounded together, with `tables` of channels in a shard."""
+
+    def sizes(count: int) -> tuple[int, int, int]:
+        return _sizes(hidden_arrays(hidden_at(states, slice(count))))
+
+    whole = _line(len(states), sizes)
+    return replace(whole, fixed=whole.fixed + max(tables - 1.0, 0.0) * states.channels[0].nbytes)
 
 
 def table_footprint(samples: Sequence[CapturedSample], spec: TargetSpec, *, sharing: bool) -> Footprint:

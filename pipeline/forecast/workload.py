@@ -134,10 +134,12 @@ def workload_of(
 def bytes_by_part(
     workload: Workload, footprints: Mapping[str, Footprint], tables: Footprint
 ) -> dict[str, float]:
-    """Bytes on disk by part: every kind of position, `relation`, and `samples` for the tables."""
+    """Bytes on disk by part: every kind of position and its hidden states (`hidden_response`, ...),
+    `relation`, and `samples` for the tables."""
     found = {}
     for part, footprint in footprints.items():
-        items = workload.stored_images if part == "relation" else workload.positions[part]
+        kind = part.removeprefix("hidden_")
+        items = workload.stored_images if part == "relation" else workload.positions[kind]
         found[part] = footprint.total(items, workload.shards)
     found["samples"] = tables.total(workload.captured, workload.shards)
     return found
