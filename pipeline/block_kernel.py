@@ -13,6 +13,8 @@ _TILE = 32  # blocks a program
 
 
 _MOST_ENTRIES = 8192  # of what a program of the selection holds: block peaks, and entries of k blocks
+_MOST_LIMITED = 16384  # of the same with limits: what falls below them is not looked for, one by one
+_SLACK = 1e-4  # nats below a limit down to which entries are looked for; rounding is far below
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -93,6 +95,7 @@ def _has_whole_blocks(logits: Tensor, width: int) -> bool:
 def _fields_kernel(  # type: ignore[no-untyped-def]
     logits,
     inverse_temperatures,
+    limits,
     peaks,
     masses,
     moments,
@@ -113,6 +116,8 @@ def _fields_kernel(  # type: ignore[no-untyped-def]
     SLOTS: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
+    LIMITED: tl.constexpr,
+    SLACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, PLACES)
@@ -120,13 +125,26 @@ def _fields_kernel(  # type: ignore[no-untyped-def]
     peak = tl.load(peaks + row * blocks + block, mask=there, other=float("-inf"))
     slot = tl.arange(0, SLOTS)
     far = peak
+    picks = PICKS
+    entries = K
+    floor = float("-inf")
+    if LIMITED:  # no more than the most, and none below the least but the first
+        most = tl.load(limits + 2 * row).to(tl.int32)
+        least = tl.load(limits + 2 * row + 1)
+        summit = tl.max(peak, axis=0)
+        weight = tl.load(masses + AT_ONE * plane + row * blocks + block, mask=there, other=0.0)
+        weight = tl.sum(tl.exp(tl.maximum(peak - summit, -1e30)) * weight, axis=0)
+        floor = summit + tl.log(weight) + least - SLACK
+        entries = tl.minimum(K, most)
+        picks = tl.minimum(PICKS, entries)
+        picks = tl.maximum(tl.minimum(picks, tl.sum((peak >= floor).to(tl.int32), axis=0)), 1)
     chosen = tl.zeros([SLOTS], tl.int32)
-    for pick in range(PICKS):
+    for pick in range(picks):
         _, place = tl.max(far, axis=0, return_indices=True)
         chosen = tl.where(slot == pick, place, chosen)
         far = tl.where(block == place, float("-inf"), far)
     column = chosen[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    picked = (slot < PICKS)[:, None]
+    picked = (slot < picks)[:, None]
     entry = tl.load(
         logits + row * row_stride + column, mask=picked & (column < readable), other=float("-inf")
     )
@@ -134,7 +152,9 @@ def _fields_kernel(  # type: ignore[no-untyped-def]
     index = tl.arange(0, SLOTS * BLOCK)
     value = tl.full([SLOTS], float("-inf"), tl.float32)
     places = tl.zeros([SLOTS], tl.int32)
-    for pick in range(K):
+    if LIMITED:
+        entries = tl.maximum(tl.minimum(entries, tl.sum((near >= floor).to(tl.int32), axis=0)), 1)
+    for pick in range(entries):
         best, place = tl.max(near, axis=0, return_indices=True)
         value = tl.where(slot == pick, best, value)
         places = tl.where(slot == pick, place, places)
@@ -164,10 +184,14 @@ def _fields_kernel(  # type: ignore[no-untyped-def]
     tl.store(token_ids + row * K + slot, tl.minimum(ids, vocab - 1), mask=slot < K)
 
 
-def selects(vocab: int, k: int, size: int) -> bool:
-    """Whether `fused_fields` takes a vocabulary of this size and this k."""
-    entries: int = max(triton.cdiv(vocab, size), triton.next_power_of_2(k) * size)
-    return entries <= _MOST_ENTRIES
+def selects(vocab: int, k: int, size: int, *, limited: bool) -> bool:
+    """Whether `fused_fields` takes a vocabulary of this size and this k, with limits or without."""
+    return _held(vocab, k, size) <= (_MOST_LIMITED if limited else _MOST_ENTRIES)
+
+
+def _held(vocab: int, k: int, size: int) -> int:
+    most: int = max(triton.cdiv(vocab, size), triton.next_power_of_2(k) * size)
+    return most
 
 
 def fused_fields(
@@ -176,10 +200,13 @@ def fused_fields(
     temperatures: tuple[float, ...],
     k: int,
     size: int,
+    limits: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The label-free fields of logits (n, V) from the `fused_statistics` of their blocks, row by row.
 
     Takes the largest block or entry k times over from a program's registers. Ties: the lower id first.
+    limits (n, 2) float32: see pipeline.entry_rules; what lies 1e-4 nats below them is not looked for: it is
+    counted to the tails, and its places have log-probability -inf and any id.
     """
     rows, vocab = logits.shape
     peak, mass, moment = statistics
@@ -195,6 +222,7 @@ def fused_fields(
     _fields_kernel[grid](
         logits,
         _inverses(temperatures, logits.device),
+        peak if limits is None else limits.contiguous(),
         peak,
         mass,
         moment,
@@ -211,7 +239,9 @@ def fused_fields(
         SLOTS=triton.next_power_of_2(k),
         PLACES=triton.next_power_of_2(blocks),
         BLOCK=size,
-        num_warps=8,
+        LIMITED=limits is not None,
+        SLACK=_SLACK,
+        num_warps=8 if _held(vocab, k, size) <= _MOST_ENTRIES else 16,
     )
     return fields
 

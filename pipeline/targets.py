@@ -221,7 +221,9 @@ class TargetMaker:
         logits = self._head.logits(hidden, self._scratch(len(hidden)))
         on_cpu = logits.device.type == "cpu"
         group = max(1, _GROUP_BYTES // (4 * logits.shape[1])) if on_cpu else max(1, len(logits))
-        parts = [self._group(part) for part in logits.split(group)]
+        pieces = logits.split(group)
+        bounds = [None] * len(pieces) if limits is None else limits.split(group)
+        parts = [self._group(part, bound) for part, bound in zip(pieces, bounds, strict=True)]
         fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if labels is not None:
             chosen = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] - fields["logsumexp"]
@@ -229,7 +231,11 @@ class TargetMaker:
         inside = None if limits is None else kept(fields["logprobs"], limits)
         if numbers is not None:
             ids = fields["token_ids"].long()
-            left = -math.inf if inside is None else logits.gather(1, ids).masked_fill_(inside, -math.inf)
+            left: float | Tensor = -math.inf
+            if inside is not None:
+                taken = inside | fields["logprobs"].isneginf()  # with the first id where none was looked for
+                ids = torch.where(fields["logprobs"].isneginf(), ids[:, :1], ids)
+                left = logits.gather(1, ids).masked_fill_(taken, -math.inf)
             logits.scatter_(1, ids, left).div_(self._spec.sample_temperature)
             fields["places"] = tail_places(logits, numbers)
         return fields if inside is None else narrow(fields, inside, self._spec.temperatures)
@@ -246,8 +252,8 @@ class TargetMaker:
             self._buffer = torch.empty(rows, self._head.columns)
         return self._buffer[:rows]
 
-    def _group(self, logits: Tensor) -> dict[str, Tensor]:
-        """The label-free fields of logits (n, V).
+    def _group(self, logits: Tensor, limits: Tensor | None = None) -> dict[str, Tensor]:
+        """The label-free fields of logits (n, V); entries outside of limits (n, 2) may be left to the tails.
 
         The k largest lie within the k blocks of the largest entries, so only those are searched. What lies
         outside the k is summed from the other blocks and from what is left of these: never as a difference.
@@ -255,10 +261,10 @@ class TargetMaker:
         k, vocab = self._k, logits.shape[1]
         blocks = block_statistics(logits, self._spec.temperatures)
         fused = kernels(logits.device)
-        if fused and fused.selects(vocab, k, BLOCK):
+        if fused and fused.selects(vocab, k, BLOCK, limited=limits is not None):
             statistics = blocks.peak, blocks.mass, blocks.moment
             found: dict[str, Tensor] = fused.fused_fields(
-                logits, statistics, self._spec.temperatures, k, BLOCK
+                logits, statistics, self._spec.temperatures, k, BLOCK, limits
             )
             return found
         chosen = blocks.peak.topk(min(k, blocks.peak.shape[1]), dim=1, sorted=False).indices

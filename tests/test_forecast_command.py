@@ -209,9 +209,10 @@ def test_hidden_states_are_foretold_and_not_chosen(
     assert best["bytes"].keys() == real["by_part"].keys() - {"quarantine", "other"}
     for row in told["hidden"]:
         part = f"hidden_{row['target']}"
-        assert best["bytes"][part] == pytest.approx(real["by_part"][part], rel=0.04, abs=600)
+        few_tables = 6 * 8 * row["channels"]  # of channels, one a batch, of which small windows make more
+        assert best["bytes"][part] == pytest.approx(real["by_part"][part], rel=0.01, abs=few_tables)
         assert row["dataset_bytes"] == best["bytes"][part]
-        assert row["bytes"] == pytest.approx(real["a_position"][part], rel=0.04, abs=4)
+        assert row["bytes"] == pytest.approx(real["a_position"][part], rel=0.05)
         states = np.concatenate([s.hidden[row["target"]] for s in cache if row["target"] in s.hidden])
         assert row["channels"] == states.shape[1]
         assert 0.0 < row["kl"] < 1e-3
