@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ def main() -> None:
     parser.add_argument("--page-only", action="store_true", help="write the page of the runs that are there")
     options = parser.parse_args()
     study = Study(options.out, QUICK if options.quick else FULL, options.only)
+    # As Ctrl-C: the processes of the runs end with this one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not options.page_only:
             run_study(study, options.jobs, Lines())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def write_page(study: Study, page: Path) -> None:
     draw_bars({TITLES[name]: arms for name, arms in main.items()}, charts / "accuracy.svg")
     shown = {TITLES[name]: {arm.name: main[name].get(arm.name, []) for arm in STAGES} for name in study.sets}
     draw_curves(shown, charts / "curves.svg")
-    made = "\n".join(_sections(study))
+    made = re.sub(r"\n{3,}", "\n\n", "\n".join(_sections(study)))
     before, after = "# Results\n\n", "\n"
     if page.exists():
         text = page.read_text(encoding="utf-8")
@@ -111,7 +112,7 @@ def _table(study: Study, set_name: str, arms: Sequence[Arm], against: Arm) -> li
     for arm in arms:
         results = study.results(set_name, arm)
         if not results:
-            lines.append(_row([arm.name, "0", *[""] * (len(head) - 2)]))
+            lines.append(_row([arm.name, "0", "not run yet", *[""] * (len(head) - 3)]))
             continue
         runs = list(results.values())
         cells = [arm.name, str(len(runs)), _mean([run["test"]["mean"] for run in runs])]
@@ -129,7 +130,7 @@ def _pairs(study: Study, set_name: str, pairs: Mapping[str, tuple[Arm, Arm]]) ->
         base, ours = study.results(set_name, plain), study.results(set_name, distilled)
         both = sorted(base.keys() & ours.keys())
         if not both:
-            lines.append(_row([name, "0", "", "", "", ""]))
+            lines.append(_row([name, "0", "not run yet", "", "", ""]))
             continue
         means = [_mean([runs[seed]["test"]["mean"] for seed in both]) for runs in (base, ours)]
         lines.append(_row([name, str(len(both)), *means, *_tested(ours, base)]))

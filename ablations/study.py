@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,23 +147,32 @@ def run_study(study: Study, jobs: int, progress: Progress) -> None:
     _claim(study)
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(_prepare, study.out, study.settings, set_name) for set_name in study.sets]
-        for done in as_completed(waiting):
-            progress.message(f"prepared {done.result()}")
-        for batch in study.missing():
-            if not batch:
-                continue
-            _language_models(pool, study, batch)
-            waiting = [
-                pool.submit(_run, study.settings, place, seed, factor) for place, seed, factor in batch
-            ]
-            with task(progress, "runs", len(waiting)):
-                try:
-                    for number, done in enumerate(as_completed(waiting), start=1):
-                        progress.update(number, last=done.result())
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+        try:
+            waiting = [pool.submit(_prepare, study.out, study.settings, set_name) for set_name in study.sets]
+            for done in as_completed(waiting):
+                progress.message(f"prepared {done.result()}")
+            for batch in study.missing():
+                if batch:
+                    _make(pool, study, batch, progress)
+        except BaseException:
+            processes = list(pool._processes.values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise
+
+
+def _make(
+    pool: ProcessPoolExecutor, study: Study, batch: list[tuple[Place, int, float]], progress: Progress
+) -> None:
+    """Makes the language models that runs start from, each once, and then the runs."""
+    wanted = dict.fromkeys((place.set_name, place.arm.size, seed) for place, seed, _ in batch)
+    for made in [pool.submit(_language_model, study.out, study.settings, *each) for each in wanted]:
+        made.result()
+    waiting = [pool.submit(_run, study.settings, place, seed, factor) for place, seed, factor in batch]
+    with task(progress, "runs", len(waiting)):
+        for number, done in enumerate(as_completed(waiting), start=1):
+            progress.update(number, last=done.result())
 
 
 def _claim(study: Study) -> None:
@@ -176,15 +185,6 @@ def _claim(study: Study) -> None:
         )
     study.out.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(settings, indent=1))
-
-
-def _language_models(
-    pool: ProcessPoolExecutor, study: Study, batch: Sequence[tuple[Place, int, float]]
-) -> None:
-    """Makes the language models that runs start from, each once."""
-    wanted = dict.fromkeys((place.set_name, place.arm.size, seed) for place, seed, _ in batch)
-    for made in [pool.submit(_language_model, study.out, study.settings, *each) for each in wanted]:
-        made.result()
 
 
 # What follows runs in the processes, which import torch.

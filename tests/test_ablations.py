@@ -139,12 +139,12 @@ def test_a_tiny_study_is_made_once_and_its_page_written(tmp_path, monkeypatch):
     written = {path: path.stat().st_mtime_ns for path in files}
     page = tmp_path / "docs" / "results.md"
     page.parent.mkdir()
-    page.write_text(f"# Kept\n\n{BEGIN}\nold\n{END}\n\nkept too\n")
+    page.write_text(f"# Kept\n\n{BEGIN}\nstale words\n{END}\n\nkept too\n")
     write_page(study, page)
     text = page.read_text()
     assert text.startswith("# Kept\n")
     assert text.endswith("kept too\n")
-    assert "old" not in text
+    assert "stale words" not in text
     for arm in (*STAGES, *SOURCES):
         assert f"| {arm.name} | 2 |" in text
     assert "| 8 images | 2 |" in text
