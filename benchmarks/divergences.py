@@ -18,10 +18,14 @@ from student.losses import LossWeights
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each, of which the best counts")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", nargs="+", default=list(PARAMETERS), metavar="NAME", help="beside the KL")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     torch.set_num_threads(1)
     case = make_case(torch.float32, trained=True, dense=False)
-    seconds: dict[str, list[float]] = {name: [] for name in PARAMETERS}
+    names = dict.fromkeys(("forward_kl", *arguments.only))
+    # A temperature, so that `first` needs no held-out labels.
+    seconds: dict[str, list[float]] = {"first:1" if name == "first" else name: [] for name in names}
     for _ in range(rounds + 1):
         for name, taken in seconds.items():
             case.hidden.grad = case.weight.grad = None

@@ -134,8 +134,8 @@ def run_demo(config: DemoConfig, progress: Progress, settings: DemoSettings | No
     held_out += ["--cache", out / "cache-held-out"]
     results: dict[str, Any] = {"settings": asdict(settings), "caches": {}, "students": {}}
 
-    story.step("data: easy-VQA as LLaVA rows", lambda: _write_data(data, settings))
-    story.step("teacher: unpack the shipped one", lambda: _unpack(teacher, tower))
+    story.step("data: easy-VQA as LLaVA rows", lambda: write_data(data, settings))
+    story.step("teacher: unpack the shipped one", lambda: unpack_teacher(teacher, tower))
     for name, rows, template in (
         ("captions", "captions.json", ("--template", "plain")),
         ("conversations", "conversations.json", ()),
@@ -169,7 +169,7 @@ def _students(
     text_model = folder / "language-model"
     story.step(
         f"seed {seed}: student's language model, from text alone",
-        lambda: _language_model(story, seed, settings, text_model, progress),
+        lambda: train_text_model(story, seed, settings, text_model, progress),
     )
     story.command(
         f"seed {seed}: assemble the student",
@@ -216,7 +216,7 @@ def _students(
     return evaluations
 
 
-def _write_data(data: Path, settings: DemoSettings) -> None:
+def write_data(data: Path, settings: DemoSettings) -> None:
     write_dataset(
         data,
         train_images=settings.train_images,
@@ -227,14 +227,14 @@ def _write_data(data: Path, settings: DemoSettings) -> None:
     )
 
 
-def _unpack(teacher: Path, tower: Path) -> None:
+def unpack_teacher(teacher: Path, tower: Path) -> None:
     shutil.copytree(SHIPPED_TEACHER, teacher, dirs_exist_ok=True)
     from demo.language_model import extract_vision_tower
 
     extract_vision_tower(teacher, tower)
 
 
-def _language_model(story: Story, seed: int, settings: DemoSettings, out: Path, progress: Progress) -> None:
+def train_text_model(story: Story, seed: int, settings: DemoSettings, out: Path, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
     from demo.language_model import conversation_texts, train_language_model

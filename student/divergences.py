@@ -31,12 +31,14 @@ PARAMETERS: Mapping[str, Parameter | None] = {
     "dac_kl": Parameter("mu", 0.95, within(0.0, 1.0, "(]")),
     "dbild": Parameter("k", 0.0, at_least(2)),
     "first": Parameter("temperature", 0.0, positive),
+    "sinkhorn": Parameter("epsilon", 0.1, positive),
     "taid": Parameter("t", 0.4, within(0.0, 1.0, "[)")),
 }
-"""By name. `student.losses.divergences` holds the formula of each that is not in APART."""
+"""By name. `student.losses.divergences` holds the formula of each but `taid`."""
 
-APART = frozenset({"taid"})
-"""The divergences whose target hangs on the student's own logits: `student.losses.dense` computes them."""
+APART = frozenset({"taid", "sinkhorn"})
+"""The divergences whose target hangs on the student's logits, there or at other positions too:
+`student.losses.dense` computes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,9 @@ class Divergence:
 
 
 FORWARD = Divergence("forward_kl")
+
+BATCH = 16
+"""The most positions of a sample that `sinkhorn` compares with each other."""
 
 CONCENTRATED = 5
 """The most likely tokens that `first` learns from."""

@@ -200,6 +200,41 @@ def taid_twin(
     return torch.stack(values)
 
 
+def sinkhorn_twin(
+    student: Tensor,
+    record: Any,
+    epsilon: float,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    batch: int = 16,
+) -> Tensor:
+    """(N,) T^2 sum_j P_ij W_ij, from probabilities, pair by pair; rows in batches of consecutive ones."""
+    column = record.temperatures.tolist().index(temperature)
+    tokens = student.shape[1] if vocab_size is None else vocab_size
+    values = []
+    for start in range(0, len(student), batch):
+        rows = range(start, min(start + batch, len(student)))
+        costs = []
+        for i in rows:
+            q = (student[i] / temperature).softmax(0)
+            for j in rows:
+                ids, log_p = _entries_at(record, j)
+                tail = record.tail_logprob[j, column].exp()
+                p = torch.softmax(log_p / temperature, dim=0) * (1.0 - tail)
+                rest = torch.ones(tokens, dtype=torch.bool)
+                rest[ids] = False
+                apart = (q[:tokens][rest].sum() - tail).abs() + q[tokens:].sum()
+                costs.append((q[ids] - p).abs().sum() + apart)
+        cost = torch.stack(costs).reshape(len(rows), len(rows))
+        plan = (-cost / epsilon).exp()
+        for _ in range(20):
+            plan = plan / plan.sum(1, keepdim=True)
+            plan = plan / plan.sum(0, keepdim=True)
+        values.append(temperature**2 * (plan * cost).sum(1))
+    return torch.cat(values)
+
+
 def _divergence_twin(text: str, p: Tensor, q: Tensor, padding: Tensor) -> Tensor:
     """D of p and q, whose last event is the tail; the padding's p is 0."""
     name, _, parameter = text.partition(":")
@@ -314,6 +349,8 @@ def objective_twin(
                 values = []
             elif forms[kind].name == "forward_kl":
                 values = sparse_kl_twin(logits[part.positions], part.record, tail=tail, **options)
+            elif forms[kind].name == "sinkhorn":
+                values = sinkhorn_twin(logits[part.positions], part.record, forms[kind].value, **options)
             elif forms[kind].name == "taid":
                 values = taid_twin(logits[part.positions], part.record, forms[kind].value, **options)
             else:

@@ -6,6 +6,8 @@ import signal
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cache_schema.errors import WrongUsage
@@ -42,6 +44,28 @@ def test_from_entries_equals_the_twin(t, temperature, head):
             close([ours.detach()], [twin.detach()], 1e-9)
             leaves = (hidden, weight, bias)
             close(gradients(ours, leaves), gradients(twin, leaves), 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    n, d, v = (data.draw(st.integers(1, high), label=name) for name, high in (("n", 6), ("d", 4), ("v", 20)))
+    spread = data.draw(st.sampled_from([0.0, 1.0, 30.0]), label="spread")
+    temperature = data.draw(st.sampled_from([1.0, 2.0]), label="T")
+    hidden, weight, bias, teacher = problem(n, d, v, seed=data.draw(st.integers(0, 99)), spread=spread)
+    record = sparse_record(teacher, data.draw(st.integers(1, v), label="k"), (1.0, 2.0))
+    t = data.draw(st.floats(0.0, 0.99), label="t")
+    budget = data.draw(st.integers(1, 4000), label="memory budget")
+    ours = sparse_kl(
+        *(hidden, weight, record),
+        divergence=f"taid:{t!r}",
+        temperature=temperature,
+        bias=bias,
+        memory_budget=budget,
+    )
+    twin = taid_twin(dense_logits(hidden, weight, bias=bias), record, t, temperature=temperature).mean()
+    close([ours.detach()], [twin.detach()], 1e-8)
+    close(gradients(ours, (hidden, weight, bias)), gradients(twin, (hidden, weight, bias)), 1e-8)
 
 
 @pytest.mark.parametrize("t", [0.4, 1.0])

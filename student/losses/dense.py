@@ -4,13 +4,13 @@ entries with the tail's mass spread evenly."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from models.head import Head
-from student.divergences import FORWARD, Divergence
+from student.divergences import Divergence
 from student.losses.divergences import IN_ORDER, NOTHING
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.products import Gradients, HeadProducts
@@ -28,7 +28,7 @@ class DenseWork:
 
     teacher: exactly one of states, with its head, and entries at `temperature`. share: what its logits count
     in the target of `taid`, softmax((1 - share) student + share teacher), whose own the rest is, a constant
-    of the gradient.
+    of the gradient. ends: of `sinkhorn`, where each of its batches of positions ends, the last at M.
     """
 
     positions: Tensor
@@ -39,6 +39,7 @@ class DenseWork:
     teacher: Head | None = None
     entries: Entries | None = None
     share: float = 1.0
+    ends: tuple[int, ...] = ()
 
 
 def run_dense(
@@ -52,7 +53,8 @@ def run_dense(
     """The divergence (M,) times T^2; adds to `gradients`. ValueError when teacher and student have different
     numbers of tokens.
 
-    memory_budget: bytes of logits of both and of what is made from them at a time; at least one position's.
+    memory_budget: bytes of logits of both and of what is made from them at a time; at least one position's,
+    and those of a whole batch of `sinkhorn`.
     """
     columns, tokens, dtype = len(products.weight), products.columns, products.dtype
     theirs = None
@@ -64,18 +66,35 @@ def run_dense(
         theirs = HeadProducts(work.teacher, dtype, compute)
     size = max(1, memory_budget // (_TABLES * (columns + 1) * dtype.itemsize))
     values = torch.zeros(len(work.positions), dtype=dtype, device=hidden.device)
-    for start in range(0, len(work.positions), size):
-        chunk = slice(start, min(start + size, len(work.positions)))
+    ends = work.ends or (*range(size, len(values), size), *([len(values)] if len(values) else ()))
+    name = work.divergence.name
+    for start, end in zip((0, *ends), ends, strict=False):
+        chunk = slice(start, end)
         index, weights = work.positions[chunk], work.weights[chunk]
+        entries = None if work.entries is None else work.entries.pick(chunk)
         if theirs is not None and work.states is not None:
             log_p, _ = _logits(theirs, work.states.at(chunk).to(dtype), tokens)
             log_p = torch.log_softmax(log_p.div_(work.temperature), dim=1)
-        else:
-            assert work.entries is not None
-            log_p = spread_evenly(work.entries.pick(chunk), tokens, dtype)
+        elif entries is not None and name != "sinkhorn":
+            log_p = spread_evenly(entries, tokens, dtype)
         states = hidden.index_select(0, index).to(dtype)  # (n, D)
         logits, slope = _logits(products, states, columns, blank=True)
-        values[chunk] = _divergence(logits.div_(work.temperature), log_p, weights, tokens, work)
+        logits.div_(work.temperature)
+        if name in ("forward_kl", "taid"):
+            values[chunk] = _forward_kl(logits, log_p, weights, tokens, work)
+        else:
+            if entries is not None and name == "sinkhorn":
+                events = in_common(entries, dtype)
+            else:
+                events = _every_token(log_p, name in IN_ORDER)
+            values[chunk], _ = row_losses(
+                logits,
+                LogitRows.of_entries(events, weights),
+                tokens=tokens,
+                temperature=work.temperature,
+                inside_only=False,
+                divergences=(work.divergence,),
+            )
         gradients.add(products, products.unscale(logits[:, :columns], slope), index, states)
     return values
 
@@ -106,38 +125,37 @@ def spread_evenly(entries: Entries, tokens: int, dtype: torch.dtype) -> Tensor:
     return table.scatter_(1, ids, entries.logprobs.to(dtype).clamp(min=NOTHING))[:, :tokens]
 
 
-def _divergence(logits: Tensor, log_p: Tensor, weights: Tensor, tokens: int, work: DenseWork) -> Tensor:
-    """(n,) of logits (n, V + 1), divided by T, which become the gradient of its weighted sum in the logits
-    before that division: T (q - p) for the forward KL, and for `taid`, which is that to its target."""
+def in_common(entries: Entries, dtype: torch.dtype) -> Entries:
+    """The entries of n positions over the U tokens that any of them keeps: ids (n, U) all alike, logprobs
+    -inf where a position does not keep one."""
+    there = entries.ids >= 0
+    tokens = entries.ids[there].unique().long()
+    places = torch.searchsorted(tokens, entries.ids.clamp(min=0).long()).masked_fill(~there, len(tokens))
+    table = torch.full((len(places), len(tokens) + 1), -math.inf, dtype=dtype, device=places.device)
+    logprobs = table.scatter_(1, places, entries.logprobs.to(dtype))[:, :-1]
+    return replace(
+        entries,
+        ids=tokens.expand(len(places), -1),
+        logprobs=logprobs.contiguous(),
+        log_tail=entries.log_tail.to(dtype),
+    )
+
+
+def _every_token(log_p: Tensor, in_order: bool) -> Entries:
+    """log_p (n, tokens) as entries, the most likely first where that matters."""
+    if in_order:
+        log_p, ids = log_p.sort(dim=1, descending=True)
+    else:
+        ids = torch.arange(log_p.shape[1], device=log_p.device).expand(log_p.shape)
+    return Entries(ids=ids, logprobs=log_p, log_tail=log_p.new_full((len(log_p),), -math.inf))
+
+
+def _forward_kl(logits: Tensor, log_p: Tensor, weights: Tensor, tokens: int, work: DenseWork) -> Tensor:
+    """(n,) T^2 KL, to the target of `taid` where that is asked for, of logits (n, V + 1) divided by T, which
+    become the gradient of its weighted sum in the logits before that division: T (q - p)."""
     if work.divergence.name == "taid":
         own = logits[:, :tokens].mul(1.0 - work.share)
         log_p = torch.log_softmax(own.add_(log_p, alpha=work.share), dim=1)
-    elif work.divergence != FORWARD:
-        count = len(logits)
-        if work.divergence.name in IN_ORDER:
-            log_p, ids = log_p.sort(dim=1, descending=True)
-        else:
-            ids = torch.arange(tokens, device=logits.device).expand(count, tokens)
-        rows = LogitRows(
-            entries=Entries(
-                ids=ids,
-                logprobs=log_p,
-                log_tail=log_p.new_full((count,), -math.inf),
-            ),
-            weights=weights,
-            which=torch.zeros(count, dtype=torch.long, device=logits.device),
-            labels=torch.full((count,), logits.shape[1] - 1, device=logits.device),
-            label_weights=torch.zeros_like(weights),
-        )
-        values, _ = row_losses(
-            logits,
-            rows,
-            tokens=tokens,
-            temperature=work.temperature,
-            inside_only=False,
-            divergences=(work.divergence,),
-        )
-        return values
     logits -= torch.logsumexp(logits, dim=1, keepdim=True)
     p = log_p.exp()
     kl: Tensor = torch.linalg.vecdot(p, log_p.sub_(logits[:, :tokens]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from cache_schema.errors import WrongUsage
 from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
-from student.divergences import APART, FORWARD, Divergence
+from student.divergences import APART, BATCH, FORWARD, Divergence
 from student.loss_weights import Tail
 from student.losses.dense import DenseWork
 from student.losses.fused import fused_losses
@@ -61,6 +61,7 @@ def sparse_kl(
 
     divergence: another one in place of the KL, as `jsd:0.5`, over the events of `bucket` and the student's
     padding (`student.losses.divergences`). `taid:0.4`: TAID at t = 0.4, the tail's mass spread evenly.
+    `sinkhorn`: its batches are 16 positions each, in order; their weights must be equal.
 
     Gradients are those of this value, the factor T^2 included. ValueError: shapes that do not fit, a T whose
     tail mass (whose draws) the target does not hold, an id with mass that is not a token of the head, a
@@ -74,8 +75,6 @@ def sparse_kl(
         raise ValueError(f"sparse_kl: temperature must be positive, not {temperature}")
     weights = _weights(weights, count, 1.0 / max(count, 1), hidden.device, dtype)
     form = Divergence.parse(divergence)
-    if form == Divergence("first"):
-        raise WrongUsage("divergence first needs its temperature here, as in first:1.5")
     if form != FORWARD and tail != "bucket":
         raise WrongUsage(f"divergence {form.name} is defined with tail `bucket`, not `{tail}`")
     entries = entries_of(target, tail=tail, temperature=temperature, dtype=dtype).of(head)
@@ -89,6 +88,7 @@ def sparse_kl(
             divergence=form,
             entries=entries.pick(rows),
             share=form.value,
+            ends=(*range(BATCH, len(rows), BATCH), len(rows)) if form.name == "sinkhorn" else (),
         )
         return fused_losses(hidden, head, shares=weights[None], dense=[apart], memory_budget=memory_budget)[0]
     work = PositionWork(

@@ -17,7 +17,6 @@ from student.losses.logit_rows import LogitRows
 from student.losses.plan import Plan, plan_of
 from student.losses.positions import PositionWork
 from student.losses.products import KeptMatrix, wide_dtype
-from student.losses.records import Entries
 from student.losses.relation import RelationWork
 from student.losses.targets import Denominators, DistillationTargets, PositionTargets
 
@@ -123,7 +122,7 @@ class DistillationLoss:
             positions=work,
             relations=RelationWork(groups=plan.groups, weights=relation),
             dense=[
-                self._dense(kind, target, part, plan.spread.get(kind), head)
+                self._dense(kind, target, part, plan, head)
                 for (kind, target), part in zip(plan.whole.items(), whole, strict=True)
             ],
             memory_budget=self.memory_budget,
@@ -155,10 +154,10 @@ class DistillationLoss:
         return [max(denominators.by_term[TERMS[term]], 1.0) for term in plan.terms]
 
     def _dense(
-        self, kind: Kind, target: PositionTargets, weights: Tensor, entries: Entries | None, head: Head
+        self, kind: Kind, target: PositionTargets, weights: Tensor, plan: Plan, head: Head
     ) -> DenseWork:
-        """The term of a kind against the teacher's whole distribution, made of entries where these are
-        given."""
+        """The term of a kind whose logits are made apart."""
+        entries = plan.spread.get(kind)
         if entries is None and (target.states is None or self.teacher is None):
             raise ValueError("tail `dense` needs the teacher's hidden states and its head")
         divergence = self.weights.divergences[kind]
@@ -170,5 +169,6 @@ class DistillationLoss:
             states=target.states if entries is None else None,
             teacher=self.teacher if entries is None else None,
             entries=None if entries is None else entries.of(head),
+            ends=plan.ends.get(kind, ()),
             share=divergence.value if self.teacher_share is None else self.teacher_share,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import Kind
-from student.divergences import FORWARD, Divergence
+from student.divergences import BATCH, FORWARD, Divergence
 from student.loss_weights import TERMS, LossWeights
 from student.losses.records import Entries, entries_of, no_entries, placed, spread
 from student.losses.selection import Selection, rows_by_sample
@@ -161,7 +161,8 @@ class Plan:
     labels (m,) int64: what is asked at each, -1 and blanks where nothing is; the place of each one's
     divergence in `divergences`. label_range: the least and the greatest label, None: there is none. groups:
     the images. whole: the targets of kinds that are learnt from the teacher's whole distribution; spread:
-    their entries, where it is made of these. terms:
+    their entries, where it is made of these; ends: of
+    kinds with `sinkhorn`, where its batches of positions end. terms:
     whose losses are asked for, by their places in TERMS, with shares (T, N) float64: what each of N values
     counts in the sum of each term, 0 where nothing; 1 over the number of its sample where samples have means
     of their own, else 1. The values: KL and cross entropy of the m rows, the images of all groups, the
@@ -178,6 +179,7 @@ class Plan:
     groups: tuple[RelationGroup, ...]
     whole: Mapping[Kind, PositionTargets]
     spread: Mapping[Kind, Entries]
+    ends: Mapping[Kind, tuple[int, ...]]
     terms: tuple[int, ...]
     shares: Tensor
     unsupervised: int
@@ -231,6 +233,11 @@ class Plan:
             spread={}
             if weights.tail == "dense"
             else {kind: _entries(whole[kind], weights) for kind in whole},
+            ends={
+                kind: _batches(target.samples)
+                for kind, target in whole.items()
+                if weights.divergences[kind].name == "sinkhorn"
+            },
             terms=tuple(TERMS.index(name) for name in counted),
             shares=shares,
             unsupervised=int((~marked.any(dim=1)).sum()),
@@ -282,6 +289,15 @@ def _requests(
         lengths = torch.tensor([len(target) for target in sparse.values()])
         which[rows] = torch.tensor(places).repeat_interleave(lengths).to(rows.device)
     return placed(made, rows.split([len(target) for target in sparse.values()]), count), which
+
+
+def _batches(samples: Tensor) -> tuple[int, ...]:
+    """The ends of batches of at most BATCH positions whose samples (M,) are the same, consecutive ones."""
+    ends, end = [], 0
+    for count in torch.unique_consecutive(samples, return_counts=True)[1].tolist():
+        ends += [*range(end + BATCH, end + count, BATCH), end + count]
+        end += count
+    return tuple(ends)
 
 
 def _entries(target: PositionTargets, weights: LossWeights) -> Entries:
