@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from os import PathLike
@@ -70,6 +70,11 @@ class Written:
     form: str
 
 
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Marks a field that came after documents of its class were written: see `document_of`."""
+
+
 class Only:
     """Of a nested settings class, the fields that are options of the outer command, with other defaults."""
 
@@ -114,6 +119,19 @@ def settings_of(owner: type) -> dict[str, Setting]:
             name=field.name, kind=kind, optional=optional, notes=notes, default=default
         )
     return found
+
+
+def document_of(settings: Any) -> dict[str, Any]:
+    """`asdict`, nested settings too, without the fields marked `Later` that have their defaults: so documents
+    from before these fields, and the digests of them, stay as they are."""
+    document = asdict(settings)
+    for name, setting in settings_of(type(settings)).items():
+        value = getattr(settings, name)
+        if any(isinstance(note, Later) for note in setting.notes) and value == setting.default:
+            del document[name]
+        elif is_dataclass(value):
+            document[name] = document_of(value)
+    return document
 
 
 def resolved(hint: Any) -> tuple[Any, bool, tuple[Any, ...]]:

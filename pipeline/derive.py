@@ -28,7 +28,6 @@ from models.device import choose_device
 from models.head import Head
 from models.stored_head import head_of, states_on
 from pipeline.extract import Extractor
-from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 from pipeline.settings import DeriveConfig
 from pipeline.shard_capture import ShardCapture
@@ -95,8 +94,6 @@ def derive(cache: str, config: DeriveConfig, progress: Progress) -> dict[str, An
 class _StoredStates:
     """Hidden states of a cache as an engine gives them: zeros where none are stored, and none are asked."""
 
-    can_pack = False
-
     def __init__(self, head: Head) -> None:
         self.head = head
         self.samples: dict[int, Sample] = {}
@@ -117,10 +114,6 @@ class _StoredStates:
                 hidden.index_copy_(0, places, states_on(states, weight.device).to(weight.dtype))
             found.append(hidden)
         return found
-
-    def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
-        """See Engine; never asked."""
-        raise NotImplementedError
 
 
 def _without_hidden(spec: TargetSpec) -> tuple[Any, ...]:

@@ -36,6 +36,11 @@ class Engine(Protocol):
     def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """One (T, D) tensor per sample, after the final norm, in the teacher's dtype, on its device."""
 
+
+@runtime_checkable
+class PackingEngine(Engine, Protocol):
+    """An engine that may take several samples that begin alike as one."""
+
     @property
     def can_pack(self) -> bool:
         """Whether packed_hidden_states may be tried; the capture then probes that it is exact."""

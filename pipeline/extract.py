@@ -19,7 +19,7 @@ from cache_schema.format.spec import TargetSpec
 from models.head import Head
 from pipeline.assemble import Captured, asked_of, captured_by_engine, captured_of
 from pipeline.download import Download
-from pipeline.engine import Engine, RecordEngine, release_memory
+from pipeline.engine import Engine, PackingEngine, RecordEngine, release_memory
 from pipeline.packing import Pack, Wanted, batches, pack_samples
 from pipeline.prefix import prefix_keys
 from pipeline.samples import PreparedSample
@@ -177,6 +177,7 @@ class Extractor:
         """One (T, D) per sample, in order."""
         if all(len(pack.samples) == 1 for pack in packs):
             return engine.hidden_states([pack.first for pack in packs])
+        assert isinstance(engine, PackingEngine)
         return [hidden for pack in engine.packed_hidden_states(packs) for hidden in pack]
 
     def _fetch(self, packs: list[Pack], pending: PendingRecords, download: Download) -> list[Captured]:

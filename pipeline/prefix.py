@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from cache_schema.errors import RowRejected
-from pipeline.engine import Engine, same_states
+from pipeline.engine import Engine, PackingEngine, same_states
 from pipeline.packing import make_pack
 from pipeline.samples import PreparedSample
 
@@ -42,7 +42,11 @@ def packing_is_exact(engine: Engine, sample: PreparedSample) -> bool:
     False too for an engine or a model that cannot pack, and where token types change the attention, which a
     pack's mask ignores.
     """
-    if not engine.can_pack or "token_type_ids" in sample.token_inputs:
+    if (
+        not isinstance(engine, PackingEngine)
+        or not engine.can_pack
+        or "token_type_ids" in sample.token_inputs
+    ):
         return False
     pair = [sample, _changed_after_images(sample)]
     try:

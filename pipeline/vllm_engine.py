@@ -16,7 +16,6 @@ from cache_schema.datasets.image_roots import ImageRoot
 from cache_schema.errors import KdcacheError, RowRejected, first_line
 from cache_schema.format.records import TopK
 from models.head import Head
-from pipeline.packing import Pack
 from pipeline.samples import PreparedSample
 from pipeline.vllm_inputs import Prompts, Requests
 from pipeline.vllm_start import CONNECTOR
@@ -41,11 +40,6 @@ class VllmHidden:
         """See Engine."""
         return self._description
 
-    @property
-    def can_pack(self) -> bool:
-        """See Engine: vLLM has no mask for packs."""
-        return False
-
     def hidden_states(self, samples: Sequence[PreparedSample]) -> list[Tensor]:
         """See Engine. RowRejected when vLLM refuses one of the samples or reads other ids than ours."""
         outputs = _asked(self._llm, lambda: self._outputs(samples))
@@ -60,10 +54,6 @@ class VllmHidden:
     def _states(self, output: Any) -> Tensor:
         states: Tensor = output.outputs.data
         return states
-
-    def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
-        """See Engine; every sample of a pack on its own."""
-        return [self.hidden_states(pack.samples) for pack in packs]
 
 
 class VllmExtracted(VllmHidden):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from models.folder import load_model, load_processor
 from models.tokens import adds_special_tokens
 from student.generation import decode_greedily
 
+_AHEAD = 64
+"""Rows whose images are asked of the root before they are needed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
@@ -37,15 +41,17 @@ def rows_to_ask(
     data: Path, root: ImageRoot, limit: int | None, seed: int, progress: Progress
 ) -> Iterator[tuple[int, Conversation | RowRejected]]:
     """The rows of a dataset by their number, or why one cannot be asked: what is wrong with it or its images.
-    limit: only so many, drawn by the seed. An image of several rows is opened once."""
+    limit: only so many, drawn by the seed. An image of several rows is opened once; those of the next rows
+    are fetched meanwhile."""
     dataset = open_dataset(data, progress)
     rows = list(range(len(dataset)))
     if limit is not None and limit < len(rows):
         rows = sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())
     readable: dict[str, RowRejected | None] = {}
-    for row in rows:
+    for row, conversation in _fetched_ahead(rows, dataset, root):
         try:
-            conversation = dataset[row]
+            if isinstance(conversation, RowRejected):
+                raise conversation
             unpack_embedded(root, conversation.embedded)
             for path in conversation.images:
                 if path not in readable:
@@ -56,6 +62,29 @@ def rows_to_ask(
             yield row, error
         else:
             yield row, conversation
+
+
+def _fetched_ahead(
+    rows: Sequence[int], dataset: Any, root: ImageRoot
+) -> Iterator[tuple[int, Conversation | RowRejected]]:
+    """The rows in order, the images of the next `_AHEAD` asked of the root already."""
+    coming: deque[tuple[int, Conversation | RowRejected]] = deque()
+    asked: set[str] = set()
+    for row in rows:
+        found: Conversation | RowRejected
+        try:
+            found = conversation = dataset[row]
+        except RowRejected as error:
+            found = error
+        else:
+            own = conversation.embedded
+            fresh = [path for path in conversation.images if path not in asked and path not in own]
+            root.prefetch((path, None) for path in fresh)
+            asked.update(fresh)
+        coming.append((row, found))
+        if len(coming) > _AHEAD:
+            yield coming.popleft()
+    yield from coming
 
 
 def _fault(root: ImageRoot, path: str) -> RowRejected | None:

@@ -130,7 +130,7 @@ def _distance(
     config: EvaluateConfig, url: str, root: ImageRoot, model: Any, processor: Any, progress: Progress
 ) -> dict[str, float]:
     """The distance of the model to the cache's teacher."""
-    cache = open_cache(url)
+    cache = open_cache(url, files=config.files)
     measured = held_out(cache, model, processor, root, adopt_template=True)
     training = cache.manifest.fingerprint.training
     student = DistilledStudent(model, LossWeights(), vocab_size=training["vocab_size"]).eval()

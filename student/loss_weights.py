@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from cache_schema.format.spec import KINDS, Kind, Target
-from cache_schema.settings import Help, at_least, check, positive, within
+from cache_schema.settings import Help, Later, at_least, check, positive, within
 from student.divergences import APART, FORWARD, Divergence, by_kind
 
 Tail = Literal["bucket", "renormalize", "drop", "sampled", "dense"]
@@ -45,6 +45,7 @@ class LossWeights:
             "What takes the place of the KL: a name, with its parameter as in jsd:0.5, or one for each kind "
             "of position as in response=reverse_kl,visual=jsd:0.5."
         ),
+        Later(),
     ] = "forward_kl"
     reduction: Annotated[
         Reduction,
@@ -60,6 +61,7 @@ class LossWeights:
             "Share of a sample's positions of each kind at which the KL is trained: those of the student's "
             "highest entropy. Their mean stands for that of all positions."
         ),
+        Later(),
     ] = 1.0
 
     def __post_init__(self) -> None:

@@ -141,7 +141,7 @@ def prepare_held_out(config: TrainConfig, student: DistilledStudent, processor: 
     if not config.eval_cache:
         return None
     return held_out(
-        open_cache(config.eval_cache),
+        open_cache(config.eval_cache, files=config.files),
         student.model,
         processor,
         open_root(config.eval_image_root or config.image_root, config.files),

@@ -6,7 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ import yaml
 
 from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.format.spec import KINDS, TARGETS
-from cache_schema.settings import Help, at_least, check, positive, settings_of, within
+from cache_schema.settings import Help, Later, at_least, check, document_of, positive, settings_of, within
 from models.parts import Part
 from student.loss_weights import LossWeights
 from student.sources import Mixture, mixture_from
@@ -69,6 +69,7 @@ class Stage:
         int,
         at_least(1),
         Help("Global batches sorted by length together, for less padding; 1: each by itself."),
+        Later(),
     ] = 1
     lora_rank: LoraRank = 0
     lora_alpha: Annotated[
@@ -126,15 +127,7 @@ class Stage:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `stage_from` turns back into an equal stage."""
-        values = {**asdict(self), "trainable": list(self.trainable)}
-        # As every run before these fields existed.
-        if self.mega_batch == 1:
-            del values["mega_batch"]
-        if self.losses.kl_share == 1.0:
-            del values["losses"]["kl_share"]
-        if self.losses.divergence == LossWeights().divergence:
-            del values["losses"]["divergence"]
-        return values
+        return {**document_of(self), "trainable": list(self.trainable)}
 
 
 # The paper's stages (section 3.3 and appendix; research of the authors' scripts): one epoch each.

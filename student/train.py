@@ -64,7 +64,7 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     require_folder(config.out, new=False)
     if config.wait:
         wait_for_caches(config, progress)
-    caches = [open_cache(source.cache) for source in config.sources]
+    caches = [open_cache(source.cache, files=config.files) for source in config.sources]
     identity = identity_of(config, caches)
     done = finished(config.out, identity)
     if done is not None and model_is_whole(config.out / "model"):

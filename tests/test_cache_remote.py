@@ -19,10 +19,12 @@ from cache_schema import (
     TargetSpec,
     open_cache,
 )
+from cache_schema.file_cache import FileCacheConfig
 from cache_schema.format import store
 from cache_schema.format.store import ObjectStore
 from cache_schema.operations.verify import verify
 from tests.cache_teacher import (
+    EVERYTHING,
     assert_same_cache,
     build_cache,
     capture,
@@ -234,6 +236,25 @@ def many_shards(url: str, **options: Any) -> CacheWriter:
         samples, bad = capture(writer.manifest.plan.rows_of(shard).tolist(), SPEC)
         writer.write_shard(shard, samples, bad, engine={}, seconds=0.0)
     return writer
+
+
+def test_a_head_is_kept_locally_too(s3: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+    url = "s3://caches/with-head"
+    build_cache(url, EVERYTHING, rows=4, storage_options=s3)
+    files = FileCacheConfig(file_cache=tmp_path / "kept")
+    first = open_cache(url, storage_options=s3, files=files).head_bytes()
+    asked: list[str] = []
+    read = ObjectStore.read
+    monkeypatch.setattr(ObjectStore, "read", lambda self, path: (asked.append(path), read(self, path))[1])
+    again = open_cache(url, storage_options=s3, files=files)
+    assert again.head_bytes() == first == make_head()[1]
+    assert not any(path.startswith("head/") for path in asked)
+    (kept,) = (path for path in (tmp_path / "kept").rglob("*") if path.is_file())
+    kept.write_bytes(b"other")  # a damaged copy is read anew
+    assert open_cache(url, storage_options=s3, files=files).head_bytes() == first
+    assert any(path.startswith("head/") for path in asked)
+    build_cache(tmp_path / "here", EVERYTHING, rows=4)
+    assert open_cache(tmp_path / "here", files=files)._blocks is None, "a folder needs no copy"
 
 
 def test_a_finished_cache_opens_by_its_roll(s3: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

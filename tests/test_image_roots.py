@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import json
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from cache_schema.datasets.image_roots import FolderRoot, RemoteRoot, open_root,
 from cache_schema.datasets.images import open_image
 from cache_schema.errors import KdcacheError, RowRejected, WrongUsage
 from cache_schema.file_cache import FileCache, FileCacheConfig
+from cache_schema.progress import Silent
+from student.answering import rows_to_ask
 
 
 def picture(number: int = 0) -> bytes:
@@ -244,6 +247,31 @@ def test_requests_run_at_once_and_one_image_is_asked_for_once(base: str, tmp_pat
     assert digests == [hashlib.sha256(picture(number)).hexdigest() for number in range(16)]
     assert most >= 8
     assert calls == 16
+
+
+def test_rows_to_ask_fetch_the_images_of_the_next_rows_at_once(tmp_path: Path, monkeypatch) -> None:
+    base, files = "memory://ahead", fsspec.filesystem("memory")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a picture"}]
+    rows = [{"id": str(n), "image": f"{n // 2}.png", "conversations": turns} for n in range(24)]
+    for number in range(12):
+        files.pipe_file(f"{base}/{number}.png", picture(number))
+    files.pipe_file(f"{base}/3.png", b"")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    gate = threading.Barrier(8, timeout=20)  # breaks unless eight requests wait for each other
+    fetch, asked = RemoteRoot._fetch, []
+
+    def slow(self, name):
+        asked.append(name)
+        if len(asked) <= 8:
+            gate.wait()
+        return fetch(self, name)
+
+    monkeypatch.setattr(RemoteRoot, "_fetch", slow)
+    root = open_root(base, FileCacheConfig(file_cache=tmp_path / "kept"))
+    found = list(rows_to_ask(tmp_path / "rows.json", root, None, 0, Silent()))
+    assert [row for row, _ in found] == list(range(24))
+    assert [row for row, told in found if isinstance(told, RowRejected)] == [6, 7]
+    assert set(asked) == {f"{number}.png" for number in range(12)}
 
 
 def test_images_of_rows_are_unpacked_to_a_url(base: str) -> None:

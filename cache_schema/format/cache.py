@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.errors import REMEDY, CacheDamaged, KdcacheError, decoding
-from cache_schema.file_cache import FileCache
+from cache_schema.file_cache import FileCache, FileCacheConfig
 from cache_schema.format.archive import unpack
 from cache_schema.format.block import ShardBlock, check_targets
 from cache_schema.format.codecs.topk import Arrays
@@ -26,7 +26,7 @@ from cache_schema.format.records import QuarantinedRow, Sample
 from cache_schema.format.roll import rolled
 from cache_schema.format.shard import QUARANTINE_SCHEMA, check_columns, read_table
 from cache_schema.format.spec import TargetSpec
-from cache_schema.format.store import Range, Store, open_store
+from cache_schema.format.store import LocalStore, Range, Store, open_store
 from cache_schema.format.writer import MANIFEST
 
 KEPT_SHARDS = 3
@@ -85,6 +85,9 @@ class Cache:
             raise KdcacheError(
                 f"{self.url}: has no hidden states; build it with `hidden` among its --targets"
             )
+        place = Range(head.path, 0, head.size)
+        if kept := self._from_blocks({place: head.sha256}):
+            return kept[place]
         try:
             data = self.store.read(head.path)
         except FileNotFoundError as error:
@@ -94,6 +97,8 @@ class Cache:
         except OSError as error:
             raise _unreadable(self.store, error) from error
         head.check(data, self.url)
+        if self._blocks is not None:
+            self._blocks.put({head.sha256: data})
         return data
 
     def write_assets(self, folder: Path) -> None:
@@ -256,14 +261,18 @@ def open_cache(
     storage_options: Mapping[str, Any] | None = None,
     file_cache: str | os.PathLike[str] | None = None,
     file_cache_bytes: int = 32 << 30,
+    files: FileCacheConfig | None = None,
 ) -> Cache:
     """Open the cache at a path or fsspec URL for reading.
 
-    file_cache: a local folder where the files of a remote cache are kept, up to file_cache_bytes.
+    file_cache: a local folder where what is read of the cache is kept, up to file_cache_bytes. files: the
+    same as settings, for a cache that is not in a folder of this machine; a folder needs no copy.
     KdcacheError when no cache is there; CacheDamaged when its manifest or a commit record is altered.
     """
-    blocks = None if file_cache is None else FileCache(Path(file_cache), file_cache_bytes)
-    return Cache(open_store(path, storage_options), blocks)
+    store = open_store(path, storage_options)
+    if file_cache is not None:
+        return Cache(store, FileCache(Path(file_cache), file_cache_bytes))
+    return Cache(store, None if files is None or isinstance(store, LocalStore) else files.open())
 
 
 def _read_manifest(store: Store) -> Manifest:

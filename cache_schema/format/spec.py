@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 from cache_schema.errors import WrongUsage
-from cache_schema.settings import Help, Written, at_least, check, positive, within
+from cache_schema.settings import Help, Later, Written, at_least, check, document_of, positive, within
 
 Kind = Literal["response", "visual", "prompt"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -116,9 +116,10 @@ class TargetSpec:
             _PANEL,
         ),
         Written(read_entries, write_entries, "p>=NUMBER or KIND:p>=NUMBER,..."),
+        Later(),
     ] = field(default_factory=dict)
     max_entries: Annotated[
-        int, within(1, 65535), Help("Most entries of a position where --entries decides.", _PANEL)
+        int, within(1, 65535), Help("Most entries of a position where --entries decides.", _PANEL), Later()
     ] = 256
     temperatures: Annotated[
         tuple[Annotated[float, within(0.0, 100.0, "(]")], ...],
@@ -135,6 +136,7 @@ class TargetSpec:
     hidden: Annotated[
         tuple[HiddenKind, ...],
         Help("Positions whose hidden states are stored. Default: all of these among the targets.", _PANEL),
+        Later(),
     ] = ()
     precision: Annotated[
         Precision,
@@ -154,7 +156,9 @@ class TargetSpec:
     ] = 1024
     seed: Annotated[int, at_least(0), Help("Seed of the tail draws and of the plan's order.", _PANEL)] = 0
     embed_images: Annotated[
-        bool, Help("Keep the bytes of every image in the cache: no image root is needed then.", _PANEL)
+        bool,
+        Help("Keep the bytes of every image in the cache: no image root is needed then.", _PANEL),
+        Later(),
     ] = False
     without: Annotated[
         tuple[Field, ...],
@@ -163,6 +167,7 @@ class TargetSpec:
             "the tail is then 1 minus the entries, known to about 1e-6 of the whole mass.",
             option="",
         ),
+        Later(),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -255,19 +260,13 @@ class TargetSpec:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""
-        document = asdict(self)
+        document = document_of(self)
         document["targets"] = list(self.targets)
         document["temperatures"] = list(self.temperatures)
-        for name, default in (("entries", {}), ("max_entries", 256), ("embed_images", False)):
-            if document[name] == default:
-                del document[name]
-        del document["hidden"]
         if self.hidden:
             document["hidden"] = {"kinds": list(self.hidden), "codec": HIDDEN_CODEC}
         if self.without:
             document["without"] = list(self.without)
-        else:  # as every cache before this key existed
-            del document["without"]
         return document
 
     @classmethod

@@ -70,9 +70,12 @@ class VerifyReport:
         return all(problem.file == "commits/" for problem in self.problems)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of everything."""
+        """A JSON object of everything; `unchecked` only where something was left out."""
         seconds = max(self.seconds, 1e-9)
-        return asdict(self) | {
+        document = asdict(self)
+        if not self.unchecked:
+            del document["unchecked"]
+        return document | {
             "ok": self.ok,
             "intact": self.intact,
             "samples_per_second": round(self.samples / seconds, 1),

@@ -19,7 +19,6 @@ from cache_schema.format.spec import TargetSpec
 from models.head import Head
 from pipeline.engine import Engine
 from pipeline.forecast.fidelity import Agreement, compare, noise_of_kl
-from pipeline.packing import Pack
 from pipeline.relation import RelationMaker
 from pipeline.samples import PreparedSample
 
@@ -41,8 +40,6 @@ class Witness:
 
     wanted: dataset row -> the positions of it to keep, one array a part. kept: the same, as (n, D).
     """
-
-    can_pack = False
 
     def __init__(self, engine: Engine, wanted: Mapping[int, Sequence[NDArray[np.integer]]]) -> None:
         self._engine = engine
@@ -68,10 +65,6 @@ class Witness:
                 for part in self._wanted.get(sample.row, ())
             ]
         return hidden
-
-    def packed_hidden_states(self, packs: Sequence[Pack]) -> list[list[Tensor]]:
-        """See Engine."""
-        return self._engine.packed_hidden_states(packs)
 
 
 class StandIn(Protocol):
