@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -446,6 +447,31 @@ def test_places_that_cannot_be_made_are_refused_before_the_work(world, cache, ar
     assert (code in (1, 2), out) == (True, "")
     assert "too long" in err
     assert "internal error" not in err
+
+
+def test_derive_makes_other_targets_of_stored_hidden_states(world, cache, tmp_path, capsys):
+    words = build_arguments(world, out=tmp_path / "source", targets="response,visual,relation,hidden")
+    assert run(*words, "--top-k", 4, capsys=capsys)[0] == 0
+    wish = ("--targets", "response,relation", "--top-k", 12, "--temperatures", "1,2", "--json")
+    code, out, err = run("derive", tmp_path / "source", *wish, "--out", tmp_path / "made", capsys=capsys)
+    assert code == 0, err
+    told = json.loads(out)
+    made = open_cache(tmp_path / "made")
+    assert (told["samples"], told["already_there"]) == (len(made), 0)
+    assert made.spec.targets == ("response", "relation")
+    assert (made.spec.top_k, made.spec.temperatures) == (12, (1.0, 2.0))
+    built = {sample.row: sample for sample in open_cache(tmp_path / "source")}
+    for sample in made:
+        here, there = sample.response, built[sample.row].response
+        assert here.token_ids.shape[1] == 12
+        np.testing.assert_allclose(here.logprobs[:, 0], there.logprobs[:, 0], atol=0.05)
+    assert run("verify", tmp_path / "made", capsys=capsys)[0] == 0
+    assert run("derive", tmp_path / "source", *wish, "--out", tmp_path / "made", capsys=capsys)[0] == 0
+    code, out, err = run("derive", cache, "--out", tmp_path / "none", capsys=capsys)
+    assert (code, out) == (1, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "has no hidden states" in line
+    assert not (tmp_path / "none").exists()
 
 
 def test_version(capsys):
