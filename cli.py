@@ -11,7 +11,7 @@ import typer
 
 from cache_schema.operations.settings import DiffConfig, MergeConfig, SelectConfig, VerifyConfig
 from cache_schema.version import VERSION
-from demo.settings import DemoConfig
+from demo.settings import DemoConfig, RoundsConfig
 from pipeline.settings import BuildConfig, ClusterConfig, DeriveConfig, ForecastConfig
 from student.settings import AnswersConfig, EvaluateConfig, NewStudentConfig, ScoreConfig, TrainConfig
 from views.options import by_stage, with_options
@@ -62,6 +62,14 @@ def demo(config: DemoConfig, json_: Json = False) -> None:
 
     results = run_demo(config, Bar())
     print_json(results) if json_ else print_table(results, config.out)
+
+
+@command()
+def rounds(config: RoundsConfig, json_: Json = False) -> None:
+    """Distil on-policy in rounds: answers, their cache, training; run again to continue."""
+    from demo.rounds import run_rounds
+
+    _show(run_rounds(config), json_, "rounds")
 
 
 @command()
@@ -181,8 +189,7 @@ def select(
     where: Annotated[
         str | None,
         typer.Option(
-            help="Such as 'tokens < 512 and not (\"cat\" in image or confidence > quantile(0.5))'; "
-            "or rows:FILE, ids:FILE with one per line. Default: all samples."
+            help="Such as 'tokens < 512 and \"cat\" in image', rows:FILE or ids:FILE; default: all."
         ),
     ] = None,
     json_: Json = False,
@@ -190,13 +197,11 @@ def select(
     """Make a smaller cache of the samples that meet a condition, or of a draw of them.
 
     Fields: row (in the dataset), id (its label), tokens (length), images (how many), image (path of any),
-    response_tokens; over the response positions confidence (mean probability of the teacher's most likely
-    token), disagreement (share where that is not the label), perplexity (of the labels); after `kdcache
-    score` reference (its log-likelihood per token) and advantage (the teacher's less that). A field may be
-    compared with quantile(SHARE).
+    response_tokens; over the response positions confidence (of the teacher's most likely token), disagreement
+    (share where that is not the label), perplexity (of the labels); after `kdcache score` reference (its
+    log-likelihood per token) and advantage (the teacher's less that). quantile(SHARE) stands for a number.
 
-    Whole shards become hard links on one file system (they take no space, and stay valid when the old cache
-    is removed, since files never change), copies elsewhere; parts are rewritten as stored.
+    Whole shards become hard links on one file system, copies elsewhere; parts are rewritten as stored.
     """
     from cache_schema.operations.select import select as select_samples
 

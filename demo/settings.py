@@ -21,3 +21,17 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundsConfig:
+    """Rounds of on-policy distillation, as a file describes them."""
+
+    recipe: Annotated[
+        Path,
+        Help("YAML file: rounds, student, teacher, data, image_root; more in docs/training.md."),
+    ]
+    out: Annotated[Path, Help("Folder of the rounds; finished steps in it are not repeated.")]
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -277,12 +277,17 @@ def _position_targets(
         arrays = [getattr(record, name) for _, _, record in records]
         if any(array is None for array in arrays):
             return None
-        return torch.from_numpy(np.concatenate(arrays))
+        most = max(array.shape[1] for array in arrays)  # caches of a mixture may differ; no draw: id -1, 0
+        nothing = -1 if name == "sampled_ids" else 0
+        widths = [((0, 0), (0, most - array.shape[1])) for array in arrays]
+        padded = [
+            np.pad(each, width, constant_values=nothing) for each, width in zip(arrays, widths, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(padded))
 
     token_ids, logprobs = _entries([record for _, _, record in records])
-    tail = joined("tail_logprob")
+    temperatures, tail = _tails([record for _, _, record in records])
     counts_drawn = joined("sampled_counts")
-    assert tail is not None
     counts = [len(record) for _, _, record in records]
     places = np.repeat([place for place, _, _ in records], counts)
     return PositionTargets(
@@ -290,13 +295,24 @@ def _position_targets(
         samples=torch.from_numpy(places.astype(np.int64)),
         token_ids=torch.from_numpy(token_ids),
         logprobs=torch.from_numpy(logprobs),
-        tail_logprob=tail,
-        temperatures=torch.from_numpy(np.array(records[0][2].temperatures, dtype=np.float32)),
+        tail_logprob=torch.from_numpy(tail),
+        temperatures=torch.from_numpy(temperatures),
         sampled_ids=joined("sampled_ids"),
         sampled_counts=None if counts_drawn is None else counts_drawn.float(),
         sample_temperature=sample_temperature,
         states=_states([samples[place] for place, _, _ in records], kind) if dense else None,
     )
+
+
+def _tails(records: Sequence[TopK]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """temperatures (n_T,) that all records have, and their tail_logprob (N, n_T)."""
+    first = np.array(records[0].temperatures, dtype=np.float32)
+    if all(np.array_equal(first, record.temperatures) for record in records):
+        return first, np.concatenate([record.tail_logprob for record in records])
+    common = [each for each in first if all(each in record.temperatures for record in records)]
+    columns = [[list(record.temperatures).index(each) for each in common] for record in records]
+    tails = [record.tail_logprob[:, each] for record, each in zip(records, columns, strict=True)]
+    return np.array(common, dtype=np.float32), np.concatenate(tails)
 
 
 def _states(samples: Sequence[Sample], kind: Kind) -> TeacherStates | None:

@@ -57,10 +57,10 @@ class RunState:
             self.waited = 0
         self.held_out = held_out
 
-    def take(self, measured: dict[str, float]) -> None:
-        """Takes in the evaluation of this step; its `loss` decides whether it is the best."""
+    def take(self, measured: dict[str, float], watch: str = "loss") -> None:
+        """Takes in the evaluation of this step; its value named `watch` decides whether it is the best."""
         self.evaluated, self.evaluation = self.step, measured
-        if self.best_evaluation is None or measured["loss"] < self.best_evaluation["loss"]:
+        if self.best_evaluation is None or measured[watch] < self.best_evaluation[watch]:
             self.best_step, self.best_evaluation, self.waited = self.step, measured, 0
         else:
             self.waited += 1

@@ -130,6 +130,10 @@ class TrainConfig:
             _HELD_OUT,
         ),
     ] = None
+    watch: Annotated[
+        Literal["loss", "ce"],
+        Help("What tells the best measurement: the stage's loss, or the labels alone (ce).", _HELD_OUT),
+    ] = "loss"
     log_every: Annotated[int, at_least(1), Help("Steps between lines of metrics.jsonl.", _RECORDS)] = 10
     save_every: Annotated[
         int, at_least(0), Help("Steps between checkpoints; 0: only when stopped.", _RECORDS)

@@ -317,7 +317,7 @@ class _Run:
             self._end(fault)
         measured["loss"] = weighted(measured, self.stage.losses)
         self.journal.write(self.state.step, measured, group="held-out")
-        self.state.take(measured)
+        self.state.take(measured, self.config.watch)
         if self.saved_step == self.state.step or self.state.best_step == self.state.step:
             self._save()
 

@@ -10,16 +10,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cache_schema import IdentityMismatch
+from cache_schema import IdentityMismatch, open_cache
 from cache_schema.errors import WrongUsage
 from cache_schema.progress import Silent
+from student.collate import _position_targets
 from student.mixture import MixedOrder, MixedStream, interleaved
 from student.order import Catalogue, StreamConfig
 from student.settings import TrainConfig
 from student.sources import Mixture, Source
 from student.stages import DFT, open_recipe
 from student.train import train
-from tests.student_caches import fake_capture, make_world
+from tests.student_caches import SPEC, fake_capture, make_world
 from tests.test_student_stream import FakeCache
 from tests.tiny_models import tiny_llava
 
@@ -226,6 +227,21 @@ def test_a_stage_learns_from_two_caches_each_with_its_images(world, tmp_path):
     train(replace(settings(world, tmp_path / "one"), mixture=None, cache=str(world.cache)), Silent())
     mixed, alone = (load_file(tmp_path / name / "model/model.safetensors") for name in ("run", "one"))
     assert any(not torch.equal(mixed[name], alone[name]) for name in mixed)
+
+
+def test_caches_of_other_temperatures_and_numbers_of_entries_are_mixed(world, tmp_path):
+    spec = replace(SPEC, top_k=8, temperatures=(1.0, 1.5, 2.0))
+    other = fake_capture(
+        tmp_path / "other", world.cache.parent / "teacher", world.image_root, rows=8, spec=spec, seed=5
+    )
+    config = settings(world, tmp_path / "run", (Source(cache=str(world.cache)), Source(cache=str(other))))
+    train(replace(config, max_steps=2), Silent())
+    first, second = (next(iter(open_cache(cache))) for cache in (world.cache, other))
+    together = _position_targets([first, second], 400, "response", 1.0, dense=False)
+    assert together.temperatures.tolist() == [1.0, 2.0]
+    count = len(first.response)
+    np.testing.assert_array_equal(together.tail_logprob[:count], first.response.tail_logprob)
+    np.testing.assert_array_equal(together.tail_logprob[count:], second.response.tail_logprob[:, [0, 2]])
 
 
 def test_a_resumed_mixture_ends_with_the_same_bits(world, tmp_path):
