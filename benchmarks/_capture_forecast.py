@@ -58,7 +58,9 @@ def _fused_statistics(logits: Tensor, temperatures: Sequence[float], size: int) 
     return _statistics(logits, -(-logits.shape[1] // size), len(temperatures))
 
 
-def _fused_fields(logits: Tensor, statistics: Any, temperatures: Sequence[float], k: int, size: int) -> Any:
+def _fused_fields(
+    logits: Tensor, statistics: Any, temperatures: Sequence[float], k: int, size: int, limits: Tensor | None
+) -> Any:
     """One kernel that reads the statistics, and the k blocks of each row that hold its largest entries."""
     values = _fields(logits[:, : k * size], *statistics, k)
     one = logits.new_empty(len(logits))
@@ -71,7 +73,7 @@ def _fused_fields(logits: Tensor, statistics: Any, temperatures: Sequence[float]
 def _capture_as_on_cuda() -> Iterator[None]:
     """Targets choose what they choose on CUDA, under `imagined`."""
     kernels = SimpleNamespace(
-        fused_statistics=_fused_statistics, fused_fields=_fused_fields, selects=lambda *_: True
+        fused_statistics=_fused_statistics, fused_fields=_fused_fields, selects=lambda *_, **__: True
     )
 
     def logits(self: Head, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -81,10 +83,10 @@ def _capture_as_on_cuda() -> Iterator[None]:
         patch.object(Head, "logits", logits),
         patch.object(TargetMaker, "_scratch", lambda self, rows: None),
         patch("pipeline.targets._GROUP_BYTES", 1 << 40),
-        patch("pipeline.targets._chunk_bytes", lambda device: 2 << 30),
-        patch("pipeline.targets.kernels", lambda device: kernels),
-        patch("pipeline.block_statistics.kernels", lambda device: kernels),
-        patch("pipeline.relation.by_need", lambda device: False),
+        patch("pipeline.targets._chunk_bytes", lambda device, **_: 2 << 30),
+        patch("pipeline.targets.kernels", lambda device, **_: kernels),
+        patch("pipeline.block_statistics.kernels", lambda device, **_: kernels),
+        patch("pipeline.relation.by_need", lambda device, **_: False),
         patch("pipeline.relation.root_of", lambda head: torch.empty(2 * head.weight.shape[1:])),
     ):
         yield
