@@ -72,7 +72,10 @@ class Ours:
         spec = TargetSpec(targets=("response", "visual"), top_k=record.token_ids.shape[1])
         plan = Plan(rows=samples, shard_size=SHARD, order=np.arange(samples))
         manifest = Manifest(
-            fingerprint=Fingerprint(capture={}, training={}), spec=spec, plan=plan, created="2026-01-01"
+            fingerprint=Fingerprint(capture={}, training={}),
+            spec=spec,
+            plan=plan,
+            created="2026-01-01T00:00:00+00:00",
         )
         writer = CacheWriter.open(folder / "cache", manifest)
         for shard in writer.pending():

@@ -100,7 +100,7 @@ def write(url: str, version: int, shards: int) -> CacheWriter:
         fingerprint=Fingerprint(capture={}, training={"vocab_size": VOCAB}),
         spec=spec,
         plan=plan,
-        created="2026-01-01",
+        created="2026-01-01T00:00:00+00:00",
         format_version=version,
     )
     writer = CacheWriter.open(url, manifest)
