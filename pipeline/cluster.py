@@ -51,7 +51,7 @@ def build_on_cluster(config: BuildConfig, cluster: ClusterConfig, progress: Prog
             "or take --cluster local"
         ) from error
     try:
-        tasks = _start(ray, config, cluster)
+        tasks = _start(ray, config, cluster, progress)
         with Interrupt() as interrupt:
             _follow(ray, tasks, config, interrupt, progress)
     finally:
@@ -78,17 +78,34 @@ def _everywhere(config: BuildConfig) -> BuildConfig:
     root, out = (
         place if "://" in place else str(Path(place).absolute()) for place in (config.image_root, config.out)
     )
-    teacher, data = config.teacher.absolute(), config.data.absolute()
-    return replace(config, teacher=teacher, data=data, image_root=root, out=out)
+    teacher, data, template = config.teacher.absolute(), config.data.absolute(), config.template
+    if template is not None and Path(template).is_file():
+        template = str(Path(template).absolute())
+    files = config.files
+    if files.file_cache is not None:
+        files = replace(files, file_cache=files.file_cache.absolute())
+    return replace(
+        config, teacher=teacher, data=data, template=template, image_root=root, out=out, files=files
+    )
 
 
-def _start(ray: Any, config: BuildConfig, cluster: ClusterConfig) -> list[Any]:
+def _start(ray: Any, config: BuildConfig, cluster: ClusterConfig, progress: Progress) -> list[Any]:
     """One task per worker, in the order of their ranks."""
     resources = ray.cluster_resources()
     gpus = cluster.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if resources.get("GPU") else 0.0
-    workers = cluster.workers or int(resources["GPU"] / gpus if gpus else resources["CPU"])
+    most = int(resources.get("GPU", 0.0) / gpus if gpus else resources.get("CPU", 0.0))
+    workers = cluster.workers or most
+    if workers < 1:
+        raise WrongUsage(
+            f"no worker with {gpus:g} GPUs fits a cluster of {resources.get('GPU', 0.0):g}; give another "
+            "--gpus-per-worker, or --workers for a cluster that grows"
+        )
+    if workers > most:
+        progress.message(
+            f"{workers} workers, of which {most} fit the cluster as it is: the others wait until it grows"
+        )
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)(_capture)
     return [
         remote.options(name=f"kdcache-{rank}").remote(replace(config, rank=rank, world_size=workers))

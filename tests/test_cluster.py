@@ -10,12 +10,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cache_schema.errors import WrongUsage
+from cache_schema.file_cache import FileCacheConfig
 from cache_schema.operations.verify import verify
+from cache_schema.progress import Silent
+from pipeline.cluster import _everywhere, _start, build_on_cluster
+from pipeline.settings import BuildConfig, ClusterConfig
 from tests.cache_teacher import assert_same_cache
 from tests.test_pipeline_kills import ROOT, start
 from tests.tiny_models import tiny_dataset, tiny_llava
 
-pytestmark = pytest.mark.slow
 SHARDS = 24
 
 
@@ -57,6 +61,7 @@ def commits(out: Path) -> int:
     return len(list((out / "commits").glob("0*.json")))
 
 
+@pytest.mark.slow
 def test_two_killed_workers_of_four_leave_no_trace(world: Path, tmp_path: Path) -> None:
     out, draws, killed = tmp_path / "cache", random.Random(5), 0
     process = on_ray(world, out)
@@ -74,6 +79,7 @@ def test_two_killed_workers_of_four_leave_no_trace(world: Path, tmp_path: Path) 
     assert_same_cache(out, world / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_ends_with_3_and_the_build_goes_on(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     process = on_ray(world, out)
@@ -87,6 +93,7 @@ def test_a_request_to_stop_ends_with_3_and_the_build_goes_on(world: Path, tmp_pa
     assert_same_cache(out, world / "undisturbed")
 
 
+@pytest.mark.slow
 def test_an_error_of_a_worker_is_one_line(world: Path, tmp_path: Path) -> None:
     _, told = (process := on_ray(world, tmp_path / "cache", "--max-length", "1")).communicate(timeout=300)
     assert process.returncode == 1
@@ -95,7 +102,50 @@ def test_an_error_of_a_worker_is_one_line(world: Path, tmp_path: Path) -> None:
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_settings_that_do_not_go_together_are_refused(world: Path, tmp_path: Path) -> None:
     _, told = (process := on_ray(world, tmp_path / "cache", "--rank", "0")).communicate(timeout=60)
     assert process.returncode == 2
     assert "set by --cluster" in told
+
+
+class FewGpus:
+    """What `_start` asks of Ray, on a cluster of one GPU."""
+
+    def __init__(self, gpus: float) -> None:
+        self.gpus = gpus
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 8.0, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_workers_that_fit_no_cluster_are_refused(tmp_path: Path, gpus: float) -> None:
+    config = BuildConfig(teacher=tmp_path, data=tmp_path, image_root=str(tmp_path), out=str(tmp_path / "c"))
+    with pytest.raises(WrongUsage, match="no worker with 2 GPUs fits a cluster of"):
+        _start(FewGpus(gpus), config, ClusterConfig(cluster="auto", gpus_per_worker=2.0), Silent())
+
+
+def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jinja").write_text("x")
+    config = BuildConfig(
+        teacher=Path("teacher"),
+        data=Path("data.json"),
+        image_root="s3://bucket/images",
+        out="cache",
+        template="t.jinja",
+        files=FileCacheConfig(file_cache=Path("files")),
+    )
+    made = _everywhere(config)
+    assert (made.teacher, made.data) == (tmp_path / "teacher", tmp_path / "data.json")
+    assert (made.image_root, made.out) == ("s3://bucket/images", str(tmp_path / "cache"))
+    assert made.template == str(tmp_path / "t.jinja")
+    assert made.files.file_cache == tmp_path / "files"
+
+
+def test_a_missing_ray_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    config = BuildConfig(teacher=tmp_path, data=tmp_path, image_root=str(tmp_path), out=str(tmp_path / "c"))
+    with pytest.raises(WrongUsage, match=r"pip install 'kdcache\[ray\]'"):
+        build_on_cluster(config, ClusterConfig(cluster="local"), Silent())

@@ -123,3 +123,9 @@ def test_the_page_on_recipes_lists_every_key_of_a_stage():
     for owner in (Stage, LossWeights):
         assert all(f"| `{name}` |" in filled for name in settings_of(owner))
     assert "| `weight_decay` | `0.0` | Weight decay of AdamW. |" in filled
+
+
+def test_every_example_stands_on_the_page_of_other_trainers():
+    page = (DOCS / "trainers.md").read_text(encoding="utf-8")
+    shown = re.findall(r'^--8<-- "(examples/.+)"$', page, re.MULTILINE)
+    assert sorted(shown) == sorted(f"examples/{path.name}" for path in (DOCS / "examples").glob("*.py"))
