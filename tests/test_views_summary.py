@@ -169,7 +169,7 @@ def test_a_summary_reads_the_manifest_and_the_commit_records_alone(
         tmp_path / "a", tmp_path / "images", rows=512, shard_size=512, spec=TargetSpec(targets=("response",))
     )
     record = small.commits[0]
-    rows, shards = 100_000, 196
+    rows, shards = 196 * 512, 196
     order = np.random.default_rng(0).permutation(rows)
     manifest = replace(small.manifest, plan=Plan(rows=rows, shard_size=512, order=order))
     big = tmp_path / "big"
