@@ -212,7 +212,7 @@ def test_hidden_states_are_foretold_and_not_chosen(
         few_tables = 6 * 8 * row["channels"]  # of channels, one a batch, of which small windows make more
         assert best["bytes"][part] == pytest.approx(real["by_part"][part], rel=0.01, abs=few_tables)
         assert row["dataset_bytes"] == best["bytes"][part]
-        assert row["bytes"] == pytest.approx(real["a_position"][part], rel=0.05)
+        assert row["bytes"] == pytest.approx(real["per_position"][part], rel=0.05)
         states = np.concatenate([s.hidden[row["target"]] for s in cache if row["target"] in s.hidden])
         assert row["channels"] == states.shape[1]
         assert 0.0 < row["kl"] < 1e-3

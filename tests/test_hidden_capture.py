@@ -114,7 +114,7 @@ def test_the_cache_verifies_and_tells_its_bytes(captured):
     head = open_cache(captured).manifest.head.size
     assert sizes["by_part"]["head"] == head
     assert sizes["by_part"]["hidden_response"] > 0 < sizes["by_part"]["hidden_visual"]
-    assert sizes["a_position"]["hidden_response"] > 48
+    assert sizes["per_position"]["hidden_response"] > 48
     assert sizes["total"] == sum(sizes["by_part"].values()) == sizes["when_complete"]
 
 

@@ -65,7 +65,7 @@ def test_bytes_are_those_on_disk(cache: Cache, tmp_path: Path) -> None:
     assert summary["bytes"]["total"] == sum(file.stat().st_size for file in files if file.is_file())
     parts = summary["bytes"]["by_part"]
     expected = parts["response"] / summary["counts"]["response_positions"]
-    assert summary["bytes"]["a_position"]["response"] == pytest.approx(expected)
+    assert summary["bytes"]["per_position"]["response"] == pytest.approx(expected)
 
 
 def test_sharing_saves_what_a_second_record_would_cost(tmp_path: Path) -> None:

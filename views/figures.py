@@ -6,8 +6,20 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from cache_schema.format.spec import TargetSpec
+from cache_schema.format.spec import KINDS, TargetSpec
 from cache_schema.operations.build_state import seconds_since
+
+PARTS = (
+    *KINDS,
+    "relation",
+    *(f"hidden_{kind}" for kind in KINDS),
+    "head",
+    "images",
+    "samples",
+    "quarantine",
+    "other",
+)
+"""The parts of the bytes on disk, in the order in which they are shown."""
 
 GAPS = 8
 """The number of ranges of missing shards that are listed."""
@@ -61,8 +73,8 @@ def units_of(part: str, counts: Mapping[str, int]) -> tuple[int, str]:
     """The number and the kind of the items in a part of the bytes on disk."""
     if part == "relation":
         return counts.get("relations", 0), "images"
-    if part == "samples":
-        return counts.get("samples", 0), "samples"
+    if part in ("samples", "images"):
+        return counts.get(part, 0), part
     if part == "quarantine":
         return counts.get("quarantined", 0), "rows"
     if part == "head":

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from views.figures import bin_label, count, duration, mass, progress_of, size, units_of, what_it_is
+from views.figures import PARTS, bin_label, count, duration, mass, progress_of, size, units_of, what_it_is
 
 WIDTH, HEIGHT, MARGIN = 420, 150, 32
 WIDEST = 105
 LABELS = 9
 FEW = 5
 """Up to this number, bars have their own labels and shares."""
-PARTS = ("response", "visual", "prompt", "relation", "samples", "quarantine", "other")
 
 
 def summary_html(summary: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from views.figures import bin_label, count, duration, mass, progress_of, size, units_of, what_it_is
+from views.figures import PARTS, bin_label, count, duration, mass, progress_of, size, units_of, what_it_is
 from views.terminal import results
 from views.token_text import printable
 
@@ -60,7 +60,7 @@ def _what(summary: Mapping[str, Any]) -> Panel:
 def _holdings(summary: Mapping[str, Any]) -> Panel:
     sizes, counts = summary["bytes"], summary["counts"]
     table = _table("part", "bytes", "share", "", "of", "each")
-    for name in ("response", "visual", "prompt", "relation", "samples", "quarantine", "other"):
+    for name in PARTS:
         part = sizes["by_part"].get(name, 0)
         if not part:
             continue

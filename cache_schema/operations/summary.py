@@ -51,12 +51,12 @@ def summarise(cache: Cache) -> dict[str, Any]:
             "total": total,
             "when_complete": round(head + (total - head) / done * cache.plan.rows) if done else None,
             "by_part": sizes,
-            "a_sample": _ratio(total, counts["samples"]),
-            "a_position": {
+            "per_sample": _ratio(total, counts["samples"]),
+            "per_position": {
                 part: _ratio(sizes.get(part, 0), counts[f"{part.removeprefix('hidden_')}_positions"])
                 for part in (*KINDS, *(f"hidden_{kind}" for kind in cache.spec.hidden))
             },
-            "a_relation": _ratio(sizes.get("relation", 0), counts["relations"]),
+            "per_relation": _ratio(sizes.get("relation", 0), counts["relations"]),
         },
         "sharing": _sharing(counts, sizes),
         "positions": {kind: _kind(commits, kind) for kind in KINDS if kind in cache.spec.targets},

@@ -229,8 +229,8 @@ def print_tables(found: dict[str, Any]) -> None:
             " + ".join(str(positions[kind]["positions"]) for kind in ("response", "visual")),
             f"{positions['response']['mean_covered_mass']:.2f}",
             f"{size['total'] / 1e6:.2f}",
-            " / ".join(f"{size['a_position'][kind]:.0f}" for kind in ("response", "visual")),
-            f"{size['a_relation']:.0f} bytes",
+            " / ".join(f"{size['per_position'][kind]:.0f}" for kind in ("response", "visual")),
+            f"{size['per_relation']:.0f} bytes",
             f"{seen['relation']['mean_rank']:.1f}",
         )
     wide.print(caches)
