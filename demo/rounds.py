@@ -40,16 +40,41 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
         own = {"seed": number, **plan["answers"]}
         if f"{name}answers" not in story.seconds:
             rows.unlink(missing_ok=True)  # of a step that did not end; the command overwrites nothing
-        ask = ["--model", student, "--data", plan["data"], *where, "--out", rows, *_options(own)]
+        ask: list[str | Path] = [
+            "--model",
+            student,
+            "--data",
+            plan["data"],
+            *where,
+            "--out",
+            rows,
+            *_options(own),
+        ]
         asked = story.command(f"{name}answers", "answers", *ask)
-        judge = ["--teacher", plan["teacher"], "--data", rows, *where, "--out", folder / "cache"]
+        judge: list[str | Path] = [
+            "--teacher",
+            plan["teacher"],
+            "--data",
+            rows,
+            *where,
+            "--out",
+            folder / "cache",
+        ]
         built = story.command(f"{name}cache", "build", *judge, *_options(plan["build"]))
         root = str(plan["image_root"])
         caches.append({"cache": str(folder / "cache"), "image_root": root, **plan["weight"]})
         stage = {"base": "dft", **plan["stage"], "caches": caches}
         recipe = folder / "recipe.yaml"
         write_text(recipe, yaml.safe_dump({"name": f"round-{number}", "stages": [stage]}, sort_keys=False))
-        learn = ["--recipe", recipe, "--student", student, "--out", folder / "run", "--resume"]
+        learn: list[str | Path] = [
+            "--recipe",
+            recipe,
+            "--student",
+            student,
+            "--out",
+            folder / "run",
+            "--resume",
+        ]
         trained = story.command(f"{name}training", "train", *learn, *_options(plan["train"]))
         student = trained["model"]
         rounds.append({"answers": asked, "cache": built, "training": trained["stages"][0]})
