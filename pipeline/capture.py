@@ -44,7 +44,7 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
     rank, world_size = place_among_workers(config.rank, config.world_size)
     job = open_job(config, progress)
     weights = weights_digest(config.teacher)  # while they are loaded
-    present = _present_manifest(config.out)
+    present = present_manifest(config.out)
     again: list[int] = []
     if present is not None:
         known = present.fingerprint.capture
@@ -139,7 +139,7 @@ def _tell_other_versions(commits: list[CommitRecord], engine: Mapping[str, str],
         )
 
 
-def _present_manifest(out: str) -> Manifest | None:
+def present_manifest(out: str) -> Manifest | None:
     """The manifest of the cache at `out`, if there is one."""
     store = open_store(out)
     if not store.exists(MANIFEST):

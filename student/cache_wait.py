@@ -6,8 +6,8 @@ import time
 
 from cache_schema.errors import KdcacheError, first_line
 from cache_schema.format.cache import open_cache
-from cache_schema.format.store import Store, open_store
-from cache_schema.format.writer import MANIFEST
+from cache_schema.format.store import open_store
+from cache_schema.format.writer import MANIFEST, committed_shards
 from cache_schema.progress import Progress, task
 from student.settings import TrainConfig
 
@@ -37,18 +37,14 @@ def _wait(url: str, minutes: float, progress: Progress) -> None:
         while not store.exists(MANIFEST):
             _pause(url, newest, minutes, "no cache is there")
     shards, done = open_cache(url).plan.shards, -1
-    if _committed(store) >= shards:
+    if len(committed_shards(store)) >= shards:
         return
     with task(progress, f"waiting for the shards of {url}", shards):
-        while (now := _committed(store)) < shards:
+        while (now := len(committed_shards(store))) < shards:
             if now != done:
                 done, newest = now, time.monotonic()
             progress.update(done)
             _pause(url, newest, minutes, f"{shards - done} of {shards} shards are missing")
-
-
-def _committed(store: Store) -> int:
-    return sum(not path.startswith("commits/.") for path in store.list("commits"))
 
 
 def _pause(url: str, newest: float, minutes: float, state: str) -> None:

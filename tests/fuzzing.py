@@ -1,10 +1,18 @@
-"""Mutations for the fuzzing suite: of JSON values, of text and of bytes, all decided by a seed."""
+"""Mutations for the fuzzing suites: of JSON values, of text and of bytes, all decided by a seed; and what any
+input must keep to."""
 
 from __future__ import annotations
 
 import copy
 import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from cache_schema import KdcacheError
+
+LONGEST_LINE = 2000
 
 STRANGE: tuple[Any, ...] = (
     None,
@@ -59,6 +67,23 @@ KEYS = (
     "video", "audio", "weight", "tool_calls", "reasoning_content", "index", "path", "bytes", "url", "kind",
     "answers", "image_path", "system", "\x1b", "",
 )  # fmt: skip
+
+
+@contextmanager
+def within_bounds(kind: str, seed: int, seconds: float = 30.0) -> Iterator[None]:
+    """Only errors in one line of bounded length, soon; the slowest inputs are templates that stop at their
+    bound."""
+    began, told = time.monotonic(), ""
+    try:
+        yield
+    except KdcacheError as error:
+        told = str(error)
+    except BaseException as error:
+        error.add_note(f"{kind}: seed {seed}")
+        raise
+    assert len(told) <= LONGEST_LINE, f"{kind} {seed}"
+    assert told == "" or told.isprintable(), f"{kind} {seed}: {told!r}"
+    assert time.monotonic() - began < seconds, f"{kind} {seed}"
 
 
 def mutated(value: Any, rng: random.Random, times: int) -> Any:

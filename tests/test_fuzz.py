@@ -12,7 +12,6 @@ import random
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ import yaml
 from PIL import Image
 from transformers import AutoProcessor
 
-from cache_schema import KdcacheError, open_cache
+from cache_schema import open_cache
 from cache_schema.datasets.conversations import Conversation, conversation_of, label_of
 from cache_schema.datasets.images import open_image
 from cache_schema.datasets.rows import open_dataset
@@ -36,15 +35,13 @@ from pipeline.templates import load_template
 from student import evaluate as evaluation
 from student.stages import open_recipe
 from tests.chat_templates import FAMILIES
-from tests.fuzzing import changed_bytes, changed_text, mutated
+from tests.fuzzing import LONGEST_LINE, changed_bytes, changed_text, mutated, within_bounds
 from tests.test_cli import run
 from tests.test_templates import processor_of
 from tests.tiny_models import tiny_llava, tiny_rows, write_png
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
-LONGEST_LINE = 2000
-SECONDS = 30.0  # for a single input; the slowest are templates that stop at their bound
 MEMORY = 3 << 30  # bytes that the whole suite may add to the process
 
 FAILED: dict[str, tuple[int, ...]] = {
@@ -84,22 +81,6 @@ def bounded_memory() -> Iterator[None]:
 def seeds(kind: str, count: int) -> Iterator[tuple[int, random.Random]]:
     for seed in (*FAILED[kind], *range(count)):
         yield seed, random.Random(f"{kind} {seed}")
-
-
-@contextmanager
-def within_bounds(kind: str, seed: int) -> Iterator[None]:
-    """Only errors in one line of bounded length, soon."""
-    began, told = time.monotonic(), ""
-    try:
-        yield
-    except KdcacheError as error:
-        told = str(error)
-    except BaseException as error:
-        error.add_note(f"{kind}: seed {seed}")
-        raise
-    assert len(told) <= LONGEST_LINE, f"{kind} {seed}"
-    assert told == "" or told.isprintable(), f"{kind} {seed}: {told}"
-    assert time.monotonic() - began < SECONDS, f"{kind} {seed}"
 
 
 def seed_rows() -> list[dict[str, Any]]:

@@ -12,9 +12,7 @@ import json
 import random
 import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cache_schema import KdcacheError, open_cache
+from cache_schema import open_cache
 from cache_schema.format import archive, sealed
 from cache_schema.format.groups import read_groups, write_groups
 from cache_schema.format.manifest import Manifest
@@ -32,13 +30,12 @@ from cache_schema.operations.summary import summarise
 from cache_schema.operations.verify import verify
 from models.stored_head import head_of
 from tests.fake_caches import make_cache
-from tests.fuzzing import changed_bytes, mutated
+from tests.fuzzing import LONGEST_LINE, changed_bytes, mutated, within_bounds
 from tests.test_cli import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 GOLDEN = Path(__file__).parent / "golden"
-LONGEST_LINE = 2000
 SECONDS = 20.0  # for one cache, all that is tried on it
 MEMORY = 1 << 30  # bytes that the whole suite may add to the process
 EACH = 750
@@ -143,22 +140,6 @@ def seeds(kind: str, count: int = EACH) -> Iterator[tuple[int, random.Random]]:
         yield seed, random.Random(f"{kind} {seed}")
 
 
-@contextmanager
-def within_bounds(what: str) -> Iterator[None]:
-    """Only errors in one line of bounded length, soon."""
-    began, told = time.monotonic(), ""
-    try:
-        yield
-    except KdcacheError as error:
-        told = str(error)
-    except BaseException as error:
-        error.add_note(what)
-        raise
-    assert len(told) <= LONGEST_LINE, what
-    assert told.isprintable(), f"{what}: {told!r}"
-    assert time.monotonic() - began < SECONDS, what
-
-
 def look(root: Path) -> int:
     """All that a reader asks of a cache; the number of samples read."""
     cache = open_cache(root)
@@ -190,11 +171,11 @@ def tried(stranger: Stranger, kind: str, change: Callable[[random.Random], None]
         what = f"{kind}: seed {seed}, {stranger.root}"
         try:
             change(rng)
-            with within_bounds(what):
+            with within_bounds(f"{kind} of {stranger.root}", seed, SECONDS):
                 look(stranger.root)
                 good += 1
             if seed % 20 == 0:
-                with within_bounds(what):
+                with within_bounds(f"{kind} of {stranger.root}", seed, SECONDS):
                     report = verify(stranger.root)
                     assert all(len(str(problem)) <= 4 * LONGEST_LINE for problem in report.problems), what
         finally:

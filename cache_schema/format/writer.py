@@ -104,7 +104,7 @@ class CacheWriter:
 
     def committed(self) -> set[int]:
         """The shards that exist now."""
-        return {int(path[8:-5]) for path in self.store.list("commits") if not path.startswith("commits/.")}
+        return committed_shards(self.store)
 
     def finish(self) -> None:
         """Once all shards are committed, list them in one file for readers at object stores: see `roll`."""
@@ -248,6 +248,11 @@ class CacheWriter:
             raise ValueError(f"{where}: {kind} hidden states are not as the spec says")
         if states is not None and (found := hidden_problems(states, 0 if record is None else len(record))):
             raise ValueError(f"{where}, {kind} hidden states: {'; '.join(found)}")
+
+
+def committed_shards(store: Store) -> set[int]:
+    """The shards of a cache that exist now, by one listing."""
+    return {int(path[8:-5]) for path in store.list("commits") if not path.startswith("commits/.")}
 
 
 def pending_shards(store: Store, shards: int, rank: int, world_size: int) -> Iterator[int]:
