@@ -11,17 +11,17 @@ from typing import Any
 from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage, first_line
 from cache_schema.format.cache import open_cache
 from cache_schema.format.store import open_store
-from cache_schema.format.writer import MANIFEST
+from cache_schema.format.writer import committed_shards
 from cache_schema.interrupt import Interrupt
 from cache_schema.progress import Progress, Silent, task
-from pipeline.capture import build, spec_for_engine, summary_of
+from pipeline.capture import build, present_manifest, spec_for_engine, summary_of
 from pipeline.settings import BuildConfig, BuildSummary, ClusterConfig
 
 _RETRIES = 20
 """Starts of a worker after its process or its node was lost."""
 
-_LOOK = 2.0
-"""Seconds between two looks at the commit records."""
+_HEED, _LOOK = 0.2, 2.0
+"""Seconds until a request to stop is heeded, and between two looks at the commit records."""
 
 _STOPPING = 600.0
 """Seconds that workers have to finish what they are at when they are asked to stop."""
@@ -126,11 +126,11 @@ def _follow(
     ray: Any, tasks: list[Any], config: BuildConfig, interrupt: Interrupt, progress: Progress
 ) -> None:
     """Waits for the tasks and shows the commit records until all have ended."""
-    open_tasks, stopped, deadline = list(tasks), "", float("inf")
+    open_tasks, stopped, deadline, looked = list(tasks), "", float("inf"), 0.0
     store, shards, lost = open_store(config.out), None, []
     with task(progress, f"capturing with {len(tasks)} workers"):
         while open_tasks:
-            done, open_tasks = ray.wait(open_tasks, timeout=_LOOK)
+            done, open_tasks = ray.wait(open_tasks, timeout=_HEED)
             for one in done:
                 try:
                     stopped = ray.get(one) or stopped
@@ -151,11 +151,14 @@ def _follow(
                     ray.cancel(one)
             if time.monotonic() > deadline:
                 break
+            if time.monotonic() - looked < _LOOK:
+                continue
+            looked = time.monotonic()
             with contextlib.suppress(OSError, KdcacheError):
-                if shards is None and store.exists(MANIFEST):
-                    shards = open_cache(config.out).plan.shards
-                committed = [path for path in store.list("commits") if not path.startswith("commits/.")]
-                progress.update(len(committed), shards=f"{len(committed)}/{shards or '?'}")
+                if shards is None and (manifest := present_manifest(config.out)) is not None:
+                    shards = manifest.plan.shards
+                committed = len(committed_shards(store))
+                progress.update(committed, shards=f"{committed}/{shards or '?'}")
     if interrupt.asked or stopped:
         raise StoppedEarly(f"stopped; finished shards are in {config.out}: run the same command again")
     if len(lost) == len(tasks):
