@@ -76,20 +76,22 @@ class Arm:
 
 
 PLAIN = Arm(name="PT + SFT", alignment=CE_ONLY, tuning=(CE_ONLY,))
-DISTILLED = Arm(name="DPT + SFT + DFT")
+DISTILLED = Arm(name="DPT + DFT", tuning=(ALL,))
+THREE_STAGES = Arm(name="DPT + SFT + DFT")
 
 STAGES = (
     PLAIN,
     Arm(name="PT + DFT", alignment=CE_ONLY, tuning=(ALL,)),
     Arm(name="DPT + SFT", tuning=(CE_ONLY,)),
-    Arm(name="DPT + DFT", tuning=(ALL,)),
     DISTILLED,
+    THREE_STAGES,
 )
-"""The paper's Table 2. The tuning stages of every arm have as many steps together."""
+"""The paper's Table 2. The tuning stages of every arm have as many steps together. The tables after it start
+from DISTILLED, which is better than three stages at equal steps."""
 
 
 def _with(name: str, losses: LossWeights) -> Arm:
-    return Arm(name=name, alignment=losses, tuning=(CE_ONLY, losses))
+    return Arm(name=name, alignment=losses, tuning=(losses,))
 
 
 STRATEGIES = (PLAIN, _with("MDist", LOGITS), _with("RDist", RELATION), DISTILLED)
@@ -106,11 +108,17 @@ TARGETS = (
 )
 """The paper's Table 4. MDist is response + visual."""
 
-SOURCES = tuple(
-    replace(DISTILLED, name=f"{DISTILLED.name}, {source}", source=source)
-    for source in ("live", "full", "threshold")
-)
-"""Cached or live. The compact cache, k = 32, is that of DISTILLED."""
+
+def _sources(arm: Arm) -> tuple[Arm, ...]:
+    sources: tuple[Source, ...] = ("live", "full", "threshold")
+    return tuple(replace(arm, name=f"{arm.name}, {source}", source=source) for source in sources)
+
+
+SOURCES = {arm: _sources(arm) for arm in (DISTILLED, THREE_STAGES)}
+"""Cached or live. The compact cache, k = 32, is that of the arm itself."""
+
+SEARCHED_AS = {other: arm for arm, others in SOURCES.items() for other in others}
+"""Whose learning rate an arm takes that has no search of its own."""
 
 
 def sized(size: Size) -> tuple[Arm, Arm]:

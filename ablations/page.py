@@ -12,6 +12,7 @@ from typing import Any
 from ablations.arms import (
     DISTILLED,
     PLAIN,
+    SEARCHED_AS,
     SIZES,
     SOURCES,
     STAGES,
@@ -78,8 +79,8 @@ def _sections(study: Study) -> list[str]:
     ]
     if study.settings.live:
         lines += ["", "## From a cache or with the teacher live", ""]
-        arms = (SOURCES[0], DISTILLED, *SOURCES[1:])
-        lines += [*_table(study, study.settings.live, arms, SOURCES[0]), ""]
+        for arm, (live, *cached) in SOURCES.items():
+            lines += [*_table(study, study.settings.live, (live, arm, *cached), live), ""]
     if study.settings.sizes:
         for title, groups in (
             ("Student sizes", dict.fromkeys(study.sets, _sizes())),
@@ -154,7 +155,7 @@ def _counts(study: Study) -> dict[str, dict[str, tuple[Arm, Arm]]]:
 def _rates(study: Study) -> list[str]:
     lines = _head(["set", "arm", "validation accuracy by factor", "chosen"])
     for set_name in study.sets:
-        for arm in (arm for group in study.arms(set_name) for arm in group if arm not in SOURCES):
+        for arm in (arm for group in study.arms(set_name) for arm in group if arm not in SEARCHED_AS):
             chosen = study.factor(set_name, arm)
             if chosen is None:
                 continue

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.arms import (
-    DISTILLED,
-    SOURCES,
+    SEARCHED_AS,
     STAGES,
     STRATEGIES,
     TARGETS,
@@ -76,7 +75,8 @@ class Study:
         """The arms of a set in groups, in the order in which they are run; none stands in two."""
         settings = self.settings
         groups: list[tuple[Arm, ...]] = []
-        for table in (STAGES, SOURCES if set_name == settings.live else (), STRATEGIES, TARGETS):
+        sources = tuple(SEARCHED_AS) if set_name == settings.live else ()
+        for table in (STAGES, sources, STRATEGIES, TARGETS):
             groups.append(tuple(arm for arm in table if not any(arm in group for group in groups)))
         if settings.sizes:
             others = [*sized("small"), *sized("large")]
@@ -87,8 +87,8 @@ class Study:
 
     def factor(self, set_name: str, arm: Arm) -> float | None:
         """The factor that the search chose; None before all of its runs are there. Arms that differ from
-        DISTILLED in their source alone take its factor."""
-        arm = DISTILLED if arm in SOURCES else arm
+        another in their source alone take its factor."""
+        arm = SEARCHED_AS.get(arm, arm)
         tried = {
             factor: self.place(set_name, arm).result(SEARCH_SEED, factor)
             for factor in self.settings.budgets[set_name].factors
@@ -121,7 +121,7 @@ class Study:
             yield self._without_result(
                 (set_name, arm, SEARCH_SEED, factor)
                 for set_name, arm in here
-                if arm not in SOURCES
+                if arm not in SEARCHED_AS
                 for factor in self.settings.budgets[set_name].factors
             )
             yield self._without_result(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ablations import mosaics
-from ablations.arms import DISTILLED, PLAIN, SOURCES, STAGES, Budget
+from ablations.arms import DISTILLED, PLAIN, SEARCHED_AS, SOURCES, STAGES, Budget
 from ablations.measure import Answers
 from ablations.mosaics import CELLS, ITEMS, NUMBERS, draw_mosaics, load_items, question_kind
 from ablations.page import BEGIN, END, write_page
@@ -105,7 +105,7 @@ def test_a_missing_package_is_named(tmp_path):
 
 def test_all_arms_have_equal_steps_and_data():
     budget = Budget(images=64, fewer=())
-    for arm in (*STAGES, *SOURCES):
+    for arm in (*STAGES, *SEARCHED_AS):
         stages = arm.stages(budget, 0.5)
         assert stages[0][0] == "captions"
         assert sum(stage.epochs for _, stage in stages[1:]) == budget.tuning_epochs
@@ -145,7 +145,7 @@ def test_a_tiny_study_is_made_once_and_its_page_written(tmp_path, monkeypatch):
     assert text.startswith("# Kept\n")
     assert text.endswith("kept too\n")
     assert "stale words" not in text
-    for arm in (*STAGES, *SOURCES):
+    for arm in (*STAGES, *SEARCHED_AS):
         assert f"| {arm.name} | 2 |" in text
     assert "| 8 images | 2 |" in text
     assert all((page.parent / "charts" / f"{name}.svg").stat().st_size for name in ("accuracy", "curves"))
@@ -171,7 +171,7 @@ def test_a_live_teacher_gives_the_loss_of_a_full_cache(tmp_path):
     found = open_set("easy-vqa", tmp_path / "easy", budget, sizes)
     prepare(found, sizes, ("compact", "full"), Silent())
     bench = Bench(found, text_steps=2)
-    live, full = (run_arm(bench, Job(arm=arm, seed=0, factor=1.0)) for arm in SOURCES[:2])
-    assert live["steps"] == full["steps"] == 3
+    live, full = (run_arm(bench, Job(arm=arm, seed=0, factor=1.0)) for arm in SOURCES[DISTILLED][:2])
+    assert live["steps"] == full["steps"] == 2
     assert live["calibration"] == pytest.approx(full["calibration"], abs=1e-4)
     assert bench.of_teacher["test"].accuracy()["mean"] > 0.9
