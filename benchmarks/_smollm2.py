@@ -17,7 +17,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from benchmarks._image_processor import siglip_processor
 
 LLAVA_V1 = Path(__file__).parent.parent / "pipeline/templates/llava_v1.jinja"
 IMAGE_TOKEN = "<file_sep>"  # a token of SmolLM2 that no English text holds
@@ -72,9 +73,8 @@ def save_llava(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
-    side = {"height": vision.image_size, "width": vision.image_size}
     LlavaProcessor(
-        image_processor=image_processor or SiglipImageProcessorPil(size=side),
+        image_processor=image_processor or siglip_processor(vision.image_size),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="full",

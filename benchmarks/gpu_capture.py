@@ -30,11 +30,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from benchmarks import _shapes
 from benchmarks._capture_forecast import SPEC, TARGETS, asked_of, shown, table
 from benchmarks._clock import Clock
+from benchmarks._image_processor import siglip_processor
 from benchmarks.roofline import DEVICES
 from cache_schema import open_cache
 from models.device import device_name
@@ -158,7 +158,7 @@ def make_teacher(folder: Path, device: torch.device, shape: _shapes.Shape, *, ra
         extra_special_tokens={"image_token": "<image>"},
     )
     processor = LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": shape.image_size, "width": shape.image_size}),
+        image_processor=siglip_processor(shape.image_size),
         tokenizer=tokenizer,
         patch_size=14,
         vision_feature_select_strategy="full",

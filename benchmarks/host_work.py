@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks._image_processor import BACKEND
 from benchmarks._stand_in import VISUAL, StandInEngine, StoredTargets, stand_in_folder
 from benchmarks.capture import Clock, make_data
 from cache_schema import TargetSpec
@@ -58,7 +59,8 @@ def measure(folder: Path, rows: int, seconds: float) -> dict[str, Any]:
     """Milliseconds per sample by part, and the ratio of a build's speed to the stand-in's."""
     teacher = stand_in_folder(folder / "teacher")
     data = make_data(folder / "data", rows, (1,), words=(40, 70))
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"images": BACKEND}
+    print(f"images by {BACKEND}")
     print(
         f"{'CPU ms per sample':20} {'prepare':>8} {'slice':>8} {'encode':>8} {'write':>8} {'all':>8}  build"
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks._image_processor import BACKEND
 from benchmarks._random_cache import write_cache
 from benchmarks.training import collator_for
 from cache_schema import Cache, open_cache
@@ -38,7 +39,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"reach": REACH}
+    report: dict[str, Any] = {"reach": REACH, "images": BACKEND}
+    print(f"images by {BACKEND}")
     print(f"{'':34} {'data wait':>10} {'CPU ms per sample':>18}")
     for name, rank, flat in (("rank 24", 24, False), ("full rank", VISUAL, True)):
         with tempfile.TemporaryDirectory() as folder:

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from benchmarks._image_processor import siglip_processor
 from benchmarks._memory import peak
 from benchmarks._random_cache import IMAGE_ID, write_cache
 from benchmarks._shapes import Shape
@@ -154,7 +154,7 @@ def collator_for(
         extra_special_tokens={"image_token": "<image>"},
     )
     processor = LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
+        image_processor=siglip_processor(image_size),
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="full",

@@ -14,19 +14,24 @@ from torch import Tensor, equal, from_numpy
 from transformers import BatchFeature
 
 _PROBES = ((23, 31), (64, 48))
+_METHODS = {
+    "PilBackend": ("_preprocess", "rescale", "normalize"),
+    "TorchvisionBackend": ("_preprocess", "rescale_and_normalize", "normalize"),
+}
 
 
 class PixelTable:
     """The pixels of a processor that leaves images to an image processor of resized bytes through one map per
-    channel (Llava on pillow): the same bits in a third of the time. May be called from any thread.
+    channel (Llava, on pillow or on torchvision): the same bits in a third of the time. May be called from any
+    thread.
     """
 
     def __init__(self, image_processor: Any) -> None:
         self._processor = image_processor
-        bytes_of = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(image_processor.image_mean), 1, 256))
-        scaled = image_processor.rescale(bytes_of, image_processor.rescale_factor)
-        made = image_processor.normalize(scaled, image_processor.image_mean, image_processor.image_std)
-        self.values = np.ascontiguousarray(made[:, 0], dtype=np.float32)  # (C, 256)
+        levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+        as_it_is = {"do_resize": False, "do_center_crop": False, "return_tensors": "np"}
+        made = image_processor(images=[Image.fromarray(levels)], **as_it_is)["pixel_values"][0]
+        self.values = np.ascontiguousarray(made.reshape(3, 256), dtype=np.float32)  # (C, 256)
 
     @classmethod
     def of(cls, processor: Any) -> PixelTable | None:
@@ -50,6 +55,12 @@ class PixelTable:
         processor = self._processor
         named = {name for name, value in dict(processor.size).items() if value}
         if processor.do_resize and not processor.do_center_crop and named == {"height", "width"}:
+            if _backend(processor) == "TorchvisionBackend":
+                planes = (from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in images)
+                return [
+                    processor.resize(each, processor.size, resample=processor.resample)[0].numpy()
+                    for each in planes
+                ]
             size = (processor.size["width"], processor.size["height"])
             made = [np.asarray(image.resize(size, resample=processor.resample)) for image in images]
             return [np.moveaxis(image, -1, 0) for image in made]
@@ -106,13 +117,18 @@ class _TableProcessor:
 def _maps_bytes(processor: Any) -> bool:
     """Whether pixel inputs are, by the code that makes them, resized bytes through a map per channel."""
     images = processor.image_processor
-    own = ("_preprocess", "rescale", "normalize")
-    pillow = all(
-        getattr(getattr(images, name, None), "__qualname__", "") == f"PilBackend.{name}" for name in own
-    )
     return (
         type(processor).__name__ == "LlavaProcessor"
-        and pillow
+        and _backend(images) is not None
         and bool(images.do_rescale and images.do_normalize)
         and not getattr(images, "do_pad", None)  # it would fill up after the map
     )
+
+
+def _backend(images: Any) -> str | None:
+    """The class of transformers whose methods an image processor uses; None where it has its own."""
+    for backend, methods in _METHODS.items():
+        own = {getattr(getattr(images, name, None), "__qualname__", "") for name in methods}
+        if own == {f"{backend}.{name}" for name in methods}:
+            return backend
+    return None

@@ -36,6 +36,10 @@ def test_families_with_torchvision() -> None:
     assert passed("families_with_torchvision.py") == len(names(torchvision=True))
 
 
+def test_pixels_with_torchvision() -> None:
+    assert passed("test_student_pixels.py") == 18
+
+
 def test_quantised_teachers() -> None:
     assert passed("quantised_teachers.py") == 2
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, LlavaProcessor
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlavaProcessor, SiglipImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from models.pixels import look_up, with_table
 from student.pixels import PixelInputs
@@ -23,6 +24,16 @@ KINDS = {
         size={"shortest_edge": 20}, crop_size={"height": 32, "width": 32}
     ),
 }
+if is_torchvision_available():  # as test_pipeline_torchvision.py runs this file
+    KINDS |= {
+        "square, torchvision": SiglipImageProcessor(size={"height": 40, "width": 56}),
+        "bilinear, torchvision": SiglipImageProcessor(
+            size={"height": 40, "width": 40}, resample=2, image_mean=[0.1, 0.5, 0.9]
+        ),
+        "crop, torchvision": CLIPImageProcessor(
+            size={"shortest_edge": 36}, crop_size={"height": 32, "width": 36}
+        ),
+    }
 
 
 def processor_of(image_processor):
@@ -43,7 +54,7 @@ def test_the_table_gives_the_bits_of_the_processor(kind):
     random = np.random.default_rng(0)
     images = [
         Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
-        for size in [(40, 56), (1, 1), (300, 7), (7, 300), (200, 200), (41, 55)]
+        for size in [(40, 56), (1, 1), (300, 7), (7, 300), (200, 200), (41, 55), (333, 217)]
     ]
     found = pixels([images[:2], [], images[2:]])
     assert found.keys() == {"pixel_values"}
@@ -100,7 +111,7 @@ def test_a_processor_with_the_table_makes_the_same_of_text_and_images(kind):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     grey = images[0].convert("L")  # not what the table is for
-    for picture in (grey, np.asarray(images[0])):
+    for picture in (grey, np.array(images[0])):
         ours, theirs = (
             one(text=[IMAGE], images=[[picture]], return_tensors="pt")["pixel_values"]
             for one in (faster, processor)
