@@ -71,7 +71,7 @@ format: install
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu $(if $(PARTS),--part $(PARTS)) $(SMALL)
 
-# The ablations: four hours on two cores; an interrupted run is continued. QUICK=--quick makes a part in minutes.
+# The ablations: about an hour and a half on two cores; an interrupted run is continued. QUICK=--quick makes a part in minutes.
 results: install
 	$(BIN)/python -m ablations --out $(RESULTS_DIR) --jobs $(JOBS) $(if $(QUICK),$(QUICK),--page docs/results.md)
 
