@@ -27,7 +27,11 @@ from student.ranks import Ranks
 from student.sources import REST, Mixture
 
 _DIGITS = 6
-"""Of the shares: so rounding that differs between numbers of processes changes none."""
+"""Of the shares."""
+
+_CE_DIGITS = 3
+"""Of the student's cross entropies, in nats. Rounding that differs between numbers of processes (about 1e-6)
+rarely changes one then, so that shares and order of the samples are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +175,7 @@ class Reweighing:
         if self._teacher is None:
             self._teacher = [self._cross_entropy(domain) for domain in self._domains]
         alone = replace(collator, targets=())
-        found = [
+        measured = [
             measure_samples(
                 student,
                 self._catalogue,
@@ -186,6 +190,7 @@ class Reweighing:
             )["ce"]
             for domain in self._domains
         ]
+        found = [round(each, _CE_DIGITS) for each in measured]
         before = None if self._measured is None else self._stream.order.weighting.shares
         shares = discrepancy(found, self._teacher, before, self._mixture.smoothing)
         self._stream.order.reweigh(step, shares)

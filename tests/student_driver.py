@@ -3,6 +3,7 @@
 Called as `python student_driver.py RUNS.json`: a list of settings, each with a `kill` entry that is null or
 the name of a function that writes and at which of its calls to send SIGKILL. Several runs are forked one
 after the other from one process, so that torch is imported once; their exit codes go to RUNS.json.codes.
+Several processes make their runs without forks.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +27,6 @@ def run(file: Path, runs: Sequence[dict[str, Any]], *, ranks: int = 1) -> list[i
     file.write_text(json.dumps([{"kill": None, **settings} for settings in runs], default=str))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if ranks > 1:
-        assert len(runs) == 1
         address = {
             "GLOO_SOCKET_IFNAME": "lo",
             "MASTER_ADDR": "127.0.0.1",
@@ -42,7 +44,7 @@ def run(file: Path, runs: Sequence[dict[str, Any]], *, ranks: int = 1) -> list[i
     ]
     errors = [process.communicate(timeout=600)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), errors
-    return json.loads(file.with_suffix(".codes").read_text()) if len(runs) > 1 else [0]
+    return json.loads(file.with_suffix(".codes").read_text()) if ranks == 1 < len(runs) else [0]
 
 
 def arm(name: str, call: int) -> None:
@@ -76,6 +78,28 @@ def arm(name: str, call: int) -> None:
         student.folder.save_file = armed(student.folder.save_file)
 
 
+@contextmanager
+def recorded(out: Path, *, stop: int | None = None) -> Iterator[None]:
+    """Meanwhile this process writes the samples of each of its steps, as cache and row, to a file of its own
+    in `out`, and asks itself to stop after step `stop`."""
+    import student.train
+
+    original = student.train._Run._step
+    file = out / f"seen-{os.environ.get('RANK', '0')}.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+
+    def step(run: Any, micro_batches: Any, agreed: Any) -> None:
+        pairs = [pair for batch in micro_batches for pair in zip(batch.sources, batch.rows, strict=True)]
+        with file.open("a") as lines:
+            lines.write(json.dumps([run.state.step, pairs]) + "\n")
+        original(run, micro_batches, agreed)
+        if run.state.step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with patch.object(student.train._Run, "_step", step):
+        yield
+
+
 def shard() -> None:
     """Makes accelerate shard on the CPU what it shards on accelerators: everything of its FSDP2 runs, but
     for the line that asks for another device."""
@@ -102,6 +126,7 @@ def shard() -> None:
 
 
 def train_one(settings: dict[str, Any]) -> None:
+    from cache_schema.errors import StoppedEarly
     from cache_schema.progress import Silent
     from student.settings import TrainConfig
     from student.sources import mixture_from
@@ -117,14 +142,22 @@ def train_one(settings: dict[str, Any]) -> None:
     if (mixture := settings.pop("mixture", None)) is not None:
         settings["mixture"] = mixture_from(mixture["caches"], mixture["mixture"], "test")
     paths = {name: Path(settings.pop(name)) for name in ("student", "image_root", "out")}
-    train(TrainConfig(stage=stage, trackers=(), **paths, **settings), Silent())
+    record, stop = settings.pop("record", False), settings.pop("stop", None)
+    config = TrainConfig(stage=stage, trackers=(), **paths, **settings)
+    with recorded(config.out, stop=stop) if record else nullcontext():
+        try:
+            train(config, Silent())
+        except StoppedEarly:
+            if stop is None:
+                raise
 
 
 def main() -> None:
     file = Path(sys.argv[1])
     runs = json.loads(file.read_text())
-    if len(runs) == 1:
-        train_one(runs[0])
+    if len(runs) == 1 or "RANK" in os.environ:
+        for settings in runs:
+            train_one(settings)
         return
     import student.train  # noqa: F401  (imported once, before the forks)
 

@@ -21,7 +21,7 @@ from student.sources import Mixture, Source
 from student.stages import DFT, open_recipe
 from student.train import train
 from tests.student_caches import SPEC, fake_capture, make_world
-from tests.student_driver import run
+from tests.student_driver import recorded, run
 from views.run_report import report
 
 
@@ -40,13 +40,13 @@ def mixture_of(world, **settings):
 
 def config_of(world, out, mixture=None, **changes):
     return TrainConfig(
-        stage=replace(DFT, global_batch=6, max_steps=5, learning_rate=3e-3),
         student=world.student,
         cache=None,
         mixture=mixture or mixture_of(world),
         image_root=str(world.image_root),
         out=out,
         **{
+            "stage": replace(DFT, global_batch=6, max_steps=5, learning_rate=3e-3),
             "log_every": 1,
             "trackers": (),
             "workers": 1,
@@ -163,6 +163,49 @@ def test_killed_between_measurement_and_step_it_goes_on_exactly(world, tmp_path)
         found = load_file(tmp_path / f"{number}/model/model.safetensors")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert mixture_lines(tmp_path / str(number)) == mixture_lines(tmp_path / "whole")
+
+
+def seen(out):
+    """The samples of every step, whichever process had them."""
+    found = {}
+    for file in sorted(out.glob("seen-*.jsonl")):
+        for line in file.read_text().splitlines():
+            step, samples = json.loads(line)
+            found.setdefault(step, []).extend(map(tuple, samples))
+    return {step: sorted(samples) for step, samples in found.items()}
+
+
+def test_two_processes_take_the_samples_and_shares_of_one_and_go_on_exactly(world, tmp_path):
+    stage = {"global_batch": 6, "max_steps": 7, "learning_rate": 3e-3}
+    alone, pair, stopped = (tmp_path / name for name in ("alone", "pair", "stopped"))
+    config = config_of(world, alone, stage=replace(DFT, **stage), micro_batch=2)
+    with recorded(alone):
+        train(config, Silent())
+    common = {
+        "base": "dft",
+        "stage": stage,
+        "student": world.student,
+        "cache": None,
+        "mixture": config.mixture.to_json(),
+        "image_root": world.image_root,
+        "micro_batch": 2,
+        "workers": 1,
+        "save_every": 0,
+        "log_every": 1,
+        "device": "cpu",
+        "record": True,
+    }
+    again = {**common, "out": stopped, "resume": True}
+    run(tmp_path / "runs.json", [{**common, "out": pair}, {**again, "stop": 3}, again], ranks=2)
+    assert (stopped / "checkpoints/step-00000003").is_dir()
+    assert sorted(seen(alone)) == list(range(7))
+    assert [len(samples) for samples in seen(alone).values()] == [6] * 7
+    expected = load_file(pair / "model/model.safetensors")
+    found = load_file(stopped / "model/model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for out in (pair, stopped):
+        assert seen(out) == seen(alone)
+        assert mixture_lines(out) == mixture_lines(alone)
 
 
 def test_one_cache_is_shared_out_by_conditions(world, tmp_path):
