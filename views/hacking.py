@@ -25,13 +25,26 @@ Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Watch:
-    """proxy, golden: the exponents b of the early laws value = a step^-b. above: the last golden value over
-    its law, less 1. parted: the step of the least golden value where the last one is risen from it while the
-    proxy fell; None where they go together."""
+class Law:
+    """value = scale * step^-exponent, fitted to the logarithms of the steps up to `until`."""
 
-    proxy: float
-    golden: float
+    scale: float
+    exponent: float
+    until: float
+
+    def at(self, step: float) -> float:
+        """Its value at a step."""
+        return float(self.scale * step**-self.exponent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """proxy, golden: the early laws of both. above: the last golden value over its law, less 1. parted: the
+    step of the least golden value where the last one is risen from it while the proxy fell; None where they
+    go together."""
+
+    proxy: Law
+    golden: Law
     above: float
     parted: float | None
 
@@ -50,14 +63,13 @@ def watch(proxy: Curve, golden: Curve) -> Watch | None:
     least = int(labels.argmin())
     risen = labels[-1] > labels[least] * (1 + TOLERANCE) and ours[-1] < ours[least]
     return Watch(
-        proxy=-proxy_law[0],
-        golden=-golden_law[0],
-        above=float(labels[-1] / np.exp(golden_law[0] * np.log(steps[-1]) + golden_law[1]) - 1),
+        proxy=proxy_law,
+        golden=golden_law,
+        above=float(labels[-1] / golden_law.at(steps[-1]) - 1),
         parted=float(steps[least]) if risen else None,
     )
 
 
-def _law(steps: Float64, values: Float64) -> tuple[float, float]:
-    """Slope and intercept of the logarithms."""
+def _law(steps: Float64, values: Float64) -> Law:
     slope, intercept = np.polyfit(np.log(steps), np.log(values), 1)
-    return float(slope), float(intercept)
+    return Law(scale=float(np.exp(intercept)), exponent=-float(slope), until=float(steps[-1]))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from views.hacking import Watch, watch
+
 TRAINING, HELD_OUT = "#1b6ca8", "#c8553d"
 SECOND = "#3a7d44"
+WATCHED = "#7a4fa3"
 WIDTH, HEIGHT = 4.6, 2.1
 """Inches of a panel."""
 
@@ -33,22 +36,28 @@ class StageRun:
     settings: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def watch(self) -> Watch | None:
+        """The teacher-hacking watch over it; None where too little was measured."""
+        return watch(_curve(self.train, "response_kl"), _curve(self.held_out, "ce"))
+
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What a row of panels shows: its names in the training lines and in the held-out ones, and the beginning
-    of its names in those of a mixture."""
+    """What a row of panels shows: its names in the training lines and in the held-out ones, the beginning
+    of its names in those of a mixture, and which curve of the teacher-hacking watch is among them."""
 
     title: str
     train: str | None
     held_out: tuple[str, ...] = ()
     mixture: str = ""
+    watched: Literal["proxy", "golden"] | None = None
 
 
 QUANTITIES = (
     Quantity("loss", "loss", ("loss",)),
-    Quantity("cross entropy, nats per token", "ce", ("ce",)),
-    Quantity("KL at response positions, nats", "response_kl", ("response_kl",)),
+    Quantity("cross entropy, nats per token", "ce", ("ce",), watched="golden"),
+    Quantity("KL at response positions, nats", "response_kl", ("response_kl",), watched="proxy"),
     Quantity("KL at visual positions, nats", "visual_kl", ("visual_kl",)),
     Quantity("KL at prompt positions, nats", "prompt_kl", ("prompt_kl",)),
     Quantity("relation, 1 - cos", "relation", ("relation",)),
@@ -117,17 +126,31 @@ def _panel(axes: Axes, quantity: Quantity, stage: StageRun) -> None:
     if trained:
         axes.plot(*zip(*trained, strict=True), color=TRAINING, linewidth=1.6, label="training")
     for name, colour in zip(quantity.held_out, (HELD_OUT, SECOND), strict=False):
-        found = _curve(stage.held_out, name)
+        measured = _curve(stage.held_out, name)
         label = "held out" if len(quantity.held_out) == 1 else f"held out, {name.partition('_')[0]}"
-        if found:
-            axes.plot(
-                *zip(*found, strict=True), color=colour, linestyle="--", marker="o", markersize=4, label=label
-            )
+        if measured:
+            style: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 4}
+            gid = f"{stage.name} {quantity.watched} held out" if quantity.watched else None
+            axes.plot(*zip(*measured, strict=True), color=colour, label=label, gid=gid, **style)
     for name in _mixed(quantity, stage):
         label = name.removeprefix(quantity.mixture)
         axes.plot(*zip(*_curve(stage.mixture, name), strict=True), drawstyle="steps-post", label=label)
+    if quantity.watched and (found := stage.watch):
+        _draw_watch(axes, found, quantity.watched, stage)
     if len(axes.lines) > 1 or any("held" in str(line.get_label()) for line in axes.lines):
         axes.legend(fontsize=8, framealpha=0.6)
     if not axes.lines:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
+
+
+def _draw_watch(axes: Axes, found: Watch, curve: Literal["proxy", "golden"], stage: StageRun) -> None:
+    """The early law of a watched curve, and a mark at the step where the two curves part."""
+    law = found.proxy if curve == "proxy" else found.golden
+    steps = [line["step"] for line in stage.held_out if line["step"] > 0]
+    values = [law.at(step) for step in steps]
+    name = f"early law, to step {law.until:.0f}"
+    axes.plot(steps, values, color=WATCHED, linestyle=":", label=name, gid=f"{stage.name} {curve} law")
+    if found.parted is not None:
+        name = f"KL and labels part, step {found.parted:.0f}"
+        axes.axvline(found.parted, color=WATCHED, linewidth=1, label=name, gid=f"{stage.name} {curve} parted")

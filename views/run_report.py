@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from cache_schema.errors import KdcacheError
 from cache_schema.output import require_file, write_text, writing
 from cache_schema.runs import read_metrics, read_result
-from views.hacking import watch
 from views.run_curves import Lines, StageRun, draw_curves
 
 _NAMES = {
@@ -122,13 +121,13 @@ def final_table(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
 
 def _watched(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
     """Whether the student has begun to learn the teacher's faults; empty where too little was measured."""
-    found = [watch(_curve(stage.train, "response_kl"), _curve(stage.held_out, "ce")) for stage in stages]
+    found = [stage.watch for stage in stages]
     if not any(found):
         return []
     rows: list[tuple[str, list[str]]] = [("teacher hacking", [])]
     for title, text in (
-        ("early law of the training KL, exponent", lambda one: f"{one.proxy:.3f}"),
-        ("early law of the held-out labels, exponent", lambda one: f"{one.golden:.3f}"),
+        ("early law of the training KL, exponent", lambda one: f"{one.proxy.exponent:.3f}"),
+        ("early law of the held-out labels, exponent", lambda one: f"{one.golden.exponent:.3f}"),
         ("held-out labels above their law", lambda one: f"{one.above:.1%}"),
         ("training KL and held-out labels part at step", lambda one: _step(one.parted)),
     ):
@@ -138,10 +137,6 @@ def _watched(stages: Sequence[StageRun]) -> list[tuple[str, list[str]]]:
 
 def _step(step: float | None) -> str:
     return "none" if step is None else f"{step:.0f}"
-
-
-def _curve(lines: Lines, name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def _last(lines: Lines) -> Mapping[str, Any]:
