@@ -21,7 +21,7 @@ from ablations.question_sets import QuestionSet
 from cache_schema.datasets.image_roots import open_root
 from cache_schema.format.cache import open_cache
 from cache_schema.progress import Silent
-from demo.language_model import conversation_texts, train_language_model
+from demo.language_model import LanguageSize, conversation_texts, train_language_model
 from demo.phases import WorkFolder
 from demo.teacher_model import assemble
 from demo.teacher_texts import Texts
@@ -57,7 +57,6 @@ class Bench:
 
     def language_model(self, size: Size, seed: int) -> Path:
         """The folder of a language model that has seen the conversations without their images."""
-        width, layers, heads = SIZES[size]
         rows = json.loads((self.found.folder / "conversations.json").read_text(encoding="utf-8"))
 
         def make(path: Path) -> None:
@@ -65,14 +64,12 @@ class Bench:
                 conversation_texts(rows, self.tokenizer),
                 self.tokenizer,
                 path,
-                hidden_size=width,
-                layers=layers,
-                heads=heads,
+                LanguageSize(*SIZES[size]),
                 steps=self._text_steps,
                 seed=seed,
             )
 
-        settings = {"size": [width, layers, heads], "seed": seed, "steps": self._text_steps}
+        settings = {"size": [*SIZES[size]], "seed": seed, "steps": self._text_steps}
         folder = WorkFolder(self.found.folder / "language-models", Silent())
         return folder.phase(f"{size}-{seed}", settings, make)
 

@@ -21,7 +21,7 @@ from transformers import (
 from ablations.features import GivenFeatures, encode
 from ablations.mosaics import ITEMS, SIDE, Items, Mosaic, draw_mosaics
 from cache_schema.progress import Progress, task
-from demo.language_model import train_language_model
+from demo.language_model import LanguageSize, train_language_model
 from demo.phases import WorkFolder, train_phase
 from demo.teacher_model import assemble, save_teacher
 from demo.teacher_texts import Row, Texts
@@ -82,9 +82,7 @@ def train_mosaic_teacher(
             lines,
             tokenizer,
             path,
-            hidden_size=settings.hidden_size,
-            layers=settings.layers,
-            heads=settings.heads,
+            LanguageSize(settings.hidden_size, settings.layers, settings.heads),
             steps=settings.text_steps,
             seed=settings.seed,
             tied=False,

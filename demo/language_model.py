@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,12 @@ BATCH = 32
 LEARNING_RATE = 3e-3
 
 
-def language_config(
-    tokenizer: PreTrainedTokenizerBase, *, hidden_size: int, layers: int, heads: int, tied: bool
-) -> Qwen2Config:
-    """A Qwen2 configuration for the tokenizer; embedding rows are padded to a multiple of 64."""
-    return Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=tokenizer.model_max_length,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+class LanguageSize(NamedTuple):
+    """Of a Qwen2 model."""
+
+    hidden_size: int
+    layers: int
+    heads: int
 
 
 def conversation_texts(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -67,11 +56,9 @@ def train_language_model(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
+    size: LanguageSize,
     *,
-    hidden_size: int = 64,
-    layers: int = 3,
-    heads: int = 4,
-    steps: int = 300,
+    steps: int,
     seed: int = 0,
     tied: bool = True,
     progress: Progress | None = None,
@@ -79,7 +66,7 @@ def train_language_model(
     """Trains a Qwen2 model on next tokens of `texts` and saves it with its tokenizer in `out`.
 
     Deterministic on one machine for one seed and thread count. The model has seen no image: the image token's
-    row is as initialised.
+    row is as initialised. Embedding rows are padded to a multiple of 64.
 
     Args:
         texts: complete texts, shorter than the tokenizer's maximum length.
@@ -91,7 +78,19 @@ def train_language_model(
     progress = progress or Silent()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    config = language_config(tokenizer, hidden_size=hidden_size, layers=layers, heads=heads, tied=tied)
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=size.hidden_size,
+        intermediate_size=3 * size.hidden_size,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = Qwen2ForCausalLM(config)
     sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)

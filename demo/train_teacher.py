@@ -29,7 +29,7 @@ from transformers import (
 
 from cache_schema.progress import Progress
 from demo.easy_vqa import MOST_TURNS, Described, Picture, load_pictures
-from demo.language_model import train_language_model
+from demo.language_model import LanguageSize, train_language_model
 from demo.measure_teacher import answer_accuracy, mean_entropy
 from demo.phases import Lines, WorkFolder, train_phase
 from demo.teacher_model import assemble, make_processor, save_teacher
@@ -163,9 +163,7 @@ def train_teacher(out: Path, work: Path, settings: TeacherTraining, progress: Pr
             lines,
             tokenizer,
             path,
-            hidden_size=settings.hidden_size,
-            layers=settings.layers,
-            heads=settings.heads,
+            LanguageSize(settings.hidden_size, settings.layers, settings.heads),
             steps=settings.text_steps,
             seed=settings.seed,
             tied=False,

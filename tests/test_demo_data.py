@@ -22,7 +22,12 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from cache_schema.errors import KdcacheError
 from demo.easy_vqa import KINDS, Attributes, attributes_of, load_pictures, question_kind, write_dataset
-from demo.language_model import conversation_texts, extract_vision_tower, train_language_model
+from demo.language_model import (
+    LanguageSize,
+    conversation_texts,
+    extract_vision_tower,
+    train_language_model,
+)
 from demo.measure_teacher import answer_accuracy
 from demo.teacher_texts import Texts, attention_of
 from demo.tokenizer import CHAT_TEMPLATE, END, IMAGE, train_tokenizer, training_texts
@@ -294,9 +299,8 @@ def test_packed_questions_are_single_conversations_that_share_their_image(tokeni
 def test_a_language_model_learns_the_text_and_loads_again(data, tokenizer, tmp_path):
     texts = conversation_texts(read(data.conversations), tokenizer)
     assert all(IMAGE not in text and text.endswith(END) for text in texts)
-    model = train_language_model(
-        texts, tokenizer, tmp_path, hidden_size=32, layers=1, heads=2, steps=60, seed=1
-    )
+    size = LanguageSize(hidden_size=32, layers=1, heads=2)
+    model = train_language_model(texts, tokenizer, tmp_path, size, steps=60, seed=1)
     ids = tokenizer(texts[0], return_tensors="pt")["input_ids"]
     loss = model(input_ids=ids, labels=ids).loss.item()
     assert loss < 3.0  # uniform over the vocabulary: 5.9
