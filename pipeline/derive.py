@@ -21,7 +21,7 @@ from cache_schema.format.manifest import CommitRecord, Manifest
 from cache_schema.format.records import CapturedSample, QuarantinedRow, Sample
 from cache_schema.format.spec import Kind, TargetSpec
 from cache_schema.format.store import refuse_inside
-from cache_schema.format.writer import CacheWriter
+from cache_schema.format.writer import CacheWriter, look_every
 from cache_schema.progress import Progress, task
 from cache_schema.version import VERSION
 from models.device import choose_device
@@ -68,12 +68,14 @@ def derive(cache: str, config: DeriveConfig, progress: Progress) -> dict[str, An
         batch_tokens=config.batch_tokens,
     )
     quarantined: dict[int, QuarantinedRow] = {row.row: row for row in source.quarantined()}
-    before = len(writer.committed())
+    before = there = len(writer.committed())
     with task(progress, "deriving", len(source.shards)):
-        for shard in writer.pending(*place_among_workers(None, None)):
+        for number, shard in enumerate(writer.pending(*place_among_workers(None, None)), start=1):
             if shard in source.commits:
                 _write(writer, shard, source, engine, extractor, quarantined)
-            progress.update(len(writer.committed()))
+            if number % look_every(source.plan.shards) == 0:
+                there = len(writer.committed())
+            progress.update(there)
     writer.finish()
     missing = source.plan.shards - len(source.shards)
     if missing:

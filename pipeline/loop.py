@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from cache_schema.errors import KdcacheError, StoppedEarly
 from cache_schema.format.manifest import CommitRecord
 from cache_schema.format.records import CapturedSample, QuarantinedRow
-from cache_schema.format.writer import CacheWriter
+from cache_schema.format.writer import CacheWriter, look_every
 from cache_schema.interrupt import Interrupt
 from cache_schema.progress import Progress, task
 from pipeline.assemble import Captured
@@ -188,7 +188,8 @@ class CaptureLoop:
         else:
             self._bytes += sum(file.bytes for file in record.files)
             self._committed.add(record.shard)
-        self._look_around()
+        if len(self._committed) % look_every(self._job.plan.shards) == 0:
+            self._look_around()
         self._show()
 
     def _look_around(self) -> None:

@@ -58,7 +58,7 @@ def sample_document(cache: Cache, row_or_id: int | str, *, top: int = TOP) -> di
     """
     sample = find_sample(cache, row_or_id)
     document = describe(cache, sample, TokenText.of_assets(cache.assets), top=top)
-    rows = cache.index().row[cache.find(sample.sample_id)].tolist()
+    rows = cache.rows_labelled(sample.sample_id)
     return document | {"rows_with_this_id": sorted(set(rows) - {sample.row})}
 
 

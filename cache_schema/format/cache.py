@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cache_schema.errors import REMEDY, CacheDamaged, KdcacheError, decoding
@@ -190,12 +191,27 @@ class Cache:
         return CacheIndex(row=row, tokens=tokens, images=images, responses=responses)
 
     def find(self, row_or_id: int | str) -> list[int]:
-        """The indices of the samples with this row number or this label (labels may repeat)."""
-        found = []
+        """The indices of the samples with this row number (looked for in its shard alone) or with this
+        label (labels may repeat)."""
+        found, only = [], None
+        if isinstance(row_or_id, int):
+            places = np.flatnonzero(self.plan.order == row_or_id)
+            only = {self.plan.shard_at(int(place)) for place in places}
         for start, shard in zip(self._starts, self.shards, strict=False):
+            if only is not None and shard not in only:
+                continue
             table = self._table(shard, "samples", ["row", "sample_id"])
             column = table["row" if isinstance(row_or_id, int) else "sample_id"].to_pylist()
             found += [int(start) + place for place, value in enumerate(column) if value == row_or_id]
+        return found
+
+    def rows_labelled(self, sample_id: str) -> list[int]:
+        """The row numbers of the samples with this label."""
+        found = []
+        for shard in self.shards:
+            table = self._table(shard, "samples", ["row", "sample_id"])
+            with decoding(f"{self.url}/{self.commits[shard].path}"):
+                found += table.filter(pc.equal(table["sample_id"], sample_id))["row"].to_pylist()
         return found
 
     def quarantined(self) -> Iterator[QuarantinedRow]:

@@ -49,15 +49,15 @@ class Plan:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.shard_size < 1:
             raise ValueError(f"plan: rows {self.rows} and shard_size {self.shard_size} must be at least 1")
-        distinct = np.unique(self.order)
-        if len(self.order) != self.rows or len(distinct) != self.rows or distinct[0] < 0:
+        ascending = np.sort(self.order)
+        if len(ascending) != self.rows or ascending[0] < 0 or (ascending[1:] == ascending[:-1]).any():
             raise ValueError(f"plan: order must hold {self.rows} distinct row numbers")
         if self.ends is not None:
             sizes = np.diff(self.ends, prepend=0)
             if self.ends[-1] != self.rows or (sizes < 1).any():
                 raise ValueError(f"plan: ends must divide the {self.rows} rows into shards")
         parts = [self.order] if self.ends is None else [self.order, self.ends]
-        digests = [hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() for part in parts]
+        digests = [hashlib.sha256(np.ascontiguousarray(part, "<i8").data).hexdigest() for part in parts]
         object.__setattr__(self, "digest", digest_of([self.rows, self.shard_size, *digests]))
 
     @property
@@ -73,6 +73,12 @@ class Plan:
             return self.order[shard * self.shard_size : (shard + 1) * self.shard_size]
         return self.order[self.ends[shard - 1] if shard else 0 : self.ends[shard]]
 
+    def shard_at(self, place: int) -> int:
+        """The shard of a place in `order`."""
+        if self.ends is None:
+            return place // self.shard_size
+        return int(np.searchsorted(self.ends, place, side="right"))
+
     def to_json(self) -> dict[str, Any]:
         """rows, shard_size, and `order` (and `ends`) as base64 of zlib of little-endian int64."""
         arrays = {"order": self.order} if self.ends is None else {"order": self.order, "ends": self.ends}
@@ -83,7 +89,9 @@ class Plan:
     def from_json(cls, document: PlanDocument) -> Plan:
         """The plan of a manifest. ValueError when it is none."""
         order, ends = (
-            np.frombuffer(unpack(packed, f"plan: {name}"), dtype="<i8").astype(np.int64) if packed else None
+            np.frombuffer(unpack(packed, f"plan: {name}"), dtype="<i8").astype(np.int64, copy=False)
+            if packed
+            else None
             for name, packed in (("order", document["order"]), ("ends", document.get("ends")))
         )
         if order is None or (ends is not None and not len(ends)):

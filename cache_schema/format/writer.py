@@ -255,20 +255,29 @@ def committed_shards(store: Store) -> set[int]:
     return {int(path[8:-5]) for path in store.list("commits") if not path.startswith("commits/.")}
 
 
+def look_every(shards: int) -> int:
+    """After how many shards of its own a worker looks what others have finished, to show it: a listing is as
+    long as the cache, so that one after every shard would take time with the square of their number."""
+    return max(1, shards // 128)
+
+
 def pending_shards(store: Store, shards: int, rank: int, world_size: int) -> Iterator[int]:
     """Of the plan's `shards` those to build: with i mod world_size = rank, then any that are not committed.
 
-    The store is checked again before each. Shards of other workers come in an order that depends on the
-    rank, so that idle workers rarely take the same one.
+    Listed once for its own and once for the others, and each that is not there is looked for again when its
+    turn comes. Shards of other workers come in an order that depends on the rank, so that idle workers rarely
+    take the same one.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} workers")
     own = [i for i in range(shards) if i % world_size == rank]
     others = np.array([i for i in range(shards) if i % world_size != rank], dtype=np.int64)
     others = np.random.default_rng(rank).permutation(others)
-    for shard in [*own, *others.tolist()]:
-        if not store.exists(commit_path(shard)):
-            yield shard
+    for part in (own, others.tolist()):
+        listed = committed_shards(store)
+        for shard in part:
+            if shard not in listed and not store.exists(commit_path(shard)):
+                yield shard
 
 
 def set_aside(store: Store, commit: str) -> None:

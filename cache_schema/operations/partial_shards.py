@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class _Joined:
     """Samples and stored targets collected for one shard."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    blocks: dict[str, list[tuple[Arrays, NDArray[np.int64]]]] = field(
+    blocks: dict[str, list[tuple[Arrays, slice]]] = field(
         default_factory=lambda: {kind: [] for kind in KINDS}
     )
     hidden: dict[str, list[HiddenStates]] = field(default_factory=dict)
@@ -130,13 +130,14 @@ class _Joined:
                 if relation is not None and relations is not None:
                     if relation not in related:
                         related[relation] = len(self.relations)
-                        self.relations.append(relations.stored(relation))
+                        self.relations.append(_own(relations.stored(relation)))
                     image["relation"] = related[relation]
             self.rows.append(row)
         for kind, spans_taken in taken.items():
             if spans_taken:
                 places = np.concatenate(spans_taken)
-                self.blocks[kind].append((groups[kind], places))
+                # Taken out at once: a shard may be joined of parts of hundreds, which are not all held.
+                self.blocks[kind].append((join_stored([(groups[kind], places)]), slice(None)))
                 if kind in piece.cache.spec.hidden:
                     states = hidden_of(groups[f"hidden_{kind}"], places)
                     self.hidden.setdefault(kind, []).append(states)
@@ -181,6 +182,12 @@ class _Joined:
             },
             statistics=statistics,
         )
+
+
+def _own(stored: StoredRelation) -> StoredRelation:
+    """The record without the shard that it is a part of."""
+    arrays = {name: getattr(stored, name).copy() for name in ("scales", "columns", "triangle")}
+    return replace(stored, **arrays)
 
 
 def _sample_of(row: Mapping[str, Any]) -> CapturedSample:
