@@ -48,6 +48,7 @@ from cache_schema.operations.verify import verify
 from pipeline.shard_plan import plan_rows
 from student.stream import Stream, StreamConfig
 
+STREAMED = 133_000  # samples of an epoch that are read, of which the order is made whole
 Step = Callable[[Path, int], dict[str, Any]]
 
 
@@ -192,12 +193,12 @@ def selected(folder: Path, size: int) -> dict[str, Any]:
 
 
 def stream(folder: Path, size: int) -> dict[str, Any]:
-    """An epoch of a single rank: batches of 256, a window of 8 shards, all targets. Pixels are not read."""
+    """A single rank: batches of 256, a window of 8 shards, all targets. Pixels are not read."""
     begun = time.perf_counter()
     cache = open_cache(folder / "cache")
     source = Stream(cache, StreamConfig(global_batch=256), micro_batch=16, targets=tuple(cache.spec.targets))
     first, done = 0.0, 0
-    for step in source.read(0, source.steps_per_epoch):
+    for step in source.read(0, min(source.steps_per_epoch, -(-STREAMED // 256))):
         for batch in step.micro_batches:
             for located in batch:
                 assert len(located.sample().input_ids)

@@ -114,14 +114,16 @@ def shard() -> None:
             super().__init__(**options)
             self.state.distributed_type = DistributedType.FSDP
             self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            assert self.state.fsdp_plugin.fsdp_version == 2
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    os.environ |= {
+    given = {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     }
+    os.environ |= {name: value for name, value in given.items() if name not in os.environ}
     student.prepare.Accelerator = Sharding  # type: ignore[misc]
 
 

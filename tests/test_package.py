@@ -42,6 +42,8 @@ def package(tmp_path_factory):
     folder = tmp_path_factory.mktemp("package")
     names = [*FOLDERS, "cli.py", "pyproject.toml", "README.md", "LICENSE"]
     (folder / "source").mkdir()
+    names += ["MANIFEST.in", "docs/examples"]
+    (folder / "source/docs").mkdir()
     for name in names:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / "source" / name)
@@ -84,6 +86,14 @@ def test_the_wheel_holds_the_product_and_nothing_else(package):
     }
     assert {str(path.relative_to(ROOT)) for path in data} <= names
     assert {name.split("/")[0] for name in names} == {*FOLDERS, "cli.py"}
+
+
+def test_the_sdist_holds_the_examples(package):
+    with tarfile.open(package.sdist) as archive:
+        names = set(archive.getnames())
+    examples = {path.name for path in (ROOT / "docs/examples").iterdir()}
+    assert {"slurm_build.sh", "kubernetes_build.yaml", "accelerate_fsdp2.yaml"} <= examples
+    assert {f"kdcache-{VERSION}/docs/examples/{name}" for name in examples} <= names
 
 
 def test_the_installed_commands_run_in_a_folder_with_another_cli(installed, tmp_path):
