@@ -260,10 +260,12 @@ class ObjectStore:
 
     def listed(self, folder: str = "") -> dict[str, Listed]:
         self._fs.invalidate_cache()
-        found = self._call("find", self._at(folder) if folder else self._root, detail=True)
+        top = self._at(folder) if folder else self._root
+        # A folder whose first file another process writes meanwhile is listed as an entry of itself by s3fs.
         return {
             name[len(self._root) + 1 :]: Listed(int(info["size"]), _md5_of(info))
-            for name, info in sorted(found.items())
+            for name, info in sorted(self._call("find", top, detail=True).items())
+            if name.startswith(f"{top}/")
         }
 
     def modified(self, path: str) -> float:
