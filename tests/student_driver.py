@@ -80,8 +80,8 @@ def arm(name: str, call: int) -> None:
 
 @contextmanager
 def recorded(out: Path, *, stop: int | None = None) -> Iterator[None]:
-    """Meanwhile this process writes the samples of each of its steps, as cache and row, to a file of its own
-    in `out`, and asks itself to stop after step `stop`."""
+    """Meanwhile this process writes the samples of each of its steps, as cache and row, and the seconds that
+    it has waited for data so far, to a file of its own in `out`. It asks itself to stop after step `stop`."""
     import student.train
 
     original = student.train._Run._step
@@ -91,7 +91,7 @@ def recorded(out: Path, *, stop: int | None = None) -> Iterator[None]:
     def step(run: Any, micro_batches: Any, agreed: Any) -> None:
         pairs = [pair for batch in micro_batches for pair in zip(batch.sources, batch.rows, strict=True)]
         with file.open("a") as lines:
-            lines.write(json.dumps([run.state.step, pairs]) + "\n")
+            lines.write(json.dumps([run.state.step, pairs, run.stopwatch.seconds["data wait"]]) + "\n")
         original(run, micro_batches, agreed)
         if run.state.step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -129,6 +129,7 @@ def shard() -> None:
 
 def train_one(settings: dict[str, Any]) -> None:
     from cache_schema.errors import StoppedEarly
+    from cache_schema.file_cache import FileCacheConfig
     from cache_schema.progress import Silent
     from student.settings import TrainConfig
     from student.sources import mixture_from
@@ -143,7 +144,11 @@ def train_one(settings: dict[str, Any]) -> None:
     stage = stage_from({"base": settings.pop("base"), **settings.pop("stage", {})})
     if (mixture := settings.pop("mixture", None)) is not None:
         settings["mixture"] = mixture_from(mixture["caches"], mixture["mixture"], "test")
-    paths = {name: Path(settings.pop(name)) for name in ("student", "image_root", "out")}
+    if (files := settings.pop("files", None)) is not None:
+        settings["files"] = FileCacheConfig(
+            file_cache=Path(files["file_cache"]), file_cache_gib=files["file_cache_gib"]
+        )
+    paths = {name: Path(settings.pop(name)) for name in ("student", "out")}
     record, stop = settings.pop("record", False), settings.pop("stop", None)
     config = TrainConfig(stage=stage, trackers=(), **paths, **settings)
     with recorded(config.out, stop=stop) if record else nullcontext():

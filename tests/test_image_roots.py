@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
+from cache_schema import patience
 from cache_schema.datasets import image_roots
 from cache_schema.datasets.image_roots import FolderRoot, RemoteRoot, open_root, unpack_embedded
 from cache_schema.datasets.images import open_image
@@ -128,7 +129,7 @@ def test_what_passes_is_tried_again(base: str, error: Exception, monkeypatch) ->
             raise fails.pop()
         return cat(self, *arguments, **options)
 
-    monkeypatch.setattr(image_roots, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(patience, "_FIRST_WAIT", 0.01)
     monkeypatch.setattr(MemoryFileSystem, "cat_file", unstable)
     assert open_image(base, "a/x.png").width == 24
     assert not fails
@@ -141,7 +142,7 @@ def test_a_server_that_stays_away_is_one_line_within_the_bound(base: str, monkey
         tries.append(time.monotonic())
         raise OSError(errno.ECONNREFUSED, "Connection refused")
 
-    monkeypatch.setattr(image_roots, "_FIRST_WAIT", 0.05)
+    monkeypatch.setattr(patience, "_FIRST_WAIT", 0.05)
     monkeypatch.setattr(MemoryFileSystem, "cat_file", down)
     began = time.monotonic()
     with pytest.raises(

@@ -170,7 +170,7 @@ def seen(out):
     found = {}
     for file in sorted(out.glob("seen-*.jsonl")):
         for line in file.read_text().splitlines():
-            step, samples = json.loads(line)
+            step, samples, *_ = json.loads(line)
             found.setdefault(step, []).extend(map(tuple, samples))
     return {step: sorted(samples) for step, samples in found.items()}
 

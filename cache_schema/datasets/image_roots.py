@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import posixpath
 import re
 import stat
 import threading
-import time
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,21 +17,17 @@ from urllib.parse import unquote, urlsplit
 
 from cache_schema.errors import KdcacheError, RowRejected, WrongUsage, first_line, shown
 from cache_schema.file_cache import FileCache, FileCacheConfig
+from cache_schema.patience import is_final, patiently
 
 LARGEST_FILE = 256 << 20
 """Bytes of an image file; a larger one is not read."""
 
-PATIENCE = 60.0
-"""Seconds for which a remote image that cannot be read is tried again."""
-
 FETCHES = 32
 """Requests to a remote image root at once."""
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.25, 8.0  # seconds between two tries
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:/|.*(://|::)", re.IGNORECASE | re.DOTALL)
 _MOST_KNOWN = 1 << 17  # digests of remote files that are remembered, where no cache has recorded them
 _MOST_DECODINGS = 4  # of percent signs in a path
-_FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError)
 
 
 class ImageRoot(Protocol):
@@ -55,13 +49,16 @@ class ImageRoot(Protocol):
 
 
 def open_root(
-    place: ImageRoot | Path | str | None, files: FileCacheConfig | None = None, *, patience: float = PATIENCE
+    place: ImageRoot | Path | str | None,
+    files: FileCacheConfig | None = None,
+    *,
+    patience: float | None = None,
 ) -> ImageRoot:
     """The image root at a folder or an fsspec URL; None: one without any image.
 
     files: where remote images are kept on the local disk; None: nowhere. patience: seconds for which a
-    remote image is tried again. KdcacheError when the URL's protocol is unknown or needs a package,
-    WrongUsage when a password is in it.
+    remote image is tried again, as `patiently` takes them. KdcacheError when the URL's protocol is unknown or
+    needs a package, WrongUsage when a password is in it.
     """
     if place is None:
         return NoRoot()
@@ -157,7 +154,7 @@ class RemoteRoot:
     scheme, a query and a backslash.
     """
 
-    def __init__(self, url: str, files: FileCache | None, patience: float) -> None:
+    def __init__(self, url: str, files: FileCache | None, patience: float | None) -> None:
         if urlsplit(url).password is not None:
             raise WrongUsage(
                 "an image root with a password in its URL would be recorded; give the password through the "
@@ -230,33 +227,23 @@ class RemoteRoot:
         return content
 
     def _fetch(self, name: str) -> bytes:
-        told, wait = shown(name, 120), _FIRST_WAIT
-        give_up = time.monotonic() + self._patience
-        while True:
-            try:
-                content: bytes = self._fs.cat_file(f"{self._base}/{name}", start=0, end=LARGEST_FILE + 1)
-                break
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-                raise RowRejected("missing_image", f"{told} is not a file under {self.name}") from error
-            except Exception as error:  # of the driver
-                if _is_final(error):
-                    raise RowRejected("unreadable_image", f"{told}: {first_line(error)}") from error
-                if time.monotonic() + wait > give_up:
-                    raise KdcacheError(
-                        f"{self.name}/{told} cannot be read ({type(error).__name__}: {first_line(error)}); "
-                        "check the connection, then run again"
-                    ) from error
-            time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
+        told = shown(name, 120)
+        try:
+            content: bytes = patiently(
+                lambda: self._fs.cat_file(f"{self._base}/{name}", start=0, end=LARGEST_FILE + 1),
+                self._patience,
+            )
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise RowRejected("missing_image", f"{told} is not a file under {self.name}") from error
+        except Exception as error:  # of the driver
+            if is_final(error):
+                raise RowRejected("unreadable_image", f"{told}: {first_line(error)}") from error
+            raise KdcacheError(
+                f"{self.name}/{told} cannot be read ({type(error).__name__}: {first_line(error)}); "
+                "check the connection, then run again"
+            ) from error
         _refuse_large(len(content), told)
         return content
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether asking again is of no use: no permission, no such range, a request that is refused."""
-    status = getattr(error, "status", None)  # of HTTP
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
-    return refused or isinstance(error, _FINAL) or getattr(error, "errno", None) == errno.EINVAL
 
 
 def _name_below(path: str) -> str:

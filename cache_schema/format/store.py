@@ -18,6 +18,7 @@ import fsspec
 
 from cache_schema.errors import KdcacheError, WrongUsage, first_line
 from cache_schema.output import sync
+from cache_schema.patience import patiently
 
 RANGE_BYTES = 8 << 20
 """Objects above this size are read as several ranges at once."""
@@ -227,6 +228,7 @@ class ObjectStore:
         except (ValueError, ImportError) as error:
             raise KdcacheError(f"{url}: {first_line(error)}; give a folder or an fsspec URL") from error
         self._root = root.rstrip("/")
+        self._answered = False
 
     def read(self, path: str) -> bytes:
         data = self._call("cat_file", self._at(path))
@@ -296,9 +298,17 @@ class ObjectStore:
                 self._call("rm_file", self._at(path))
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """A method of the file system; any error of its driver becomes an OSError."""
+        """A method of the file system, which is asked again while it fails, once it has ever answered; any
+        error of its driver becomes an OSError."""
         try:
-            return getattr(self._fs, method)(*arguments, **options)
+            answer = patiently(
+                lambda: getattr(self._fs, method)(*arguments, **options), None if self._answered else 0.0
+            )
+            self._answered = True
+            return answer
+        except (FileNotFoundError, FileExistsError):
+            self._answered = True
+            raise
         except OSError:
             raise
         except Exception as error:
