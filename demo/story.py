@@ -48,8 +48,8 @@ class DemoSettings:
     heads: int = 4
     language_model_steps: int = 60
     dpt_epochs: float = 2
-    sft_epochs: float = 3
-    dft_epochs: float = 3
+    sft_epochs: float = 1
+    dft_epochs: float = 5
     global_batch: int = 8
     dpt_learning_rate: float = 3e-3
     learning_rate: float = 2e-3
@@ -237,7 +237,7 @@ def unpack_teacher(teacher: Path, tower: Path) -> None:
 def train_text_model(story: Story, seed: int, settings: DemoSettings, out: Path, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
-    from demo.language_model import LanguageSize, conversation_texts, train_language_model
+    from demo.language_model import conversation_texts, train_language_model
 
     # The teacher is gone, but a cache contains its tokenizer.
     words = out.with_name("tokenizer")
@@ -248,7 +248,9 @@ def train_text_model(story: Story, seed: int, settings: DemoSettings, out: Path,
         conversation_texts(rows, tokenizer),
         tokenizer,
         out,
-        LanguageSize(settings.hidden_size, settings.layers, settings.heads),
+        hidden_size=settings.hidden_size,
+        layers=settings.layers,
+        heads=settings.heads,
         steps=settings.language_model_steps,
         seed=seed,
         progress=progress,
