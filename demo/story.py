@@ -237,7 +237,7 @@ def unpack_teacher(teacher: Path, tower: Path) -> None:
 def train_text_model(story: Story, seed: int, settings: DemoSettings, out: Path, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
-    from demo.language_model import conversation_texts, train_language_model
+    from demo.language_model import LanguageSize, conversation_texts, train_language_model
 
     # The teacher is gone, but a cache contains its tokenizer.
     words = out.with_name("tokenizer")
@@ -248,9 +248,7 @@ def train_text_model(story: Story, seed: int, settings: DemoSettings, out: Path,
         conversation_texts(rows, tokenizer),
         tokenizer,
         out,
-        hidden_size=settings.hidden_size,
-        layers=settings.layers,
-        heads=settings.heads,
+        LanguageSize(settings.hidden_size, settings.layers, settings.heads),
         steps=settings.language_model_steps,
         seed=seed,
         progress=progress,
