@@ -15,6 +15,7 @@ from cache_schema.format.block import ShardBlock
 from cache_schema.format.cache import Cache
 
 Int64 = NDArray[np.int64]
+Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class Catalogue:
     """The samples of caches, numbered on from one cache to the next, and their shards likewise.
 
     tokens (N,): lengths. with_image (N,). shard (N,): the place of each sample's shard among all shards.
-    starts (shards + 1,): the first sample of each.
+    Tokens and shard are int32, since every rank holds them for all samples. starts (shards + 1,): the first
+    sample of each.
     """
 
     def __init__(self, caches: Sequence[Cache]) -> None:
@@ -59,11 +61,11 @@ class Catalogue:
                     f"cache {cache.url} has no samples yet; let `kdcache build` finish a shard"
                 )
         indices = [cache.index() for cache in caches]
-        self.tokens = np.concatenate([np.asarray(index.tokens, dtype=np.int64) for index in indices])
+        self.tokens = np.concatenate([np.asarray(index.tokens, dtype=np.int32) for index in indices])
         self.with_image = np.concatenate([np.asarray(index.images) for index in indices]) > 0
         lengths = [cache.shard_length(shard) for cache in caches for shard in cache.shards]
         self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.shard = np.repeat(np.arange(len(lengths)), lengths)
+        self.shard = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         self._caches = caches
         self._places = [(source, shard) for source, cache in enumerate(caches) for shard in cache.shards]
 
@@ -109,11 +111,12 @@ class EpochOrder:
 
     def __init__(self, catalogue: Catalogue, config: StreamConfig, among: Int64 | None = None) -> None:
         self._config = config
-        self._numbers = np.arange(len(catalogue.tokens)) if among is None else among
-        self._numbers = self._numbers[: config.samples]
-        self._tokens = catalogue.tokens[self._numbers]
-        self._with_image = catalogue.with_image[self._numbers]
-        self._shard = catalogue.shard[self._numbers]
+        numbers = np.arange(len(catalogue.tokens)) if among is None else among
+        self._numbers = numbers[: config.samples]
+        part = self._numbers if among is not None else slice(config.samples)  # of all: no copies
+        self._tokens = catalogue.tokens[part]
+        self._with_image = catalogue.with_image[part]
+        self._shard = catalogue.shard[part]
         self._shards = len(catalogue.starts) - 1
         self.batches = lru_cache(maxsize=2)(self._make_batches)
 
@@ -163,17 +166,19 @@ class EpochOrder:
         return shuffled(self._shard, self._shards, self._config.window, random)
 
 
-def shuffled(shard: Int64, shards: int, window: int, random: np.random.Generator) -> Int64:
+def shuffled(shard: Int32 | Int64, shards: int, window: int, random: np.random.Generator) -> Int64:
     """A permutation of 0..N-1 in which about `window` shards are in use at any place; shard (N,): of each of
     the samples, below `shards`."""
     if shards <= window:
         return random.permutation(len(shard)).astype(np.int64)
-    turn = random.permutation(shards)[shard]  # (N,)
-    key = turn + window * random.random(len(shard))
+    turn = random.permutation(shards)
+    key = random.random(len(shard))  # (N,), in place: the largest arrays of a run
+    key *= window
+    key += turn[shard]
     return np.argsort(key, kind="stable").astype(np.int64)
 
 
-def by_length(tokens: Int64, size: int, together: int, random: np.random.Generator) -> Int64:
+def by_length(tokens: Int32, size: int, together: int, random: np.random.Generator) -> Int64:
     """Places of samples with `together` batches of `size` at a time sorted by length, longest first, and the
     batches of each shuffled. The last, which is short, stays at the end."""
     places = np.arange(len(tokens))
