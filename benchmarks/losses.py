@@ -66,14 +66,21 @@ class Case:
 
 
 def make_case(
-    dtype: torch.dtype, *, trained: bool, dense: bool, entries: int | None = K, seed: int = 0
+    dtype: torch.dtype,
+    *,
+    trained: bool,
+    dense: bool,
+    entries: int | None = K,
+    seed: int = 0,
+    visual: int = VISUAL,
+    response: int = RESPONSE,
 ) -> Case:
     """Random states, head and targets; made without a matrix product, whose scratch memory would stay.
 
     entries: of every position; None: MEAN of them on average, at most CAP.
     """
     torch.manual_seed(seed)
-    count, k = VISUAL + RESPONSE, entries or CAP
+    count, k = visual + response, entries or CAP
     ids = (torch.randint(V, (count, 1)) + torch.arange(k) * (V // k)) % V
     logprobs = torch.randn(count, max(V // 1024, 2 * k)).log_softmax(1)[:, :k]
     logprobs = logprobs.sort(1, descending=True).values
@@ -85,11 +92,11 @@ def make_case(
     return Case(
         hidden=torch.randn(count, D).to(dtype).requires_grad_(),
         weight=torch.empty(V, D, dtype=dtype).normal_(std=0.05).requires_grad_(trained),
-        labels=torch.randint(V, (RESPONSE,)),
+        labels=torch.randint(V, (response,)),
         token_ids=ids,
         logprobs=logprobs,
         tail=torch.log1p(-logprobs.exp().sum(1, keepdim=True)),
-        factor=torch.randn(VISUAL, RANK),
+        factor=torch.randn(visual, RANK),
         teacher_logits=torch.empty(count, V, dtype=dtype).normal_() if dense else None,
     )
 
@@ -153,11 +160,11 @@ def axolotl(case: Case) -> float:
 def ours(case: Case, weights: LossWeights | None = None) -> float:
     """The objective of student.losses: KL with tail bucket (another divergence by `weights`), CE,
     relation."""
-    count = VISUAL + RESPONSE
+    visual, count = len(case.factor), len(case.hidden)
     # The last token has a label and no target: position t predicts token t + 1.
     hidden = torch.cat([case.hidden, case.hidden[-1:]])[None]
     labels = torch.full((1, count + 1), -100)
-    labels[0, VISUAL + 1 :] = case.labels
+    labels[0, visual + 1 :] = case.labels
 
     def records(rows: slice) -> PositionTargets:
         positions = torch.arange(count)[rows]
@@ -171,8 +178,8 @@ def ours(case: Case, weights: LossWeights | None = None) -> float:
         )
 
     targets = DistillationTargets(
-        positions={"response": records(slice(VISUAL, count)), "visual": records(slice(0, VISUAL))},
-        relations=(RelationTargets(positions=torch.arange(VISUAL), sample=0, factor=case.factor),),
+        positions={"response": records(slice(visual, count)), "visual": records(slice(0, visual))},
+        relations=(RelationTargets(positions=torch.arange(visual), sample=0, factor=case.factor),),
     )
     parts = DistillationLoss(weights or LossWeights())(
         hidden, labels, targets, Head(weight=case.weight), Denominators.of(labels, targets)
