@@ -114,6 +114,9 @@ def start_vllm(
         "use_tqdm_on_load": False,
         "gpu_memory_utilization": memory_share,
     }
+    known = getattr(importlib.import_module("vllm.config"), "MultiModalConfig", None)
+    if hasattr(known, "mm_device_do_normalize"):
+        options["mm_device_do_normalize"] = False  # pixels come prepared
     if mode == "hidden":
         pooling = importlib.import_module("vllm.config").PoolerConfig(
             task="token_embed", use_activation=False

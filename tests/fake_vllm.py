@@ -119,7 +119,10 @@ def install(monkeypatch: pytest.MonkeyPatch, **faults: Any) -> list[FakeLLM]:
             "PoolingParams": SimpleNamespace,
             "__version__": "0",
         },
-        "vllm.config": {"PoolerConfig": SimpleNamespace},
+        "vllm.config": {
+            "PoolerConfig": SimpleNamespace,
+            "MultiModalConfig": SimpleNamespace(mm_device_do_normalize=True),
+        },
         "vllm.platforms": {"current_platform": SimpleNamespace(get_device_name=lambda: "")},
         "vllm.model_executor.model_loader": {"register_model_loader": lambda name: lambda kind: kind},
         "vllm.model_executor.model_loader.default_loader": {"DefaultModelLoader": object},

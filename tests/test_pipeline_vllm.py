@@ -136,6 +136,7 @@ def test_hidden_states_make_the_same_cache_and_never_two_models(
     assert max(kind.max for kind in report.kl.values()) < 1e-6
     (llm,) = started
     assert llm.options["enable_prefix_caching"] is False
+    assert llm.options["mm_device_do_normalize"] is False
     assert llm.options["max_num_batched_tokens"] >= llm.options["max_model_len"] == 2048
     assert build(config, Silent()).already_done
     assert len(started) == 1, "a finished cache needs no engine"

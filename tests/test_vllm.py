@@ -174,9 +174,7 @@ def check_all(setting: Setting, mode: str) -> None:
             assert abs(one.norm / other.norm - 1.0) <= 1e-4
     engines = [commit.engine for commit in hidden.commits.values()]
     assert all(engine["engine"] == "vllm" and engine["engine_mode"] == mode for engine in engines)
-    # Llava's pixels are taken as they were prepared; Qwen's are scaled by vLLM's model, so it makes its own.
-    images = {"llava": "as prepared", "qwen2_5_vl": "by vLLM"}[setting.name]
-    assert all(engine["images"] == images for engine in engines)
+    assert all(engine["images"] == "as prepared" for engine in engines)
 
 
 def test_logprobs_make_the_responses_of_transformers(setting: Setting) -> None:
