@@ -21,7 +21,7 @@ from cache_schema.progress import Progress, task
 from student.answering import Answerer, Question, load_for_answers, question_after, rows_to_ask
 from student.answers import Answered, references_of, score
 from student.benchmarks.run import evaluate_benchmarks
-from student.heldout import held_out, measure_cache
+from student.heldout import held_out, measure_samples
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.settings import EvaluateConfig
@@ -44,7 +44,7 @@ class Rated:
 
 def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     """With benchmarks: `evaluate_benchmarks`. Else scores (`student.answers.score`), rows that could not be
-    used (`skipped`), seconds; `teacher`: the means of `measure_cache` when a cache is given. The same on
+    used (`skipped`), seconds; `teacher`: the means of `measure_samples` when a cache is given. The same on
     every run with the same device and batch."""
     if config.benchmarks:
         return evaluate_benchmarks(config, progress)
@@ -136,15 +136,8 @@ def _distance(
     student = DistilledStudent(model, LossWeights(), vocab_size=training["vocab_size"]).eval()
     probe = processor.tokenizer.encode("What is in the image?")
     student.check_head(torch.tensor([probe], device=model.device))
-    return measure_cache(
-        student,
-        cache,
-        measured.collator,
-        device=model.device,
-        micro_batch=8,
-        samples=config.limit,
-        progress=progress,
-    )
+    among = measured.samples(config.limit)
+    return measure_samples(student, *among, measured.collator, device=model.device, progress=progress)
 
 
 def _write_predictions(path: Path, asked: Sequence[Rated], answers: Sequence[str]) -> None:

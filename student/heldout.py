@@ -35,6 +35,11 @@ class HeldOut:
     cache: Cache
     collator: Collator
 
+    def samples(self, limit: int | None = None) -> tuple[Catalogue, Int64]:
+        """The first `limit` samples (None: all): their catalogue, and their numbers in it."""
+        catalogue = Catalogue([self.cache])
+        return catalogue, catalogue.samples_of(0)[:limit]
+
     @property
     def identity(self) -> str:
         """Digest of what is measured: evaluations of another one cannot be compared."""
@@ -65,45 +70,6 @@ def held_out(
     return HeldOut(cache=cache, collator=collator)
 
 
-def measure_cache(
-    student: DistilledStudent,
-    cache: Cache,
-    collator: Collator,
-    *,
-    device: torch.device,
-    micro_batch: int = 8,
-    samples: int | None = None,
-    workers: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    add_up: AddUp = lambda sums: sums,
-    progress: Progress | None = None,
-) -> dict[str, float]:
-    """Means over the first `samples` samples (None: all) of what `collator.targets` gives.
-
-    ce, response_kl, visual_kl, prompt_kl: nats per token; relation: 1 - cos per image; response_top1,
-    visual_top1: share of positions where the student's most likely token is the teacher's; and the counts
-    samples, tokens. Keys without any position are omitted. add_up sums a tensor over the ranks, which
-    share the samples. The model is in eval mode meanwhile. An error in the data of one rank is raised there
-    once all ranks are through; the others get KdcacheError.
-    """
-    catalogue = Catalogue([cache])
-    among = catalogue.samples_of(0)[:samples]
-    return measure_samples(
-        student,
-        catalogue,
-        among,
-        collator,
-        device=device,
-        micro_batch=micro_batch,
-        workers=workers,
-        rank=rank,
-        world_size=world_size,
-        add_up=add_up,
-        progress=progress,
-    )
-
-
 def measure_samples(
     student: DistilledStudent,
     catalogue: Catalogue,
@@ -118,7 +84,14 @@ def measure_samples(
     add_up: AddUp = lambda sums: sums,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """`measure_cache` over the samples of a catalogue that have the numbers `among`."""
+    """Means of what `collator.targets` gives over the samples of a catalogue that have the numbers `among`.
+
+    ce, response_kl, visual_kl, prompt_kl: nats per token; relation: 1 - cos per image; response_top1,
+    visual_top1: share of positions where the student's most likely token is the teacher's; and the counts
+    samples, tokens. Keys without any position are omitted. add_up sums a tensor over the ranks, which
+    share the samples. The model is in eval mode meanwhile. An error in the data of one rank is raised there
+    once all ranks are through; the others get KdcacheError.
+    """
     config = StreamConfig(global_batch=micro_batch * world_size, shuffle=False)
     stream = OrderedStream(
         catalogue,

@@ -26,7 +26,7 @@ from student.checks import warn_of_cache
 from student.collate import Batch, Collator
 from student.feed import Feed
 from student.folder import model_is_whole
-from student.heldout import HeldOut, measure_cache, weighted
+from student.heldout import HeldOut, measure_samples, weighted
 from student.interpolation import Interpolation
 from student.model import DistilledStudent
 from student.optimize import SUMS, Optimization
@@ -296,13 +296,12 @@ class _Run:
         measured: dict[str, float] = {}
         fault: Exception | None = None
         try:
-            measured = measure_cache(
+            measured = measure_samples(
                 self.student,
-                self.held_out.cache,
+                *self.held_out.samples(self.config.eval_samples),
                 self.held_out.collator,
                 device=self.device,
                 micro_batch=self.config.micro_batch,
-                samples=self.config.eval_samples,
                 workers=self.config.workers,
                 rank=self.ranks.rank,
                 world_size=self.ranks.count,

@@ -24,7 +24,7 @@ from cache_schema import open_cache
 from cache_schema.datasets.image_roots import open_root
 from models.folder import load_model, load_processor
 from student.collate import Collator
-from student.heldout import measure_cache
+from student.heldout import HeldOut, measure_samples
 from student.losses import Denominators, LossWeights
 from student.losses.products import KeptMatrix
 from student.model import DistilledStudent, unsharded
@@ -105,8 +105,10 @@ def main() -> None:
     assert float(same.visual) == float(expected_same.visual)
     # One sample more than the ranks can share: the last micro-batch of rank 1 is idle.
     assert len(cache) % (2 * MICRO_BATCH) == 1
+    options = {"device": torch.device("cpu"), "micro_batch": MICRO_BATCH}
+    among = HeldOut(cache=cache, collator=collator).samples()
     both, whole_cache = (
-        measure_cache(student, cache, collator, device=torch.device("cpu"), micro_batch=MICRO_BATCH, **shared)
+        measure_samples(student, *among, collator, **options, **shared)
         for student, shared in (
             (sharded, {"rank": rank, "world_size": 2, "add_up": add_up}),
             (alone, {}),

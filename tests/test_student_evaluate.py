@@ -27,7 +27,7 @@ from student.assemble import new_student as assemble
 from student.collate import Collator
 from student.evaluate import evaluate
 from student.export import export
-from student.heldout import measure_cache
+from student.heldout import HeldOut, measure_samples
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
@@ -338,16 +338,17 @@ def test_a_student_equal_to_its_teacher_is_as_far_as_its_padding_has_mass(world,
             log_q = model(input_ids=ids, **pixels(images)).logits[0].double().log_softmax(-1)
         for kind, values in expected.items():
             values += (-log_q[sample.positions[kind], :340].logsumexp(-1)).tolist()
-    measured = measure_cache(
+    collator = Collator(
+        pixels=PixelInputs(processor),
+        image_root=open_root(world.image_root),
+        pad_token_id=1,
+        image_token_id=2,
+        targets=("response", "visual", "relation"),
+    )
+    measured = measure_samples(
         DistilledStudent(model, LossWeights(), vocab_size=340),
-        cache,
-        Collator(
-            pixels=PixelInputs(processor),
-            image_root=open_root(world.image_root),
-            pad_token_id=1,
-            image_token_id=2,
-            targets=("response", "visual", "relation"),
-        ),
+        *HeldOut(cache=cache, collator=collator).samples(),
+        collator,
         device=torch.device("cpu"),
     )
     for kind, values in expected.items():

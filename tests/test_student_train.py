@@ -20,7 +20,7 @@ from models.folder import load_model, load_processor
 from models.parts import part_of
 from student.collate import Collator
 from student.export import export
-from student.heldout import measure_cache
+from student.heldout import HeldOut, measure_samples
 from student.losses import LossWeights
 from student.model import DistilledStudent
 from student.pixels import PixelInputs
@@ -457,7 +457,8 @@ def measure(world, folder):
         targets=("response", "visual", "relation"),
     )
     student = DistilledStudent(load_model(folder), LossWeights(), vocab_size=340)
-    return measure_cache(student, open_cache(world.cache), collator, device=torch.device("cpu"))
+    among = HeldOut(cache=open_cache(world.cache), collator=collator).samples()
+    return measure_samples(student, *among, collator, device=torch.device("cpu"))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
