@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schema.errors import KdcacheError, StoppedEarly
+from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
 from cache_schema.format.cache import open_cache
 from cache_schema.output import require_folder, write_text, writing
 from cache_schema.progress import Progress
@@ -114,9 +114,8 @@ def kdcache(arguments: Sequence[str]) -> Any:
     if process.returncode == 3:
         raise StoppedEarly("stopped, everything is saved; run the same command again to continue")
     if process.returncode != 0:
-        raise KdcacheError(
-            f"kdcache {arguments[0]} ended with exit code {process.returncode}; its error is above"
-        )
+        refused = WrongUsage if process.returncode == 2 else KdcacheError
+        raise refused(f"kdcache {arguments[0]} ended with exit code {process.returncode}; its error is above")
     return json.loads(printed)
 
 

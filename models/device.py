@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from cache_schema.errors import KdcacheError, first_line
+from cache_schema.errors import KdcacheError, WrongUsage, first_line
 
 _LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -14,13 +14,13 @@ _LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 def choose_device(device: str) -> str:
     """The device of this process: of `auto`, or an accelerator without a number, each of several processes on
-    a machine has its own; any other name as it is. KdcacheError when there is no such device."""
+    a machine has its own; any other name as it is. WrongUsage when there is no such device."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device != "auto" and (accelerator is None or device != accelerator.type):
         try:
             torch.zeros(1, device=device).item()
         except (AssertionError, RuntimeError) as error:
-            raise KdcacheError(f"device {device} cannot be used here: {first_line(error)}") from error
+            raise WrongUsage(f"device {device} cannot be used here: {first_line(error)}") from error
         return device
     if accelerator is None:
         return "cpu"

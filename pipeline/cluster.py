@@ -40,6 +40,7 @@ def build_on_cluster(config: BuildConfig, cluster: ClusterConfig, progress: Prog
     if config.rank is not None or config.world_size is not None:
         raise WrongUsage("--rank and --world-size are set by --cluster; omit them")
     config = _everywhere(config)
+    before = len(committed_shards(open_store(config.out)))
     local = cluster.cluster == "local"
     try:
         # A local cluster has as many workers as are asked for, whatever the number of cores.
@@ -62,7 +63,8 @@ def build_on_cluster(config: BuildConfig, cluster: ClusterConfig, progress: Prog
             f"{config.out}: {missing} of {cache.plan.shards} shards are missing after all workers have "
             "ended; run the same command again"
         )
-    return summary_of(config.out, started, already_done=False)
+    finished = before == cache.plan.shards and not config.retry_quarantine
+    return summary_of(config.out, started, already_done=finished)
 
 
 def _ray() -> Any:

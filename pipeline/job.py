@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from cache_schema.datasets.image_roots import FolderRoot, ImageRoot, open_root
+from cache_schema.datasets.image_roots import ImageRoot, open_root, require_root
 from cache_schema.datasets.rows import Dataset, open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.manifest import Manifest, Plan
@@ -164,11 +164,8 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
     rows = min(len(dataset), config.limit or len(dataset))
     first_images = dataset.first_images[:rows]
     root = open_root(config.image_root, config.files)
-    if first_images.any() and isinstance(root, FolderRoot) and not root.folder.is_dir():
-        raise KdcacheError(
-            f"image root {config.image_root} is not a folder; give the folder that image paths are relative "
-            "to"
-        )
+    if first_images.any():
+        require_root(root)
     max_length = config.max_length
     longest = getattr(teacher_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and max_length > longest:

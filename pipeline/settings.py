@@ -132,7 +132,8 @@ class ClusterConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        check(self)
+        alone = self.cluster is None and (self.workers is not None or self.gpus_per_worker is not None)
+        check(self, {"workers and gpus_per_worker need cluster": alone})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

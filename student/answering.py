@@ -14,7 +14,7 @@ import torch
 from transformers import LlavaProcessor
 
 from cache_schema.datasets.conversations import Conversation
-from cache_schema.datasets.image_roots import ImageRoot, open_root, unpack_embedded
+from cache_schema.datasets.image_roots import ImageRoot, open_root, require_root, unpack_embedded
 from cache_schema.datasets.images import open_image
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import KdcacheError, RowRejected
@@ -42,8 +42,10 @@ def rows_to_ask(
 ) -> Iterator[tuple[int, Conversation | RowRejected]]:
     """The rows of a dataset by their number, or why one cannot be asked: what is wrong with it or its images.
     limit: only so many, drawn by the seed. An image of several rows is opened once; those of the next rows
-    are fetched meanwhile."""
+    are fetched meanwhile. KdcacheError when the image root does not exist."""
     dataset = open_dataset(data, progress)
+    if dataset.first_images.any():
+        require_root(root)
     rows = list(range(len(dataset)))
     if limit is not None and limit < len(rows):
         rows = sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())

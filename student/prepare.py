@@ -228,7 +228,8 @@ def rewrite_model(
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """An Accelerator as `accelerate launch` configured it.
 
-    KdcacheError when it refuses, or when FSDP is asked for on a CPU, where accelerate would silently run DDP.
+    WrongUsage when it refuses; KdcacheError when FSDP is asked for on a CPU, where accelerate would silently
+    run DDP, or when a tracker is not installed.
     """
     # A second stage in the same process may ask for another precision, which the shared state forbids.
     AcceleratorState._reset_state()
@@ -247,7 +248,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
     except ValueError as error:
-        raise KdcacheError(
+        raise WrongUsage(
             f"accelerate refuses precision {config.precision} with trackers {', '.join(config.trackers)}: "
             f"{' '.join(str(error).split())}; choose others"
         ) from error

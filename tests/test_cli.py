@@ -355,6 +355,47 @@ def test_every_command_refuses_settings_out_of_range(arguments, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("select", "CACHE", "--where", "nonsense < 3", "--out", "o"), "no field 'nonsense'"),
+        (("select", "CACHE", "--where", "tokens <", "--out", "o"), "is not a condition: invalid syntax;"),
+        (("select", "CACHE", "--by", "id", "--sample", "2", "--out", "o"), "'id' is not a number field"),
+        (("merge", "CACHE", "--out", "o"), "give at least two caches"),
+        (("build", "DATA", "--workers", "2"), "workers and gpus_per_worker need cluster"),
+        (("build", "DATA", "--device", "none"), "device none cannot be used here"),
+        (
+            ("score", "CACHE", "--model", "TEACHER", "--image-root", "IMAGES", "--device", "none"),
+            "device none",
+        ),
+        (("train", "DATA", "--tracker", "paper"), "accelerate refuses precision fp32 with trackers paper"),
+    ],
+)
+def test_values_that_only_the_work_can_judge_are_wrong_usage_too(
+    world, cache, arguments, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    data = ["--teacher", world.teacher, "--data", world.data, "--image-root", world.images, "--out", "o"]
+    if arguments[0] == "train":
+        data = ["--stage", "dft", "--student", world.teacher, "--cache", cache, *data[4:]]
+    named = {"CACHE": [cache], "TEACHER": [world.teacher], "IMAGES": [world.images], "DATA": data}
+    words = [each for word in arguments for each in named.get(word, [word])]
+    code, out, err = run(*words, capsys=capsys)
+    assert (code, out) == (2, ""), err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_answers_of_an_image_root_that_does_not_exist_are_refused(world, tmp_path, capsys):
+    words = ("--model", world.teacher, "--data", world.data, "--image-root", tmp_path / "no")
+    for command, out in (("answers", ("--out", tmp_path / "a.jsonl")), ("evaluate", ())):
+        code, _, err = run(command, *words, *out, capsys=capsys)
+        assert code == 1
+        assert f"image root {tmp_path / 'no'} is not a folder" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stage_out_of_range_in_a_recipe_is_wrong_usage(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("stages: [{base: dpt, epochs: 0}]")

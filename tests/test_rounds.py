@@ -77,6 +77,11 @@ def test_what_is_no_plan_of_rounds_is_refused(tmp_path, changes, message):
         run_rounds(recipe(tmp_path, **changes))
 
 
+def test_wrong_settings_of_a_step_are_wrong_usage():
+    with pytest.raises(WrongUsage, match="kdcache verify ended with exit code 2"):
+        demo.story.kdcache(["verify", "cache", "--jobs", "0"])
+
+
 @pytest.mark.slow
 def test_two_rounds_in_one_command_with_real_models(tmp_path):
     world = make_world(tmp_path, rows=10)

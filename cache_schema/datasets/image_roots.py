@@ -70,6 +70,14 @@ def open_root(
     return RemoteRoot(text, None if files is None else files.open(), patience)
 
 
+def require_root(root: ImageRoot) -> None:
+    """KdcacheError when the root is a folder that does not exist."""
+    if isinstance(root, FolderRoot) and not root.folder.is_dir():
+        raise KdcacheError(
+            f"image root {root.name} is not a folder; give the folder that image paths are relative to"
+        )
+
+
 def unpack_embedded(root: ImageRoot | Path | str, embedded: Mapping[str, bytes]) -> None:
     """Writes images that a row itself carries to their paths under `root`, unless they exist.
 

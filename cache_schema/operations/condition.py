@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, WrongUsage
 
 Mask = NDArray[np.bool_]
 Columns = Mapping[str, Any]
@@ -77,17 +77,19 @@ class Condition:
 
 
 def parse(text: str) -> Condition:
-    """The condition in `text`. KdcacheError with the invalid part."""
+    """The condition in `text`. WrongUsage with the invalid part; KdcacheError for an unreadable file."""
     kind, _, path = text.strip().partition(":")
     if kind in ("rows", "ids") and path:
         return _listed(text, kind, Path(path.strip()))
+    compiler = _Compiler(text.strip())
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        compiler = _Compiler(text.strip())
-        mask = compiler.boolean(tree)
-        return Condition(text, frozenset(compiler.fields), mask, compiler.quantiles)
+        mask = compiler.boolean(ast.parse(compiler.text, mode="eval").body)
+    except WrongUsage:
+        raise
     except (SyntaxError, RecursionError, ValueError) as error:  # ValueError: a null byte
-        raise KdcacheError(f"--where {text!r} is not a condition: {error}; fields: {_known()}") from None
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise WrongUsage(f"--where {text!r} is not a condition: {reason}; fields: {_known()}") from None
+    return Condition(text, frozenset(compiler.fields), mask, compiler.quantiles)
 
 
 def _listed(text: str, kind: str, path: Path) -> Condition:
@@ -120,10 +122,10 @@ class _Compiler:
         self.fields: set[str] = set()
         self.quantiles: dict[str, tuple[str, float]] = {}
 
-    def refuse(self, node: ast.AST, why: str) -> KdcacheError:
+    def refuse(self, node: ast.AST, why: str) -> WrongUsage:
         part = ast.get_source_segment(self.text, node) if hasattr(node, "lineno") else None
         where = f" at {part!r}" if part and part != self.text else ""
-        return KdcacheError(f"--where {self.text!r}{where}: {why}; fields: {_known()}")
+        return WrongUsage(f"--where {self.text!r}{where}: {why}; fields: {_known()}")
 
     def boolean(self, node: ast.expr) -> Callable[[Columns], Mask]:
         match node:

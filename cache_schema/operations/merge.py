@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.errors import IdentityMismatch, KdcacheError
+from cache_schema.errors import IdentityMismatch, KdcacheError, WrongUsage
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.identity import Fingerprint, compare, digest_of
 from cache_schema.format.manifest import Manifest
@@ -40,7 +40,7 @@ def merge(
     progress = progress or Silent()
     config = config or MergeConfig()
     if len(caches) < 2 and config.format is None:
-        raise KdcacheError(
+        raise WrongUsage(
             "merge: give at least two caches, or one and --format, which writes it in another version"
         )
     opened = [open_cache(cache) for cache in caches]

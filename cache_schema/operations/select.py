@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.store import refuse_inside
 from cache_schema.operations.condition import FROM_REFERENCE, FROM_TARGETS, NUMBERS, Columns, Mask, parse
@@ -79,7 +79,7 @@ def select(
 
 def _field(name: str) -> str:
     if name not in NUMBERS:
-        raise KdcacheError(f"--by {name!r} is not a number field; fields: {', '.join(NUMBERS)}")
+        raise WrongUsage(f"--by {name!r} is not a number field; fields: {', '.join(NUMBERS)}")
     return name
 
 
