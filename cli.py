@@ -307,7 +307,7 @@ def evaluate(config: EvaluateConfig, json_: Json = False) -> None:
 
 @command()
 def answers(config: AnswersConfig, json_: Json = False) -> None:
-    """Write a model's own answers as rows, for the teacher to judge: on-policy distillation in rounds."""
+    """Write a model's own answers as rows of a dataset, for on-policy distillation."""
     from student.own_answers import write_answers
 
     _show(write_answers(config, Bar()), json_, "answers")

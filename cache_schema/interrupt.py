@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop, granted at the next safe point."""
+"""Ctrl-C and SIGTERM as a request to stop at the next safe point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On-policy distillation in rounds: the student answers, the teacher judges, the student trains.
+"""On-policy distillation in rounds: answers of the student, their cache, training.
 
 Each step is the command that a user would run, in a process of its own; finished steps are not redone.
 """

@@ -120,7 +120,7 @@ def kdcache(arguments: Sequence[str]) -> Any:
 
 
 def run_demo(config: DemoConfig, progress: Progress, settings: DemoSettings | None = None) -> dict[str, Any]:
-    """Tell the whole story in folder `config.out` and return what results.json holds.
+    """Run every step of the demo in folder `config.out` and return what results.json holds.
 
     Teacher, data and caches are the same for all seeds.
 

@@ -1,7 +1,8 @@
 """Fills pages of the site from the settings: options of commands, keys of dataclasses. A hook of mkdocs.
 
-`<!-- options: COMMAND -->` becomes a table of the command's options, `<!-- keys: MODULE.CLASS -->` one of the
-class's fields: each with its default and its meaning, as `--help` and the recipes know them.
+`<!-- options: COMMAND -->` becomes a table of the options per panel, `<!-- options: COMMAND, PANEL -->`
+that of one panel, `<!-- keys: MODULE.CLASS -->` a table of the class's fields: each with its default and its
+meaning, as in `--help`. `<!-- stages: built-in -->` becomes a table of the built-in stages.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from typing import Any
 
 from typer.main import get_command
 
-_MARK = re.compile(r"^<!-- (options|keys): ([\w.-]+) -->$", re.MULTILINE)
+_MARK = re.compile(r"^<!-- (options|keys|stages): ([\w., -]+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The page with its tables."""
-    return _MARK.sub(lambda mark: {"options": options, "keys": keys}[mark[1]](mark[2]), markdown)
+    return _MARK.sub(
+        lambda mark: {"options": options, "keys": keys, "stages": stages}[mark[1]](mark[2]), markdown
+    )
 
 
-def options(command: str) -> str:
-    """The options of a command as a table per panel."""
+def options(which: str) -> str:
+    """The options of a command as a table per panel; "COMMAND, PANEL": of that panel."""
+    command, _, only = which.partition(", ")
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
     from cli import app
 
@@ -36,6 +40,8 @@ def options(command: str) -> str:
             name = f"`{option.name.upper()}`"
         given = "required" if option.required else _text(option.default)
         panels.setdefault(option.rich_help_panel or "", []).append((name, given, option.help or ""))
+    if only:
+        return _table("option", panels[only])
     return "\n\n".join(
         (f"**{panel}**\n\n" if panel else "") + _table("option", rows)
         for panel, rows in sorted(panels.items(), key=lambda one: one[0] != "")
@@ -54,14 +60,30 @@ def keys(path: str) -> str:
     return _table("key", rows)
 
 
+def stages(_: str) -> str:
+    """The built-in stages: trained parts, losses with weights other than 1, learning rate and batch."""
+    from student.stages import STAGES
+
+    rows = []
+    for stage in STAGES.values():
+        weights = {name: weight for name, weight in stage.losses.by_target.items() if weight}
+        terms = ["CE", *(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())]
+        trains, rate = ", ".join(stage.trainable).replace("_", " "), f"{stage.learning_rate:g}"
+        rows.append((f"`{stage.name}`", trains, " + ".join(terms), rate, str(stage.global_batch)))
+    return _rows(("stage", "trains", "losses", "peak learning rate", "global batch"), rows)
+
+
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         value = ",".join(map(str, value))
     return "" if value is None or value is False or value == "" else f"`{value}`"
 
 
-def _table(first: str, rows: Iterable[tuple[str, str, str]]) -> str:
-    lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
-    return "\n".join(
-        [f"| {first} | default | meaning |", "|---|---|---|", *(f"| {line} |" for line in lines)]
-    )
+def _table(first: str, rows: Iterable[tuple[str, ...]]) -> str:
+    return _rows((first, "default", "meaning"), rows)
+
+
+def _rows(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (head, *rows))
+    first, *rest = (f"| {line} |" for line in lines)
+    return "\n".join([first, "|---" * len(head) + "|", *rest])

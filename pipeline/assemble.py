@@ -1,4 +1,4 @@
-"""What a batch of packs asks of its hidden states, and the captured samples that its records make."""
+"""Which hidden states of a batch of packs are needed, and the captured samples that its records make."""
 
 from __future__ import annotations
 

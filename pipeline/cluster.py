@@ -20,11 +20,11 @@ from pipeline.settings import BuildConfig, BuildSummary, ClusterConfig
 _RETRIES = 20
 """Starts of a worker after its process or its node was lost."""
 
-_HEED, _LOOK = 0.2, 2.0
-"""Seconds until a request to stop is heeded, and between two looks at the commit records."""
+_WAIT, _LOOK = 0.2, 2.0
+"""Seconds until a request to stop is noticed, and between two listings of the commit records."""
 
 _STOPPING = 600.0
-"""Seconds that workers have to finish what they are at when they are asked to stop."""
+"""Seconds that workers have to stop."""
 
 
 def build_on_cluster(config: BuildConfig, cluster: ClusterConfig, progress: Progress) -> BuildSummary:
@@ -132,7 +132,7 @@ def _follow(
     store, shards, lost = open_store(config.out), None, []
     with task(progress, f"capturing with {len(tasks)} workers"):
         while open_tasks:
-            done, open_tasks = ray.wait(open_tasks, timeout=_HEED)
+            done, open_tasks = ray.wait(open_tasks, timeout=_WAIT)
             for one in done:
                 try:
                     stopped = ray.get(one) or stopped
@@ -148,7 +148,7 @@ def _follow(
                     progress.message(f"a worker was lost for good ({first_line(error)})")
             if interrupt.asked and deadline == float("inf"):
                 deadline = time.monotonic() + _STOPPING
-                progress.message("stopping: workers finish what they are at")
+                progress.message("stopping: every worker finishes its batch")
                 for one in open_tasks:
                     ray.cancel(one)
             if time.monotonic() > deadline:

@@ -83,7 +83,7 @@ def _read_settings(checkpoint: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise KdcacheError(f"{path} is not valid JSON: {error}; get it anew") from error
+        raise KdcacheError(f"{path} is not valid JSON: {error}; fetch it again") from error
     if (checkpoint / "adapter_config.json").is_file():
         raise KdcacheError(f"{checkpoint} is an adapter (LoRA); merge it into its base model first")
     if settings.get("connector_type") != "mlp2x_gelu":

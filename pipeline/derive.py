@@ -50,7 +50,7 @@ def derive(cache: str, config: DeriveConfig, progress: Progress) -> dict[str, An
         head = head_of(source, choose_device(config.device))
     if config.spec.embed_images and not source.spec.embed_images:
         raise WrongUsage(
-            f"{source.url} does not embed its images, so the derived cache cannot: build it anew"
+            f"{source.url} does not embed its images, so the derived cache cannot; omit --embed-images"
         )
     config = replace(config, spec=replace(config.spec, embed_images=source.spec.embed_images))
     _refuse_what_is_not_there(source, config.spec)

@@ -1,4 +1,4 @@
-"""What of a teacher's small files cannot be captured from, told before its weights are read."""
+"""Checks of a teacher's small files, before its weights are read."""
 
 from __future__ import annotations
 

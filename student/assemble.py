@@ -120,7 +120,7 @@ def _load_tower(folder: Path) -> Any:
                     if "vision_" in key and bare in wanted:
                         found[wanted[bare]] = opened.get_tensor(key)
         except SafetensorError as error:
-            raise KdcacheError(f"{file} cannot be read: {first_line(error)}; get it anew") from error
+            raise KdcacheError(f"{file} cannot be read: {first_line(error)}; fetch it again") from error
     missing = sorted(set(wanted.values()) - set(found))
     if missing:
         raise KdcacheError(

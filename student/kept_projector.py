@@ -73,7 +73,7 @@ def _projector_of(teacher: Path) -> dict[str, Tensor]:
                         if key.endswith(end) and "vision" not in key:
                             found[name] = opened.get_tensor(key).double()
         except SafetensorError as error:
-            raise KdcacheError(f"{file} cannot be read: {first_line(error)}; get it anew") from error
+            raise KdcacheError(f"{file} cannot be read: {first_line(error)}; fetch it again") from error
     if missing := sorted(set(wanted.values()) - set(found)):
         raise KdcacheError(
             f"{teacher} has no {missing[0]} of a projector of two layers: give the folder of a Llava teacher"

@@ -1,4 +1,4 @@
-"""A model's own answers as rows, which a teacher can then judge: on-policy distillation."""
+"""A model's own answers as rows of a dataset, for on-policy distillation."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class TrainConfig:
     ] = None
     watch: Annotated[
         Literal["loss", "ce"],
-        Help("What tells the best measurement: the stage's loss, or the labels alone (ce).", _HELD_OUT),
+        Help("Held-out value that chooses the best weights: the loss, or ce of the labels.", _HELD_OUT),
     ] = "loss"
     log_every: Annotated[int, at_least(1), Help("Steps between lines of metrics.jsonl.", _RECORDS)] = 10
     save_every: Annotated[
@@ -256,7 +256,7 @@ class EvaluateConfig:
         Path | None, Help("Its annotations. Default: as in LLaVA's eval folder.", _BENCHMARKS)
     ] = None
     out: Annotated[
-        Path | None, Help("Folder of its answers, upload files and results; goes on with those.", _BENCHMARKS)
+        Path | None, Help("Folder of answers, upload files and results; run again to continue.", _BENCHMARKS)
     ] = None
 
     def __post_init__(self) -> None:

@@ -428,7 +428,7 @@ def test_a_fault_of_the_program_says_so_and_debug_shows_where(world, cache, monk
         (("verify", "nothing://cache"), "Protocol not known"),
         (
             ("new-student", "--vision-tower", "BROKEN", "--language-model", "MODEL", "--out", "new"),
-            "get it anew",
+            "fetch it again",
         ),
         (("demo", "--out", "FILE"), "is not a folder that can be written to"),
     ],

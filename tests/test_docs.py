@@ -117,6 +117,24 @@ def test_the_site_lists_every_option_of_every_command_from_the_settings():
     assert "| `--top-k` | `32` | Entries stored per position" in filled
 
 
+@pytest.mark.parametrize(
+    ("page", "rows"),
+    [
+        ("building.md", "| `--top-k` | `32` | Entries stored per position"),
+        (
+            "training.md",
+            "| `dft` | projector, language model | CE + response + visual + 0.5 relation | 2e-05 | 128 |",
+        ),
+        ("training.md", "| `--micro-batch` | `8` | Samples per forward pass"),
+    ],
+)
+def test_tables_of_settings_on_other_pages(page, rows):
+    fill = runpy.run_path(str(DOCS / "settings_pages.py"))["on_page_markdown"]
+    filled = fill((DOCS / page).read_text(encoding="utf-8"))
+    assert "<!--" not in filled
+    assert f"\n{rows}" in filled
+
+
 def test_the_page_on_recipes_lists_every_key_of_a_stage():
     fill = runpy.run_path(str(DOCS / "settings_pages.py"))["on_page_markdown"]
     filled = fill((DOCS / "recipes.md").read_text(encoding="utf-8"))

@@ -193,7 +193,7 @@ def test_no_room_for_the_copy_of_a_parquet_file_is_not_its_fault(
 
     pq.write_table(pa.Table.from_pylist([llava("q", "a")]), tmp_path / "a.parquet")
     monkeypatch.setattr(pa.ipc, "new_file", full)
-    with pytest.raises(KdcacheError, match=r"has no room for a copy of .*a\.parquet.*; set TMPDIR"):
+    with pytest.raises(KdcacheError, match=r"has no space for a copy of .*a\.parquet.*; set TMPDIR"):
         open_dataset(tmp_path / "a.parquet")
 
 

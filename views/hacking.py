@@ -1,4 +1,4 @@
-"""Teacher hacking: where the distance to the teacher goes on falling while that to the labels rises again.
+"""Teacher hacking: where the distance to the teacher keeps falling while that to the labels rises again.
 
 After "On Teacher Hacking in Language Model Distillation" (arXiv 2502.02671), whose sign of it is that a run
 leaves the polynomial law of its early convergence. The oracle of the paper is not there outside of its

@@ -73,7 +73,7 @@ def no_room(error: OSError, path: Path) -> OSError | KdcacheError:
     if error.errno != errno.ENOSPC:
         return error
     return KdcacheError(
-        f"{tempfile.gettempdir()} has no room for a copy of {path}, which gives access to its rows in any "
+        f"{tempfile.gettempdir()} has no space for a copy of {path}, which gives access to its rows in any "
         "order; set TMPDIR to a folder on a larger disk"
     )
 

@@ -19,7 +19,7 @@ class DistilledSFTTrainer(SFTTrainer):
     objective = DistillationLoss(LossWeights())
 
     def get_train_dataloader(self) -> DataLoader:
-        # The dataset knows its rank: the loader is not prepared, or it would be shared out twice.
+        # The dataset yields this rank's samples only: a prepared loader would split them a second time.
         return DataLoader(data, batch_size=self.args.per_device_train_batch_size, collate_fn=data.collate)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:

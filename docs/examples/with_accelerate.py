@@ -29,7 +29,7 @@ student = DistilledStudent(
 )
 trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
 model, optimizer = accelerator.prepare(student, torch.optim.AdamW(trained, lr=1e-4))
-# The dataset knows its rank: the loader is not prepared, or it would be shared out twice.
+# The dataset yields this rank's samples only: a prepared loader would split them a second time.
 data = CachedSamples(
     cache,
     processor,
