@@ -31,6 +31,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 CachePath = Annotated[str, typer.Argument(help="A cache: a folder or an fsspec URL.")]
+NewCache = Annotated[str, typer.Option(help="The new cache.")]
 
 
 def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -102,10 +103,7 @@ def build(config: BuildConfig, place: ClusterConfig, json_: Json = False) -> Non
 def inspect(
     cache: CachePath,
     config: PageConfig,
-    sample: Annotated[
-        str | None,
-        typer.Option(help="Show one sample, by row number or id."),
-    ] = None,
+    sample: Annotated[str | None, typer.Option(help="Show one sample, by row number or id.")] = None,
     image_root: Annotated[
         str | None, typer.Option(help="Folder or URL of the images. Default: the folder of the build.")
     ] = None,
@@ -168,7 +166,7 @@ def diff(
 @command()
 def merge(
     caches: Annotated[list[str], typer.Argument(help="Caches of the same teacher and targets.")],
-    out: Annotated[str, typer.Option(help="The new cache.")],
+    out: NewCache,
     config: MergeConfig,
     json_: Json = False,
 ) -> None:
@@ -184,7 +182,7 @@ def merge(
 @command()
 def select(
     cache: CachePath,
-    out: Annotated[str, typer.Option(help="The new cache.")],
+    out: NewCache,
     config: SelectConfig,
     where: Annotated[
         str | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
 from os import PathLike
@@ -25,6 +25,13 @@ class Help:
     text: str
     panel: str = ""
     option: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The group of options for a field whose `Help` is that of a shared type, such as `Device`."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,11 @@ def within(low: float, high: float, ends: str = "[]") -> Range:
 
 
 positive = Range(0.0, math.inf, "()", "be positive")
+
+Device = Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")]
+DatasetImageRoot = Annotated[
+    str, Help("Folder or fsspec URL that the image paths of the dataset start from.")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,9 @@ class Setting:
     @property
     def help(self) -> Help:
         """The field's documentation."""
-        return next(note for note in self.notes if isinstance(note, Help))
+        found = next(note for note in self.notes if isinstance(note, Help))
+        panel = next((note.name for note in self.notes if isinstance(note, Panel)), found.panel)
+        return replace(found, panel=panel)
 
     @property
     def nested(self) -> bool:

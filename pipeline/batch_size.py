@@ -7,18 +7,19 @@ import torch
 from cache_schema.progress import Progress
 from pipeline.engine import Engine
 from pipeline.samples import PreparedSample
+from pipeline.settings import BATCH_TOKENS
 
-DEFAULT = 16384
 _STEP, _MOST = 1024, 32768  # more tokens than these run no faster, and their records come in larger lumps
 _SHARE = 0.6  # of the free memory; the rest is for making targets, and for longer samples than the probe
 _SAMPLES = 4
 
 
 def batch_tokens_for(engine: Engine, sample: PreparedSample, progress: Progress) -> int:
-    """Tokens per batch: on CUDA by the memory that a batch of copies of `sample` takes, elsewhere DEFAULT."""
+    """Tokens per batch: on CUDA by the memory that a batch of copies of `sample` takes, elsewhere
+    BATCH_TOKENS."""
     device = engine.head.weight.device
     if device.type != "cuda":
-        return DEFAULT
+        return BATCH_TOKENS
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)

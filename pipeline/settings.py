@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 
 from cache_schema.file_cache import FileCacheConfig
 from cache_schema.format.spec import KINDS, TARGETS, EntryRule, Precision, Target, TargetSpec
-from cache_schema.settings import Help, Only, at_least, check, positive, within
+from cache_schema.settings import (
+    DatasetImageRoot,
+    Device,
+    Help,
+    Only,
+    Panel,
+    at_least,
+    check,
+    positive,
+    within,
+)
 
 EngineName = Literal["transformers", "vllm"]
 EngineMode = Literal["hidden", "extracted", "logprobs"]
@@ -20,6 +30,9 @@ RelationChoice = float | Literal["exact"]
 MAX_BAD = 0.05
 MAX_BAD_FROM = 100
 """Without --max-bad: the share of bad rows that stops a build, and the rows seen from which on it counts."""
+
+BATCH_TOKENS = 16384
+"""Padded tokens of a batch where the device's memory does not decide."""
 
 _TEACHER, _DATA, _VLLM, _RUN, _RAY = "Teacher", "Data", "The engine vllm", "Run", "A Ray cluster"
 _GRID, _BOUNDS = "Settings to try", "Bounds of the recommended settings"
@@ -35,9 +48,7 @@ class BuildConfig:
     data: Annotated[
         Path, Help("Dataset: LLaVA JSON or JSONL, or `messages` rows in JSONL or Parquet.", _DATA)
     ]
-    image_root: Annotated[
-        str, Help("Folder or fsspec URL that the image paths of the dataset start from.", _DATA)
-    ]
+    image_root: Annotated[DatasetImageRoot, Panel(_DATA)]
     out: Annotated[str, Help("The cache: a folder or an fsspec URL. An unfinished one is continued.")]
     spec: TargetSpec = field(default_factory=TargetSpec)
     template: Annotated[
@@ -46,7 +57,7 @@ class BuildConfig:
     ] = None
     engine: Annotated[EngineName, Help("What runs the teacher; vllm is an extra.", _TEACHER)] = "transformers"
     dtype: Annotated[DtypeName, Help("Number format of the weights; auto: as saved.", _TEACHER)] = "auto"
-    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...", _TEACHER)] = "auto"
+    device: Annotated[Device, Panel(_TEACHER)] = "auto"
     device_map: Annotated[
         str | None, Help("Spread one teacher over several devices, as in accelerate.", _TEACHER)
     ] = None
@@ -61,7 +72,7 @@ class BuildConfig:
         at_least(1),
         Help(
             "Padded tokens per batch; halved when memory runs out. Default: by the free memory of a CUDA "
-            "device, else 16384.",
+            f"device, else {BATCH_TOKENS}.",
             _RUN,
         ),
     ] = None
@@ -77,7 +88,8 @@ class BuildConfig:
         float | None,
         within(0.0, 1.0),
         Help(
-            "Stop when more than this share of the rows is bad. Default: 0.05 of 100 or more rows.",
+            f"Stop when more than this share of the rows is bad. Default: {MAX_BAD} of {MAX_BAD_FROM} or "
+            "more rows.",
             _RUN,
         ),
     ] = None
@@ -230,10 +242,10 @@ class DeriveConfig:
 
     out: Annotated[str, Help("The new cache: a folder or an fsspec URL. An unfinished one is continued.")]
     spec: TargetSpec = field(default_factory=TargetSpec)
-    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...", _RUN)] = "auto"
+    device: Annotated[Device, Panel(_RUN)] = "auto"
     batch_tokens: Annotated[
         int, at_least(1), Help("Tokens per batch; halved when memory runs out.", _RUN)
-    ] = 16384
+    ] = BATCH_TOKENS
 
     def __post_init__(self) -> None:
         check(self)

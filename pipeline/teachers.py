@@ -10,12 +10,13 @@ from cache_schema.errors import KdcacheError, first_line
 from cache_schema.progress import Progress, task
 from models.device import choose_device
 from models.head import Head, read_head
-from pipeline.batch_size import DEFAULT, batch_tokens_for
+from pipeline.batch_size import batch_tokens_for
 from pipeline.engine import Engine, RecordEngine, release_memory
 from pipeline.entry_rules import most_selected
 from pipeline.job import Job
 from pipeline.prefix import packing_is_exact, prefix_is_independent
 from pipeline.samples import PreparedSample
+from pipeline.settings import BATCH_TOKENS
 from pipeline.spot_check import Finding, finding_of, require_agreement
 from pipeline.transformers_engine import DTYPES, TransformersEngine, load_engine
 from pipeline.vllm_engine import VllmExtracted, engine_of
@@ -115,7 +116,7 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
             mode=config.engine_mode,
             dtype=job.dtype,
             max_length=job.rules["max_length"],
-            batch_tokens=config.batch_tokens or DEFAULT,
+            batch_tokens=config.batch_tokens or BATCH_TOKENS,
             memory_share=config.memory_share,
             top_k=most_selected(config.spec, job.vocab_size),
             processor=job.processor,
@@ -152,7 +153,11 @@ def _load_vllm(job: Job, progress: Progress) -> Teacher:
         if sharing and isinstance(engine, VllmExtracted):
             engine.share_prefixes()
     return Teacher(
-        engine=engine, head=head, sharing=sharing, packing=False, batch_tokens=config.batch_tokens or DEFAULT
+        engine=engine,
+        head=head,
+        sharing=sharing,
+        packing=False,
+        batch_tokens=config.batch_tokens or BATCH_TOKENS,
     )
 
 

@@ -24,10 +24,7 @@ from student.benchmarks.run import evaluate_benchmarks
 from student.heldout import held_out, measure_samples
 from student.losses import LossWeights
 from student.model import DistilledStudent
-from student.settings import EvaluateConfig
-
-_LONGEST = 32
-"""The longest answer in tokens where nothing else is asked for."""
+from student.settings import LONGEST_ANSWER, EvaluateConfig
 
 _SHOWN = 20
 """Rows that were not asked, of which the result gives the reason."""
@@ -57,7 +54,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     asked, skipped = _questions(config, root, processor, progress)
     if not asked:
         raise KdcacheError(f"no row of {config.data} can be used: {_summary(skipped)}")
-    answerer = Answerer(model, processor, config.max_new_tokens or _LONGEST, config.batch_size)
+    answerer = Answerer(model, processor, config.max_new_tokens or LONGEST_ANSWER, config.batch_size)
     if answerer.set_aside:
         progress.message(
             f"answers are greedy, without {', '.join(answerer.set_aside)} of the model's generation config"

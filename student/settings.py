@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cache_schema.file_cache import FileCacheConfig
-from cache_schema.settings import Help, at_least, check, positive, within
+from cache_schema.settings import DatasetImageRoot, Device, Help, at_least, check, positive, within
 from student.sources import Mixture, Source
 from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps, Stage
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+QuestionBatch = Annotated[int, at_least(1), Help("Questions answered at a time.")]
+QUESTION_BATCH = 64
+LONGEST_ANSWER = 32
+"""Tokens of an answer of `evaluate` without benchmarks."""
 
 _OVERRIDES = ("epochs", "max_steps", "learning_rate", "global_batch", "lora_rank")
 """Settings of a run that override those of its stage."""
@@ -237,15 +242,18 @@ class EvaluateConfig:
     cache: Annotated[
         str | None, Help("Also measure the distance to the teacher of this cache: KL and relation loss.")
     ] = None
-    batch_size: Annotated[int, at_least(1), Help("Questions answered at a time.")] = 64
+    batch_size: QuestionBatch = QUESTION_BATCH
     limit: Annotated[int | None, at_least(1), Help("Only LIMIT rows, drawn by --seed.")] = None
     max_new_tokens: Annotated[
         int | None,
         at_least(1),
-        Help("Longest answer in tokens. Default: 32; as LLaVA's scripts, 128 or 1024, for benchmarks."),
+        Help(
+            f"Longest answer in tokens. Default: {LONGEST_ANSWER}; as LLaVA's scripts, 128 or 1024, for "
+            "benchmarks."
+        ),
     ] = None
     seed: Annotated[int, at_least(0), Help("Seed of sampling.")] = 0
-    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    device: Device = "auto"
     files: FileCacheConfig = field(default_factory=FileCacheConfig)
     predictions: Annotated[Path | None, Help("JSONL file for every answer.")] = None
     benchmarks: Annotated[
@@ -286,7 +294,7 @@ class AnswersConfig:
 
     model: Annotated[Path, Help("Folder of the model that answers.")]
     data: Annotated[Path, Help("Rows with the questions, in the formats of `build`.")]
-    image_root: Annotated[str, Help("Folder or fsspec URL that the image paths of the dataset start from.")]
+    image_root: DatasetImageRoot
     out: Annotated[Path, Help("JSONL file of the new rows; `build --data` reads it.")]
     temperature: Annotated[float, at_least(0), Help("Temperature of the answers; 0: greedy.")] = 0.0
     top_p: Annotated[
@@ -295,8 +303,8 @@ class AnswersConfig:
     seed: Annotated[int, at_least(0), Help("Seed of the draws, and of the rows of --limit.")] = 0
     limit: Annotated[int | None, at_least(1), Help("Only LIMIT rows.")] = None
     max_new_tokens: Annotated[int, at_least(1), Help("Longest answer in tokens.")] = 256
-    batch_size: Annotated[int, at_least(1), Help("Questions answered at a time.")] = 64
-    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    batch_size: QuestionBatch = QUESTION_BATCH
+    device: Device = "auto"
     files: FileCacheConfig = field(default_factory=FileCacheConfig)
 
     def __post_init__(self) -> None:
@@ -318,7 +326,7 @@ class ScoreConfig:
         ),
     ] = None
     batch_size: Annotated[int, at_least(1), Help("Samples per forward pass, of similar length.")] = 16
-    device: Annotated[str, Help("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    device: Device = "auto"
     files: FileCacheConfig = field(default_factory=FileCacheConfig)
 
     def __post_init__(self) -> None:

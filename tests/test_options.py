@@ -143,6 +143,15 @@ def test_text_that_cannot_be_read_is_a_usage_error(made, words):
         made("--folder", "f", *words)
 
 
+def test_no_help_text_is_written_twice():
+    written = {}
+    for owner in SETTINGS:
+        for name, setting in settings_of(owner).items():
+            for note in setting.notes:
+                if isinstance(note, Help):
+                    assert written.setdefault(note.text, note) is note, f"{owner.__name__}.{name}"
+
+
 def test_every_field_is_an_option_of_a_command():
     offered = {parameter.name for command in COMMANDS.values() for parameter in command.params}
     of_recipes = {Stage, LossWeights, Source, Mixture}

@@ -11,8 +11,9 @@ import torch
 
 from cache_schema import open_cache
 from cache_schema.progress import Silent
-from pipeline.batch_size import DEFAULT, fitting_tokens
+from pipeline.batch_size import fitting_tokens
 from pipeline.capture import BuildConfig, build
+from pipeline.settings import BATCH_TOKENS
 from pipeline.transformers_engine import TransformersEngine
 from tests.tiny_models import tiny_dataset, tiny_llava
 
@@ -73,7 +74,7 @@ def test_a_compiled_teacher_gives_the_same_within_rounding(
 
     notes = Notes()
     build(BuildConfig(**setting, out=str(tmp_path / "plain")), notes)
-    assert notes.fields["batch"] == f"{DEFAULT} tokens"
+    assert notes.fields["batch"] == f"{BATCH_TOKENS} tokens"
     monkeypatch.setattr(TransformersEngine, "_run", noted)
     build(BuildConfig(**setting, out=str(tmp_path / "compiled"), compile=True), notes)
     assert not [line for line in notes.lines if "uncompiled" in line]
