@@ -19,7 +19,7 @@ from tests.fake_caches import make_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PACKAGES = ("cache_schema", "models", "pipeline", "student", "views")
+PACKAGES = ("cache_schema", "models", "pipeline", "student", "views", "demo")
 RECIPE_FILES = sorted((DOCS / "recipes").glob("*.yaml"))
 
 
