@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 import uuid
@@ -43,6 +44,12 @@ class FileCacheConfig:
                 f"{folder}, where files from elsewhere are kept, cannot be made ({error.strerror or error}); "
                 "give another --file-cache"
             ) from error
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class FileCache:

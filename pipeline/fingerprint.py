@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from PIL import Image
 from transformers import PretrainedConfig
 
 from cache_schema.errors import KdcacheError
+from cache_schema.file_cache import sha256_of
 from cache_schema.format.identity import Fingerprint, digest_of
 from cache_schema.format.spec import TargetSpec
 from models.folder_files import weights_files
@@ -47,7 +47,7 @@ def weights_digest(folder: Path) -> Future[str]:
     def work() -> None:
         try:
             with ThreadPoolExecutor(min(_HASH_THREADS, len(files))) as pool:
-                found = dict(zip((path.name for path in files), pool.map(_file_digest, files), strict=True))
+                found = dict(zip((path.name for path in files), pool.map(sha256_of, files), strict=True))
             digest.set_result(digest_of(found))
         except OSError as error:
             digest.set_exception(KdcacheError(f"weights in {folder} cannot be read: {error}"))
@@ -56,11 +56,6 @@ def weights_digest(folder: Path) -> Future[str]:
 
     threading.Thread(target=work, name="weights-digest", daemon=True).start()
     return digest
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cache_schema.errors import IdentityMismatch, KdcacheError, first_line
+from cache_schema.file_cache import sha256_of
 from cache_schema.format.cache import Cache
 from cache_schema.format.identity import digest_of
 from cache_schema.output import sync, write_text, writing
@@ -171,8 +171,7 @@ class Checkpoints:
                 raise KdcacheError(f"checkpoint {folder} is damaged: its state.json is not of step {step}")
             for name in _FILES:
                 expected = state["files"][name]
-                with (folder / name).open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = sha256_of(folder / name)
                 if found != expected:
                     raise KdcacheError(
                         f"checkpoint {folder / name} is damaged: sha256 {found[:12]}, not {expected[:12]}"
@@ -205,8 +204,7 @@ class Checkpoints:
         files = {}
         for name in _FILES:
             sync(temporary / name)
-            with (temporary / name).open("rb") as file:
-                files[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            files[name] = sha256_of(temporary / name)
         state = {
             "step": checkpoint.state.step,
             "identity": checkpoint.identity,

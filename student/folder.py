@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache_schema.errors import KdcacheError, first_line
+from cache_schema.file_cache import sha256_of
 from cache_schema.output import writing_folder
 from models.folder import require_model_folder
 from models.parts import NESTED_TOWERS, Part, nested_tower_name, part_of
@@ -61,9 +62,7 @@ def folder_digest(folder: Path | str) -> str:
 def _digest(files: Sequence[Path]) -> str:
     whole = hashlib.sha256()
     for file in files:
-        with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").hexdigest()
-        whole.update(f"{file.name} {content}\n".encode())
+        whole.update(f"{file.name} {sha256_of(file)}\n".encode())
     return whole.hexdigest()
 
 

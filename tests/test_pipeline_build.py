@@ -448,7 +448,7 @@ def test_weights_are_hashed_once_while_they_are_loaded(
 ) -> None:
     loading = threading.Event()
     read: list[Path] = []
-    digest, load = fingerprint._file_digest, teachers.load_engine
+    digest, load = fingerprint.sha256_of, teachers.load_engine
 
     def hashed(path: Path) -> str:
         read.append(path)
@@ -459,7 +459,7 @@ def test_weights_are_hashed_once_while_they_are_loaded(
         loading.set()
         return load(*arguments, **options)
 
-    monkeypatch.setattr(fingerprint, "_file_digest", hashed)
+    monkeypatch.setattr(fingerprint, "sha256_of", hashed)
     monkeypatch.setattr(teachers, "load_engine", loaded)
     build(config_of(setting, tmp_path / "c"), Silent())
     assert [path.name for path in read] == ["model.safetensors"]

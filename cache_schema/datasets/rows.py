@@ -20,6 +20,7 @@ from cache_schema.datasets.arrow_rows import index_tables, is_table, table_shard
 from cache_schema.datasets.conversations import Conversation, conversation_of, label_of
 from cache_schema.datasets.json_rows import index_json
 from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.file_cache import sha256_of
 from cache_schema.progress import Progress, Silent, task
 
 __all__ = ["Conversation", "Dataset", "open_dataset"]
@@ -88,15 +89,10 @@ def open_dataset(path: Path | str, progress: Progress | None = None) -> Dataset:
                 source, keys = index_tables(files, progress)
             elif size > 0:
                 source, keys = index_json(path, progress)
-        digests = [_digest(file) for file in files]
+        digests = [sha256_of(file) for file in files]
     except OSError as error:
         raise KdcacheError(f"data file {path} cannot be read: {error.strerror or error}") from error
     if not sum(map(len, keys)):
         raise KdcacheError(f"data file {path} holds no rows; give a file with at least one row")
     digest = digests[0] if len(files) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     return Dataset(path=path, digest=digest, first_images=np.concatenate(keys), source=source)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
