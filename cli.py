@@ -278,18 +278,18 @@ def train(
     if recipe and targets is not None:
         raise typer.BadParameter("a recipe sets the losses of its stages", param_hint="--targets")
     chosen = stage_named(stage or "dft", targets)
-    plan = None if recipe is None else open_recipe(recipe)
-    names = [chosen.name] if plan is None else [entry.stage.name for entry in plan.stages]
+    opened = None if recipe is None else open_recipe(recipe)
+    names = [chosen.name] if opened is None else [entry.stage.name for entry in opened.stages]
     every_cache, caches = by_stage("--cache", cache or [], names)
     every_root, roots = by_stage("--image-root", image_root or [], names)
-    only = chosen.name if plan is None else ""
+    only = chosen.name if opened is None else ""
     cache_of_all, root_of_all = caches.get(only, every_cache), roots.get(only, every_root)
-    set_by_recipe = {} if plan is None else plan.image_roots
+    set_by_recipe = {} if opened is None else opened.image_roots
     if bare := {*names} - {*roots, *set_by_recipe} if image_root and root_of_all is None else set():
         raise typer.BadParameter(f"none for stage {', '.join(sorted(bare))}", param_hint="--image-root")
     config = TrainConfig(stage=chosen, cache=cache_of_all, image_root=root_of_all, **options)
     per_stage = {"caches": caches, "image_roots": roots}
-    result = train_recipe(plan, config, Bar(), **per_stage) if plan else train_stage(config, Bar())
+    result = train_recipe(opened, config, Bar(), **per_stage) if opened else train_stage(config, Bar())
     print_json(result) if json_ else print_training(result)
 
 

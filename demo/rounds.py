@@ -29,79 +29,56 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
     these commands by name. Round i trains the model of round i - 1 on its caches and on those of rounds
     1 .. i. WrongUsage for another file; KdcacheError or StoppedEarly when a step ends so.
     """
-    plan = _plan(config.recipe)
+    recipe = _read(config.recipe)
     out = config.out
-    story = Story(out, plan)
-    student, caches, rounds = str(plan["student"]), list(plan["stage"].get("caches", [])), []
-    where = ["--image-root", plan["image_root"]]
-    for number in range(1, plan["rounds"] + 1):
+    story = Story(out, recipe)
+    student, caches, rounds = str(recipe["student"]), list(recipe["stage"].get("caches", [])), []
+    teacher, data, root = (str(recipe[name]) for name in ("teacher", "data", "image_root"))
+    for number in range(1, recipe["rounds"] + 1):
         folder, name = out / f"round-{number}", f"round {number}: "
-        rows = folder / "answers.jsonl"
-        own = {"seed": number, **plan["answers"]}
+        rows, cache, stages = folder / "answers.jsonl", folder / "cache", folder / "recipe.yaml"
         if f"{name}answers" not in story.seconds:
             rows.unlink(missing_ok=True)  # of a step that did not end; the command overwrites nothing
-        ask: list[str | Path] = [
-            "--model",
-            student,
-            "--data",
-            plan["data"],
-            *where,
-            "--out",
-            rows,
-            *_options(own),
-        ]
-        asked = story.command(f"{name}answers", "answers", *ask)
-        judge: list[str | Path] = [
-            "--teacher",
-            plan["teacher"],
-            "--data",
-            rows,
-            *where,
-            "--out",
-            folder / "cache",
-        ]
-        built = story.command(f"{name}cache", "build", *judge, *_options(plan["build"]))
-        root = str(plan["image_root"])
-        caches.append({"cache": str(folder / "cache"), "image_root": root, **plan["weight"]})
-        stage = {"base": "dft", **plan["stage"], "caches": caches}
-        recipe = folder / "recipe.yaml"
-        write_text(recipe, yaml.safe_dump({"name": f"round-{number}", "stages": [stage]}, sort_keys=False))
-        learn: list[str | Path] = [
-            "--recipe",
-            recipe,
-            "--student",
-            student,
-            "--out",
-            folder / "run",
-            "--resume",
-        ]
-        trained = story.command(f"{name}training", "train", *learn, *_options(plan["train"]))
+        where = ("--image-root", root, "--out")
+        ask = _options({"seed": number, **recipe["answers"]})
+        asked = story.command(
+            f"{name}answers", "answers", "--model", student, "--data", data, *where, rows, *ask
+        )
+        capture = _options(recipe["build"])
+        built = story.command(
+            f"{name}cache", "build", "--teacher", teacher, "--data", rows, *where, cache, *capture
+        )
+        caches.append({"cache": str(cache), "image_root": root, **recipe["weight"]})
+        stage = {"base": "dft", **recipe["stage"], "caches": caches}
+        write_text(stages, yaml.safe_dump({"name": f"round-{number}", "stages": [stage]}, sort_keys=False))
+        learn = ("--student", student, "--out", folder / "run", "--resume", *_options(recipe["train"]))
+        trained = story.command(f"{name}training", "train", "--recipe", stages, *learn)
         student = trained["model"]
         rounds.append({"answers": asked, "cache": built, "training": trained["stages"][0]})
     return {"rounds": rounds, "model": student, "seconds": story.seconds}
 
 
-def _plan(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     """The recipe, with every key."""
     try:
-        plan = yaml.safe_load(file.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise KdcacheError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     known = (*_NEEDED, "stage", "weight", *_COMMANDS)
-    if not isinstance(plan, Mapping) or any(key not in plan for key in _NEEDED):
+    if not isinstance(recipe, Mapping) or any(key not in recipe for key in _NEEDED):
         raise WrongUsage(f"{file} must hold {', '.join(_NEEDED)}")
-    if unknown := sorted(set(plan) - set(known)):
+    if unknown := sorted(set(recipe) - set(known)):
         raise WrongUsage(f"{file}: unknown keys {unknown}; known are {', '.join(known)}")
-    if not isinstance(plan["rounds"], int) or plan["rounds"] < 1:
-        raise WrongUsage(f"{file}: rounds must be a whole number from 1, not {plan['rounds']!r}")
-    made = {"stage": {}, **{key: {} for key in _COMMANDS}, **plan}
+    if not isinstance(recipe["rounds"], int) or recipe["rounds"] < 1:
+        raise WrongUsage(f"{file}: rounds must be a whole number from 1, not {recipe['rounds']!r}")
+    made = {"stage": {}, **{key: {} for key in _COMMANDS}, **recipe}
     if bad := [key for key in ("stage", *_COMMANDS) if not isinstance(made[key], Mapping)]:
         raise WrongUsage(f"{file}: {bad[0]} must be a mapping")
     mixed = made["stage"].get("caches", [])
     weighted = any(isinstance(each, Mapping) and "weight" in each for each in mixed)
-    if mixed and ("weight" in plan) != weighted:
+    if mixed and ("weight" in recipe) != weighted:
         raise WrongUsage(f"{file}: weight goes with weights of the stage's caches, and the other way round")
-    made["weight"] = {"weight": plan["weight"]} if "weight" in plan else {}
+    made["weight"] = {"weight": recipe["weight"]} if "weight" in recipe else {}
     return made
 
 
