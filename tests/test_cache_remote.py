@@ -165,6 +165,26 @@ def test_a_lost_reply_to_the_commit_does_not_lose_the_shard(place, monkeypatch: 
     assert verify(url, storage_options=options).ok
 
 
+def test_a_commit_that_is_carried_out_late_finds_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The creation times out, no record is there yet, and the store carries it out all the same."""
+    url, asked = "memory://late", []
+
+    def create(self: ObjectStore, path: str, data: bytes) -> bool:
+        asked.append((path, data))
+        raise TimeoutError("no reply")
+
+    with monkeypatch.context() as patch:
+        CacheWriter.open(url, make_manifest(SPEC, ROWS))
+        patch.setattr(ObjectStore, "create", create)
+        with pytest.raises(KdcacheError, match="no reply"):
+            build_cache(url, SPEC, rows=ROWS)
+    ((path, data),) = asked
+    assert store.open_store(url).create(path, data)
+    assert verify(url).intact
+    assert build_cache(url, SPEC, rows=ROWS) == [1, 2]
+    assert verify(url).ok
+
+
 def test_a_store_that_overwrites_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def create(self: ObjectStore, path: str, data: bytes) -> bool:
         self.put(path, data)

@@ -141,7 +141,9 @@ def test_an_altered_manifest_is_written_anew_and_the_shards_are_kept(cache: Path
     assert verify(cache).ok
 
 
-def test_leftovers_are_swept_when_they_are_surely_dead(cache: Path, sound: Path) -> None:
+def test_leftovers_are_swept_when_they_are_surely_dead(
+    cache: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (cache / "commits" / "00003.json").unlink()
     living = next((cache / "targets").glob("00002-*"))
     dead = cache / "targets" / f"00002-0123456789ab.{living.name.split('.', 1)[1]}"
@@ -151,6 +153,11 @@ def test_leftovers_are_swept_when_they_are_surely_dead(cache: Path, sound: Path)
     assert len(report.leftovers) > (60 if living.is_dir() else 3)
     assert not dead.exists()
     assert list((cache / "targets").glob("00003-*")), "an attempt that may be alive was swept"
+    with monkeypatch.context() as patch:
+        ahead = time.time() + 2 * GRACE_SECONDS
+        patch.setattr(time, "time", lambda: ahead)
+        verify(cache, repair=True)
+    assert list((cache / "targets").glob("00003-*")), "swept by a clock that is not the store's"
     past = time.time() - GRACE_SECONDS - 60
     for path in cache.rglob("*"):
         os.utime(path, (past, past))

@@ -22,6 +22,7 @@ from cache_schema import (
     open_cache,
 )
 from cache_schema.format.records import Sample, TopK
+from cache_schema.format.store import ObjectStore
 from cache_schema.operations.diff import diff
 from cache_schema.operations.merge import merge
 from cache_schema.operations.select import select
@@ -199,6 +200,19 @@ def test_an_interrupted_selection_goes_on(tmp_path: Path, pictures: Path) -> Non
     assert (told["already_there"], told["linked_shards"] + told["joined_shards"]) == (3, 1)
     assert set(by_row(open_cache(tmp_path / "b"))) == set(range(16)) - {5}
     assert select(*arguments)["already_there"] == 4
+
+
+def test_a_lost_reply_to_the_commit_keeps_the_copied_files(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_cache(tmp_path / "a", pictures, rows=8, shard_size=4)
+    create = ObjectStore.create
+    monkeypatch.setattr(ObjectStore, "create", lambda *given: create(*given) and False)
+    assert select(str(tmp_path / "a"), "row >= 0", "memory://lost-reply")["copied_shards"] == 2
+    assert verify("memory://lost-reply").ok
+    after = by_row(open_cache("memory://lost-reply"))
+    for row, sample in by_row(source).items():
+        assert_same(sample, after[row])
 
 
 def test_where_links_are_impossible_files_are_copied(

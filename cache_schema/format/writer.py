@@ -30,7 +30,7 @@ from cache_schema.format.records import CapturedSample, HiddenStates, Quarantine
 from cache_schema.format.roll import write_roll
 from cache_schema.format.shard import EncodedShard, encode_shard, response_count
 from cache_schema.format.spec import HiddenKind, Kind
-from cache_schema.format.store import Store, open_store
+from cache_schema.format.store import LocalStore, Store, open_store
 from cache_schema.format.stored_head import HEAD_FOLDER
 
 MANIFEST = "manifest.json"
@@ -165,29 +165,45 @@ class CacheWriter:
                 self.store.put_folder(targets, shard.arrays)
             for path, data in tables.items():
                 self.store.put(path, data)
-            self.store.create(record.path, record.to_bytes())
-            winner = self._winner(record)
         except OSError as error:
-            winner = None
             with contextlib.suppress(OSError):
-                winner = self._winner(record)
-            if winner in (None, record.attempt):
-                raise store_failure(error, self.store) from error
-        return record if winner == record.attempt else None
+                self._discard(record)
+            raise store_failure(error, self.store) from error
+        return record if self.publish(record) else None
 
-    def _winner(self, record: CommitRecord) -> str | None:
-        """The committed attempt; if it is another one, our files are removed.
+    def publish(self, record: CommitRecord) -> bool:
+        """Create the commit record of a shard whose files are written. False when another attempt was first;
+        then the files are removed.
 
         The record is read back instead of trusting `create`: an object store may execute a request whose
-        reply is lost, and refuse its retry.
+        reply is lost, and refuse its retry. KdcacheError when the store fails; the files stay unless the
+        record cannot come into being any more, since an object store may still execute the request.
         """
+        failure = None
         try:
-            winner = CommitRecord.from_bytes(self.store.read(record.path), record.path).attempt
+            self.store.create(record.path, record.to_bytes())
+        except OSError as error:
+            failure = error
+        try:
+            winner = self._winner(record)
+            never = winner is None and isinstance(self.store, LocalStore)
+            if never or winner not in (None, record.attempt):
+                self._discard(record)
+        except OSError as error:
+            raise store_failure(failure or error, self.store) from (failure or error)
+        if winner in (None, record.attempt) and failure is not None:
+            raise store_failure(failure, self.store) from failure
+        return winner == record.attempt
+
+    def _winner(self, record: CommitRecord) -> str | None:
+        """The committed attempt of a record's shard; None when there is none."""
+        try:
+            return CommitRecord.from_bytes(self.store.read(record.path), record.path).attempt
         except FileNotFoundError:
-            winner = None
-        if winner != record.attempt:
-            self.store.remove([file.path for file in record.files])
-        return winner
+            return None
+
+    def _discard(self, record: CommitRecord) -> None:
+        self.store.remove([file.path for file in record.files])
 
     def reopen(self, index: int) -> None:
         """Set a shard aside so that it is captured again (`--retry-quarantine`)."""

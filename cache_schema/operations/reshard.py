@@ -144,8 +144,7 @@ def _take_over(writer: CacheWriter, index: int, piece: Piece) -> str:
         statistics=_statistics(piece) | {"bytes": record.statistics["bytes"] | _part_bytes(files)},
         files=tuple(sorted(files, key=lambda file: file.path)),
     )
-    if not writer.store.create(taken.path, taken.to_bytes()):
-        writer.store.remove(list(moved.values()))
+    writer.publish(taken)
     return way
 
 
