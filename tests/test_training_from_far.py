@@ -193,14 +193,21 @@ def test_a_server_that_is_away_for_half_a_minute_only_delays(
     assert all(torch.equal(values, found[name]) for name, values in weights(undisturbed).items())
 
 
+def train_command(near: Any, where: str, out: Path) -> list[Any]:
+    """`kdcache train` of the mixture of both caches below a folder or a URL."""
+    recipe = out.with_suffix(".yaml")
+    stage = {"base": "dft", "caches": sources(where), "max_steps": STEPS, "global_batch": BATCH}
+    recipe.write_text(yaml.safe_dump({"stages": [stage]}))
+    command = [sys.executable, "-P", "-m", "cli", "train", "--recipe", recipe]
+    command += ["--student", near.student, "--out", out, "--device", "cpu", "--micro-batch", "2", "--resume"]
+    kept = ["--file-cache", out.with_suffix(".kept"), "--file-cache-gib", str(LIMIT_GIB)]
+    return [*command, *kept, "--log-every", "1"]
+
+
 def test_a_server_that_stays_away_ends_in_one_line_and_a_checkpoint(near, server, tmp_path: Path) -> None:
     faults, where = server
-    stage = {"base": "dft", "caches": sources(f"s3://{BUCKET}"), "max_steps": STEPS, "global_batch": BATCH}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": [stage]}))
     out = tmp_path / "run"
-    command = [sys.executable, "-P", "-m", "cli", "train", "--recipe", tmp_path / "recipe.yaml"]
-    command += ["--student", near.student, "--out", out, "--device", "cpu", "--micro-batch", "2", "--resume"]
-    command += ["--file-cache", tmp_path / "kept", "--file-cache-gib", str(LIMIT_GIB), "--log-every", "1"]
+    command = train_command(near, f"s3://{BUCKET}", out)
     environ = {**os.environ, **where, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environ, **streams)
@@ -220,3 +227,9 @@ def test_a_server_that_stays_away_ends_in_one_line_and_a_checkpoint(near, server
     again = subprocess.run(command, env=environ, check=False, **streams)
     assert again.returncode == 0, again.stderr
     assert len({json.loads(line)["step"] for line in metrics.read_text().splitlines()}) == STEPS
+    home = tmp_path / "home"
+    command = train_command(near, str(near.cache.parents[1]), home)
+    undisturbed = subprocess.run(command, env=environ, check=False, **streams)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    found = weights(out / "1-dft")
+    assert all(torch.equal(values, found[name]) for name, values in weights(home / "1-dft").items())
