@@ -3,15 +3,14 @@
     python -m benchmarks.training [--part reader stream teacher] [--json FILE]
 
 reader   shuffled epochs over samples of 859 positions (729 visual, 130 response), K = 64, relations on:
-         samples a second of processor time, every thread counted, decoded (`sample`) and as tensors of a
-         batch (`tensors`), and the process's memory in the second and in the last quarter of the epochs.
-         Ids are uniformly random: the worst case for dictionary and processor cache.
+         samples per second of processor time, decoded (`sample`) and as tensors (`tensors`); memory in the
+         second and last quarter. Ids are uniformly random: the worst case for dictionary and cache.
 stream   a step of DFT fed by the cache against the same step fed from memory, in short turns one after the
          other: the median of the pairs' ratios. JPEGs of 480 x 480 are read, decoded and resized on the way.
 teacher  DFT from the cache, DFT with a live teacher of 2, 4 and 8 times the student's language-model
          parameters (dense losses, as LLaVA-KD's trainer computes them), and plain SFT: each in a process
-         of its own, whose peak memory is taken; all take a step in turn, and the median of the ratios to
-         plain SFT within a turn is told, by the clock and in processor time. Capturing is not counted.
+         of its own, whose peak memory is taken; all take a step in turn. The result is the median of the
+         ratios to plain SFT within a turn, by the clock and in processor time, without the capture.
 
 Targets are random: nothing here depends on their values. Models have random weights.
 """

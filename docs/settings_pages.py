@@ -1,8 +1,9 @@
 """Fills pages of the site from the settings: options of commands, keys of dataclasses. A hook of mkdocs.
 
-`<!-- options: COMMAND -->` becomes a table of the options per panel, `<!-- options: COMMAND, PANEL -->`
-that of one panel, `<!-- keys: MODULE.CLASS -->` a table of the class's fields: each with its default and its
-meaning, as in `--help`. `<!-- stages: built-in -->` becomes a table of the built-in stages.
+`<!-- commands: all -->` becomes a section per command, `<!-- options: COMMAND -->` a table of its options
+per panel, `<!-- options: COMMAND, PANEL -->` that of one panel, `<!-- keys: MODULE.CLASS -->` a table of the
+fields of a class: each with its default and its meaning, as in `--help`. `<!-- stages: built-in -->` is a
+table of the built-in stages.
 """
 
 from __future__ import annotations
@@ -17,24 +18,34 @@ from typing import Any
 
 from typer.main import get_command
 
-_MARK = re.compile(r"^<!-- (options|keys|stages): ([\w., -]+) -->$", re.MULTILINE)
+_MARK = re.compile(r"^<!-- (commands|options|keys|stages): ([\w., -]+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The page with its tables."""
-    return _MARK.sub(
-        lambda mark: {"options": options, "keys": keys, "stages": stages}[mark[1]](mark[2]), markdown
+    tables = {"commands": sections, "options": options, "keys": keys, "stages": stages}
+    return _MARK.sub(lambda mark: tables[mark[1]](mark[2]), markdown)
+
+
+def _commands() -> dict[str, Any]:
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+    from cli import app
+
+    return get_command(app).commands  # type: ignore[attr-defined, no-any-return]
+
+
+def sections(_: str) -> str:
+    """Every command with its help text and its options."""
+    return "\n\n".join(
+        f"## kdcache {name}\n\n{command.help}\n\n{options(name)}" for name, command in _commands().items()
     )
 
 
 def options(which: str) -> str:
     """The options of a command as a table per panel; "COMMAND, PANEL": of that panel."""
     command, _, only = which.partition(", ")
-    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-    from cli import app
-
     panels: dict[str, list[tuple[str, str, str]]] = {}
-    for option in get_command(app).commands[command].params:  # type: ignore[attr-defined]
+    for option in _commands()[command].params:
         name = ", ".join(f"`{one}`" for one in (*option.opts, *option.secondary_opts))
         if option.param_type_name == "argument":
             name = f"`{option.name.upper()}`"

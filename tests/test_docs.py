@@ -112,6 +112,7 @@ def test_the_site_lists_every_option_of_every_command_from_the_settings():
     assert "<!--" not in filled
     for name, command in get_command(app).commands.items():
         section = filled.split(f"## kdcache {name}\n")[1].split("\n## ")[0]
+        assert command.help in section
         rows = re.findall(r"^\| (`.+?`) \|", section, re.MULTILINE)
         assert len(rows) == len(command.params), name
     assert "| `--top-k` | `32` | Entries stored per position" in filled
