@@ -30,6 +30,15 @@ class LossWeights:
     response: Annotated[_Weight, Help("Weight of the KL at response positions.")] = 1.0
     visual: Annotated[_Weight, Help("Weight of the KL at visual positions.")] = 1.0
     relation: Annotated[_Weight, Help("Weight of the relation loss.")] = 0.5
+    relation_neighbours: Annotated[
+        int,
+        at_least(0),
+        Help(
+            "The relation loss compares each visual token's similarities with this many nearest ones, and "
+            "with all others, in place of the cosine of the Gram matrices (TRG). 0: the cosine."
+        ),
+        Later(),
+    ] = 0
     prompt: Annotated[_Weight, Help("Weight of the KL at prompt positions.")] = 0.0
     temperature: Annotated[float, positive, Help("Temperature of the KL, as in `sparse_kl`.")] = 1.0
     tail: Annotated[

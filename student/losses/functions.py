@@ -149,6 +149,7 @@ def relation_loss(
     softcap: float | None = None,
     vocab_size: int | None = None,
     memory_budget: int | None = None,
+    neighbours: int = 0,
 ) -> Tensor:
     """1 - cos(R_s, R_t) = 1 - <R_s, R_t> / (|R_s| |R_t|), R_s = Z Z^T, Z (N, V) the raw logits of an image,
     without padding.
@@ -156,7 +157,8 @@ def relation_loss(
     R_t (N, N) is `gram`, or factor factor^T of factor (N, r): exactly one of them. Frobenius product and
     norms. A linear head takes R_s = H (W^T W) H^T, with W^T W cached as long as a frozen weight tensor is
     unchanged; soft-capping, and a trained head where it is cheaper, takes the logits in blocks: the values
-    agree. Returns a float32 (float64) scalar. ValueError: shapes that do not fit.
+    agree. neighbours: of each token in the token relationship graph, `student.losses.graph`, which then takes
+    the place of the cosine. Returns a float32 (float64) scalar. ValueError: shapes that do not fit.
     """
     head = Head(weight=lm_head_weight, bias=bias, softcap=softcap, vocab_size=vocab_size)
     count = len(hidden)
@@ -167,7 +169,7 @@ def relation_loss(
     everything = torch.arange(count, device=hidden.device)
     image = RelationTargets(positions=everything, sample=0, factor=factor, gram=gram)
     weights = torch.ones(1, dtype=wide_dtype(hidden.dtype, lm_head_weight.dtype), device=hidden.device)
-    work = RelationWork(groups=group_images((image,)), weights=weights)
+    work = RelationWork(groups=group_images((image,)), weights=weights, neighbours=neighbours)
     return fused_losses(hidden, head, shares=weights[None], relations=work, memory_budget=memory_budget)[0]
 
 

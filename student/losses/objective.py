@@ -48,11 +48,11 @@ class DistillationLoss:
 
     L_CE: -log q of the next token at every position whose next label is supervised. L_res, L_vis, L_prompt:
     `sparse_kl` at the response, visual and prompt positions, or the divergence of `LossWeights.divergence`.
-    L_rel: `relation_loss` of every image. Means as `LossWeights.reduction` says. All terms share one pass: a
-    position's logits are made once. With a `kl_share` below 1 the KL terms count the selected positions
-    alone, each of them for as many as were asked for each selected one. With tail `dense` they compare with
-    the whole distribution that `teacher`, its head, makes of its hidden states; their logits are made apart,
-    as are those of TAID, whose t is `teacher_share` (None: where it begins).
+    L_rel: `relation_loss` of every image, or its graph. Means as `LossWeights.reduction` says. All terms
+    share one pass: a position's logits are made once. With a `kl_share` below 1 the KL terms count the
+    selected positions alone, each of them for as many as were asked for each selected one. With tail
+    `dense` they compare with the whole distribution that `teacher`, its head, makes of its hidden states;
+    their logits are made apart, as are those of TAID, whose t is `teacher_share` (None: where it begins).
     """
 
     def __init__(
@@ -120,7 +120,9 @@ class DistillationLoss:
             head,
             shares=torch.cat([weights[None], shares]),
             positions=work,
-            relations=RelationWork(groups=plan.groups, weights=relation),
+            relations=RelationWork(
+                groups=plan.groups, weights=relation, neighbours=self.weights.relation_neighbours
+            ),
             dense=[
                 self._dense(kind, target, part, plan, head)
                 for (kind, target), part in zip(plan.whole.items(), whole, strict=True)

@@ -14,16 +14,19 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from models.head import Head
+from student.losses.graph import graph_distance
 from student.losses.plan import RelationGroup
 from student.losses.products import Gradients, HeadProducts, add_product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RelationWork:
-    """Images whose relation loss is asked, and the weight (I,) of each in the total, group after group."""
+    """Images whose relation loss is asked, and the weight (I,) of each in the total, group after group.
+    neighbours: 0 for 1 - cos, else those of each token in the graph that takes its place."""
 
     groups: tuple[RelationGroup, ...]
     weights: Tensor
+    neighbours: int = 0
 
 
 _frozen_grams: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -117,7 +120,7 @@ def run_relations(
             for start in range(0, count, room):
                 part = slice(start, start + room)
                 found, moment = _through_gram(
-                    hidden, group.cut(part), shares[part], gram, moment, products, gradients
+                    hidden, group.cut(part), shares[part], gram, moment, products, gradients, work.neighbours
                 )
                 values.append(found)
         if moment is not None:
@@ -129,12 +132,32 @@ def run_relations(
             states = hidden.index_select(0, places).to(products.dtype)  # (P, D)
             teacher = _teacher_grams(group.cut(slice(number, number + 1)), products.dtype)[0]
             value, pulled = _through_logits(
-                states, teacher[:length, :length], shares[number], products, gradients, memory_budget
+                states,
+                teacher[:length, :length],
+                shares[number],
+                products,
+                gradients,
+                memory_budget,
+                work.neighbours,
             )
             values.append(value[None])
             if gradients.hidden is not None and pulled is not None:
                 gradients.hidden.index_add_(0, places, pulled)
     return torch.cat(values)
+
+
+def _distance(
+    student: Tensor,
+    teacher: Tensor,
+    real: Tensor | None,
+    neighbours: int,
+    factors: Tensor,
+    slopes: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`graph_distance`, or without neighbours `cosine_distance`."""
+    if neighbours:
+        return graph_distance(student, teacher, real, neighbours, factors, slopes)
+    return cosine_distance(student, teacher, factors, slopes)
 
 
 def _teacher_grams(group: RelationGroup, dtype: torch.dtype) -> Tensor:
@@ -154,6 +177,7 @@ def _through_gram(
     moment: Tensor | None,
     products: HeadProducts,
     gradients: Gradients,
+    neighbours: int,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss (I,) of a group, and H~^T dR H~ of all so far, `moment` before, with dR times factors (I,);
     adds the gradient in hidden. gram: A as `_in_two` makes it."""
@@ -167,9 +191,11 @@ def _through_gram(
     stack, twice = (each.unflatten(0, (count, length)) for each in (states, _twice(states, products)))
     pushed = _in_two(products.product(twice.flatten(0, 1), gram), 1, products)
     pushed = pushed.unflatten(0, (count, length))
-    values, slopes = cosine_distance(
+    values, slopes = _distance(
         products.batched(pushed, twice.transpose(1, 2)),
         _teacher_grams(group, products.dtype),
+        group.real,
+        neighbours,
         factors,
         products.operand if gradients.wanted else None,
     )
@@ -227,6 +253,7 @@ def _through_logits(
     products: HeadProducts,
     gradients: Gradients,
     memory_budget: int,
+    neighbours: int,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and its gradient (P, D) in hidden with dR times `factor`, by way of logits in blocks, made
     twice."""
@@ -236,9 +263,8 @@ def _through_logits(
         logits = states.new_empty(len(states), len(matrix))
         products.logits(states, block, matrix, logits)
         gram.addmm_(logits, logits.t())
-    values, slopes = cosine_distance(
-        gram[None], teacher[None], factor[None], products.dtype if gradients.wanted else None
-    )
+    slopes_in = products.dtype if gradients.wanted else None
+    values, slopes = _distance(gram[None], teacher[None], None, neighbours, factor[None], slopes_in)
     if slopes is None:
         return values[0], None
     pulled = torch.zeros_like(states)
