@@ -255,11 +255,11 @@ def main() -> None:
         }
         table(f"{teacher.name}, K = {options.top_k}", [facts])
         ids, logprobs = id_codecs(record.token_ids), logprob_codecs(record)
-        table("ids, bytes a position", ids)
-        table("log-probabilities, bytes a position", logprobs)
+        table("ids, bytes per position", ids)
+        table("log-probabilities, bytes per position", logprobs)
         whole = whole_record(record)
         stored = whole.pop("stored")
-        table("the record as stored, bytes a position by array", [whole.pop("arrays")])
+        table("the record as stored, bytes per position by array", [whole.pop("arrays")])
         table("the record as stored", [whole])
         figures[teacher.name] = {"facts": facts, "ids": ids, "logprobs": logprobs, "record": whole}
         if teacher.name.startswith("SmolLM2"):

@@ -88,7 +88,7 @@ def rules_of(widest: int) -> dict[str, EntryRule]:
 
 
 def compare_rules(teacher: Teacher, *, label: bool, seed: int = 0) -> list[dict[str, Any]]:
-    """One row per rule: entries, mass outside, bytes a position, and the angle of exact and stored record."""
+    """One row per rule: entries, mass outside, bytes per position, angle of exact and stored record."""
     widest = min(WIDEST, len(teacher.weight) - 1)
     whole = topk_of(teacher, widest)
     whole = whole if label else replace(whole, label_logprob=None)

@@ -10,7 +10,7 @@ shuffled order, warm, CPU time of one core: every sample comes as ids int32 and 
                memory-mapped Arrow (its values are a polynomial of 3.5 bits; 8 bits decode faster)
     axolotl    nested lists of int64 ids and float32 log-probabilities, a row a sample in memory-mapped
                Arrow, as its dataset columns target_token_ids and target_logprobs
-    parquet    lists of int32 and float16 with zstd, 16 samples a row group, read by row group
+    parquet    lists of int32 and float16 with zstd, 16 samples per row group, read by row group
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def measure(layout: Any, record: TopK, samples: int) -> dict[str, Any]:
             assert positions == samples * POSITIONS
     return {
         "layout": type(layout).__name__.lower(),
-        "bytes a position": size / samples / POSITIONS,
+        "bytes per position": size / samples / POSITIONS,
         "write samples/s": samples / wrote,
         "samples/s": samples / seconds,
         "MB/s": record.token_ids.nbytes * 2 / 1e6 / seconds,

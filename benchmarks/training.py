@@ -133,7 +133,7 @@ def reader(folder: Path, *, epochs: int = 3) -> dict[str, Any]:
 
 def print_reader(result: dict[str, Any]) -> None:
     table(
-        f"reader: {result['positions']} positions, {result['bytes_per_sample']:,} bytes a sample",
+        f"reader: {result['positions']} positions, {result['bytes_per_sample']:,} bytes per sample",
         ("", "samples/s a core", "best epoch", "MB, 2nd quarter", "MB, last quarter"),
         [(name, *result[name].values()) for name in ("sample", "tensors")],
     )

@@ -217,7 +217,7 @@ def print_tables(found: dict[str, Any]) -> None:
     """What was measured, as a person reads it."""
     wide = Console(width=110, highlight=False)
     caches = Table(
-        "cache", "samples", "tokens", "positions", "mass", "MB", "bytes a position", "an image", "rank"
+        "cache", "samples", "tokens", "positions", "mass", "MB", "bytes per position", "an image", "rank"
     )
     for name, cache in found["caches"].items():
         seen = cache["inspect"]
