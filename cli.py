@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_schema.operations.settings import DiffConfig, MergeConfig, SelectConfig, VerifyConfig
+from cache_schema.operations.settings import ArrowConfig, DiffConfig, MergeConfig, SelectConfig, VerifyConfig
 from cache_schema.version import VERSION
 from demo.settings import DemoConfig, RoundsConfig
 from pipeline.settings import BuildConfig, ClusterConfig, DeriveConfig, ForecastConfig
@@ -223,15 +223,11 @@ def derive(cache: CachePath, config: DeriveConfig, json_: Json = False) -> None:
 
 
 @command("to-arrow")
-def to_arrow(
-    cache: CachePath,
-    out: Annotated[Path, typer.Option(help="Folder of the Parquet files.")],
-    json_: Json = False,
-) -> None:
-    """Write the cache as a plain Parquet dataset, for notebooks, `datasets` and DuckDB."""
-    from cache_schema.operations.arrow_export import to_arrow as export_arrow
+def to_arrow(cache: CachePath, config: ArrowConfig, json_: Json = False) -> None:
+    """Write the cache as a plain Parquet dataset, for notebooks, `datasets`, DuckDB and other trainers."""
+    from cache_schema.operations.trainer_layouts import export
 
-    _show(export_arrow(cache, out, progress=Bar()), json_, "exported")
+    _show(export(cache, config, Bar()), json_, "exported")
 
 
 @command()

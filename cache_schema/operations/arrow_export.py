@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ _NUMBERS = ("logsumexp", "entropy")
 _SCORES = ("confidence", "disagreement", "perplexity")
 
 
-def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def to_arrow(
+    cache: str,
+    out: Path,
+    progress: Progress | None = None,
+    table: Callable[[Sequence[Sample]], pa.Table] | None = None,
+) -> dict[str, Any]:
     """Write `cache` to the new folder `out` as out/data/train-*.parquet, one file per shard.
 
     Columns: row, sample_id, tokens, input_ids, labels, images (list of path, sha256, width, height,
@@ -39,34 +45,38 @@ def to_arrow(cache: str, out: Path, progress: Progress | None = None) -> dict[st
     of the response; relation_factor (images, P, r) or relation_gram (images, P, P), relation_residual,
     relation_norm (images). Nested lists throughout. The spec and the temperatures are in the files' metadata
     under `kdcache`. Targets are decoded: expect several times the size of the cache. KdcacheError when `out`
-    is not empty. `out` appears only when it is complete.
+    is not empty. `out` appears only when it is complete. table: other columns for some samples; for none, a
+    table of the same schema.
     """
     progress = progress or Silent()
     source = open_cache(cache)
     refuse_inside(out, [source.store])
     require_folder(out, new=True)
+    table = table or partial(table_of, spec=source.spec)
     told = json.dumps({"spec": source.spec.to_json(), "dataset": source.manifest.dataset})
     files = 0
     with writing_folder(out) as part, task(progress, "exporting", len(source.shards)):
         (part / "data").mkdir()
         for number, shard in enumerate(source.shards):
             name = f"train-{number:05d}-of-{len(source.shards):05d}.parquet"
-            files += _write_shard(source, shard, part / "data" / name, told)
+            files += _write_shard(source, shard, part / "data" / name, told, table)
             progress.update(number + 1)
     size = sum(file.stat().st_size for file in (out / "data").iterdir())
     return {"out": str(out), "samples": len(source), "files": files, "bytes": size}
 
 
-def _write_shard(cache: Cache, shard: int, path: Path, told: str) -> int:
+def _write_shard(
+    cache: Cache, shard: int, path: Path, told: str, table: Callable[[Sequence[Sample]], pa.Table]
+) -> int:
     """The number of files written: 0 for a shard without samples."""
     block = cache.read_shard(shard)
     if not len(block):
         return 0
-    schema = table_of([], cache.spec).schema.with_metadata({"kdcache": told})
+    schema = table([]).schema.with_metadata({"kdcache": told})
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for start in range(0, len(block), ROWS):
             samples = [block.sample(j) for j in range(start, min(start + ROWS, len(block)))]
-            writer.write_table(table_of(samples, cache.spec).cast(schema))
+            writer.write_table(table(samples).cast(schema))
     return 1
 
 
@@ -76,8 +86,8 @@ def table_of(samples: Sequence[Sample], spec: TargetSpec) -> pa.Table:
         "row": pa.array([sample.row for sample in samples], pa.int64()),
         "sample_id": pa.array([sample.sample_id for sample in samples], pa.string()),
         "tokens": pa.array([len(sample.input_ids) for sample in samples], pa.int32()),
-        "input_ids": _lists([sample.input_ids for sample in samples], np.int32),
-        "labels": _lists([sample.labels for sample in samples], np.int32),
+        "input_ids": lists([sample.input_ids for sample in samples], np.int32),
+        "labels": lists([sample.labels for sample in samples], np.int32),
         "images": _images(samples),
     }
     for kind in KINDS:
@@ -86,7 +96,7 @@ def table_of(samples: Sequence[Sample], spec: TargetSpec) -> pa.Table:
     for kind in spec.hidden:
         states = [sample.hidden_states.get(kind) for sample in samples]
         arrays = [np.zeros((0, 0), np.float32) if own is None else own.decode() for own in states]
-        columns[f"{kind}_hidden"] = _lists(arrays, np.float32, ndim=2)
+        columns[f"{kind}_hidden"] = lists(arrays, np.float32, ndim=2)
     if "response" in spec.targets:
         scores = [scores_of(sample) for sample in samples]
         columns |= {name: pa.array([getattr(s, name) for s in scores], pa.float64()) for name in _SCORES}
@@ -98,7 +108,7 @@ def table_of(samples: Sequence[Sample], spec: TargetSpec) -> pa.Table:
 def _kind(samples: Sequence[Sample], kind: Kind, spec: TargetSpec) -> dict[str, pa.Array]:
     """The columns of one kind of position; a sample without such positions has empty lists."""
     records = [sample.records[kind] for sample in samples]
-    columns = {f"{kind}_positions": _lists([sample.positions[kind] for sample in samples], np.int32)}
+    columns = {f"{kind}_positions": lists([sample.positions[kind] for sample in samples], np.int32)}
     names = [*_MATRICES, *(name for name in _NUMBERS if name not in spec.without)]
     names += ["label_logprob"] if kind != "visual" else []
     names += ["sampled_ids", "sampled_counts"] if spec.tail_samples else []
@@ -107,7 +117,7 @@ def _kind(samples: Sequence[Sample], kind: Kind, spec: TargetSpec) -> dict[str, 
         empty = np.zeros((0,) if name in (*_NUMBERS, "label_logprob") else (0, 0), dtype)
         values = [None if record is None else getattr(record, name) for record in records]
         arrays = [empty if value is None else value for value in values]
-        columns[f"{kind}_{name}"] = _lists(arrays, dtype, empty.ndim, records if name in _ENTRIES else ())
+        columns[f"{kind}_{name}"] = lists(arrays, dtype, empty.ndim, records if name in _ENTRIES else ())
     return columns
 
 
@@ -119,7 +129,7 @@ def _images(samples: Sequence[Sample]) -> pa.ListArray:
             pa.array([image.sha256 for image in images], pa.string()),
             pa.array([image.width for image in images], pa.int32()),
             pa.array([image.height for image in images], pa.int32()),
-            _lists([image.positions for image in images], np.int32),
+            lists([image.positions for image in images], np.int32),
         ],
         ["path", "sha256", "width", "height", "positions"],
     )
@@ -131,7 +141,7 @@ def _relations(relations: Sequence[Sequence[Relation]], spec: TargetSpec) -> dic
     counts = [len(group) for group in relations]
     name = "factor" if spec.relation == "factor" else "gram"
     columns = {
-        f"relation_{name}": _nested(counts, _lists([getattr(r, name) for r in flat], np.float32, ndim=2))
+        f"relation_{name}": _nested(counts, lists([getattr(r, name) for r in flat], np.float32, ndim=2))
     }
     for name in ("residual", "norm"):
         numbers = pa.array([getattr(relation, name) for relation in flat], pa.float64())
@@ -139,7 +149,7 @@ def _relations(relations: Sequence[Sequence[Relation]], spec: TargetSpec) -> dic
     return columns
 
 
-def _lists(
+def lists(
     arrays: Sequence[NDArray[Any]],
     dtype: type[np.generic],
     ndim: int = 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cache_schema.settings import Help, at_least, check
@@ -54,6 +55,23 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         check(self, {"by needs sample": self.by is not None and self.sample is None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrowConfig:
+    """Where a cache is written to as Parquet, and with which columns."""
+
+    out: Annotated[Path, Help("Folder of the Parquet files.")]
+    layout: Annotated[
+        Literal["kdcache", "axolotl", "distillkit"],
+        Help(
+            "kdcache: all that the cache holds. axolotl, distillkit: the response targets as these trainers "
+            "read them."
+        ),
+    ] = "kdcache"
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
