@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,48 +12,57 @@ import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cache_schema.datasets.image_roots import open_root
-from cache_schema.errors import WrongUsage
-from cache_schema.format.cache import open_cache
+from cache_schema.errors import IdentityMismatch, WrongUsage
+from cache_schema.format.cache import Cache, open_cache
 from cache_schema.format.records import ImageRecord, Relation, Sample, TopK, positions_by_kind
 from cache_schema.format.spec import KINDS
 from models.inputs import join
 from models.tokens import pad_token_id_of
 from student.collate import Collator
 from student.loss_weights import LossWeights
+from student.mixture import MixedStream
+from student.order import Catalogue
 from student.pixels import PixelInputs
-from student.stream import Stream, StreamConfig
+from student.sources import Mixture, Source
+from student.stream import OrderedStream, Stream, StreamConfig
 
 _TOPK = tuple(field.name for field in fields(TopK))
 _RELATION = tuple(field.name for field in fields(Relation))
 
 
 class CachedSamples(IterableDataset[dict[str, Any]]):
-    """The samples of a cache as plain dictionaries, in the order in which `kdcache train` reads them.
+    """The samples of caches as plain dictionaries, in the order in which `kdcache train` reads them.
 
-    cache: a folder or an fsspec URL. processor: the student's, of transformers; its tokenizer must be the
-    teacher's. image_root: a folder or URL that the cache's image paths start from; None where the cache
-    embeds its images. targets: some of the cache's `response`, `visual`, `prompt`, `relation`; None: all.
-    batch_size: samples per batch of one process; a DataLoader must be given the same. rank, world_size: None:
-    of torch.distributed where it is initialised, else one process. window: shards that the shuffle mixes.
+    cache: a folder or an fsspec URL, or the Sources of a mixture, each with its weight (none: in proportion
+    to their sizes) and, where it is another than image_root, its own. processor: the student's, of
+    transformers; its tokenizer must be the teacher's. image_root: a folder or URL that the cache's image
+    paths start from; None where the cache embeds its images. targets: some of the cache's `response`,
+    `visual`, `prompt`, `relation`; None: all that every cache has. batch_size: samples per batch of one
+    process; a DataLoader must be given the same. rank, world_size: None: of torch.distributed where it is
+    initialised, else one process. window: shards that the shuffle mixes.
 
-    An item holds `row`, `sample_id`; `input_ids`, `labels` (T,) int32, labels IGNORE_INDEX where not
-    supervised; `model_inputs` and `pixels`: further inputs of the model by name; `image_positions`: per image
-    (P,); per kind of positions that was captured `positions` (N,) and the fields of `TopK`; `relations`: per
-    image the fields of `Relation`. All but the tensors in `pixels` are numpy arrays.
+    An item holds `row`, `sample_id`, `source` (which cache of the mixture); `input_ids`, `labels` (T,)
+    int32, labels IGNORE_INDEX where not supervised; `model_inputs` and `pixels`: further inputs of the model
+    by name; `image_positions`: per image (P,); per kind of positions that was captured `positions` (N,) and
+    the fields of `TopK`; `relations`: per image the fields of `Relation`. All but the tensors in `pixels`
+    are numpy arrays.
 
     An iteration goes to the end of an epoch, the next one through the epoch after it. Samples that fill no
-    batch of all processes are left out of that epoch. The loader's workers share the batches round about, so
-    that neither their number nor that of the processes changes what is in a global batch. The place is one
-    integer, see `state_dict`. A DataLoader with workers iterates over copies: call `set_epoch` before each
-    epoch there, or use a loader that keeps the states of its workers.
+    batch of all processes are left out of that epoch. In a mixture all batches are full: an epoch has as
+    many as the caches together fill, and each cache is passed through again and again at its own share. The
+    loader's workers share the batches round about, so that neither their number nor that of the processes
+    changes what is in a global batch. The place is one integer, see `state_dict`. A DataLoader with workers
+    iterates over copies: call `set_epoch` before each epoch there, or use a loader that keeps the states of
+    its workers.
 
     KdcacheError: as `open_cache`, or an image that is missing or is not the captured one. WrongUsage: a
-    target that the cache does not have, or fewer samples than a batch. Not promised: hidden states, mixtures.
+    target that a cache does not have, or fewer samples than a batch. IdentityMismatch: caches of a mixture
+    with different tokenizers. Not promised: hidden states, shares that change (`mixture: ddk`).
     """
 
     def __init__(
         self,
-        cache: str | Path,
+        cache: str | Path | Sequence[Source],
         processor: Any,
         *,
         batch_size: int,
@@ -72,7 +81,8 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
             world_size = torch.distributed.get_world_size() if spread else 1
         if batch_size < 1 or not 0 <= rank < world_size:
             raise WrongUsage(f"batch_size {batch_size}, rank {rank} of {world_size} make no batches")
-        self._cache, self._processor, self._image_root = str(cache), processor, image_root
+        given = (Source(cache=str(cache)),) if isinstance(cache, str | Path) else tuple(cache)
+        self._mixture, self._processor, self._image_root = Mixture(sources=given), processor, image_root
         self._asked = None if targets is None else tuple(targets)
         self._order = StreamConfig(
             seed=seed, global_batch=batch_size * world_size, window=window, shuffle=shuffle
@@ -86,39 +96,67 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
     @cached_property
-    def _opened(self) -> tuple[Stream, Collator]:
-        cache = open_cache(self._cache)
-        present = tuple(target for target in cache.spec.targets if target != "hidden")
-        targets = present if self._asked is None else self._asked
-        if absent := [target for target in targets if target not in present]:
-            raise WrongUsage(f"{self._cache} has no {', '.join(absent)} targets, but {', '.join(present)}")
-        if self._image_root is None and not cache.spec.embed_images:
-            raise WrongUsage(f"{self._cache} does not embed its images: give image_root")
-        collator = Collator(
+    def _opened(self) -> tuple[OrderedStream, Collator]:
+        caches = [open_cache(source.cache) for source in self._mixture.sources]
+        first, *others = [cache.manifest.fingerprint.training.get("tokenizer") for cache in caches]
+        for cache, other in zip(caches[1:], others, strict=True):
+            if other != first:
+                raise IdentityMismatch(f"{cache.url} and {caches[0].url} have different tokenizers")
+        targets = self._targets(caches)
+        made = [
+            self._collator(cache, source, targets)
+            for cache, source in zip(caches, self._mixture.sources, strict=True)
+        ]
+        reading: dict[str, Any] = {
+            "micro_batch": self._batch_size,
+            "targets": targets,
+            "rank": self._rank,
+            "world_size": self._world_size,
+        }
+        stream = self._stream(caches, reading)
+        return stream, replace(made[0], further=tuple(made[1:]))
+
+    def _targets(self, caches: Sequence[Cache]) -> tuple[str, ...]:
+        """Those that were asked for, else all that every cache has."""
+        common = [t for t in caches[0].spec.targets if all(t in cache.spec.targets for cache in caches)]
+        targets = tuple(t for t in common if t != "hidden") if self._asked is None else self._asked
+        for cache in caches:
+            present = [target for target in cache.spec.targets if target != "hidden"]
+            if absent := [target for target in targets if target not in present]:
+                raise WrongUsage(f"{cache.url} has no {', '.join(absent)} targets, but {', '.join(present)}")
+        return targets
+
+    def _collator(self, cache: Cache, source: Source, targets: tuple[str, ...]) -> Collator:
+        image_root = source.image_root or self._image_root
+        if image_root is None and not cache.spec.embed_images:
+            raise WrongUsage(f"{cache.url} does not embed its images: give image_root")
+        return Collator(
             pixels=PixelInputs(self._processor),
-            image_root=open_root(self._image_root),
+            image_root=open_root(image_root),
             pad_token_id=pad_token_id_of(self._processor.tokenizer),
             image_token_id=cache.manifest.fingerprint.training["image_token_id"],
             targets=targets,
             sample_temperature=cache.spec.sample_temperature,
             losses=LossWeights(),
         )
-        stream = Stream(
-            cache,
-            self._order,
-            micro_batch=self._batch_size,
-            targets=targets,
-            rank=self._rank,
-            world_size=self._world_size,
-        )
+
+    def _stream(self, caches: Sequence[Cache], reading: dict[str, Any]) -> OrderedStream:
+        if len(caches) > 1:
+            catalogue = Catalogue(caches)
+            domains = [catalogue.samples_of(source) for source in range(len(caches))]
+            return MixedStream(catalogue, self._order, domains, self._mixture.shares, **reading)
+        stream = Stream(caches[0], self._order, **reading)
         if len(stream) < self._order.global_batch:
-            raise WrongUsage(f"{self._cache} has {len(stream)} samples, a batch {self._order.global_batch}")
-        return stream, collator
+            raise WrongUsage(f"{caches[0].url} has {len(stream)} samples, a batch {self._order.global_batch}")
+        return stream
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, of this process and of every other."""
-        return len(self._opened[0]) // self._order.global_batch
+        stream = self._opened[0]
+        return (
+            len(stream) // self._order.global_batch if isinstance(stream, Stream) else stream.steps_per_epoch
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch, unless the place is within it."""
@@ -167,10 +205,11 @@ def _item(sample: Sample, collator: Collator) -> dict[str, Any]:
     item: dict[str, Any] = {
         "row": sample.row,
         "sample_id": sample.sample_id,
+        "source": sample.source,
         "input_ids": sample.input_ids,
         "labels": sample.labels,
         "model_inputs": dict(sample.model_inputs),
-        "pixels": collator.images([sample.images], [sample.row]),
+        "pixels": collator.images([sample.images], [sample.row], [sample.source]),
         "image_positions": [image.positions for image in sample.images],
         "relations": [{name: getattr(relation, name) for name in _RELATION} for relation in sample.relations],
     }
@@ -200,4 +239,5 @@ def _sample(item: dict[str, Any]) -> Sample:
         },
         relations=[Relation(**{name: given[name] for name in _RELATION}) for given in item["relations"]],
         model_inputs=item["model_inputs"],
+        source=item["source"],
     )

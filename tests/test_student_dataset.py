@@ -6,10 +6,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
-from cache_schema import KdcacheError, open_cache
+from cache_schema import IdentityMismatch, KdcacheError, open_cache
 from cache_schema.format.spec import KINDS
 from student.dataset import CachedSamples
-from tests.student_caches import make_world
+from student.mixture import MixedStream
+from student.order import Catalogue, StreamConfig
+from student.sources import Source
+from tests.student_caches import fake_capture, make_world
 
 BATCH = 3
 
@@ -120,3 +123,101 @@ def test_what_cannot_be_read_is_refused(world, processor):
         dataset(world, processor, batch_size=15)
     with pytest.raises(KdcacheError, match="make no batches"):
         dataset(world, processor, rank=2, world_size=2)
+
+
+@pytest.fixture(scope="module")
+def sources(world):
+    folder = world.cache.parent
+    fake_capture(folder / "second", folder / "teacher", folder / "elsewhere", seed=7, rows=10, shard_size=4)
+    return [
+        Source(cache=str(world.cache), weight=1.0),
+        Source(cache=str(folder / "second"), image_root=str(folder / "elsewhere"), weight=3.0),
+    ]
+
+
+def mixture(world, sources, processor, **options):
+    options = {"batch_size": 4, "image_root": world.image_root, "seed": 3, "window": 2, **options}
+    return CachedSamples(sources, processor, **options)
+
+
+def places_of(data, workers=0, size=4):
+    loader = DataLoader(data, batch_size=size, num_workers=workers, collate_fn=list)
+    return [[(item["source"], item["row"]) for item in batch] for batch in loader]
+
+
+def the_trainers(sources, steps, weights=(1.0, 3.0)):
+    """As `kdcache train` reads the same settings: `student.feed`."""
+    caches = [open_cache(source.cache) for source in sources]
+    catalogue = Catalogue(caches)
+    domains = [catalogue.samples_of(number) for number in range(2)]
+    order = StreamConfig(seed=3, global_batch=4, window=2)
+    stream = MixedStream(catalogue, order, domains, weights, micro_batch=2, targets=("response",))
+    samples = [
+        [each.sample() for part in step.micro_batches for each in part] for step in stream.read(0, steps)
+    ]
+    return [[(sample.source, sample.row) for sample in batch] for batch in samples]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_mixture_has_the_order_of_the_trainer_on_all_ranks_and_workers(world, sources, processor):
+    data = mixture(world, sources, processor)
+    assert data.steps_per_epoch == 6  # 24 samples, four a batch
+    expected = the_trainers(sources, 12)
+    assert [places_of(data), places_of(data)] == [expected[:6], expected[6:]]
+    drawn = [source for batch in expected for source, _ in batch]
+    assert (drawn.count(0), drawn.count(1)) == (12, 36)
+    shared = mixture(world, sources, processor)
+    for epoch in range(2):
+        shared.set_epoch(epoch)
+        assert places_of(shared, workers=2) == expected[6 * epoch : 6 * epoch + 6]
+    ranks = [mixture(world, sources, processor, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    parts = [places_of(data, size=2) for data in ranks]
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in expected[:6]]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+def test_a_mixture_goes_on_where_it_was_on_other_processes(world, sources, processor, stop):
+    expected = the_trainers(sources, 18)
+    first = mixture(world, sources, processor)
+    done = []
+    while len(done) < stop:
+        for batch in DataLoader(first, batch_size=4, collate_fn=list):
+            done.append([(item["source"], item["row"]) for item in batch])
+            if len(done) == stop:
+                state = first.state_dict()
+                break
+    assert done == expected[:stop]
+    found = []
+    for rank in range(2):
+        data = mixture(world, sources, processor, batch_size=2, rank=rank, world_size=2)
+        data.load_state_dict(state)
+        found.append(places_of(data, size=2) + places_of(data, size=2))
+    together = [sorted(a + b) for a, b in zip(*found, strict=True)]
+    assert together == [sorted(batch) for batch in expected[stop : stop + len(together)]]
+    assert len(together) == 12 - stop % 6
+
+
+def test_the_pixels_of_a_mixture_are_those_of_each_caches_images(world, sources, processor):
+    alone = {
+        (number, item["row"]): item["pixels"]
+        for number, source in enumerate(sources)
+        for item in CachedSamples(
+            source.cache, processor, batch_size=1, image_root=source.image_root or world.image_root
+        )
+    }
+    for item in mixture(world, sources, processor):
+        expected = alone[item["source"], item["row"]]
+        assert item["pixels"].keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(item["pixels"][name], value, rtol=0, atol=0)
+
+
+def test_caches_that_do_not_mix_are_refused(world, sources, processor, tmp_path):
+    strange = fake_capture(
+        tmp_path / "strange", world.cache.parent / "teacher", tmp_path / "i", training={"tokenizer": "0" * 64}
+    )
+    both = [Source(cache=str(world.cache)), Source(cache=str(strange), image_root=str(tmp_path / "i"))]
+    with pytest.raises(IdentityMismatch, match=r"strange and .* have different tokenizers"):
+        mixture(world, both, processor)
+    with pytest.raises(KdcacheError, match="either all caches have a weight or none"):
+        mixture(world, [sources[0], Source(cache=sources[1].cache)], processor)
