@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor
 
 from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage
 from cache_schema.format.cache import Cache, open_cache
@@ -23,11 +20,12 @@ from student.cache_wait import wait_for_caches
 from student.calibration import calibrated
 from student.checkpoint import Checkpoints, identity_of
 from student.checks import warn_of_cache
-from student.collate import Batch, Collator
+from student.collate import Batch
 from student.feed import Feed
 from student.folder import model_is_whole
 from student.heldout import HeldOut, measure_samples, weighted
 from student.interpolation import Interpolation
+from student.kept import Kept
 from student.model import DistilledStudent
 from student.optimize import SUMS, Optimization
 from student.prepare import (
@@ -36,11 +34,10 @@ from student.prepare import (
     prepare_held_out,
     prepare_student,
     rewrite_model,
-    save_trained,
     student_processor,
 )
 from student.ranks import Ranks, StepAgreement, agree_on_step
-from student.run_folder import Journal, Meter, finished, locked, time_line, write_result, write_settings
+from student.run_folder import Journal, Meter, finished, locked, write_settings
 from student.run_state import RunState
 from student.settings import TrainConfig
 from student.stages import Stage
@@ -80,7 +77,7 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
         run = _begin(config, caches, identity, accelerator, ranks, progress)
         try:
             run.train()
-            return run.finish()
+            return run.kept.finish()
         finally:
             run.journal.close()
 
@@ -123,57 +120,61 @@ def _begin(
         checkpoints.sweep(best=state.best_step)
         write_settings(config, identity)
     ranks.wait()
+    meter = Meter(stopwatch, peak_flops(accelerator.device))
     return _Run(
         config=config,
         stage=stage,
-        identity=identity,
         progress=progress,
         ranks=ranks,
         device=accelerator.device,
         stopwatch=stopwatch,
-        processor=processor,
         student=student,
         optimization=optimization,
-        collator=collator,
         held_out=measured,
-        caches=caches,
         feed=feed,
         total=stage.total_steps(feed.steps_per_epoch),
         state=state,
-        checkpoints=checkpoints,
-        saved_step=None if saved is None else state.step,
         journal=Journal(accelerator, config.out, state),
-        meter=Meter(stopwatch, peak_flops(accelerator.device)),
+        meter=meter,
         flops=StepFlops(student.model),
+        kept=Kept(
+            config=config,
+            stage=stage,
+            identity=identity,
+            progress=progress,
+            ranks=ranks,
+            processor=processor,
+            student=student,
+            optimization=optimization,
+            caches=caches,
+            state=state,
+            checkpoints=checkpoints,
+            saved_step=None if saved is None else state.step,
+            meter=meter,
+        ),
     )
 
 
 @dataclass(slots=True, kw_only=True)
 class _Run:
-    """One stage under way. `state` and `saved_step`, the newest step with a whole checkpoint, move; all else
-    is given and stays."""
+    """One stage under way. `state` moves; all else is given and stays."""
 
     config: TrainConfig
     stage: Stage
-    identity: dict[str, Any]
     progress: Progress
     ranks: Ranks
     device: torch.device
     stopwatch: Stopwatch
-    processor: Any
     student: DistilledStudent
     optimization: Optimization
-    collator: Collator
     held_out: HeldOut | None
-    caches: Sequence[Cache]
     feed: Feed
     total: int
     state: RunState
-    checkpoints: Checkpoints
-    saved_step: int | None
     journal: Journal
     meter: Meter
     flops: StepFlops
+    kept: Kept
 
     def train(self) -> None:
         """Steps until the stage's end, an early stop, a signal, or data that cannot be read."""
@@ -193,11 +194,11 @@ class _Run:
                             fault = error
                     agreed = agree_on_step(self.ranks, micro_batches, interrupt.asked, fault)
                     if agreed.failed:
-                        self._end(fault)
+                        self.kept.end(fault)
                     if agreed.asked_to_stop:
                         raise StoppedEarly(
-                            f"stopped at step {self.state.step} of {self.total}, saved in {self._save()}; "
-                            "run the same command with --resume to continue"
+                            f"stopped at step {self.state.step} of {self.total}, saved in "
+                            f"{self.kept.save()}; run the same command with --resume to continue"
                         )
                     self._step(micro_batches, agreed)
                     self._after_step()
@@ -209,7 +210,7 @@ class _Run:
         try:
             written = self.feed.reweigh(self.student)
         except (KdcacheError, OSError) as error:
-            self._end(error)
+            self.kept.end(error)
         else:
             if written is not None:
                 self.journal.write(self.state.step, written, group="mixture")
@@ -224,14 +225,14 @@ class _Run:
             )
         except Exception:
             if self.ranks.count == 1:  # the weights are still those before this step
-                self._try_save()
+                self.kept.try_save()
             raise
         sums = self.ranks.sums(dict(zip(SUMS, terms.sum(0).tolist(), strict=True)))
         if not math.isfinite(sums["loss"]):
             finite = torch.isfinite(terms[:, SUMS.index("loss")]).tolist()
-            self._refuse([b for b, fine in zip(micro_batches, finite, strict=True) if not fine])
+            self.kept.refuse([b for b, fine in zip(micro_batches, finite, strict=True) if not fine])
         if not math.isfinite(norm) and not self.optimization.skips_infinite_gradients:
-            self._refuse(micro_batches)
+            self.kept.refuse(micro_batches)
         self.optimization.step(self.stage.learning_rate_at(step, self.total))
         if interpolation is not None:
             sums["teacher_share"] = interpolation.share
@@ -247,26 +248,6 @@ class _Run:
             flops=sum(self.flops(batch.inputs, batch.positions_with_logits) for batch in micro_batches),
         )
 
-    def _refuse(self, suspects: list[Batch]) -> None:
-        """Saves the weights as they are before this step and names the samples that broke it."""
-        self.optimization.drop_gradients()
-        where = self._save()
-        named = [
-            (f"{sample_id} (row {row})", self.caches[source].url)
-            for batch in suspects
-            for sample_id, row, source in zip(batch.sample_ids, batch.rows, batch.sources, strict=True)
-        ]
-        several = len(self.caches) > 1
-        cache = "CACHE" if several else self.caches[0].url
-        names = gather_object([f"{name} of {url}" if several else name for name, url in named])
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise KdcacheError(
-            f"the loss or its gradient is not finite at step {self.state.step} for samples "
-            f"{', '.join(names[:8])}{more}; the weights before it are in {where}; "
-            f"see `kdcache inspect {cache} --sample ROW`, lower the learning rate, or train in bf16 "
-            "instead of fp16"
-        )
-
     def _after_step(self) -> None:
         config, step = self.config, self.state.step
         last = step == self.total
@@ -276,7 +257,7 @@ class _Run:
             epoch = step / self.feed.steps_per_epoch
             self.journal.write(step, {**self.meter.close(), "lr": rate, "epoch": epoch}, group="train")
         if config.save_every and (last or step % config.save_every == 0):
-            error = self._try_save()
+            error = self.kept.try_save()
             if error is not None and not last:
                 raise error
             if error is not None:  # the model is smaller than a checkpoint and may still fit
@@ -312,87 +293,14 @@ class _Run:
         self.student.reshard()
         if fault is not None:
             if self.state.step == self.total and self.ranks.main:
-                self._write_model(self.student.trained())
-            self._end(fault)
+                self.kept.write_model(self.student.trained())
+            self.kept.end(fault)
         measured["loss"] = weighted(measured, self.stage.losses)
         self.journal.write(self.state.step, measured, group="held-out")
         self.state.take(measured, self.config.watch)
-        if self.saved_step == self.state.step or self.state.best_step == self.state.step:
-            self._save()
+        if self.kept.saved_step == self.state.step or self.state.best_step == self.state.step:
+            self.kept.save()
 
     def _stalled(self) -> bool:
         patience = self.config.early_stop
         return patience is not None and self.state.waited >= patience
-
-    def _end(self, fault: Exception | None) -> None:
-        """Ends the run for data that cannot be read, with everything saved; other ranks than those that have
-        the fault end quietly."""
-        where = f"; saved in {self._save()}: run with --resume to continue" if self.state.step else ""
-        if fault is None:
-            raise SystemExit(1)
-        if isinstance(fault, KdcacheError | OSError):
-            raise KdcacheError(f"{fault}{where}") from fault
-        raise fault
-
-    def _save(self) -> Path:
-        """Writes a checkpoint of this step, and returns its folder."""
-        if (error := self._try_save()) is not None:
-            raise error
-        return self.checkpoints.path(self.state.step)
-
-    def _try_save(self) -> BaseException | None:
-        """Writes a checkpoint of this step, or its state alone where the rest is saved; returns what went
-        wrong. The main process writes, the others wait."""
-        fault: Exception | None = None
-        if self.saved_step == self.state.step:
-            try:
-                if self.ranks.main:
-                    self.checkpoints.update(self.state)
-            except KdcacheError as error:
-                fault = error
-            return self.ranks.agree(fault)
-        checkpoint = self.optimization.checkpoint(self.state, self.identity)
-        try:
-            if self.ranks.main:
-                self.checkpoints.save(checkpoint)
-        except KdcacheError as error:
-            fault = error
-        ended = self.ranks.agree(fault)
-        if ended is None:
-            self.saved_step = self.state.step
-        return ended
-
-    def finish(self) -> dict[str, Any]:
-        """Writes the model and the result."""
-        config, state = self.config, self.state
-        best = state.best_step if config.early_stop is not None else None
-        step = state.step if best is None else best
-        result = {
-            "stage": self.stage.name,
-            "steps": state.step,
-            "model_step": step,
-            "model": str(config.out / "model"),
-            "samples": state.samples,
-            "seconds": {name: round(value, 3) for name, value in state.seconds.items()},
-            "time": time_line(state.seconds),
-            "train": self.meter.latest,
-            "evaluation": state.evaluation if step == state.step else state.best_evaluation,
-            "identity": self.identity,
-        }
-        weights = self.student.trained() if step == state.step else self.checkpoints.load(step).weights
-        fault: Exception | None = None
-        try:
-            if self.ranks.main:
-                self._write_model(weights)
-                write_result(config, result)
-        except (KdcacheError, OSError) as error:
-            fault = error
-        if (ended := self.ranks.agree(fault)) is not None:
-            saved = self.saved_step == state.step or self._try_save() is None
-            kept = f"the weights are in {self.checkpoints.path(state.step)}" if saved else "nothing more fits"
-            raise KdcacheError(f"{fault}; {kept}; then run with --resume") if fault else ended
-        self.progress.message(f"stage {self.stage.name}: {state.step} steps; {result['time']}")
-        return {**result, "already_done": False}
-
-    def _write_model(self, weights: Mapping[str, Tensor]) -> None:
-        save_trained(self.config, self.caches[0], weights, self.processor, self.config.out / "model")

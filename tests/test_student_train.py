@@ -279,7 +279,7 @@ def test_a_checkpoint_of_another_run_is_refused(world, tmp_path, change, message
         raise StoppedEarly("here")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("student.train._Run.finish", stop)
+        patch.setattr("student.kept.Kept.finish", stop)
         with pytest.raises(StoppedEarly):
             train(settings(world, tmp_path / "run", save_every=2), Silent())
     with pytest.raises(KdcacheError, match=message):
