@@ -46,7 +46,8 @@ def identity_of(config: TrainConfig, caches: Sequence[Cache]) -> dict[str, Any]:
         for cache in caches
     ]
     if config.mixture is None:
-        data: dict[str, Any] = {"cache": found[0]}
+        names = ("cache", "rejected")
+        data: dict[str, Any] = dict(zip(names, found, strict=False))
     else:
         weights = (source.weight for source in config.sources)
         pairs = enumerate(zip(found, weights, strict=True))

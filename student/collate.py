@@ -25,6 +25,7 @@ from student.losses import (
     LossWeights,
     PlannedTargets,
     PositionTargets,
+    PreferenceTargets,
     RelationTargets,
     TeacherStates,
 )
@@ -86,8 +87,9 @@ class Collator:
     become tensors. sample_temperature: at which the tail was drawn. placeholders: when set, every image's
     placeholder tokens are replaced by this many of `image_token_id` (for a student with another number of
     visual tokens than the teacher; visual and relation targets are then impossible). losses: the objective
-    that batches are prepared for. further: of a mixture, the collators of its other caches; their image roots
-    and placeholders are used for their samples.
+    that batches are prepared for. pairs: samples come as chosen and rejected, in turn,
+    and of the cache only the teacher's likelihoods of the labels are needed. further: the collators of the
+    other caches; their image roots and placeholders are used for their samples.
     """
 
     pixels: PixelInputs
@@ -98,6 +100,7 @@ class Collator:
     sample_temperature: float = 1.0
     placeholders: int | None = None
     losses: LossWeights = field(default_factory=LossWeights)
+    pairs: bool = False
     further: tuple[Collator, ...] = ()
 
     def __post_init__(self) -> None:
@@ -126,7 +129,11 @@ class Collator:
         inputs |= _extra_inputs(samples, length)
         inputs |= pixels
         labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)
-        targets = PlannedTargets.of(labels, self._targets(samples, length), self.losses)
+        targets: DistillationTargets = (
+            PreferenceTargets.of(labels, _likelihoods(samples))
+            if self.pairs
+            else PlannedTargets.of(labels, self._targets(samples, length), self.losses)
+        )
         return Batch(
             inputs=inputs,
             labels=labels,
@@ -237,6 +244,28 @@ def respan(sample: Sample, placeholders: int, image_token_id: int) -> Sample:
         model_inputs={},
         hidden_states={kind: each for kind, each in sample.hidden_states.items() if kind == "response"},
     )
+
+
+def _likelihoods(samples: Sequence[Sample]) -> Tensor:
+    """(B,) float64: the teacher's log-likelihoods of the labels of chosen and rejected samples, in turn.
+    KdcacheError for a pair that answers different prompts, or where they are not stored."""
+    for chosen, rejected in zip(samples[::2], samples[1::2], strict=True):
+        first, second = (
+            sample.input_ids[: int(min(sample.response_positions, default=-2)) + 1]
+            for sample in (chosen, rejected)
+        )
+        if not np.array_equal(first, second):
+            raise KdcacheError(
+                f"the chosen sample {chosen.sample_id} (row {chosen.row}) and its rejected one (row "
+                f"{rejected.row}) answer different prompts; give only rows of one prompt the same id"
+            )
+    found = []
+    for sample in samples:
+        record = sample.response
+        if record is None or record.label_logprob is None:
+            raise KdcacheError(f"row {sample.row} has no response targets: build its cache with `response`")
+        found.append(float(record.label_logprob.astype(np.float64).sum()))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _extra_inputs(samples: Sequence[Sample], length: int) -> dict[str, Tensor]:

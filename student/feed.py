@@ -14,6 +14,7 @@ from student.loader import load_ahead
 from student.mixture import MixedStream
 from student.model import DistilledStudent
 from student.order import Catalogue, StreamConfig
+from student.pairs import PairStream
 from student.ranks import Ranks
 from student.run_state import RunState
 from student.settings import TrainConfig
@@ -21,7 +22,8 @@ from student.stream import OrderedStream, Stream
 
 
 class Feed:
-    """Where a run's batches come from. `state` is the run's own, whose step moves on between batches."""
+    """Where a run's batches come from. `state` is the run's own, whose step moves on between batches. note:
+    what of the caches is not read, to be told."""
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class Feed:
         self._device, self._state = device, state
         self._loader: Generator[tuple[int, list[Batch]]] | None = None
         self._reweighing: Reweighing | None = None
+        self.note = ""
         self._stream = self._open(caches)
         self.steps_per_epoch = self._stream.steps_per_epoch
         self._total = config.resolved_stage.total_steps(self.steps_per_epoch)
@@ -55,6 +58,13 @@ class Feed:
             "rank": self._ranks.rank,
             "world_size": self._ranks.count,
         }
+        if stage.preference:
+            pairs = PairStream(caches, order, **reading)
+            if pairs.alone:
+                self.note = (
+                    f"{pairs.alone} of {len(caches[0])} chosen samples have no partner and are left out"
+                )
+            return pairs
         if mixture is None:
             return Stream(caches[0], order, **reading)
         catalogue = Catalogue(caches)

@@ -17,7 +17,14 @@ from cache_schema.format.spec import KINDS, Kind
 from models.head import Head, verified_head
 from models.parts import Part, part_of
 from student.folder import freeze
-from student.losses import Denominators, DistillationLoss, DistillationTargets, LossParts, LossWeights
+from student.losses import (
+    Denominators,
+    DistillationLoss,
+    DistillationTargets,
+    LossParts,
+    LossWeights,
+    PreferenceLoss,
+)
 from student.timing import Stopwatch
 
 _AGREEMENT_ROWS = 1024
@@ -42,6 +49,7 @@ class DistilledStudent(nn.Module):
     embeddings turn into logits (`check_head` proves it). Of its parameters only the `trainable` parts
     require gradients; the vision tower stays in eval mode and autograd keeps nothing of it unless it is
     trainable. needs_mask: whether padding at the right must be masked (`Optimization.tune` finds out).
+    preference: beta of preference distillation, which then is the loss; 0: `weights` are.
     vocab_size: logits at and above it are padding of the matrix, which `Head` says how to count.
     """
 
@@ -52,11 +60,12 @@ class DistilledStudent(nn.Module):
         *,
         vocab_size: int,
         trainable: tuple[Part, ...] = (),
+        preference: float = 0.0,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss = DistillationLoss(weights)
+        self.loss = PreferenceLoss(preference) if preference else DistillationLoss(weights)
         self.measure_loss = DistillationLoss(EVERY_TERM)
         self.vocab_size = vocab_size
         self.caps_logits = True

@@ -30,7 +30,8 @@ from student.throughput import compile_language_model, needs_mask
 from student.timing import Stopwatch
 
 SUMS = (*TERMS, "unsupervised")
-"""What a micro-batch adds to the sums of its step: the loss, its terms, samples without supervised token."""
+"""What a micro-batch adds to the sums of its step: the loss, its terms, samples without supervised token.
+The measures of the student's objective follow."""
 
 # By name and unsharded, so that a checkpoint serves any number of ranks.
 _WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -43,6 +44,7 @@ class Optimization:
         self, student: DistilledStudent, stage: Stage, accelerator: Accelerator, stopwatch: Stopwatch
     ) -> None:
         self.student = student
+        self.sums = (*SUMS, *student.loss.measures)
         self._accelerator, self._stopwatch = accelerator, stopwatch
         self._bound = stage.max_grad_norm or math.inf
         optimizer = torch.optim.AdamW(
@@ -93,8 +95,8 @@ class Optimization:
     ) -> tuple[Tensor, float]:
         """Adds up the gradients of a global batch, which `counts` counts, and clips them.
 
-        Returns SUMS of every micro-batch (M, len(SUMS)) float64 on the CPU, and the gradient's norm over all
-        ranks and parameters before clipping. Random numbers are those of (seed, step, rank).
+        Returns `sums` of every micro-batch (M, len(sums)) float64 on the CPU, and the gradient's norm over
+        all ranks and parameters before clipping. Random numbers are those of (seed, step, rank).
         """
         ranks = self._accelerator.num_processes
         torch.manual_seed(_seed_of(seed, step, self._accelerator.process_index))
@@ -147,7 +149,7 @@ class Optimization:
 def _sums_of(parts: LossParts, ranks: int) -> Tensor:
     total = parts.total.detach() / ranks
     unsupervised = total.new_tensor(float(parts.unsupervised))
-    terms = (total, *parts.by_term.values(), unsupervised)
+    terms = (total, *parts.by_term.values(), unsupervised, *parts.measures.values())
     return torch.stack([term.to(total) for term in terms])
 
 

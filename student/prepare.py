@@ -56,7 +56,12 @@ def load_student(
             seed=config.seed,
         )
     return DistilledStudent(
-        model, stage.losses, vocab_size=vocab_size, trainable=stage.trainable, stopwatch=stopwatch
+        model,
+        stage.losses,
+        vocab_size=vocab_size,
+        trainable=stage.trainable,
+        preference=stage.preference,
+        stopwatch=stopwatch,
     )
 
 
@@ -122,6 +127,7 @@ def _collator(
                 sample_temperature=cache.spec.sample_temperature,
                 placeholders=placeholders,
                 losses=stage.losses,
+                pairs=stage.preference > 0.0,
             )
         )
     return replace(made[0], further=tuple(made[1:]))
@@ -170,7 +176,7 @@ def padded_batch(cache: Cache, collator: Collator) -> Batch | None:
     places = [int(np.argmax(first)), int(np.argmin(first))]
     try:
         block = cache.read_shard(cache.shards[0], parts=(), images=True)
-        return replace(collator, targets=())([block.sample(place) for place in places])
+        return replace(collator, targets=(), pairs=False)([block.sample(place) for place in places])
     except (KdcacheError, OSError):
         return None
 

@@ -55,6 +55,7 @@ def train_recipe(
                 student=student,
                 cache=caches.get(name) or entry.cache or config.cache,
                 mixture=mixture,
+                rejected=entry.rejected or (config.rejected if entry.stage.preference else None),
                 image_root=root,
                 eval_cache=entry.eval_cache or config.eval_cache,
                 out=config.out / f"{number}-{name}",

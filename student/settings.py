@@ -72,7 +72,7 @@ class NewStudentConfig:
 class TrainConfig:
     """One stage of training."""
 
-    stage: Annotated[Stage, Help("A stage with the paper's settings: dpt, sft, dft or pt.")]
+    stage: Annotated[Stage, Help("A stage with the paper's settings: dpt, sft, dft, pt or pd.")]
     student: Annotated[Path, Help("Folder of the student to start from.")]
     cache: Annotated[
         str | None,
@@ -83,6 +83,12 @@ class TrainConfig:
         Help(
             "Folder or fsspec URL that the cache's image paths start from; STAGE=FOLDER for one stage of a "
             "recipe. Not needed where the cache embeds its images."
+        ),
+    ] = None
+    rejected: Annotated[
+        str | None,
+        Help(
+            "Stage pd: the cache of the rejected answers; --cache holds the chosen ones, with the same ids."
         ),
     ] = None
     mixture: Annotated[
@@ -180,11 +186,27 @@ class TrainConfig:
             },
         )
 
+    def refuse_half_pairs(self) -> None:
+        """WrongUsage where a stage of preference distillation has no pairs to learn from, or another one has
+        a rejected cache."""
+        stage, pairs = self.stage, self.stage.preference > 0.0
+        faults = {
+            "it needs the rejected answers: give --rejected": pairs and not self.rejected,
+            "rejected is for preference distillation: take stage pd": bool(self.rejected) and not pairs,
+            "preference does not go with a mixture": pairs and self.mixture is not None,
+            "early_stop needs --watch ce, the held-out labels": pairs
+            and self.early_stop is not None
+            and self.watch == "loss",
+        }
+        check(self, faults, where=f"stage {stage.name}: ")
+
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The caches to learn from, each with its image root where one is given; empty without any."""
+        """The caches to learn from, each with its image root where one is given; empty without any. The
+        rejected one comes second."""
         if self.mixture is None or not self.mixture.sources:
-            return (Source(cache=self.cache, image_root=self.image_root),) if self.cache else ()
+            caches = [cache for cache in (self.cache, self.rejected if self.cache else None) if cache]
+            return tuple(Source(cache=cache, image_root=self.image_root) for cache in caches)
         return tuple(
             replace(source, image_root=source.image_root or self.image_root)
             for source in self.mixture.sources

@@ -77,11 +77,23 @@ class Stage:
     ] = 16.0
     lora_dropout: Annotated[float, within(0.0, 1.0, "[)"), Help("Dropout of the adapters' inputs.")] = 0.0
 
+    preference: Annotated[
+        float,
+        at_least(0),
+        Help(
+            "Beta of preference distillation: the stage learns from pairs of `cache` and `rejected` alone, "
+            "with all other losses off; 0: none."
+        ),
+        Later(),
+    ] = 0.0
+
     def __post_init__(self) -> None:
         named = isinstance(self.name, str) and _NAME.fullmatch(self.name)
         faults = {
             "trainable is empty": not self.trainable,
-            "all its losses are off": not any(self.losses.by_term.values()),
+            "all its losses are off": not any(self.losses.by_term.values()) and not self.preference,
+            "preference does not go with other losses": bool(self.preference)
+            and any(self.losses.by_term.values()),
             "its name must be letters, digits, _, - and .": not named,
         }
         check(self, faults, where=f"stage {self.name}: ")
@@ -89,6 +101,8 @@ class Stage:
     @property
     def targets(self) -> tuple[str, ...]:
         """The targets that its losses read from the cache."""
+        if self.preference:
+            return ("response",)
         return tuple(name for name, weight in self.losses.by_target.items() if weight > 0.0)
 
     @property
@@ -148,8 +162,10 @@ SFT = Stage(
 )
 DFT = replace(SFT, name="dft", losses=LossWeights())
 PT = replace(DPT, name="pt", losses=CE_ONLY)
+PD = replace(SFT, name="pd", losses=replace(CE_ONLY, ce=0.0), preference=0.1, group_by_modality=False)
+"""LLaVA-MoD's preference distillation; its beta is the usual one of DPO."""
 
-STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (DPT, SFT, DFT, PT)}
+STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (DPT, SFT, DFT, PT, PD)}
 RECIPES: Mapping[str, tuple[Stage, ...]] = {"llava-kd": (DPT, SFT, DFT), "llava": (PT, SFT)}
 
 
@@ -159,6 +175,7 @@ class RecipeStage:
 
     stage: Stage
     cache: str | None = None
+    rejected: str | None = None
     mixture: Mixture | None = None
     image_root: str | None = None
     eval_cache: str | None = None
@@ -225,7 +242,7 @@ def open_recipe(name_or_file: str) -> Recipe:
     """A built-in recipe by its name, or a recipe file in YAML or TOML.
 
     A file holds `name` and a list `stages`; each stage has the fields of Stage, `base`, and optionally
-    `cache` or `caches`, `image_root`, `eval_cache`. Unknown keys are refused.
+    `cache` or `caches`, `rejected`, `image_root`, `eval_cache`. Unknown keys are refused.
     """
     if name_or_file in RECIPES:
         stages = tuple(RecipeStage(stage=stage) for stage in RECIPES[name_or_file])
@@ -252,7 +269,7 @@ def _recipe_from(document: Any, path: Path) -> Recipe:
         where = f"stage {number}"
         if not isinstance(entry, dict):
             raise WrongUsage(f"{where} must be a mapping, not {entry!r}")
-        data = {key: entry[key] for key in ("cache", "image_root", "eval_cache") if key in entry}
+        data = {key: entry[key] for key in ("cache", "rejected", "image_root", "eval_cache") if key in entry}
         for key, value in data.items():
             if not isinstance(value, str) or not value:
                 raise WrongUsage(f"{where}: {key} must be a path, not {value!r}")

@@ -58,6 +58,7 @@ def train(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     """
     if not config.sources:
         raise WrongUsage(f"stage {config.stage.name} has no cache to learn from: give --cache")
+    config.refuse_half_pairs()
     require_folder(config.out, new=False)
     if config.wait:
         wait_for_caches(config, progress)
@@ -109,6 +110,8 @@ def _begin(
     if saved is not None:
         student.load_trained(saved.weights)
     feed = Feed(config, caches, collator, ranks, accelerator.device, state)
+    if feed.note:
+        progress.message(feed.note)
     optimization = Optimization(student, stage, accelerator, stopwatch)
     if accelerator.device.type != "cpu" or config.compile:
         probe = padded_batch(caches[0], collator)
@@ -227,7 +230,7 @@ class _Run:
             if self.ranks.count == 1:  # the weights are still those before this step
                 self.kept.try_save()
             raise
-        sums = self.ranks.sums(dict(zip(SUMS, terms.sum(0).tolist(), strict=True)))
+        sums = self.ranks.sums(dict(zip(self.optimization.sums, terms.sum(0).tolist(), strict=True)))
         if not math.isfinite(sums["loss"]):
             finite = torch.isfinite(terms[:, SUMS.index("loss")]).tolist()
             self.kept.refuse([b for b, fine in zip(micro_batches, finite, strict=True) if not fine])

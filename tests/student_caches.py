@@ -88,6 +88,7 @@ def fake_capture(
     spec: TargetSpec = SPEC,
     seed: int = 0,
     training: dict[str, Any] | None = None,
+    teacher_name: str | None = None,
 ) -> Path:
     """Writes a cache of `rows` samples of different lengths; every `text_only`-th has no image."""
     model = AutoModelForImageTextToText.from_pretrained(teacher).eval()
@@ -96,7 +97,11 @@ def fake_capture(
     plan = Plan(rows=rows, shard_size=shard_size, order=random.permutation(rows).astype(np.int64))
     manifest = Manifest(
         fingerprint=Fingerprint(
-            capture={"teacher_weights": f"tiny-{seed}", "dataset": f"{rows}", "spec": spec.to_json()},
+            capture={
+                "teacher_weights": teacher_name or f"tiny-{seed}",
+                "dataset": f"{rows}",
+                "spec": spec.to_json(),
+            },
             training=training_fingerprint(processor, model.config.image_token_id) | (training or {}),
         ),
         spec=spec,

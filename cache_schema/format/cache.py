@@ -190,6 +190,11 @@ class Cache:
         row, tokens, images, responses = (np.concatenate(found[name]) for name in columns)
         return CacheIndex(row=row, tokens=tokens, images=images, responses=responses)
 
+    def sample_ids(self) -> list[str]:
+        """The label of every sample, in order."""
+        tables = (self._table(shard, "samples", ["sample_id"]) for shard in self.shards)
+        return [each for table in tables for each in table["sample_id"].to_pylist()]
+
     def find(self, row_or_id: int | str) -> list[int]:
         """The indices of the samples with this row number (looked for in its shard alone) or with this
         label (labels may repeat)."""

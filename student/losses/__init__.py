@@ -5,6 +5,7 @@ from student.loss_weights import LossWeights
 from student.losses.functions import cross_entropy, relation_loss, sparse_kl
 from student.losses.objective import DistillationLoss, LossParts
 from student.losses.plan import PlannedTargets
+from student.losses.preference import PreferenceLoss, PreferenceTargets
 from student.losses.targets import (
     Denominators,
     DistillationTargets,
@@ -22,6 +23,8 @@ __all__ = [
     "LossWeights",
     "PlannedTargets",
     "PositionTargets",
+    "PreferenceLoss",
+    "PreferenceTargets",
     "RelationTargets",
     "TeacherStates",
     "cross_entropy",

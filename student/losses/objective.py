@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class LossParts:
     sum over micro-batches, averaged over ranks, is the loss of the global batch. The terms are detached,
     without their weights and world_size: sums over micro-batches and ranks give the terms of the global
     batch. A term of weight 0 is not computed; its value is 0. unsupervised: samples with no supervised token.
+    measures: what else an objective tells of a step (its `measures`), summed like the terms.
     """
 
     total: Tensor
@@ -36,6 +37,7 @@ class LossParts:
     kl: Mapping[Kind, Tensor]
     relation: Tensor
     unsupervised: int
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def by_term(self) -> dict[str, Tensor]:
@@ -54,6 +56,8 @@ class DistillationLoss:
     `dense` they compare with the whole distribution that `teacher`, its head, makes of its hidden states;
     their logits are made apart, as are those of TAID, whose t is `teacher_share` (None: where it begins).
     """
+
+    measures: tuple[str, ...] = ()
 
     def __init__(
         self, weights: LossWeights, *, teacher: Head | None = None, memory_budget: int | None = None
