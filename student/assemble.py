@@ -28,6 +28,7 @@ from cache_schema.format.cache import Cache, open_cache
 from cache_schema.output import require_folder
 from models.folder import LOAD_ERRORS
 from models.parts import part_of
+from student.experts import upcycle
 from student.folder import save_folder
 from student.generation import answer_ends, settle_generation
 from student.kept_projector import keep_projector
@@ -66,6 +67,8 @@ def new_student(config: NewStudentConfig) -> dict[str, Any]:
         image_token_id = _add_image_token(tokenizer, language)
     layer = layer if config.feature_layer is None else config.feature_layer
     strategy = config.select_strategy or strategy
+    if config.experts is not None:
+        language = upcycle(language, experts=config.experts, active=config.active or 2, seed=config.seed)
     model = _join(tower, language, image_token_id, layer, strategy, config.seed)
     processor = LlavaProcessor(
         image_processor=image_processor,

@@ -54,7 +54,20 @@ class NewStudentConfig:
         Path | None,
         Help("Folder of some images, to which a narrower student's kept projector is fitted."),
     ] = None
-    seed: Annotated[int, at_least(0), Help("Seed of the projector's weights.")] = 0
+    experts: Annotated[
+        int | None,
+        at_least(2),
+        Help(
+            "Make a mixture of so many experts of every feed-forward layer of a Qwen2 language model, each a "
+            "copy at the start."
+        ),
+    ] = None
+    active: Annotated[
+        int | None,
+        at_least(2),
+        Help("Experts that each token goes through, 2 at least: the router of one would learn nothing."),
+    ] = None
+    seed: Annotated[int, at_least(0), Help("Seed of the projector's and the router's weights.")] = 0
     feature_layer: Annotated[
         int | None, Help("The tower's layer whose features are taken. Default: as `like`, or -2.")
     ] = None
@@ -65,7 +78,16 @@ class NewStudentConfig:
 
     def __post_init__(self) -> None:
         alone = self.projector_images is not None and self.projector_from is None
-        check(self, {"projector_images needs projector_from": alone})
+        one = (self.experts is None) != (self.active is None)
+        many = (self.active or 0) > (self.experts or 0)
+        check(
+            self,
+            {
+                "projector_images needs projector_from": alone,
+                "experts and active need each other": one,
+                f"active may be {self.experts} at most, the number of experts": many,
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
