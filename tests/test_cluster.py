@@ -77,8 +77,6 @@ def test_two_killed_workers_of_four_leave_no_trace(world: Path, tmp_path: Path) 
     assert report.intact, report.problems
     assert report.shards == SHARDS
     assert_same_cache(out, world / "undisturbed")
-    said, told = on_ray(world, out).communicate(timeout=500)
-    assert "already done: yes" in said, told[-3000:]
 
 
 @pytest.mark.slow
