@@ -127,6 +127,9 @@ def _assemble(
     """records, relations, hidden: those of the sample's parts and owned images, in order."""
     rules = [spec.rule(kind) for kind in want.kinds(spec)]
     records = [fitted(record, rule) for record, rule in zip(records, rules, strict=True)]
+    if sample.veil is not None:
+        places = want.positions(sample, spec)
+        records = [sample.veil.over(record, part) for record, part in zip(records, places, strict=True)]
     left, related = iter(records), iter(relations)
     states = iter(hidden or [None] * len(records))
     response, response_states = (next(left), next(states)) if want.response is not None else (None, None)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cache_schema.errors import RowRejected, first_line
+from cache_schema.errors import KdcacheError, RowRejected, first_line
 from models.tokens import adds_special_tokens
 from pipeline.templates import Rendered
 
@@ -28,7 +28,8 @@ class Encoded:
 
     ids (T,) int32. images: for each image a mask (T,) of the tokens that replaced its mark; marks: the
     template's text there. answers: for each span of the text its token range, empty where no token touches
-    it. rest: every other model input but the attention mask, with a batch dimension of 1.
+    it; further: the same for the spans that were asked for. rest: every other model input but the attention
+    mask, with a batch dimension of 1.
     """
 
     ids: NDArray[np.int32]
@@ -36,29 +37,43 @@ class Encoded:
     marks: list[str]
     answers: list[Span]
     rest: dict[str, Tensor]
+    further: Sequence[Span] = ()
 
 
-def encode(processor: Any, rendered: Rendered, images: Sequence[Image.Image]) -> Encoded:
+def encode(
+    processor: Any, rendered: Rendered, images: Sequence[Image.Image], further: Sequence[Span] = ()
+) -> Encoded:
     """Runs a processor on one rendered conversation. RowRejected (`processor`) when it refuses.
 
     A processor that takes a `suffix` belongs to a prefix language model (PaliGemma), which attends to its
     prompt in both directions: the text from the first answer on becomes the suffix.
     """
     if _takes_suffix(type(processor)):  # type: ignore[arg-type]
+        if further:
+            raise KdcacheError("private spans are not found in the inputs of a prefix language model")
         return _encode_prefix_model(processor, rendered, images)
     found = _call(processor, images, text=[rendered.text])
     offsets, replacements = found.offsets, found.replacements
-    answers = []
-    for start, end in rendered.spans:
+
+    def tokens_of(span: Span) -> Span:
+        start, end = span
         gained = sum(
             (r["new_span"][1] - r["new_span"][0]) - (r["span"][1] - r["span"][0])
             for r in replacements
             if r["span"][1] <= start
         )
-        answers.append(_touching(offsets, (start + gained, end + gained)))
+        return _touching(offsets, (start + gained, end + gained))
+
     placed = [_inside(offsets, replacement["new_span"]) for replacement in replacements]
     marks = [_cut(rendered.text, replacement["span"]) for replacement in replacements]
-    return Encoded(ids=found.ids, images=placed, marks=marks, answers=answers, rest=found.rest)
+    return Encoded(
+        ids=found.ids,
+        images=placed,
+        marks=marks,
+        answers=[tokens_of(span) for span in rendered.spans],
+        rest=found.rest,
+        further=[tokens_of(span) for span in further],
+    )
 
 
 @cache

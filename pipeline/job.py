@@ -22,6 +22,7 @@ from models.folder import load_config, load_processor, outline_of
 from models.pixels import with_table
 from models.tokens import image_token_id_of, pad_token_id_of
 from pipeline.fingerprint import fingerprint_of, read_assets
+from pipeline.private_spans import private_spans
 from pipeline.samples import PreparedSample, SamplePreparer
 from pipeline.settings import BuildConfig
 from pipeline.shard_plan import plan_rows
@@ -188,7 +189,22 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
             max_length=max_length,
             embed_images=config.spec.embed_images,
             over_long=config.over_long,
+            private=private_spans(
+                config.private,
+                config.private_field,
+                temperature=config.private_temperature,
+                noise=config.private_noise,
+                tokens=len(processor.tokenizer),
+                seed=config.spec.seed,
+            ),
         ),
         image_root=root,
-        rules={"max_length": max_length, "over_long": config.over_long},
+        rules={"max_length": max_length, "over_long": config.over_long, **_private_rules(config)},
     )
+
+
+def _private_rules(config: BuildConfig) -> dict[str, Any]:
+    """What the fingerprint says of private spans; nothing where none are named."""
+    names = ("private", "private_field", "private_temperature", "private_noise")
+    named = config.private is not None or config.private_field is not None
+    return {name: getattr(config, name) for name in names} if named else {}

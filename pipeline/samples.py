@@ -18,6 +18,7 @@ from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.records import ImageRecord, labels_of, positions_by_kind
 from cache_schema.format.spec import Kind
 from pipeline.encode import Encoded, encode
+from pipeline.private_spans import PrivateSpans, Veil
 from pipeline.settings import OverLong
 from pipeline.templates import ChatTemplate, Rendered
 
@@ -39,7 +40,7 @@ class PreparedSample:
     token_inputs: further inputs of shape (T,) (token types). pixel_inputs: everything else the processor
     made (pixels, grids, sizes), with the leading dimensions that the model expects. answers_kept: how many of
     the conversation's answers are in it; answers_cut: how many were removed from its end. expansions: one per
-    image. seconds: time spent on reading and preparing it.
+    image. veil: over its private tokens. seconds: time spent on reading and preparing it.
     """
 
     row: int
@@ -52,6 +53,7 @@ class PreparedSample:
     answers_kept: int
     answers_cut: int = 0
     expansions: tuple[Expansion, ...] = ()
+    veil: Veil | None = None
     seconds: float = 0.0
 
     def __len__(self) -> int:
@@ -86,6 +88,7 @@ class SamplePreparer:
         max_length: int,
         embed_images: bool = False,
         over_long: OverLong = "quarantine",
+        private: PrivateSpans | None = None,
     ) -> None:
         if not processor.tokenizer.is_fast:
             raise KdcacheError(
@@ -101,6 +104,7 @@ class SamplePreparer:
         self._max_length = max_length
         self._embed_images = embed_images
         self._over_long = over_long
+        self._private = private
 
     def prepare(self, conversation: Conversation) -> PreparedSample:
         """The sample of a conversation. RowRejected with its reason when it cannot be captured.
@@ -123,7 +127,8 @@ class SamplePreparer:
 
     def _prepare(self, conversation: Conversation, images: list[OpenedImage]) -> PreparedSample:
         rendered = self._template.render(conversation.messages, conversation.supervised)
-        encoded = encode(self._processor, rendered, [image.image for image in images])
+        private = [] if self._private is None else self._private.found(conversation, rendered.text)
+        encoded = encode(self._processor, rendered, [image.image for image in images], private)
         positions = self._image_positions(encoded, len(images))
         spans = self._label_spans(conversation, rendered, encoded)
         length = len(encoded.ids)
@@ -148,6 +153,9 @@ class SamplePreparer:
             pixel_inputs={name: value for name, value in encoded.rest.items() if name not in by_token},
             answers_kept=len(conversation.answers),
             expansions=_expansions(encoded),
+            veil=None
+            if self._private is None
+            else Veil.of(self._private, conversation.row, encoded.ids, encoded.further),
         )
 
     def _image_positions(self, encoded: Encoded, images: int) -> list[NDArray[np.int32]]:

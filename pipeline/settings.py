@@ -35,6 +35,7 @@ BATCH_TOKENS = 16384
 """Padded tokens of a batch where the device's memory does not decide."""
 
 _TEACHER, _DATA, _VLLM, _RUN, _RAY = "Teacher", "Data", "The engine vllm", "Run", "A Ray cluster"
+_PRIVATE = "Private spans (Swing)"
 _GRID, _BOUNDS = "Settings to try", "Bounds of the recommended settings"
 
 
@@ -83,6 +84,24 @@ class BuildConfig:
         int, at_least(1), Help("Longest sample in tokens, image tokens included.", _DATA)
     ] = 2048
     over_long: Annotated[OverLong, Help("What happens to longer samples.", _DATA)] = "quarantine"
+    private: Annotated[
+        str | None,
+        Help(
+            "Regular expression of private text: records of tokens in it no longer hold their distribution.",
+            _PRIVATE,
+        ),
+    ] = None
+    private_field: Annotated[
+        str | None, Help("Key of a row with a list of its private texts, in the same sense.", _PRIVATE)
+    ] = None
+    private_temperature: Annotated[
+        float, at_least(1.0), Help("Temperature of the records of private tokens.", _PRIVATE)
+    ] = 4.0
+    private_noise: Annotated[
+        float,
+        at_least(0.0),
+        Help("Scale of the Laplace noise on their log-probabilities, in nats.", _PRIVATE),
+    ] = 1.0
     limit: Annotated[int | None, at_least(1), Help("Only the first LIMIT rows of the dataset.", _DATA)] = None
     max_bad: Annotated[
         float | None,
@@ -125,7 +144,13 @@ class BuildConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        check(self)
+        named = self.private is not None or self.private_field is not None
+        faults = {
+            "private spans do not go with hidden states, which hold every distribution": named
+            and bool(self.spec.hidden),
+            "private spans do not go with tail samples": named and self.spec.tail_samples > 0,
+        }
+        check(self, faults)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
