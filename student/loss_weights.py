@@ -72,6 +72,14 @@ class LossWeights:
         ),
         Later(),
     ] = 1.0
+    dual_head: Annotated[
+        bool,
+        Help(
+            "The terms from the cache go through a second output head, which begins as a copy of the model's "
+            "and is dropped at the end; the cross entropy alone goes through the model's own."
+        ),
+        Later(),
+    ] = False
 
     def __post_init__(self) -> None:
         others = [each.name for each in self.divergences.values() if each != FORWARD]
@@ -84,12 +92,22 @@ class LossWeights:
         faults[f"kl_share below 1 does not go with {reason}"] = bool(self.apart) and self.kl_share < 1.0
         starts = {each.value for each in self.divergences.values() if each.name == "taid"}
         faults["divergence taid needs one t for all kinds"] = len(starts) > 1
+        both = self.ce > 0 and any(self.by_target.values())
+        faults["dual_head needs the cross entropy and a term from the cache"] = self.dual_head and not both
         check(self, faults)
 
     @property
     def divergences(self) -> dict[Kind, Divergence]:
         """The divergence of each kind of position."""
         return by_kind(self.divergence)
+
+    @property
+    def by_head(self) -> tuple[LossWeights, LossWeights]:
+        """With `dual_head`: the objective of the second head, and that of the model's own."""
+        return (
+            replace(self, ce=0.0, dual_head=False),
+            LossWeights(ce=self.ce, response=0.0, visual=0.0, relation=0.0, reduction=self.reduction),
+        )
 
     @property
     def apart(self) -> tuple[Kind, ...]:

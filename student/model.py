@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,9 @@ class DistilledStudent(nn.Module):
     trainable. needs_mask: whether padding at the right must be masked (`Optimization.tune` finds out).
     preference: beta of preference distillation, which then is the loss; 0: `weights` are.
     vocab_size: logits at and above it are padding of the matrix, which `Head` says how to count.
+
+    With `LossWeights.dual_head` the terms from the cache go through `second_head`, a trained copy of the
+    model's output embeddings beside the model; the cross entropy and `measure` go through the model's own.
     """
 
     def __init__(
@@ -65,12 +69,17 @@ class DistilledStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss = PreferenceLoss(preference) if preference else DistillationLoss(weights)
+        distilled, labelled = weights.by_head if weights.dual_head else (weights, None)
+        self.loss = PreferenceLoss(preference) if preference else DistillationLoss(distilled)
+        self.label_loss = None if labelled is None else DistillationLoss(labelled)
+        self.second_head = copy.deepcopy(model.get_output_embeddings()) if weights.dual_head else None
         self.measure_loss = DistillationLoss(EVERY_TERM)
         self.vocab_size = vocab_size
         self.caps_logits = True
         self.needs_mask = True
         freeze(model, trainable)
+        if self.second_head is not None:
+            self.second_head.requires_grad_(True)
         self._stopwatch = stopwatch or Stopwatch()
 
     @property
@@ -86,10 +95,15 @@ class DistilledStudent(nn.Module):
         """Shares again what accelerate's FSDP takes apart on the meta device."""
         self.model.tie_weights()
 
-    def one_step(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
         """Around the micro-batches of a step, in which no weight changes: the losses keep the head's matrix
         as their products take it, also where FSDP gathers its weight anew for each."""
-        return self.loss.matrix.kept()
+        with ExitStack() as stack:
+            for loss in (self.loss, self.label_loss):
+                if loss is not None:
+                    stack.enter_context(loss.matrix.kept())
+            yield
 
     def reshard(self) -> None:
         """Gives back what FSDP has gathered for a forward pass that no backward pass follows: until then
@@ -124,9 +138,13 @@ class DistilledStudent(nn.Module):
             hidden = self.hidden_states(inputs)  # (B, T, D)
         compute = _autocast_dtype(hidden.device)
         with self._stopwatch.lap("loss"), _full_precision(hidden.device):
-            parts = self.loss(
-                hidden, labels, targets, self.head, denominators, world_size=world_size, compute=compute
-            )
+            head = self.head
+            batch = (hidden, labels, targets)
+            with_second = self._second(head)
+            parts = self.loss(*batch, with_second, denominators, world_size=world_size, compute=compute)
+            if self.label_loss is not None:
+                own = self.label_loss(*batch, head, denominators, world_size=world_size, compute=compute)
+                parts = replace(parts, total=parts.total + own.total, ce=own.ce)
             if torch.is_grad_enabled() and ("pixel_values" not in inputs or not parts.total.requires_grad):
                 parts = self._touch(parts, hidden)
         return parts
@@ -154,10 +172,12 @@ class DistilledStudent(nn.Module):
         return parts, Agreement(response=response, visual=visual)
 
     def trained(self) -> dict[str, Tensor]:
-        """The trainable parameters by their names in the model, whole: every rank must ask when sharded."""
+        """The trainable parameters by their names in the model, whole: every rank must ask when sharded.
+        Those of the second head are `second_head.` and their names there."""
+        second = () if self.second_head is None else self.second_head.named_parameters(prefix="second_head")
         return {
             name: unsharded(tensor.detach())
-            for name, tensor in self.model.named_parameters()
+            for name, tensor in (*self.model.named_parameters(), *second)
             if tensor.requires_grad
         }
 
@@ -179,6 +199,11 @@ class DistilledStudent(nn.Module):
         """The output head over the tokenizer's columns."""
         head = Head.of(self.model, self.vocab_size)
         return head if self.caps_logits else replace(head, softcap=None)
+
+    def _second(self, head: Head) -> Head:
+        """The head of the terms from the cache."""
+        second = self.second_head
+        return head if second is None else replace(head, weight=second.weight, bias=second.bias)
 
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The final hidden states (B, T, D), without any logits. Those at padding mean nothing."""
@@ -203,7 +228,8 @@ class DistilledStudent(nn.Module):
             for name, parameter in self.model.named_parameters()
             if part_of(name) == "projector"
         ]
-        unused += [parameter.sum() for parameter in self.model.get_output_embeddings().parameters()]
+        for head in (self.model.get_output_embeddings(), self.second_head):
+            unused += [] if head is None else [parameter.sum() for parameter in head.parameters()]
         nothing: Tensor = 0.0 * sum(unused, hidden.sum())
         return replace(parts, total=parts.total + nothing)
 

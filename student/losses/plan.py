@@ -308,12 +308,14 @@ def _entries(target: PositionTargets, weights: LossWeights) -> Entries:
 class PlannedTargets(DistillationTargets):
     """Targets of a batch with the plan of its losses, so that nothing waits for the device.
 
-    `positions` and `relations` stay on the host: the losses read the plan alone.
+    `positions` and `relations` stay on the host: the losses read the plan alone, and label_plan for the
+    model's own head where the objective has two.
     """
 
     positions: Mapping[Kind, PositionTargets] = field(default_factory=dict, metadata=ON_THE_HOST)
     relations: tuple[RelationTargets, ...] = field(default=(), metadata=ON_THE_HOST)
     plan: Plan
+    label_plan: Plan | None = None
 
     @classmethod
     def of(
@@ -322,21 +324,26 @@ class PlannedTargets(DistillationTargets):
         """targets of a batch with labels (B, T), unshifted, all on the host, for the objective of
         `weights`."""
         targets = DistillationTargets() if targets is None else targets
+        weights = weights or LossWeights()
+        first, *own = weights.by_head if weights.dual_head else (weights,)
         return cls(
             positions=targets.positions,
             relations=targets.relations,
-            plan=Plan.of(labels, targets, weights or LossWeights()),
+            plan=Plan.of(labels, targets, first),
+            label_plan=Plan.of(labels, targets, own[0]) if own else None,
         )
 
     def to(self, device: torch.device | str) -> PlannedTargets:
         """The same with its plan on `device`."""
-        return replace(self, plan=self.plan.to(device))
+        own = self.label_plan
+        return replace(self, plan=self.plan.to(device), label_plan=None if own is None else own.to(device))
 
 
 def plan_of(labels: Tensor, targets: DistillationTargets, weights: LossWeights) -> Plan:
     """The plan that the targets bring, or a new one where that is for another objective."""
     if isinstance(targets, PlannedTargets):
-        if targets.plan.weights == weights:
-            return targets.plan
+        for plan in (targets.plan, targets.label_plan):
+            if plan is not None and plan.weights == weights:
+                return plan
         targets = DistillationTargets(positions=targets.positions, relations=targets.relations)
     return Plan.of(labels, targets.to(labels.device), weights)
