@@ -40,6 +40,7 @@ class Batch:
     when any sample has an image, and all other inputs that the cache stores. labels (B, T) int64.
     rows, sample_ids, sources: of these samples; empty in an idle batch, which only keeps a rank synchronised.
     pixel_table (C, 256): where pixel_values are still bytes, their values, which they take on a device.
+    teacher_ce: of each sample, the teacher's mean cross entropy in nats; where fusion ratios need it.
     """
 
     inputs: dict[str, Tensor]
@@ -50,6 +51,7 @@ class Batch:
     sample_ids: tuple[str, ...]
     sources: tuple[int, ...] = ()
     pixel_table: Tensor | None = None
+    teacher_ce: tuple[float, ...] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
@@ -143,6 +145,7 @@ class Collator:
             rows=tuple(sample.row for sample in samples),
             sample_ids=tuple(sample.sample_id for sample in samples),
             sources=tuple(sample.source for sample in samples),
+            teacher_ce=tuple(map(_teacher_ce, samples)) if self.losses.fusion_every else None,
         )
 
     def fitted(self, sample: Sample) -> Sample:
@@ -266,6 +269,14 @@ def _likelihoods(samples: Sequence[Sample]) -> Tensor:
             raise KdcacheError(f"row {sample.row} has no response targets: build its cache with `response`")
         found.append(float(record.label_logprob.astype(np.float64).sum()))
     return torch.tensor(found, dtype=torch.float64)
+
+
+def _teacher_ce(sample: Sample) -> float:
+    """The teacher's mean cross entropy over the labels of a sample. KdcacheError where it is not stored."""
+    record = sample.response
+    if record is None or record.label_logprob is None:
+        raise KdcacheError(f"row {sample.row} has no response targets: build its cache with `response`")
+    return -float(record.label_logprob.astype(np.float64).mean())
 
 
 def _extra_inputs(samples: Sequence[Sample], length: int) -> dict[str, Tensor]:

@@ -39,6 +39,15 @@ class LossWeights:
         ),
         Later(),
     ] = 0
+    fusion_every: Annotated[
+        int,
+        at_least(0),
+        Help(
+            "Learn for each sample how much cross entropy and distillation count (TGeo-KD), with an update "
+            "on held-out samples every so many steps. 0: equally."
+        ),
+        Later(),
+    ] = 0
     prompt: Annotated[_Weight, Help("Weight of the KL at prompt positions.")] = 0.0
     temperature: Annotated[float, positive, Help("Temperature of the KL, as in `sparse_kl`.")] = 1.0
     tail: Annotated[
@@ -94,6 +103,10 @@ class LossWeights:
         faults["divergence taid needs one t for all kinds"] = len(starts) > 1
         both = self.ce > 0 and any(self.by_target.values())
         faults["dual_head needs the cross entropy and a term from the cache"] = self.dual_head and not both
+        plain = self.reduction == "sample_mean" and not self.apart and self.kl_share == 1.0
+        faults[
+            "fusion_every needs reduction sample_mean, kl_share 1, no dual_head, tail dense, taid, sinkhorn"
+        ] = self.fusion_every > 0 and not (plain and not self.dual_head)
         check(self, faults)
 
     @property

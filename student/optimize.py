@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -91,12 +91,19 @@ class Optimization:
         return f"the language model's layers are {'; '.join(reasons)}"
 
     def gradients(
-        self, micro_batches: list[Batch], counts: Denominators, *, seed: int, step: int
+        self,
+        micro_batches: list[Batch],
+        counts: Denominators,
+        *,
+        seed: int,
+        step: int,
+        before: Callable[[Batch], None] = lambda batch: None,
     ) -> tuple[Tensor, float]:
         """Adds up the gradients of a global batch, which `counts` counts, and clips them.
 
         Returns `sums` of every micro-batch (M, len(sums)) float64 on the CPU, and the gradient's norm over
         all ranks and parameters before clipping. Random numbers are those of (seed, step, rank).
+        before: called with each micro-batch on the device.
         """
         ranks = self._accelerator.num_processes
         torch.manual_seed(_seed_of(seed, step, self._accelerator.process_index))
@@ -104,6 +111,7 @@ class Optimization:
         with self.student.one_step() if len(micro_batches) > 1 else nullcontext():
             for place, moved in enumerate(on_device(micro_batches, self._accelerator.device)):
                 last = place == len(micro_batches) - 1
+                before(moved)
                 with nullcontext() if last else self._accelerator.no_sync(self._wrapped):
                     parts = self._wrapped(moved.inputs, moved.labels, moved.targets, counts, ranks)
                     with self._stopwatch.lap("backward"):

@@ -18,7 +18,8 @@ class RunState:
     step of the newest evaluation, which gave `evaluation`; best_evaluation: the one with the least loss, at
     best_step; waited: evaluations since then. held_out: the identity of the cache that they measured.
     interpolation: that of a run with TAID. teacher_temperature: at which FIRST found its teacher calibrated.
-    mixture: the shares of a mixture whose rule is ddk, as `Reweighing.state`.
+    mixture: the shares of a mixture whose rule is ddk, as `Reweighing.state`. fusion: the network of fusion
+    ratios, as `RatioNetwork.to_json`.
     """
 
     step: int = 0
@@ -34,6 +35,7 @@ class RunState:
     interpolation: Interpolation | None = None
     mixture: dict[str, Any] | None = None
     teacher_temperature: float | None = None
+    fusion: dict[str, Any] | None = None
 
     @classmethod
     def from_json(cls, step: int, document: Mapping[str, Any]) -> RunState:

@@ -23,6 +23,7 @@ from student.checks import warn_of_cache
 from student.collate import Batch
 from student.feed import Feed
 from student.folder import model_is_whole
+from student.fusion import Fusion, RatioNetwork, fusion_of
 from student.heldout import HeldOut, measure_samples, weighted
 from student.interpolation import Interpolation
 from student.kept import Kept
@@ -109,6 +110,14 @@ def _begin(
         state.measure_against(measured.identity)
     if saved is not None:
         student.load_trained(saved.weights)
+    fusion = fusion_of(
+        student,
+        measured,
+        stage.losses,
+        None if state.fusion is None else RatioNetwork(**state.fusion),
+        seed=config.seed,
+        processes=ranks.count,
+    )
     feed = Feed(config, caches, collator, ranks, accelerator.device, state)
     if feed.note:
         progress.message(feed.note)
@@ -134,6 +143,7 @@ def _begin(
         student=student,
         optimization=optimization,
         held_out=measured,
+        fusion=fusion,
         feed=feed,
         total=stage.total_steps(feed.steps_per_epoch),
         state=state,
@@ -171,6 +181,7 @@ class _Run:
     student: DistilledStudent
     optimization: Optimization
     held_out: HeldOut | None
+    fusion: Fusion | None
     feed: Feed
     total: int
     state: RunState
@@ -223,8 +234,12 @@ class _Run:
         step, interpolation = self.state.step, self.state.interpolation
         self.student.loss.teacher_share = None if interpolation is None else interpolation.share
         try:
+            weigh = {} if self.fusion is None else {"before": self.fusion.weigh}
+            if self.fusion is not None and self.fusion.due(step):
+                rate = self.stage.learning_rate_at(step, self.total)
+                self.fusion.learn(micro_batches, step, rate, self.device)
             terms, norm = self.optimization.gradients(
-                micro_batches, agreed.counts, seed=self.config.seed, step=step
+                micro_batches, agreed.counts, seed=self.config.seed, step=step, **weigh
             )
         except Exception:
             if self.ranks.count == 1:  # the weights are still those before this step
@@ -237,6 +252,9 @@ class _Run:
         if not math.isfinite(norm) and not self.optimization.skips_infinite_gradients:
             self.kept.refuse(micro_batches)
         self.optimization.step(self.stage.learning_rate_at(step, self.total))
+        if self.fusion is not None:
+            self.state.fusion = self.fusion.network.to_json()
+            sums["fusion_ratio"] = self.fusion.mean
         if interpolation is not None:
             sums["teacher_share"] = interpolation.share
             interpolation.advance(self.stage.losses, sums, step, self.total)

@@ -65,6 +65,7 @@ class DistillationLoss:
         self.weights = weights
         self.teacher = teacher
         self.teacher_share: float | None = None
+        self.scales: Tensor | None = None
         self.memory_budget = memory_budget
         self.matrix = KeptMatrix()
 
@@ -94,13 +95,61 @@ class DistillationLoss:
         plan = plan_of(labels, batch if targets is None else targets, self.weights)
         if plan.label_range is not None:
             head.check_label_range(*plan.label_range)
-        entries = plan.entries.of(head)
         counts = self._counts(plan, denominators)
         shares = plan.shares.to(dtype)  # (T, N)
-        rows, images = len(plan.layout.sources), sum(len(group.lengths) for group in plan.groups)
         weights = shares.new_zeros(shares.shape[1])  # (N,)
+        scales = None
+        if self.scales is not None:
+            scales = self.scales.to(dtype)[:, _samples_of(plan, hidden.shape[1])]  # (2, N)
         for share, term, count in zip(shares, plan.terms, counts, strict=True):
-            weights.add_(share, alpha=self.weights.by_term[TERMS[term]] * world_size / count)
+            own = share if scales is None else share * scales[int(TERMS[term] != "ce")]
+            weights.add_(own, alpha=self.weights.by_term[TERMS[term]] * world_size / count)
+        total, sums = self._fused(hidden, head, plan, weights, shares, compute)
+        same = len(set(counts)) == 1
+        means = (
+            sums[1:] / counts[0]
+            if same
+            else [one / count for one, count in zip(sums[1:], counts, strict=True)]
+        )
+        terms = [sums.new_zeros(())] * len(TERMS)
+        for term, mean in zip(plan.terms, means, strict=True):
+            terms[term] = mean
+        ce, *kl, relation = terms
+        return LossParts(
+            total=total,
+            ce=ce,
+            kl=dict(zip(KINDS, kl, strict=True)),
+            relation=relation,
+            unsupervised=plan.unsupervised,
+        )
+
+    @torch.no_grad()
+    def by_sample(
+        self, hidden: Tensor, labels: Tensor, targets: DistillationTargets | None, head: Head
+    ) -> Tensor:
+        """(B, TERMS): the terms of each sample, means of its own tokens and images as in `sample_mean`."""
+        dtype = wide_dtype(hidden.dtype, head.weight.dtype)
+        plan = plan_of(labels, DistillationTargets() if targets is None else targets, self.weights)
+        shares = plan.shares.to(dtype)
+        own = _samples_of(plan, hidden.shape[1]) == torch.arange(len(labels), device=hidden.device)[:, None]
+        rows = (shares[:, None] * own).flatten(0, 1)  # (T B, N)
+        _, sums = self._fused(hidden, head, plan, shares.sum(dim=0), rows, None)
+        found = sums.new_zeros(len(labels), len(TERMS))
+        found[:, list(plan.terms)] = sums[1:].view(len(plan.terms), len(labels)).T
+        return found
+
+    def _fused(
+        self,
+        hidden: Tensor,
+        head: Head,
+        plan: Plan,
+        weights: Tensor,
+        shares: Tensor,
+        compute: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The sum with weights (N,), and the sums with weights and each row of shares (R, N)."""
+        dtype, entries = weights.dtype, plan.entries.of(head)
+        rows, images = len(plan.layout.sources), sum(len(group.lengths) for group in plan.groups)
         kl, ce, relation, *whole = weights.split(
             [rows, rows, images, *(len(target) for target in plan.whole.values())]
         )
@@ -119,7 +168,7 @@ class DistillationLoss:
             inside_only=self.weights.tail == "renormalize",
             divergences=plan.divergences,
         )
-        total, sums = fused_losses(
+        return fused_losses(
             hidden.reshape(-1, hidden.shape[2]),
             head,
             shares=torch.cat([weights[None], shares]),
@@ -134,23 +183,6 @@ class DistillationLoss:
             memory_budget=self.memory_budget,
             compute=compute,
             matrix=self.matrix,
-        )
-        same = len(set(counts)) == 1
-        means = (
-            sums[1:] / counts[0]
-            if same
-            else [one / count for one, count in zip(sums[1:], counts, strict=True)]
-        )
-        terms = [sums.new_zeros(())] * len(TERMS)
-        for term, mean in zip(plan.terms, means, strict=True):
-            terms[term] = mean
-        ce, *kl, relation = terms
-        return LossParts(
-            total=total,
-            ce=ce,
-            kl=dict(zip(KINDS, kl, strict=True)),
-            relation=relation,
-            unsupervised=plan.unsupervised,
         )
 
     def _counts(self, plan: Plan, denominators: Denominators) -> list[float]:
@@ -178,3 +210,11 @@ class DistillationLoss:
             ends=plan.ends.get(kind, ()),
             share=divergence.value if self.teacher_share is None else self.teacher_share,
         )
+
+
+def _samples_of(plan: Plan, length: int) -> Tensor:
+    """Which sample of (B, T) each of the plan's N values is of; length: T."""
+    rows = plan.layout.sources // length
+    images = [sample for group in plan.groups for sample in group.samples]
+    whole = [target.positions // length for target in plan.whole.values()]
+    return torch.cat([rows, rows, torch.tensor(images, dtype=rows.dtype, device=rows.device), *whole])
