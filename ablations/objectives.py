@@ -39,6 +39,9 @@ OBJECTIVES = {
     **{name: {"divergence": name} for name in PARAMETERS},
     "forward_kl, dense": {"tail": "dense"},
     "taid, dense": {"divergence": "taid", "tail": "dense"},
+    "relation graph": {"relation_neighbours": 16},
+    "dual head": {"dual_head": True},
+    "fusion ratio": {"fusion_every": 5},
 }
 """By name: what its `losses` have beside DFT's defaults."""
 
@@ -61,7 +64,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    steps=60,
+    steps=100,
     questions=300,
     demo=DemoSettings(test_images=400, language_model_steps=200, global_batch=8),
 )
@@ -136,6 +139,7 @@ def _one(out: Path, stage: Stage, run: Path, seed: int, start: Path, sizes: Size
     """Trains one objective of one seed, and measures its student. The student's folder is not kept."""
     settings, images = sizes.demo, str(out / "data" / "images")
     shutil.rmtree(run, ignore_errors=True)
+    needs_held_out = bool(stage.losses.uncalibrated or stage.losses.fusion_every)
     config = TrainConfig(
         stage=stage,
         student=start,
@@ -147,7 +151,7 @@ def _one(out: Path, stage: Stage, run: Path, seed: int, start: Path, sizes: Size
         learning_rate=settings.learning_rate,
         global_batch=settings.global_batch,
         micro_batch=settings.global_batch,
-        eval_cache=str(out / "cache-held-out") if stage.losses.uncalibrated else None,
+        eval_cache=str(out / "cache-held-out") if needs_held_out else None,
         eval_samples=CALIBRATION_SAMPLES,
         save_every=0,
         trackers=(),

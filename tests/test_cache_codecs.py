@@ -64,7 +64,7 @@ def curves(draw) -> tuple[np.ndarray, np.ndarray]:
     spread = draw(st.sampled_from([1e-4, 0.1, 1.0, 10.0, 100.0]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     logits = -np.sort(rng.exponential(spread, size=(shape[0], shape[1] + 1)).cumsum(axis=1), axis=1)
-    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
     outside = rng.integers(0, shape[1] + 1, size=shape[0])[:, None]  # the tail may hold most of the mass
     tail = np.take_along_axis(logits, outside, 1)[:, 0]
     kept = np.sort(logits[np.arange(shape[1] + 1) != outside].reshape(shape), axis=1)[:, ::-1]
