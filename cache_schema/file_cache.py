@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import threading
@@ -33,12 +34,14 @@ class FileCacheConfig:
         check(self)
 
     def open(self) -> FileCache:
-        """The folder, created. KdcacheError when that is not possible."""
+        """The folder, created; one object for all of a process. KdcacheError when that is not possible."""
         folder = self.file_cache
         if folder is None:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcache"
         try:
-            return FileCache(folder, int(self.file_cache_gib * 2**30))
+            opened = _of_process(folder, int(self.file_cache_gib * 2**30))
+            folder.mkdir(parents=True, exist_ok=True)
+            return opened
         except OSError as error:
             raise KdcacheError(
                 f"{folder}, where files from elsewhere are kept, cannot be made ({error.strerror or error}); "
@@ -110,3 +113,9 @@ class FileCache:
             path.unlink(missing_ok=True)
             total -= size
         return max(0, self.limit_bytes - total)
+
+
+@functools.cache
+def _of_process(folder: Path, limit_bytes: int) -> FileCache:
+    """One for all caches and image roots of a process, which keeps the bound for all of them together."""
+    return FileCache(folder, limit_bytes)

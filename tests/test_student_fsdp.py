@@ -119,6 +119,6 @@ def seen(folder):
     rows = defaultdict(list)
     for path in folder.glob("seen-*.jsonl"):
         for line in path.read_text().splitlines():
-            step, pairs = json.loads(line)
+            step, pairs, *_ = json.loads(line)
             rows[step] += [row for _, row in pairs]
     return {step: sorted(found) for step, found in rows.items()}
