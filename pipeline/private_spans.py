@@ -118,8 +118,8 @@ class Veil:
         others = np.log(max(1, spans.tokens - count))
         each = max(tail, _LEAST_TAIL) - others
         for place in np.flatnonzero(ids == label):
-            other = int(random.integers(spans.tokens))
-            while other == label or other in ids:
+            other = label
+            while count < spans.tokens and other in ids:  # where every token is an entry, there is no other
                 other = int(random.integers(spans.tokens))
             ids[place], found[place] = other, each
         found = found / spans.temperature + random.laplace(0.0, spans.noise, count)

@@ -88,6 +88,14 @@ def test_without_noise_it_is_the_temperature():
     assert np.array_equal(changed.token_ids, record.token_ids)
 
 
+def test_where_every_token_is_an_entry_the_private_one_is_the_least_likely():
+    record = record_of(np.random.default_rng(0), 1, k=6, tokens=6)
+    label = int(record.token_ids[0, 0])
+    changed = veil_over([False, True], [0, label], tokens=6, noise=0.0).over(record, np.array([0]))
+    assert sorted(changed.token_ids[0].tolist()) == list(range(6))
+    assert changed.token_ids[0, -1] == label
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("private")
