@@ -51,7 +51,7 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
         caches.append({"cache": str(cache), "image_root": root, **recipe["weight"]})
         stage = {"base": "dft", **recipe["stage"], "caches": caches}
         write_text(stages, yaml.safe_dump({"name": f"round-{number}", "stages": [stage]}, sort_keys=False))
-        learn = ("--student", student, "--out", folder / "run", "--resume", *_options(recipe["train"]))
+        learn = ("--student", student, "--out", str(folder / "run"), "--resume", *_options(recipe["train"]))
         trained = story.command(f"{name}training", "train", "--recipe", stages, *learn)
         student = trained["model"]
         rounds.append({"answers": asked, "cache": built, "training": trained["stages"][0]})
