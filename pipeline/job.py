@@ -163,9 +163,8 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
     template = load_template(processor, config.template)
     dataset = open_dataset(config.data, progress)
     rows = min(len(dataset), config.limit or len(dataset))
-    first_images = dataset.first_images[:rows]
     root = open_root(config.image_root, config.files)
-    if first_images.any():
+    if dataset.first_images[:rows].any():
         require_root(root)
     max_length = config.max_length
     longest = getattr(teacher_config.get_text_config(), "max_position_embeddings", None)
@@ -177,7 +176,7 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
     return Job(
         config=config,
         dataset=dataset,
-        plan=plan_rows(first_images, shard_size=config.shard_size, seed=config.spec.seed),
+        plan=plan_rows(dataset.groups[:rows], shard_size=config.shard_size, seed=config.spec.seed),
         processor=processor,
         template=template,
         teacher_config=teacher_config,

@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 from cache_schema.format.manifest import Plan
 
 
-def plan_rows(first_images: NDArray[np.int64], *, shard_size: int, seed: int) -> Plan:
-    """A plan in which rows with the same first image are adjacent in one shard.
+def plan_rows(groups: NDArray[np.int64], *, shard_size: int, seed: int) -> Plan:
+    """A plan in which rows of the same group are adjacent in one shard.
 
-    first_images (rows,) int64: the image's key, 0 for none. Rows without an image are groups of one. Groups
+    groups (rows,) int64: the key of its first image, of its pair, or 0: a row of 0 is a group of one. Groups
     are shuffled by `seed`, so that every shard is a representative sample of the data. A group over
     shard_size starts with a shard and is split; so is one for which no single rows are left as padding.
     """
-    rows = len(first_images)
-    members, starts = _groups(first_images)
+    rows = len(groups)
+    members, starts = _sorted(groups)
     sizes = np.diff(starts)
     generator = np.random.Generator(np.random.Philox(seed))
     shuffled = generator.permutation(len(sizes))
@@ -43,10 +43,10 @@ def plan_rows(first_images: NDArray[np.int64], *, shard_size: int, seed: int) ->
     return Plan(rows=rows, shard_size=shard_size, order=order)
 
 
-def _groups(first_images: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows sorted by group, and where each group starts (groups + 1,); a row without an image is alone."""
-    members = np.argsort(first_images, kind="stable")
-    keys = first_images[members]
+def _sorted(groups: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows sorted by group, and where each group starts (groups + 1,); a row of 0 is alone."""
+    members = np.argsort(groups, kind="stable")
+    keys = groups[members]
     fresh = np.ones(len(keys), dtype=bool)
     fresh[1:] = (keys[1:] != keys[:-1]) | (keys[1:] == 0)
     return members, np.append(np.flatnonzero(fresh), len(keys))

@@ -61,9 +61,8 @@ class Feed:
         if stage.preference:
             pairs = PairStream(caches, order, **reading)
             if pairs.alone:
-                self.note = (
-                    f"{pairs.alone} of {len(caches[0])} chosen samples have no partner and are left out"
-                )
+                kind = "chosen samples" if len(caches) > 1 else f"samples of {caches[0].url}"
+                self.note = f"{pairs.alone} of {len(caches[0])} {kind} have no partner and are left out"
             return pairs
         if mixture is None:
             return Stream(caches[0], order, **reading)

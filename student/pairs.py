@@ -1,4 +1,4 @@
-"""Pairs of a chosen and a rejected answer: samples of two caches with one id, step after step."""
+"""Pairs of a chosen and a rejected answer, step after step: of one cache, or of two with the same ids."""
 
 from __future__ import annotations
 
@@ -7,13 +7,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cache_schema.errors import IdentityMismatch, KdcacheError
+from cache_schema.datasets.preferences import partner_of
+from cache_schema.errors import IdentityMismatch, KdcacheError, WrongUsage
 from cache_schema.format.cache import Cache
 from student.order import Catalogue, EpochOrder, Int64, StreamConfig
 from student.stream import Located, OrderedStream
 
 MOST_ALONE = 0.1
 """Of the chosen samples, the share that may be without a rejected one."""
+
+
+def halves(cache: Cache) -> tuple[Int64, Int64]:
+    """(indices of chosen samples (N,), ascending, and those of their partners (N,)) in a cache of rows with
+    both answers. WrongUsage when there is no such pair."""
+    rows, ids = cache.index().row.tolist(), cache.sample_ids()
+    place = dict(zip(rows, range(len(rows)), strict=True))
+    found = [
+        (at, other)
+        for at, (row, each) in enumerate(zip(rows, ids, strict=True))
+        if (partner := partner_of(each)) is not None
+        and (other := place.get(row + 1)) is not None
+        and ids[other] == partner
+    ]
+    if not found:
+        raise WrongUsage(
+            f"{cache.url} holds no pairs: build it from rows with `chosen` and `rejected`, or give "
+            "--rejected, the cache of the rejected answers"
+        )
+    return np.array([at for at, _ in found], np.int64), np.array([other for _, other in found], np.int64)
 
 
 def partners(chosen: Cache, rejected: Cache) -> tuple[Int64, Int64]:
@@ -36,7 +57,7 @@ def partners(chosen: Cache, rejected: Cache) -> tuple[Int64, Int64]:
             f"{alone} of {len(ids)} samples of {chosen.url} have no partner in {rejected.url} (first: id "
             f"{first!r}): an id must stand once in each; give both rows of a pair one id of their own"
         )
-    return (np.array([at for at, _ in found], np.int64), np.array([at for _, at in found], np.int64))
+    return np.array([at for at, _ in found], np.int64), np.array([other for _, other in found], np.int64)
 
 
 def _teacher(cache: Cache) -> object:
@@ -47,8 +68,9 @@ class PairStream(OrderedStream):
     """Global batches of pairs: `global_batch` counts pairs, every pair is read once an epoch.
 
     The order is that of the chosen samples, a function of (seed, epoch, index). A pair is never parted: it
-    stands in one micro-batch, the chosen sample first; `micro_batch` counts samples, two at least. Not
-    promised: few shards of the rejected cache in memory where its rows are in another order.
+    stands in one micro-batch, the chosen sample first; `micro_batch` counts samples, two at least. caches:
+    one of pairs, or those of the chosen and of the rejected answers. alone: samples of the first that are in
+    no pair. Not promised: few shards of a rejected cache in memory where its rows are in another order.
     """
 
     def __init__(
@@ -61,15 +83,19 @@ class PairStream(OrderedStream):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        chosen, rejected = caches
+        first, *others = caches
         catalogue = Catalogue(caches)
-        mine, theirs = partners(chosen, rejected)
-        self.alone = len(chosen) - len(mine)
-        self._partner = np.full(len(chosen), -1, np.int64)
-        self._partner[mine] = len(chosen) + theirs
+        if others:
+            chosen, rejected = partners(first, others[0])
+            rejected = len(first) + rejected
+        else:
+            chosen, rejected = halves(first)
+        self.alone = len(first) - (1 if others else 2) * len(chosen)
+        self._partner = np.full(len(first), -1, np.int64)
+        self._partner[chosen] = rejected
         super().__init__(
             catalogue,
-            EpochOrder(catalogue, config, mine),
+            EpochOrder(catalogue, config, chosen),
             micro_batch=micro_batch,
             targets=targets,
             rank=rank,

@@ -110,7 +110,8 @@ class TrainConfig:
     rejected: Annotated[
         str | None,
         Help(
-            "Stage pd: the cache of the rejected answers; --cache holds the chosen ones, with the same ids."
+            "Stage pd: the cache of the rejected answers, where --cache holds the chosen ones alone, with "
+            "the same ids. Not for a cache of rows with both."
         ),
     ] = None
     mixture: Annotated[
@@ -209,11 +210,10 @@ class TrainConfig:
         )
 
     def refuse_half_pairs(self) -> None:
-        """WrongUsage where a stage of preference distillation has no pairs to learn from, or another one has
-        a rejected cache."""
+        """WrongUsage where a stage of preference distillation has what it does not go with, or another one a
+        rejected cache."""
         stage, pairs = self.stage, self.stage.preference > 0.0
         faults = {
-            "it needs the rejected answers: give --rejected": pairs and not self.rejected,
             "rejected is for preference distillation: take stage pd": bool(self.rejected) and not pairs,
             "preference does not go with a mixture": pairs and self.mixture is not None,
             "early_stop needs --watch ce, the held-out labels": pairs

@@ -81,8 +81,8 @@ class Stage:
         float,
         at_least(0),
         Help(
-            "Beta of preference distillation: the stage learns from pairs of `cache` and `rejected` alone, "
-            "with all other losses off; 0: none."
+            "Beta of preference distillation: the stage learns from pairs alone, of `cache` or of it "
+            "and `rejected`, with all other losses off; 0: none."
         ),
         Later(),
     ] = 0.0

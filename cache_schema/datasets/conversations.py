@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from cache_schema.datasets.media import (
     path_of,
     refuse_other_media,
 )
+from cache_schema.datasets.preferences import HALVES, half_of, is_pair
 from cache_schema.errors import RowRejected, shown
 
 IMAGE_MARK = "<image>"
@@ -88,11 +90,12 @@ def conversation_of(raw: Any, row: int) -> Conversation:
 
 
 def first_image_key(raw: Any) -> int:
-    """A hash of the first image's path; 0 for malformed rows and rows without images."""
-    try:
-        images = conversation_of(raw, 0).images
-    except RowRejected:
-        return 0
+    """A hash of the first image's path, of a pair that of either half; 0 for malformed rows and rows without
+    images."""
+    images: tuple[str, ...] = ()
+    for half in HALVES if is_pair(raw) else (None,):
+        with contextlib.suppress(RowRejected, RecursionError):
+            images = images or conversation_of(raw if half is None else half_of(raw, 0, half), 0).images
     if not images:
         return 0
     name = images[0].encode("utf-8", "surrogatepass")

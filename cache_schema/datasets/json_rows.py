@@ -117,7 +117,7 @@ def _begins_with_a_row(content: mmap.mmap, at: int) -> bool:
         row = json.loads(content[at : newline if newline >= 0 else len(content)])
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and not row.keys().isdisjoint(("conversations", "messages"))
+    return isinstance(row, dict) and not row.keys().isdisjoint(("conversations", "messages", "chosen"))
 
 
 def _line_rows(path: Path, content: mmap.mmap, at: int) -> Iterator[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""A file of rows: LLaVA JSON or JSON lines, `messages` rows in JSON lines, Parquet or Arrow.
+"""A file of rows: LLaVA JSON or JSON lines, `messages` rows in JSON lines, Parquet or Arrow, or pairs.
 
 An index gives access to any row. Rows are parsed on access and not kept, so a million rows cost a few numpy
 arrays. A malformed row raises RowRejected when it is read; only a file that cannot be read as a whole raises
@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 from cache_schema.datasets.arrow_rows import index_tables, is_table, table_shards
 from cache_schema.datasets.conversations import Conversation, conversation_of, label_of
 from cache_schema.datasets.json_rows import index_json
+from cache_schema.datasets.preferences import HALVES, half_of, is_pair, label_of_half
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.file_cache import sha256_of
 from cache_schema.progress import Progress, Silent, task
 
 __all__ = ["Conversation", "Dataset", "open_dataset"]
+
+_LOOKED_AT = 64  # rows, to tell a file of pairs
 
 
 class Source(Protocol):
@@ -38,13 +41,15 @@ class Dataset:
     """Random access to the rows of a file or folder; safe to use from several threads.
 
     digest: sha256 of the file's bytes, or over the digests of several. first_images (rows,) int64: a hash of
-    each row's first image path (0: no image, or a malformed row); the planner groups rows by it.
+    each row's first image path (0: no image, or a malformed row). pairs: each row of the file is two here,
+    the chosen answer and the rejected one, with `/chosen` and `/rejected` after its `id`.
     """
 
     path: Path
     digest: str
     first_images: NDArray[np.int64]
     source: Source
+    pairs: bool = False
 
     def __len__(self) -> int:
         return len(self.first_images)
@@ -53,7 +58,9 @@ class Dataset:
         """The row as a conversation. RowRejected when it is malformed; IndexError outside the file."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        return conversation_of(self.source.read(row), row)
+        if not self.pairs:
+            return conversation_of(self.source.read(row), row)
+        return conversation_of(half_of(self.source.read(row // 2), row // 2, HALVES[row % 2]), row)
 
     def __iter__(self) -> Iterator[Conversation]:
         for row in range(len(self)):
@@ -61,16 +68,28 @@ class Dataset:
 
     def label_of(self, row: int) -> str:
         """The row's `id`, or its row number if it has none or cannot be read."""
+        place = row // 2 if self.pairs else row
         try:
-            return label_of(self.source.read(row), row)
+            raw = self.source.read(place)
         except RowRejected:
-            return str(row)
+            raw = None
+        return label_of_half(raw, place, HALVES[row % 2]) if self.pairs else label_of(raw, row)
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """(rows,) int64, for the planner: rows of one number, but 0, stand together. Those of `first_images`,
+        and one for each pair without an image."""
+        if not self.pairs:
+            return self.first_images
+        alone = -1 - np.arange(len(self), dtype=np.int64) // 2
+        return np.where(self.first_images == 0, alone, self.first_images)
 
 
 def open_dataset(path: Path | str, progress: Progress | None = None) -> Dataset:
     """Indexes a Parquet or Arrow file, a folder of such, a JSON array (alone or under a key), or JSON lines.
 
-    Text may be UTF-8, UTF-16 or UTF-32, and compressed by gzip. Every row is parsed once and discarded.
+    Text may be UTF-8, UTF-16 or UTF-32, and compressed by gzip. Every row is parsed once and discarded. It is
+    of pairs when one of the first 64 rows is one.
     KdcacheError when the file is missing, empty, broken or of another kind.
     """
     path = Path(path)
@@ -95,4 +114,19 @@ def open_dataset(path: Path | str, progress: Progress | None = None) -> Dataset:
     if not sum(map(len, keys)):
         raise KdcacheError(f"data file {path} holds no rows; give a file with at least one row")
     digest = digests[0] if len(files) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    return Dataset(path=path, digest=digest, first_images=np.concatenate(keys), source=source)
+    images = np.concatenate(keys)
+    pairs = any(_is_pair(source, row) for row in range(min(len(images), _LOOKED_AT)))
+    return Dataset(
+        path=path,
+        digest=digest,
+        first_images=np.repeat(images, 2) if pairs else images,
+        source=source,
+        pairs=pairs,
+    )
+
+
+def _is_pair(source: Source, row: int) -> bool:
+    try:
+        return is_pair(source.read(row))
+    except RowRejected:
+        return False
