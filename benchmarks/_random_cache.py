@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cache_schema import CacheWriter, CapturedImage, CapturedSample, ImageRecord, Relation, TargetSpec, TopK
+from cache_schema.format.codecs.relation import encode_relation
 from cache_schema.format.identity import Fingerprint
 from cache_schema.format.manifest import Manifest, Plan
 
@@ -51,8 +52,11 @@ def write_cache(
     writer = CacheWriter.open(folder / "cache", manifest)
     pool = random_records(random, 4 * (visual + answer), vocab, top_k)
     scales = np.full(rank, 100.0) if flat else 0.7 ** np.minimum(np.arange(rank), 24) * 100
-    factor = (random.normal(size=(visual, rank)) * scales).astype(np.float32)
-    gram = factor @ factor.T
+    columns = np.linalg.qr(random.normal(size=(visual, rank)))[0]  # orthogonal, as the codec asks for
+    factor = (columns * scales).astype(np.float32)
+    relation = encode_relation(
+        Relation(residual=0.0, norm=float(np.linalg.norm(scales**2)), factor=factor), spec
+    )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(min(rows, 32)):
         pixels = random.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
@@ -86,7 +90,7 @@ def write_cache(
                         CapturedImage(
                             record=record,
                             visual=_rows(pool, order[answer : answer + visual], None),
-                            relation=Relation(residual=0.0, norm=float(np.linalg.norm(gram)), factor=factor),
+                            relation=relation,
                         ),
                     ),
                 )

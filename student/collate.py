@@ -387,8 +387,8 @@ def _relation_targets(samples: Sequence[Sample], length: int) -> tuple[RelationT
                 RelationTargets(
                     positions=torch.from_numpy(image.positions.astype(np.int64) + place * length),
                     sample=place,
-                    factor=None if relation.factor is None else torch.from_numpy(np.array(relation.factor)),
-                    gram=None if relation.gram is None else torch.from_numpy(np.array(relation.gram)),
+                    factor=None if relation.factor is None else torch.from_numpy(relation.factor),
+                    gram=None if relation.gram is None else torch.from_numpy(relation.gram),
                     norm=float(relation.norm),
                 )
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from cache_schema.format.documents import Counts
 from cache_schema.format.groups import read_groups, write_groups
 from cache_schema.format.identity import Fingerprint, compare, digest_of, tokenizer_digest
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan, StoredFile
-from cache_schema.format.records import Relation, TopK
+from cache_schema.format.records import Relation, StoredRelation, TopK
 from cache_schema.format.sealed import seal, unseal
 from cache_schema.format.shard import positions_of, response_count, spans_of
 from cache_schema.format.spec import KINDS, TargetSpec
@@ -205,6 +206,28 @@ def test_relations_of_a_block_keep_apart() -> None:
         assert 1 - cosine(gram(a.factor), gram(b.factor)) <= 1e-5
     assert (found[-1].factor == 0).all()
     assert found[-1].factor.shape[0] == 4
+
+
+def test_a_factor_is_its_steps_times_their_scales() -> None:
+    """The formula of docs/cache-format.md, for every step there is, bit by bit."""
+    steps = np.arange(1 << 16, dtype=np.int64).reshape(256, 256)
+    scales = np.random.default_rng(0).random(256, np.float32)
+    stored = StoredRelation(
+        tokens=256,
+        residual=0.0,
+        norm=1.0,
+        scales=scales,
+        columns=steps.astype(np.uint16),
+        triangle=np.zeros(0, np.float16),
+    )
+    found = RelationBlock(pack_relations([stored]))[0].factor
+    signed = np.where(steps % 2, -(steps + 1) // 2, steps // 2).astype(np.float32)
+    np.testing.assert_array_equal(found, (signed * scales[:, None]).T)
+    assert found.flags.c_contiguous
+    # A single column is not turned; what is stored must not change.
+    one = replace(stored, columns=np.ones((1, 256), np.float32), scales=np.full(1, 2.0, np.float32))
+    block = RelationBlock(pack_relations([one]))
+    assert [block[0].factor[0, 0], block[0].factor[0, 0]] == [2.0, 2.0]
 
 
 def test_a_relation_given_as_gram_matrix_is_factored() -> None:

@@ -59,7 +59,10 @@ def test_the_captures(run):
 
 @pytest.mark.slow
 def test_the_loader(run):
-    assert run(loader, "--samples", "16", "--seconds", "0.001")["reach"]["data_wait"] == 0.02
+    figures = run(loader, "--samples", "16", "--seconds", "0.001")
+    assert figures["reach"]["data_wait"] == 0.02
+    assert figures["rank 24, stored"] == 10
+    assert figures["full rank, stored"] == 729
 
 
 def test_a_part_that_fails_loses_neither_the_others_nor_its_own_figures(monkeypatch, tmp_path):

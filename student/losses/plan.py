@@ -143,7 +143,9 @@ def group_images(images: tuple[RelationTargets, ...]) -> tuple[RelationGroup, ..
 
 def _padded(tensors: list[Tensor], length: int) -> Tensor:
     """(I, length, ...) of tensors (P, ...): zeros follow; a second dimension is filled up to the widest, that
-    of square ones to `length`."""
+    of square ones to `length`. One that needs nothing is not copied."""
+    if len(tensors) == 1 and len(tensors[0]) == length:
+        return tensors[0][None]
     if all(tensor.shape == tensors[0].shape and len(tensor) == length for tensor in tensors):
         return torch.stack(tensors)
     width = [max(tensor.shape[1] for tensor in tensors)] if tensors[0].dim() == 2 else []

@@ -136,9 +136,11 @@ def _zigzag(steps: Float64) -> NDArray[np.uint16]:
     return np.where(steps >= 0, 2 * steps, -2 * steps - 1).astype(np.uint16)
 
 
-def _unzigzag(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
-    half = (stored >> 1).astype(np.float32)
-    return np.where(stored & 1, -1 - half, half)
+def _unzigzag(stored: NDArray[np.uint16]) -> NDArray[np.int16]:
+    sign = stored & 1
+    np.negative(sign, out=sign)
+    sign ^= stored >> 1
+    return sign.view(np.int16)
 
 
 def pack_relations(records: Sequence[StoredRelation]) -> Arrays:
@@ -187,7 +189,8 @@ class RelationBlock:
             gram[np.triu_indices(stored.tokens)] = stored.triangle.astype(np.float32) * stored.scales[0]
             return Relation(residual=stored.residual, norm=stored.norm, gram=gram + np.triu(gram, 1).T)
         columns = _unzigzag(stored.columns) if stored.columns.dtype == np.uint16 else stored.columns
-        factor = np.ascontiguousarray((columns * stored.scales[:, None]).T)
+        factor = np.ascontiguousarray(columns.T).astype(np.float32)  # turned while it is 16 bits
+        factor *= stored.scales
         return Relation(residual=stored.residual, norm=stored.norm, factor=factor)
 
     def stored(self, image: int) -> StoredRelation:
