@@ -285,7 +285,7 @@ def row_kernel(
     if tuple(divergences) != (FORWARD,):  # one launch more, which reads the logits for the student's masses
         events = torch.cat([rows.entries.logprobs, products[:, :2]], dim=1)
         _row_kernel(products, products[:0], products[:0], rows.entries.ids, rows.entries.logprobs)
-        value_and_slopes(divergences, rows.which, events, events)
+        value_and_slopes(divergences, rows.which, events, events, rows.batches)
     # Reads the logits once for the sums and once for the gradient, which it writes.
     second = products[:0] if grads is None else products
     grads = products[:0] if grads is None else grads

@@ -147,7 +147,7 @@ DIVERGENCES: dict[str, tuple[LossWeights, bool]] = {
     f"loss, DFT, {name}": (LossWeights(divergence="first:1" if name == "first" else name), False)
     for name in PARAMETERS
 }
-"""The same for every divergence; `sinkhorn` takes minutes to record."""
+"""The same for every divergence."""
 
 
 def recordings(steps: Sequence[str] = tuple(STEPS)) -> dict[str, Recorded]:

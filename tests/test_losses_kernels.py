@@ -157,6 +157,7 @@ def step(weights, head, *, dtype, compute=None, **kwargs):
     [
         *((tail, "forward_kl") for tail in ("bucket", "renormalize", "drop", "sampled")),
         ("bucket", "response=adaptive_kl,visual=skew_reverse_kl"),
+        ("bucket", "visual=sinkhorn,response=reverse_kl"),
     ],
 )
 def test_the_objective_through_the_kernel(monkeypatch, tail, divergence, head):

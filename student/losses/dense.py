@@ -4,13 +4,14 @@ entries with the tail's mass spread evenly."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.head import Head
-from student.divergences import Divergence
+from student.divergences import BATCH, Divergence
+from student.losses.batches import Batches
 from student.losses.divergences import IN_ORDER, NOTHING
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.products import Gradients, HeadProducts
@@ -28,7 +29,7 @@ class DenseWork:
 
     teacher: exactly one of states, with its head, and entries at `temperature`. share: what its logits count
     in the target of `taid`, softmax((1 - share) student + share teacher), whose own the rest is, a constant
-    of the gradient. ends: of `sinkhorn`, where each of its batches of positions ends, the last at M.
+    of the gradient. batches: of `sinkhorn`, whose positions of one batch weigh the same.
     """
 
     positions: Tensor
@@ -39,7 +40,11 @@ class DenseWork:
     teacher: Head | None = None
     entries: Entries | None = None
     share: float = 1.0
-    ends: tuple[int, ...] = ()
+    batches: Batches | None = None
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.weights)
 
 
 def run_dense(
@@ -64,18 +69,19 @@ def run_dense(
                 f"dense loss: the teacher has {work.teacher.columns} tokens, the student {tokens}"
             )
         theirs = HeadProducts(work.teacher, dtype, compute)
-    size = max(1, memory_budget // (_TABLES * (columns + 1) * dtype.itemsize))
+    tables = _TABLES if work.batches is None else _TABLES + BATCH
+    size = max(1, memory_budget // (tables * (columns + 1) * dtype.itemsize))
     values = torch.zeros(len(work.positions), dtype=dtype, device=hidden.device)
-    ends = work.ends or (*range(size, len(values), size), *([len(values)] if len(values) else ()))
     name = work.divergence.name
-    for start, end in zip((0, *ends), ends, strict=False):
-        chunk = slice(start, end)
+    starts = range(0, len(values), size)
+    parts = [slice(start, min(start + size, len(values))) for start in starts]
+    for chunk in parts if work.batches is None else work.batches.chunks(size):
         index, weights = work.positions[chunk], work.weights[chunk]
         entries = None if work.entries is None else work.entries.pick(chunk)
         if theirs is not None and work.states is not None:
             log_p, _ = _logits(theirs, work.states.at(chunk).to(dtype), tokens)
             log_p = torch.log_softmax(log_p.div_(work.temperature), dim=1)
-        elif entries is not None and name != "sinkhorn":
+        elif entries is not None:
             log_p = spread_evenly(entries, tokens, dtype)
         states = hidden.index_select(0, index).to(dtype)  # (n, D)
         logits, slope = _logits(products, states, columns, blank=True)
@@ -83,13 +89,11 @@ def run_dense(
         if name in ("forward_kl", "taid"):
             values[chunk] = _forward_kl(logits, log_p, weights, tokens, work)
         else:
-            if entries is not None and name == "sinkhorn":
-                events = in_common(entries, dtype)
-            else:
-                events = _every_token(log_p, name in IN_ORDER)
+            batches = None if work.batches is None else work.batches.cut(chunk)
+            events = _every_token(log_p, name in IN_ORDER)
             values[chunk], _ = row_losses(
                 logits,
-                LogitRows.of_entries(events, weights),
+                LogitRows.of_entries(events, weights, batches),
                 tokens=tokens,
                 temperature=work.temperature,
                 inside_only=False,
@@ -123,22 +127,6 @@ def spread_evenly(entries: Entries, tokens: int, dtype: torch.dtype) -> Tensor:
     table = even[:, None].repeat(1, tokens + 1)  # the last column takes the blanks
     ids = torch.where(there, entries.ids, tokens).long()
     return table.scatter_(1, ids, entries.logprobs.to(dtype).clamp(min=NOTHING))[:, :tokens]
-
-
-def in_common(entries: Entries, dtype: torch.dtype) -> Entries:
-    """The entries of n positions over the U tokens that any of them keeps: ids (n, U) all alike, logprobs
-    -inf where a position does not keep one."""
-    there = entries.ids >= 0
-    tokens = entries.ids[there].unique().long()
-    places = torch.searchsorted(tokens, entries.ids.clamp(min=0).long()).masked_fill(~there, len(tokens))
-    table = torch.full((len(places), len(tokens) + 1), -math.inf, dtype=dtype, device=places.device)
-    logprobs = table.scatter_(1, places, entries.logprobs.to(dtype))[:, :-1]
-    return replace(
-        entries,
-        ids=tokens.expand(len(places), -1),
-        logprobs=logprobs.contiguous(),
-        log_tail=entries.log_tail.to(dtype),
-    )
 
 
 def _every_token(log_p: Tensor, in_order: bool) -> Entries:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cache_schema.errors import WrongUsage
 from student.divergences import CONCENTRATED, Divergence
+from student.losses.batches import Batches
 
 LEAST = -30.0
 """Least log p that a reverse divergence sees: a teacher's mass of 0 would make it infinite."""
@@ -153,22 +154,26 @@ def first(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
 
 
 def sinkhorn(log_p: Tensor, log_q: Tensor, epsilon: float) -> Tensor:
-    """sum_j P_ij W_ij of each row i: W_ij = |q_i - p_j|_1 over the events of row j, P = exp(-W / epsilon)
-    with rows and columns normalised in turn, 20 times, columns last (SinKD, arXiv 2402.17110).
+    """sum_j P_ij W_ij (G, B) of each row i of batches (G, B, m): W_ij = |q_i - p_j|_1 over the events of row
+    j, P = exp(-W / epsilon) with rows and columns normalised in turn, 20 times, columns last (SinKD, arXiv
+    2402.17110).
 
-    All n rows are one batch, whose columns of entries are the same tokens; -inf where a row does not keep
-    one, whose mass is then in its tail. The gradient flows through P, as in the authors' code.
+    The columns of entries of a batch are the same tokens; NOTHING where a row does not keep one, whose mass
+    is then in its tail, and everywhere in a row that is none. The gradient flows through P, as in the
+    authors' code. Of one row P is 1; of more there is no closed form.
     """
-    entries, q, padding = log_p[:, :-2], log_q[:, :-2].exp(), log_q[:, -1].exp()
-    kept = entries > NOTHING
-    p = entries.exp()
-    inside = torch.stack([((q - p[j]).abs() * kept[j]).sum(dim=1) for j in range(len(p))], dim=1)
-    outside = q @ (~kept).to(q.dtype).T + log_q[:, -2:-1].exp()
-    cost = inside + (outside - log_p[:, -2].exp()).abs() + padding[:, None]
-    log_plan = -cost / epsilon
+    entries, q = log_p[..., :-2], log_q[..., :-2].exp()
+    tail, padding = log_q[..., -2, None].exp(), log_q[..., -1, None].exp()
+    rest = torch.bmm(q, (entries <= NOTHING).to(q.dtype).transpose(1, 2))  # what is in row j's tail
+    inside = torch.cdist(q, entries.exp(), p=1.0) - rest
+    cost = inside + (rest + tail - log_p[..., None, :, -2].exp()).abs() + padding
+    there = (log_p > NOTHING).any(dim=2)
+    # Rows that are none are normalised among themselves.
+    alone = torch.where(there[:, :, None] == there[:, None], 0.0, NOTHING).to(cost.dtype)
+    log_plan = torch.where(there[:, :, None] & there[:, None], -cost / epsilon, alone)
     for _ in range(_ROUNDS):
-        log_plan = log_plan.log_softmax(dim=1).log_softmax(dim=0)
-    return (log_plan.exp() * cost).sum(dim=1)
+        log_plan = log_plan.log_softmax(dim=2).log_softmax(dim=1)
+    return (log_plan.exp() * cost).sum(dim=2)
 
 
 FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -191,19 +196,29 @@ FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def value_and_slopes(
-    divergences: Sequence[Divergence], which: Tensor, log_p: Tensor, log_q: Tensor
+    divergences: Sequence[Divergence],
+    which: Tensor,
+    log_p: Tensor,
+    log_q: Tensor,
+    batches: Batches | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The divergence (n,) of each row and its derivatives (n, m) in log q, every event by itself.
 
     log_p, log_q (n, m): logs of the masses of the events, -inf where there is none, of the same dtype. which
-    (n,): the place in `divergences` of each row's own.
+    (n,): the place in `divergences` of each row's own. batches: the rows' own, for `sinkhorn`.
     """
     log_p = log_p.detach().clamp(min=NOTHING)
     value, slopes = torch.zeros_like(log_p[:, 0]), torch.zeros_like(log_p)
     for place, divergence in enumerate(divergences):
         with torch.enable_grad():
             leaf = log_q.detach().clamp(min=NOTHING).requires_grad_()
-            found = FORMULAS[divergence.name](log_p, leaf, divergence.value)
+            formula = FORMULAS[divergence.name]
+            if batches is None:
+                found = formula(log_p, leaf, divergence.value)
+            else:
+                stacks = [batches.stacked(each, NOTHING) for each in (log_p, leaf)]
+                found = formula(stacks[0], stacks[1], divergence.value).flatten()
+                found = found.index_select(0, batches.slots)
             (slope,) = torch.autograd.grad(found.sum(), leaf)
         mine = which == place
         value = torch.where(mine, found.detach(), value)

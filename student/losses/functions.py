@@ -19,6 +19,7 @@ from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
 from student.divergences import APART, BATCH, FORWARD, Divergence
 from student.loss_weights import Tail
+from student.losses.batches import Batches
 from student.losses.dense import DenseWork
 from student.losses.fused import fused_losses
 from student.losses.logit_rows import LogitRows
@@ -81,16 +82,22 @@ def sparse_kl(
     rows = weights.nonzero()[:, 0]
     weights = weights[rows]
     if form.name in APART:
-        apart = DenseWork(
-            positions=rows,
-            weights=weights,
-            temperature=temperature,
-            divergence=form,
-            entries=entries.pick(rows),
-            share=form.value,
-            ends=(*range(BATCH, len(rows), BATCH), len(rows)) if form.name == "sinkhorn" else (),
-        )
-        return fused_losses(hidden, head, shares=weights[None], dense=[apart], memory_budget=memory_budget)[0]
+        kept = entries.pick(rows)
+        apart: DenseWork | PositionWork
+        if form.name == "sinkhorn":
+            ends = (*range(BATCH, len(rows), BATCH), len(rows)) if len(rows) else ()
+            batches = Batches.of(ends, kept, rows.device)
+            apart = PositionWork.compared(rows, kept, weights, batches, form, temperature)
+        else:
+            apart = DenseWork(
+                positions=rows,
+                weights=weights,
+                temperature=temperature,
+                divergence=form,
+                entries=kept,
+                share=form.value,
+            )
+        return fused_losses(hidden, head, shares=weights[None], apart=[apart], memory_budget=memory_budget)[0]
     work = PositionWork(
         layout=Layout.of(rows, rows[:0]),
         rows=LogitRows.of_entries(entries.pick(rows), weights),

@@ -34,7 +34,7 @@ def fused_losses(
     shares: Tensor,
     positions: PositionWork | None = None,
     relations: RelationWork | None = None,
-    dense: Sequence[DenseWork] = (),
+    apart: Sequence[DenseWork | PositionWork] = (),
     memory_budget: int | None = None,
     compute: torch.dtype | None = None,
     matrix: KeptMatrix | None = None,
@@ -42,7 +42,7 @@ def fused_losses(
     """The losses asked for at hidden (N, D). Gradients reach hidden and the head's weight and bias.
 
     shares (T, S): what each of the S values (KL and cross entropy of the m rows of `positions`, the images of
-    `relations`, the positions of `dense`) counts in T sums; a value is left out where that is 0, whatever it
+    `relations`, the rows of `apart`) counts in T sums; a value is left out where that is 0, whatever it
     is. Its first row must be the weights that these works have. Returns the first sum, differentiable, and
     all of them (T,).
 
@@ -67,7 +67,7 @@ def fused_losses(
         shares,
         positions,
         relations,
-        dense,
+        apart,
         memory_budget_of(hidden.device) if memory_budget is None else memory_budget,
         compute,
         matrix,
@@ -87,7 +87,7 @@ class _FusedLosses(torch.autograd.Function):
         shares: Tensor,
         positions: PositionWork | None,
         relations: RelationWork | None,
-        dense: Sequence[DenseWork],
+        apart: Sequence[DenseWork | PositionWork],
         memory_budget: int,
         compute: torch.dtype | None,
         matrix: KeptMatrix | None,
@@ -106,8 +106,12 @@ class _FusedLosses(torch.autograd.Function):
             if relations is not None and relations.groups:
                 narrow = products.narrowed(hidden)
                 images.copy_(run_relations(narrow, head, relations, products, gradients, memory_budget))
-            for work, part in zip(dense, whole.split([len(work.weights) for work in dense]), strict=True):
-                part.copy_(run_dense(hidden, work, products, gradients, memory_budget, compute))
+            for work, part in zip(apart, whole.split([len(work) for work in apart]), strict=True):
+                if isinstance(work, PositionWork):
+                    nothing = torch.zeros_like(part)
+                    run_positions(hidden, work, products, gradients, memory_budget, part, nothing)
+                else:
+                    part.copy_(run_dense(hidden, work, products, gradients, memory_budget, compute))
             sums = (shares * values).masked_fill_(shares == 0, 0.0).sum(dim=1)
         ctx.save_for_backward(
             None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),

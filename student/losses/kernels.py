@@ -88,7 +88,7 @@ def row_kernel(
     _launch(products, rows, entries.logprobs, entries.log_tail, kl, ce, events=events, **options)
     nothing = torch.full_like(entries.log_tail, -math.inf)
     teacher = torch.cat([entries.logprobs, entries.log_tail[:, None], nothing[:, None]], dim=1)
-    values, slopes = value_and_slopes(divergences, rows.which, teacher, events)
+    values, slopes = value_and_slopes(divergences, rows.which, teacher, events, rows.batches)
     kl.copy_(torch.where(rows.weights != 0, values * temperature**2, 0.0))
     if grads is not None:
         inside, tail, padding = (each.contiguous() for each in slopes.neg().tensor_split((-2, -1), dim=1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from student.divergences import FORWARD, Divergence
+from student.losses.batches import Batches
 from student.losses.divergences import value_and_slopes
 from student.losses.records import Entries, no_entries
 
@@ -20,7 +21,8 @@ class LogitRows:
 
     entries: the distributions to compare with, all blank where there is none; weights (n,) of their KL, which
     is the divergence at place `which` (n,) int64 of those in use; labels (n,) int64, -1 or V where there is
-    none, and label_weights (n,) of their cross entropy.
+    none, and label_weights (n,) of their cross entropy. batches: of `sinkhorn`, whose rows of one batch weigh
+    the same; a part of such rows has its entries over the tokens of each one's batch.
     """
 
     entries: Entries
@@ -28,11 +30,18 @@ class LogitRows:
     which: Tensor
     labels: Tensor
     label_weights: Tensor
+    batches: Batches | None = None
 
     def pick(self, index: Tensor | slice) -> LogitRows:
-        """Some of the rows."""
+        """Some of the rows; with batches a range of whole ones."""
+        entries, batches = self.entries.pick(index), self.batches
+        if batches is not None:
+            assert isinstance(index, slice)
+            batches = batches.cut(index)
+            entries = batches.in_common(entries)
         return LogitRows(
-            entries=self.entries.pick(index),
+            entries=entries,
+            batches=batches,
             weights=self.weights[index],
             which=self.which[index],
             labels=self.labels[index],
@@ -51,7 +60,7 @@ class LogitRows:
         )
 
     @classmethod
-    def of_entries(cls, entries: Entries, weights: Tensor) -> LogitRows:
+    def of_entries(cls, entries: Entries, weights: Tensor, batches: Batches | None = None) -> LogitRows:
         """The KL alone, of the first divergence in use."""
         which = torch.zeros(len(weights), dtype=torch.long, device=weights.device)
         return cls(
@@ -60,6 +69,7 @@ class LogitRows:
             which=which,
             labels=torch.full_like(which, -1),
             label_weights=torch.zeros_like(weights),
+            batches=batches,
         )
 
     def split(self) -> tuple[LogitRows, LogitRows]:
@@ -121,7 +131,7 @@ def row_losses(
     else:
         teacher = torch.cat([log_p, log_tail[:, None], p_padding[:, None].log()], dim=1)
         student = torch.cat([log_q, log_q_tail[:, None], log_q_padding[:, None]], dim=1)
-        kl, slopes = value_and_slopes(divergences, rows.which, teacher, student)
+        kl, slopes = value_and_slopes(divergences, rows.which, teacher, student, rows.batches)
         p, p_tail, p_padding = -slopes[:, :-2], -slopes[:, -2], -slopes[:, -1]
     kl = torch.where(rows.weights != 0, kl * temperature**2, 0.0)
     ce = torch.where(rows.label_weights != 0, log_all - (label - top), 0.0)

@@ -176,8 +176,8 @@ class DistillationLoss:
             relations=RelationWork(
                 groups=plan.groups, weights=relation, neighbours=self.weights.relation_neighbours
             ),
-            dense=[
-                self._dense(kind, target, part, plan, head)
+            apart=[
+                self._apart(kind, target, part, plan, head)
                 for (kind, target), part in zip(plan.whole.items(), whole, strict=True)
             ],
             memory_budget=self.memory_budget,
@@ -191,14 +191,18 @@ class DistillationLoss:
             return [max(denominators.samples, 1.0)] * len(plan.terms)
         return [max(denominators.by_term[TERMS[term]], 1.0) for term in plan.terms]
 
-    def _dense(
+    def _apart(
         self, kind: Kind, target: PositionTargets, weights: Tensor, plan: Plan, head: Head
-    ) -> DenseWork:
+    ) -> DenseWork | PositionWork:
         """The term of a kind whose logits are made apart."""
-        entries = plan.spread.get(kind)
+        entries, batches = plan.spread.get(kind), plan.batches.get(kind)
         if entries is None and (target.states is None or self.teacher is None):
             raise ValueError("tail `dense` needs the teacher's hidden states and its head")
         divergence = self.weights.divergences[kind]
+        if entries is not None and batches is not None:
+            return PositionWork.compared(
+                target.positions, entries.of(head), weights, batches, divergence, self.weights.temperature
+            )
         return DenseWork(
             positions=target.positions,
             weights=weights,
@@ -207,7 +211,7 @@ class DistillationLoss:
             states=target.states if entries is None else None,
             teacher=self.teacher if entries is None else None,
             entries=None if entries is None else entries.of(head),
-            ends=plan.ends.get(kind, ()),
+            batches=batches,
             share=divergence.value if self.teacher_share is None else self.teacher_share,
         )
 

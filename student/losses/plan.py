@@ -12,6 +12,7 @@ from cache_schema.format.records import IGNORE_INDEX
 from cache_schema.format.spec import Kind
 from student.divergences import BATCH, FORWARD, Divergence
 from student.loss_weights import TERMS, LossWeights
+from student.losses.batches import Batches
 from student.losses.records import Entries, entries_of, no_entries, placed, spread
 from student.losses.selection import Selection, rows_by_sample
 from student.losses.targets import ON_THE_HOST, DistillationTargets, PositionTargets, RelationTargets
@@ -163,8 +164,7 @@ class Plan:
     labels (m,) int64: what is asked at each, -1 and blanks where nothing is; the place of each one's
     divergence in `divergences`. label_range: the least and the greatest label, None: there is none. groups:
     the images. whole: the targets of kinds that are learnt from the teacher's whole distribution; spread:
-    their entries, where it is made of these; ends: of
-    kinds with `sinkhorn`, where its batches of positions end. terms:
+    their entries, where it is made of these; batches: of kinds with `sinkhorn`. terms:
     whose losses are asked for, by their places in TERMS, with shares (T, N) float64: what each of N values
     counts in the sum of each term, 0 where nothing; 1 over the number of its sample where samples have means
     of their own, else 1. The values: KL and cross entropy of the m rows, the images of all groups, the
@@ -181,7 +181,7 @@ class Plan:
     groups: tuple[RelationGroup, ...]
     whole: Mapping[Kind, PositionTargets]
     spread: Mapping[Kind, Entries]
-    ends: Mapping[Kind, tuple[int, ...]]
+    batches: Mapping[Kind, Batches]
     terms: tuple[int, ...]
     shares: Tensor
     unsupervised: int
@@ -222,6 +222,9 @@ class Plan:
 
         divergences = tuple(dict.fromkeys(weights.divergences[kind] for kind in sparse)) or (FORWARD,)
         entries, which = _requests(sparse, weights, divergences, layout)
+        spread_out = (
+            {} if weights.tail == "dense" else {kind: _entries(whole[kind], weights) for kind in whole}
+        )
         return cls(
             weights=weights,
             layout=layout,
@@ -232,11 +235,9 @@ class Plan:
             label_range=(int(next_tokens.min()), int(next_tokens.max())) if len(next_tokens) else None,
             groups=groups,
             whole=whole,
-            spread={}
-            if weights.tail == "dense"
-            else {kind: _entries(whole[kind], weights) for kind in whole},
-            ends={
-                kind: _batches(target.samples)
+            spread=spread_out,
+            batches={
+                kind: Batches.of(_ends(target.samples), spread_out.get(kind), labels.device)
                 for kind, target in whole.items()
                 if weights.divergences[kind].name == "sinkhorn"
             },
@@ -256,6 +257,7 @@ class Plan:
             groups=tuple(group.to(device) for group in self.groups),
             whole={kind: target.to(device) for kind, target in self.whole.items()},
             spread={kind: entries.to(device) for kind, entries in self.spread.items()},
+            batches={kind: batches.to(device) for kind, batches in self.batches.items()},
             shares=self.shares.to(device, non_blocking=True),
         )
 
@@ -293,7 +295,7 @@ def _requests(
     return placed(made, rows.split([len(target) for target in sparse.values()]), count), which
 
 
-def _batches(samples: Tensor) -> tuple[int, ...]:
+def _ends(samples: Tensor) -> tuple[int, ...]:
     """The ends of batches of at most BATCH positions whose samples (M,) are the same, consecutive ones."""
     ends, end = [], 0
     for count in torch.unique_consecutive(samples, return_counts=True)[1].tolist():

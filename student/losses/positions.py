@@ -12,22 +12,66 @@ import torch
 from torch import Tensor
 
 from student.divergences import Divergence
+from student.losses.batches import Batches
 from student.losses.logit_rows import LogitRows, row_losses
 from student.losses.plan import Layout
 from student.losses.products import Gradients, HeadProducts
+from student.losses.records import Entries
 from student.losses.selection import row_entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PositionWork:
     """The requests at the m rows of logits of `layout`, each at a position of hidden (N, D); labels are in
-    the first `layout.positions` rows only."""
+    the first `layout.positions` rows only. With batches the rows have no labels and stand at distinct
+    positions."""
 
     layout: Layout
     rows: LogitRows
     temperature: float
     inside_only: bool
     divergences: tuple[Divergence, ...]
+
+    @classmethod
+    def compared(
+        cls,
+        positions: Tensor,
+        entries: Entries,
+        weights: Tensor,
+        batches: Batches,
+        divergence: Divergence,
+        temperature: float,
+    ) -> PositionWork:
+        """Of `sinkhorn`: entries (M, K) at distinct positions (M,), which weigh weights (M,), in batches."""
+        kept = replace(
+            entries, **{name: getattr(entries, name).to(weights.dtype) for name in ("logprobs", "log_tail")}
+        )
+        return cls(
+            layout=Layout(
+                sources=positions,
+                base=positions[:0],
+                kl_rows=torch.arange(len(positions), device=positions.device),
+                ce_rows=positions[:0],
+            ),
+            rows=LogitRows.of_entries(kept, weights, batches),
+            temperature=temperature,
+            inside_only=False,
+            divergences=(divergence,),
+        )
+
+    def __len__(self) -> int:
+        """m."""
+        return len(self.rows.weights)
+
+    def chunks(self, count: int, further: int, row_bytes: int, memory_budget: int) -> list[slice]:
+        """`count` rows in even parts that fit the budget, `further` rows with any of them; of whole batches
+        where there are some."""
+        batches = self.rows.batches
+        if batches is None:
+            size = _chunk_rows(count, further, row_bytes, memory_budget)
+            return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        row_bytes += 4 * batches.row_elements * self.rows.weights.itemsize
+        return list(batches.chunks(max(1, memory_budget // row_bytes)))
 
 
 def run_positions(
@@ -51,13 +95,12 @@ def run_positions(
         _run_kernel(kernel, hidden, work, products, gradients, memory_budget, kl, ce)
         return
     layout, columns, dtype = work.layout, len(products.weight), products.dtype
-    count, further = layout.positions, len(layout.base)
+    count = layout.positions
     stride = -(-(columns + 1) // 16) * 16  # rows begin on a cache line
     apart = work.temperature != 1.0 and len(layout.ce_rows) > 0
     buffers = 1 + apart + (products.softcap is not None) + 0.5 * products.narrow
-    size = _chunk_rows(count, further, int(stride * dtype.itemsize * buffers), memory_budget)
-    starts = range(0, count, size)
-    borders = torch.tensor([*starts, count], device=hidden.device)
+    chunks = work.chunks(count, len(layout.base), int(stride * dtype.itemsize * buffers), memory_budget)
+    borders = torch.tensor([*(rows.start for rows in chunks), count], device=hidden.device)
     rest = (torch.searchsorted(layout.base, borders) + count).tolist()  # the rows above n of each chunk
     capped = products.softcap is not None  # a row then holds its slopes behind its logits
 
@@ -72,11 +115,10 @@ def run_positions(
     def entropy_of(table: Tensor) -> Tensor:
         return row_entropy(table[:, :columns])
 
-    for part in _parts(work, count, size, stride * (1 + capped), make, entropy_of):
+    for number, part in enumerate(_parts(work, chunks, stride * (1 + capped), make, entropy_of)):
         table, logits = part.table, part.table[:, : columns + 1]
         index = layout.sources[part.rows]
         if isinstance(part.rows, slice):
-            number = part.rows.start // size
             copies = slice(rest[number], rest[number + 1])
             further_work = work.rows.pick(copies)
             which = layout.base[copies.start - count : copies.stop - count] - part.rows.start
@@ -172,11 +214,10 @@ def _rows_by_kernel(
     chunk."""
     columns, dtype, matrix = len(products.weight), products.dtype, products.operand_matrix()
     stride = -(-columns // 16) * 16
-    size = _chunk_rows(len(sources), 0, stride * dtype.itemsize, memory_budget)
-    table = kl.new_empty(min(size, len(sources)), stride)
-    for start in range(0, len(sources), size):
-        part = slice(start, min(start + size, len(sources)))
-        lines = table[: part.stop - start]
+    parts = work.chunks(len(sources), 0, stride * dtype.itemsize, memory_budget)
+    table = kl.new_empty(max((part.stop - part.start for part in parts), default=0), stride)
+    for part in parts:
+        lines = table[: part.stop - part.start]
         states = hidden.index_select(0, sources[part]).to(products.operand)  # (n, D)
         products.product(states, matrix.t(), lines[:, :columns])
         # A row's gradient lies in the row's own memory, half as wide where the factors of products are.
@@ -234,31 +275,30 @@ class _Part:
 
 def _parts(
     work: PositionWork,
-    count: int,
-    size: int,
+    chunks: list[slice],
     width: int,
     make: Callable[[slice, Tensor], None],
     entropy_of: Callable[[Tensor], Tensor],
 ) -> Iterator[_Part]:
-    """The first `count` rows in parts of `size`, or the selected ones of whole samples in such parts.
+    """The rows in `chunks`, or the selected ones of whole samples in parts of such a size.
 
     make: writes the logits of rows into their memory (n, width); it lasts until the next part.
     """
     selection, weights = work.layout.selection, work.rows.weights
+    size = max((rows.stop - rows.start for rows in chunks), default=0)
     if selection is None:
-        table = weights.new_empty(min(size, count), width)
-        for start in range(0, count, size):
-            rows = slice(start, min(start + size, count))
-            part = table[: rows.stop - start]
+        table = weights.new_empty(size, width)
+        for rows in chunks:
+            part = table[: rows.stop - rows.start]
             make(rows, part)
             yield _Part(table=part, rows=rows, asked=work.rows.pick(rows))
         return
-    chunks = list(selection.parts(size))
-    most = max((takes.stop - takes.start for _, takes in chunks), default=0)
-    table = weights.new_empty(max((rows.stop - rows.start for rows, _ in chunks), default=0), width)
+    samples = list(selection.parts(size))
+    most = max((takes.stop - takes.start for _, takes in samples), default=0)
+    table = weights.new_empty(max((rows.stop - rows.start for rows, _ in samples), default=0), width)
     kept = weights.new_empty(max(most, min(size, len(selection.take))), width)
     places, filled = torch.empty_like(selection.take), 0
-    for number, (rows, takes) in enumerate(chunks):
+    for number, (rows, takes) in enumerate(samples):
         part = table[: rows.stop - rows.start]
         make(rows, part)
         place = selection.pick(entropy_of(part), rows, takes)
@@ -266,7 +306,7 @@ def _parts(
         torch.index_select(part, 0, place, out=kept[filled:end])
         torch.add(place, rows.start, out=places[takes])
         filled = end
-        coming = chunks[number + 1][1] if number + 1 < len(chunks) else None
+        coming = samples[number + 1][1] if number + 1 < len(samples) else None
         if coming is None or filled + coming.stop - coming.start > len(kept):
             these = slice(takes.stop - filled, takes.stop)
             asked, scale = work.rows.pick(places[these]), selection.scale[these].to(weights.dtype)
