@@ -115,8 +115,9 @@ def _begin(
         measured,
         stage.losses,
         None if state.fusion is None else RatioNetwork(**state.fusion),
+        accelerator,
         seed=config.seed,
-        processes=ranks.count,
+        add_up=ranks.add_up,
     )
     feed = Feed(config, caches, collator, ranks, accelerator.device, state)
     if feed.note:
@@ -231,16 +232,19 @@ class _Run:
 
     def _step(self, micro_batches: list[Batch], agreed: StepAgreement) -> None:
         """One optimizer step."""
+        rate = self.stage.learning_rate_at(self.state.step, self.total)
         step, interpolation = self.state.step, self.state.interpolation
         self.student.loss.teacher_share = None if interpolation is None else interpolation.share
         try:
-            weigh = {} if self.fusion is None else {"before": self.fusion.weigh}
-            if self.fusion is not None and self.fusion.due(step):
-                rate = self.stage.learning_rate_at(step, self.total)
-                self.fusion.learn(micro_batches, step, rate, self.device)
+            weigh = {}
+            if self.fusion is not None:
+                self.fusion.begin(micro_batches, step)
+                weigh = {"before": self.fusion.weigh}
             terms, norm = self.optimization.gradients(
                 micro_batches, agreed.counts, seed=self.config.seed, step=step, **weigh
             )
+            if self.fusion is not None:
+                self.fusion.learn(step, rate, self.device)
         except Exception:
             if self.ranks.count == 1:  # the weights are still those before this step
                 self.kept.try_save()
@@ -251,7 +255,7 @@ class _Run:
             self.kept.refuse([b for b, fine in zip(micro_batches, finite, strict=True) if not fine])
         if not math.isfinite(norm) and not self.optimization.skips_infinite_gradients:
             self.kept.refuse(micro_batches)
-        self.optimization.step(self.stage.learning_rate_at(step, self.total))
+        self.optimization.step(rate)
         if self.fusion is not None:
             self.state.fusion = self.fusion.network.to_json()
             sums["fusion_ratio"] = self.fusion.mean

@@ -1,10 +1,13 @@
 """Fusion ratios: the loss that they weigh, the slope that they learn from, and training with them."""
 
+import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from cache_schema import open_cache
@@ -12,7 +15,7 @@ from cache_schema.errors import WrongUsage
 from cache_schema.progress import Silent
 from cache_schema.runs import read_metrics
 from models.folder import load_model, load_processor
-from student.fusion import Fusion, RatioNetwork
+from student.fusion import Fusion, RatioNetwork, fusion_of
 from student.heldout import held_out
 from student.loss_weights import TERMS
 from student.losses import Denominators, LossWeights
@@ -21,6 +24,7 @@ from student.settings import TrainConfig
 from student.stages import DFT
 from student.train import train
 from tests.student_caches import fake_capture, make_world
+from tests.student_driver import run
 
 WEIGHTS = LossWeights(fusion_every=2)
 
@@ -72,12 +76,14 @@ def test_the_terms_by_sample_are_those_of_each_alone(prepared):
 
 def test_the_weighed_loss_is_the_sum_of_weighed_samples(prepared):
     student, fusion, batches, collator, cache = prepared
+    fusion.begin(batches[:1], 0)
     fusion.weigh(batches[0])
-    ratios = student.loss.scales[1] / 2
-    assert ratios.min() < ratios.max()
     ours = loss_of(student, batches[0], 2)
     found = torch.autograd.grad(ours, student.model.lm_head.weight)[0]
-    student.loss.scales = None
+    student.loss.weigh = None
+    ratios = fusion.network.ratios(fusion._signals(fusion._terms(batches[0]), batches[0]))
+    assert ratios.min() < ratios.max()
+    assert fusion.mean == pytest.approx(ratios.mean().item(), abs=1e-12)
     expected = torch.zeros((), dtype=torch.float64)
     for place, ratio in enumerate(ratios.tolist()):
         for half, scale in ((True, 1 - ratio), (False, ratio)):
@@ -98,7 +104,11 @@ def test_the_slope_is_that_of_the_held_out_loss_after_a_gradient_step(prepared):
     rate = 1e-4
     trained = [one for one in student.model.parameters() if one.requires_grad]
     before = [one.detach().clone() for one in trained]
-    signals, slopes = fusion.slopes(batches, 0, rate, torch.device("cpu"))
+    fusion.begin(batches, 0)
+    for batch in batches:
+        fusion.weigh(batch)
+        loss_of(student, batch, 4)
+    signals, slopes = fusion.slopes(0, rate, torch.device("cpu"))
     assert all(torch.equal(one, old) for one, old in zip(trained, before, strict=True))
     ratios = fusion.network.ratios(signals)
     cache, collator = fusion._held_out.cache, fusion._held_out.collator
@@ -107,14 +117,14 @@ def test_the_slope_is_that_of_the_held_out_loss_after_a_gradient_step(prepared):
     def held_out_loss(ratios):
         for number, batch in enumerate(batches):
             part = ratios[2 * number : 2 * number + 2]
-            student.loss.scales = torch.stack([2 * (1 - part), 2 * part])
+            student.loss.weigh = lambda _, part=part: torch.stack([2 * (1 - part), 2 * part])
             loss_of(student, batch, 4).backward()
         with torch.no_grad():
             for one in trained:
                 if one.grad is not None:
                     one -= rate * one.grad
                     one.grad = None
-        student.loss.scales = None
+        student.loss.weigh = None
         with torch.no_grad():
             hidden = student.hidden_states(measured.inputs)
             counts = Denominators(samples=float(len(cache)))
@@ -137,7 +147,7 @@ def test_the_network_goes_down_its_slopes():
     assert network.ratios(signals).tolist() == [0.5] * 6
     slopes = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     for _ in range(200):
-        network.learn(signals, slopes)
+        network.move(network.gradient(signals, slopes))
     ratios = network.ratios(signals)
     assert ratios[::2].mean() < 0.3
     assert ratios[1::2].mean() > 0.7
@@ -173,8 +183,67 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(world, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_where_ratios_cannot_be_learnt_it_is_said(world, tmp_path):
+def test_an_update_makes_each_samples_terms_once_and_two_passes_more(prepared, monkeypatch):
+    student, fusion, batches, _, _ = prepared
+    seen = []
+    forward = DistilledStudent.hidden_states
+    monkeypatch.setattr(
+        DistilledStudent,
+        "hidden_states",
+        lambda self, inputs: seen.append(len(inputs["input_ids"])) or forward(self, inputs),
+    )
+    before = RatioNetwork(**fusion.network.to_json())
+    for step, passes in ((2, 2 + 1 + 2 * 2), (3, 2)):  # own, held out, forth and back; own alone
+        seen.clear()
+        fusion.begin(batches, step)
+        for batch in batches:
+            fusion.weigh(batch)
+            loss_of(student, batch, 4)
+        fusion.learn(step, 1e-3, torch.device("cpu"))
+        assert len(seen) == passes
+        assert fusion.network.updates == 1
+    assert fusion.network.values != before.values
+
+
+def test_two_processes_learn_the_ratios_of_one(world, tmp_path):
+    """Five samples a step, in other micro-batches: of three and two by one process, of two and one by two."""
+    stage = {"losses": {"fusion_every": 2}, "global_batch": 5, "max_steps": 5, "learning_rate": 1e-3}
+    given = {
+        "student": world.student,
+        "cache": str(world.cache),
+        "image_root": str(world.image_root),
+        "eval_cache": str(world.cache.parent / "other"),
+        "log_every": 1,
+        "save_every": 5,
+        "device": "cpu",
+    }
+    two = {"base": "dft", "stage": stage, "out": tmp_path / "two", "micro_batch": 2}
+    run(tmp_path / "runs.json", [{**given, **two}], ranks=2)
+    one = replace(DFT, **{**stage, "losses": WEIGHTS})
+    train(TrainConfig(stage=one, out=tmp_path / "one", micro_batch=3, trackers=(), **given), Silent())
+    values, weights, lines = {}, {}, {}
+    for name in ("one", "two"):
+        (state,) = (tmp_path / name / "checkpoints").glob("step-*/state.json")
+        network = json.loads(state.read_text())["progress"]["fusion"]
+        values[name] = torch.tensor(network["values"], dtype=torch.float64)
+        weights[name] = load_file(tmp_path / name / "model/model.safetensors")
+        lines[name] = [line for line in read_metrics(tmp_path / name) if line["group"] == "train"]
+    begun = torch.tensor(RatioNetwork.begun(0).values, dtype=torch.float64)
+    assert (values["one"] - begun).abs().max() > 1e-2
+    torch.testing.assert_close(values["two"], values["one"], atol=1e-4, rtol=0)
+    for one, two in zip(lines["one"], lines["two"], strict=True):
+        assert two["fusion_ratio"] == pytest.approx(one["fusion_ratio"], abs=1e-5)
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    for name, weight in weights["one"].items():
+        torch.testing.assert_close(weights["two"][name], weight, atol=1e-4, rtol=0)
+
+
+def test_where_ratios_cannot_be_learnt_it_is_said(world, prepared, tmp_path):
     with pytest.raises(WrongUsage, match="give --eval-cache"):
         train(replace(settings(world, tmp_path), eval_cache=None), Silent())
+    student, fusion, *_ = prepared
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(WrongUsage, match="fusion_every does not go with FSDP"):
+        fusion_of(student, fusion._held_out, WEIGHTS, None, sharded, seed=0, add_up=None)
     with pytest.raises(WrongUsage, match="fusion_every needs reduction sample_mean"):
         LossWeights(fusion_every=1, reduction="token_mean")

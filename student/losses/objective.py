@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,6 +55,8 @@ class DistillationLoss:
     selected positions alone, each of them for as many as were asked for each selected one. With tail
     `dense` they compare with the whole distribution that `teacher`, its head, makes of its hidden states;
     their logits are made apart, as are those of TAID, whose t is `teacher_share` (None: where it begins).
+    `weigh`, where set, makes of `by_sample` the factors (2, B) of each sample's cross entropy and other
+    terms.
     """
 
     measures: tuple[str, ...] = ()
@@ -65,7 +67,7 @@ class DistillationLoss:
         self.weights = weights
         self.teacher = teacher
         self.teacher_share: float | None = None
-        self.scales: Tensor | None = None
+        self.weigh: Callable[[Tensor], Tensor] | None = None
         self.memory_budget = memory_budget
         self.matrix = KeptMatrix()
 
@@ -99,8 +101,9 @@ class DistillationLoss:
         shares = plan.shares.to(dtype)  # (T, N)
         weights = shares.new_zeros(shares.shape[1])  # (N,)
         scales = None
-        if self.scales is not None:
-            scales = self.scales.to(dtype)[:, _samples_of(plan, hidden.shape[1])]  # (2, N)
+        if self.weigh is not None:
+            by_sample = self.weigh(self.by_sample(hidden.detach(), labels, targets, head, compute))
+            scales = by_sample.to(weights)[:, _samples_of(plan, hidden.shape[1])]  # (2, N)
         for share, term, count in zip(shares, plan.terms, counts, strict=True):
             own = share if scales is None else share * scales[int(TERMS[term] != "ce")]
             weights.add_(own, alpha=self.weights.by_term[TERMS[term]] * world_size / count)
@@ -125,7 +128,12 @@ class DistillationLoss:
 
     @torch.no_grad()
     def by_sample(
-        self, hidden: Tensor, labels: Tensor, targets: DistillationTargets | None, head: Head
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        targets: DistillationTargets | None,
+        head: Head,
+        compute: torch.dtype | None = None,
     ) -> Tensor:
         """(B, TERMS): the terms of each sample, means of its own tokens and images as in `sample_mean`."""
         dtype = wide_dtype(hidden.dtype, head.weight.dtype)
@@ -133,7 +141,7 @@ class DistillationLoss:
         shares = plan.shares.to(dtype)
         own = _samples_of(plan, hidden.shape[1]) == torch.arange(len(labels), device=hidden.device)[:, None]
         rows = (shares[:, None] * own).flatten(0, 1)  # (T B, N)
-        _, sums = self._fused(hidden, head, plan, shares.sum(dim=0), rows, None)
+        _, sums = self._fused(hidden, head, plan, shares.sum(dim=0), rows, compute)
         found = sums.new_zeros(len(labels), len(TERMS))
         found[:, list(plan.terms)] = sums[1:].view(len(plan.terms), len(labels)).T
         return found
