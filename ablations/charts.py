@@ -26,15 +26,11 @@ def draw_bars(tables: Mapping[str, Mapping[str, Runs]], out: Path) -> None:
         shown = {name: [100 * run["test"]["mean"] for run in runs] for name, runs in arms.items() if runs}
         for place, values in enumerate(shown.values()):
             reach = half_interval(values) if len(values) > 1 else 0.0
-            axis.barh(
-                place, spread(values)[0], xerr=reach, color=COLORS[0], ecolor=INK, height=0.65, capsize=3
-            )
+            bar = {"color": COLORS[0], "alpha": 0.55, "height": 0.65}
+            axis.barh(place, spread(values)[0], xerr=reach, ecolor=INK, capsize=3, **bar)
             axis.plot(values, [place] * len(values), ".", color=COLORS[1], markersize=4)
         axis.set_yticks(range(len(shown)), list(shown))
         axis.invert_yaxis()
-        if every := [value for values in shown.values() for value in values]:
-            margin = max(1.0, 0.5 * (max(every) - min(every)))
-            axis.set_xlim(min(every) - margin, max(every) + margin)
         axis.set_title(title)
         axis.set_xlabel("accuracy in %, mean of the kinds of questions")
         _plain(axis)
