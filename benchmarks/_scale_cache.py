@@ -1,81 +1,59 @@
-"""Caches as large as wished of one shard under many numbers, written through the real writer."""
+"""Metadata of caches as large as wished: one shard by the real writer, its record under many numbers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from benchmarks._random_cache import random_records
-from cache_schema.format.cache import read_table
 from cache_schema.format.identity import Fingerprint
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan
 from cache_schema.format.records import CapturedImage, CapturedSample, ImageRecord, Relation, TopK
-from cache_schema.format.shard import SAMPLE_SCHEMA, EncodedShard, encode_shard, write_table
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.writer import CacheWriter
 
 SHARD = 512
 VISUAL, PROMPT, RESPONSE = 729, 21, 130  # 859 positions with targets
-VOCAB, TOP_K = 151_936, 2
+VOCAB = 151_936
+SPEC = TargetSpec(targets=("response", "visual", "relation"), top_k=2)
 CREATED = "2026-01-01T00:00:00+00:00"
-
-
-def write_rows(path: Path, rows: int) -> None:
-    """LLaVA rows in a JSON array, each of about a kilobyte; every second image has two rows."""
-    words = ("the quick brown fox jumps over the lazy dog " * 16)[:600]
-    with path.open("w", encoding="utf-8") as file:
-        for row in range(rows):
-            turns = [
-                {"from": "human", "value": f"<image>\nwhat is in picture {row}?"},
-                {"from": "gpt", "value": words},
-            ]
-            document = {"id": f"sample-{row}", "image": f"{_image(row):09d}.jpg", "conversations": turns}
-            file.write(("[" if row == 0 else ",\n") + json.dumps(document))
-        file.write("]")
 
 
 def first_images(rows: int) -> NDArray[np.int64]:
     """The image's key of each row, as `plan_rows` takes them."""
     numbers = np.arange(rows, dtype=np.int64)
-    return 1 + _image(numbers)
+    return 1 + image_of(numbers)
 
 
-def _image(row):  # type: ignore[no-untyped-def]  # of numbers and of arrays alike
+def image_of(row: Any) -> Any:
+    """The number of a row's image, of numbers and of arrays alike: every second image has two rows."""
     return row - (row % 4 == 1)
 
 
 def manifest_of(plan: Plan) -> Manifest:
     """The manifest of a cache of random records."""
-    spec = TargetSpec(top_k=TOP_K)
     return Manifest(
         fingerprint=Fingerprint(
-            capture={"spec": spec.to_json()}, training={"vocab_size": VOCAB, "image_token_id": 2}
+            capture={"spec": SPEC.to_json()}, training={"vocab_size": VOCAB, "image_token_id": 2}
         ),
-        spec=spec,
+        spec=SPEC,
         plan=plan,
         created=CREATED,
         dataset={"rows": plan.rows},
     )
 
 
-def write_shards(writer: CacheWriter) -> Iterator[CommitRecord | None]:
-    """Writes every shard: the same targets, in tables of its own rows and labels."""
-    plan, spec = writer.manifest.plan, writer.manifest.spec
-    encoded = _encoded(spec, min(SHARD, plan.rows))
-    for index in writer.pending():
-        rows = plan.rows_of(index)
-        if len(rows) != encoded.counts["samples"]:  # the last shard
-            encoded = _encoded(spec, len(rows))
-        attempt = f"{index:012x}"
-        yield writer.commit(
-            index, attempt, _renamed(encoded, f"{index:05d}-{attempt}", rows), engine={}, seconds=1.0
-        )
+def write_shard(writer: CacheWriter) -> CommitRecord:
+    """The record of the first shard, written through the real writer."""
+    random = np.random.default_rng(0)
+    pool = random_records(random, 4096, VOCAB, SPEC.top_k)
+    samples = [_sample(random, pool, row) for row in writer.manifest.plan.rows_of(0).tolist()]
+    record = writer.write_shard(0, samples, [], engine={}, seconds=1.0)
+    assert record is not None
+    return record
 
 
 def commit_record(manifest: Manifest, shard: int, like: CommitRecord) -> CommitRecord:
@@ -89,47 +67,31 @@ def commit_record(manifest: Manifest, shard: int, like: CommitRecord) -> CommitR
     return replace(like, cache=manifest.identity, shard=shard, attempt=attempt, files=files, counts=counts)
 
 
-def _renamed(encoded: EncodedShard, name: str, rows: NDArray[np.int64]) -> EncodedShard:
-    tables = {path.replace(encoded.name, name): data for path, data in encoded.tables.items()}
-    path = f"samples/{name}.arrow"
-    columns = {"row": pa.array(rows), "sample_id": pa.array([f"sample-{row}" for row in rows.tolist()])}
-    table = read_table(tables[path])
-    for field, values in columns.items():
-        table = table.set_column(SAMPLE_SCHEMA.get_field_index(field), SAMPLE_SCHEMA.field(field), values)
-    tables[path] = write_table(table)
-    longest = [[int(row), VISUAL + PROMPT + RESPONSE] for row in rows[:5]]
-    return replace(encoded, name=name, tables=tables, statistics=encoded.statistics | {"longest": longest})
-
-
-def _encoded(spec: TargetSpec, count: int) -> EncodedShard:
-    random = np.random.default_rng(0)
-    pool = random_records(random, 4096, VOCAB, TOP_K)
+def _sample(random: np.random.Generator, pool: TopK, row: int) -> CapturedSample:
+    ids = random.integers(3, VOCAB, VISUAL + PROMPT + RESPONSE).astype(np.int32)
+    ids[:VISUAL] = 2
+    places = random.integers(0, len(pool.token_ids), VISUAL + RESPONSE)
     factor = random.normal(size=(VISUAL, 1)).astype(np.float32)
-    relation = Relation(residual=0.0, norm=float(np.linalg.norm(factor @ factor.T)), factor=factor)
-    samples = []
-    for row in range(count):
-        ids = random.integers(3, VOCAB, VISUAL + PROMPT + RESPONSE).astype(np.int32)
-        ids[:VISUAL] = 2
-        places = random.integers(0, len(pool.token_ids), VISUAL + RESPONSE)
-        image = ImageRecord(
-            path=f"{row:09d}.jpg",
-            sha256=f"{row:064x}",
-            width=640,
-            height=480,
-            positions=np.arange(VISUAL, dtype=np.int32),
-        )
-        seen = CapturedImage(record=image, visual=_at(pool, places[:VISUAL], False), relation=relation)
-        samples.append(
-            CapturedSample(
-                row=row,
-                sample_id=str(row),
-                input_ids=ids,
-                label_spans=np.array([[VISUAL + PROMPT, len(ids)]], np.int32),
-                images=(seen,),
-                response=_at(pool, places[VISUAL:], True),
-            )
-        )
-    return encode_shard("NAME", samples, [], spec)
+    image = ImageRecord(
+        path=f"{row:09d}.jpg",
+        sha256=f"{row:064x}",
+        width=640,
+        height=480,
+        positions=np.arange(VISUAL, dtype=np.int32),
+    )
+    seen = CapturedImage(
+        record=image,
+        visual=_at(pool, places[:VISUAL], False),
+        relation=Relation(residual=0.0, norm=float(np.linalg.norm(factor @ factor.T)), factor=factor),
+    )
+    return CapturedSample(
+        row=row,
+        sample_id=f"sample-{row}",
+        input_ids=ids,
+        label_spans=np.array([[VISUAL + PROMPT, len(ids)]], np.int32),
+        images=(seen,),
+        response=_at(pool, places[VISUAL:], True),
+    )
 
 
 def _at(pool: TopK, places: NDArray[np.int64], labelled: bool) -> TopK:

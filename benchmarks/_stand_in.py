@@ -30,8 +30,9 @@ VOCAB, VISUAL = 151_936, 729
 _IMAGES = 8  # different relation records
 
 
-def stand_in_folder(folder: Path) -> Path:
-    """The teacher's folder; its tokenizer has merges learned from the Python manual."""
+def stand_in_folder(folder: Path, *, side: int = 384, patch: int = 14) -> Path:
+    """The teacher's folder; its tokenizer has merges learned from the Python manual. side, patch: pixels of
+    its images and of a visual token, along one edge."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -61,8 +62,8 @@ def stand_in_folder(folder: Path) -> Path:
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=384,
-        patch_size=14,
+        image_size=side,
+        patch_size=patch,
         vision_use_head=False,
     )
     return save_llava(

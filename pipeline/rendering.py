@@ -151,7 +151,8 @@ class _Counted(CodeGenerator):
 
 
 def _step(line: int) -> nodes.Expr:
-    return nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None, lineno=line)
+    # Written as it is: a nodes.Call would go through the sandbox's `call`, at ten times the time.
+    return nodes.EnvironmentAttribute("step()", lineno=line)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -254,6 +255,9 @@ def _refuse_over(size: int, bound: int = MOST_CHARACTERS) -> None:
 
 def _size(value: Any) -> int:
     """The characters and entries of a value, those of its parts included. TooMuch over the bound."""
+    if isinstance(value, str):  # most are
+        _refuse_over(len(value))
+        return len(value)
     size, left = 0, [value]
     while left:
         part = left.pop()

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -119,11 +120,15 @@ class FolderRoot:
         self.folder = folder
         self.name = str(folder)
 
+    @cached_property
+    def _resolved(self) -> Path:
+        return self.folder.resolve()
+
     def read(self, path: str, sha256: str | None = None) -> tuple[str, bytes]:
         told = shown(path, 120)
         if "://" in path or "\0" in path:
             raise RowRejected("outside_root", f"{told} is not a path under the image root")
-        base = self.folder.resolve()
+        base = self._resolved
         try:
             file = (base / path).resolve()
             inside = file.is_relative_to(base)
