@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from models.inputs import join
 from models.tokens import pad_token_id_of
 from student.collate import Collator
 from student.loss_weights import LossWeights
-from student.mixture import MixedStream
+from student.mixture import MixedStream, Weighting
 from student.order import Catalogue
 from student.pixels import PixelInputs
 from student.sources import Mixture, Source
@@ -51,13 +52,13 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
     batch of all processes are left out of that epoch. In a mixture all batches are full: an epoch has as
     many as the caches together fill, and each cache is passed through again and again at its own share. The
     loader's workers share the batches round about, so that neither their number nor that of the processes
-    changes what is in a global batch. The place is one integer, see `state_dict`. A DataLoader with workers
-    iterates over copies: call `set_epoch` before each epoch there, or use a loader that keeps the states of
-    its workers.
+    changes what is in a global batch. The place is one integer, see `state_dict`; shares of a mixture may
+    change on the way, see `set_shares`. A DataLoader with workers iterates over copies: call `set_epoch`
+    before each epoch there, or use a loader that keeps the states of its workers.
 
     KdcacheError: as `open_cache`, or an image that is missing or is not the captured one. WrongUsage: a
     target that a cache does not have, or fewer samples than a batch. IdentityMismatch: caches of a mixture
-    with different tokenizers. Not promised: hidden states, shares that change (`mixture: ddk`).
+    with different tokenizers. Not promised: hidden states.
     """
 
     def __init__(
@@ -81,6 +82,11 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
             world_size = torch.distributed.get_world_size() if spread else 1
         if batch_size < 1 or not 0 <= rank < world_size:
             raise WrongUsage(f"batch_size {batch_size}, rank {rank} of {world_size} make no batches")
+        if isinstance(cache, Mixture):
+            raise WrongUsage(
+                "CachedSamples takes the sources of a mixture; shares that follow the student (rule ddk) "
+                "need a measurement of it: give them to set_shares"
+            )
         given = (Source(cache=str(cache)),) if isinstance(cache, str | Path) else tuple(cache)
         self._mixture, self._processor, self._image_root = Mixture(sources=given), processor, image_root
         self._asked = None if targets is None else tuple(targets)
@@ -89,6 +95,7 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
         )
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._step = 0
+        self._weighting: Weighting | None = None  # since shares were set
         _ = self._opened
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,7 +151,10 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
         if len(caches) > 1:
             catalogue = Catalogue(caches)
             domains = [catalogue.samples_of(source) for source in range(len(caches))]
-            return MixedStream(catalogue, self._order, domains, self._mixture.shares, **reading)
+            mixed = MixedStream(catalogue, self._order, domains, self._mixture.shares, **reading)
+            if self._weighting is not None:
+                mixed.order.restore(self._weighting)
+            return mixed
         stream = Stream(caches[0], self._order, **reading)
         if len(stream) < self._order.global_batch:
             raise WrongUsage(f"{caches[0].url} has {len(stream)} samples, a batch {self._order.global_batch}")
@@ -159,24 +169,56 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch, unless the place is within it."""
+        """Go to the beginning of an epoch, unless the place is within it. WrongUsage before the step at which
+        shares were set."""
         steps = self._opened[0].steps_per_epoch
-        if self._step // steps != epoch:
-            self._step = epoch * steps
+        if self._step // steps == epoch:
+            return
+        if self._weighting is not None and epoch * steps < self._weighting.start:
+            raise WrongUsage(
+                f"epoch {epoch} begins before step {self._weighting.start}, where shares were set"
+            )
+        self._step = epoch * steps
 
-    def state_dict(self) -> dict[str, int]:
-        """The place: `step`, the next step that is not begun, of epochs of `ceil(samples / global batch)`."""
-        return {"step": self._step}
+    def set_shares(self, shares: Sequence[float]) -> None:
+        """Other shares of a mixture's caches, in their order and of any sum, from the place on.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        An iteration in this process ends where it is, and the next one goes on from there; a DataLoader's
+        workers see the shares at their next iteration, so set them between epochs there, after `set_epoch`.
+        Every process must set the same shares at the same step. They are in `state_dict`.
+        `student.domains.discrepancy` gives those of DDK. WrongUsage where they are not one share per cache.
+        """
+        stream, count = self._opened[0], len(self._mixture.sources)
+        if not isinstance(stream, MixedStream):
+            raise WrongUsage("shares are of the caches of a mixture; here is one cache")
+        sound = len(shares) == count and all(0 <= share < math.inf for share in shares) and sum(shares) > 0
+        if not sound:
+            raise WrongUsage(f"shares must be {count} numbers from 0, not all 0: {list(shares)}")
+        stream.order.reweigh(self._step, shares)
+        self._weighting = stream.order.weighting
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place: `step`, the next step that is not begun, of epochs of `ceil(samples / global batch)`.
+        Where shares were set, `weighting` too. JSON values."""
+        given = {} if self._weighting is None else {"weighting": asdict(self._weighting)}
+        return {"step": self._step, **given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at a place, on any number of processes with the same global batch."""
-        self._step = int(state["step"])
+        self._step, given, before = int(state["step"]), state.get("weighting"), self._weighting
+        self._weighting = None
+        if given is not None:
+            self._weighting = Weighting(
+                start=given["start"], shares=tuple(given["shares"]), drawn=tuple(given["drawn"])
+            )
+        if self._weighting != before:
+            self.__dict__.pop("_opened", None)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         stream, collator = self._opened
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        start = self._step
+        start, weighting = self._step, self._weighting
         end = (start // stream.steps_per_epoch + 1) * stream.steps_per_epoch
         for step in stream.read(start, end):
             if (step.number - start) % workers == number:
@@ -184,6 +226,8 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
                 for located in mine if len(mine) == self._batch_size else ():
                     self._step = step.number + 1
                     yield _item(located.sample(), collator)
+                if self._weighting is not weighting:  # set meanwhile
+                    return
         self._step = end
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:

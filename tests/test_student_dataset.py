@@ -1,5 +1,8 @@
 """The public dataset: it yields what `kdcache train` reads, on any number of workers and processes."""
 
+import json
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +10,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
 from cache_schema import IdentityMismatch, KdcacheError, open_cache
+from cache_schema.errors import WrongUsage
 from cache_schema.format.spec import KINDS
 from student.dataset import CachedSamples
+from student.domains import discrepancy
 from student.mixture import MixedStream
 from student.order import Catalogue, StreamConfig
-from student.sources import Source
+from student.sources import Mixture, Source
 from tests.student_caches import fake_capture, make_world
 
 BATCH = 3
@@ -145,15 +150,17 @@ def places_of(data, workers=0, size=4):
     return [[(item["source"], item["row"]) for item in batch] for batch in loader]
 
 
-def the_trainers(sources, steps, weights=(1.0, 3.0)):
-    """As `kdcache train` reads the same settings: `student.feed`."""
+def the_trainers(sources, steps, weights=(1.0, 3.0), start=0, later=None):
+    """As `kdcache train` reads the same settings: `student.feed`. later: the shares from `start` on."""
     caches = [open_cache(source.cache) for source in sources]
     catalogue = Catalogue(caches)
     domains = [catalogue.samples_of(number) for number in range(2)]
     order = StreamConfig(seed=3, global_batch=4, window=2)
     stream = MixedStream(catalogue, order, domains, weights, micro_batch=2, targets=("response",))
+    if later is not None:
+        stream.order.reweigh(start, later)
     samples = [
-        [each.sample() for part in step.micro_batches for each in part] for step in stream.read(0, steps)
+        [each.sample() for part in step.micro_batches for each in part] for step in stream.read(start, steps)
     ]
     return [[(sample.source, sample.row) for sample in batch] for batch in samples]
 
@@ -221,3 +228,55 @@ def test_caches_that_do_not_mix_are_refused(world, sources, processor, tmp_path)
         mixture(world, both, processor)
     with pytest.raises(KdcacheError, match="either all caches have a weight or none"):
         mixture(world, [sources[0], Source(cache=sources[1].cache)], processor)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("stop", [0, 2, 6])
+def test_shares_that_are_set_on_the_way_are_those_of_ddk_in_the_trainer(world, sources, processor, stop):
+    shares = discrepancy([2.0, 3.0], [1.5, 1.0], None, 0.5)  # cross entropies of student and teacher
+    expected = the_trainers(sources, 18, start=stop, later=shares)
+    data = mixture(world, sources, processor)
+    before = islice(DataLoader(data, batch_size=4, collate_fn=list), stop)
+    found = [[(item["source"], item["row"]) for item in batch] for batch in before]
+    data.set_shares(shares)
+    found += places_of(data)
+    assert found[:stop] == the_trainers(sources, stop)
+    assert found[stop:] == expected[: len(found) - stop]
+    fewer = sum(source == 0 for batch in found[stop:] for source, _ in batch)
+    assert abs(fewer - shares[0] * 4 * (len(found) - stop)) < 1
+
+    state = json.loads(json.dumps(data.state_dict()))
+    ranks = []
+    for rank in range(2):  # a checkpoint has the shares, for any number of processes and workers
+        again = mixture(world, sources, processor, batch_size=2, rank=rank, world_size=2)
+        again.load_state_dict(state)
+        ranks.append(places_of(again, size=2, workers=rank))
+    begin = len(found) - stop
+    together = [sorted(a + b) for a, b in zip(*ranks, strict=True)]
+    assert together == [sorted(batch) for batch in expected[begin : begin + len(together)]]
+    again.load_state_dict({"step": 0})
+    assert again.state_dict() == {"step": 0}
+
+
+def test_an_iteration_ends_where_shares_are_set(world, sources, processor):
+    data, found = mixture(world, sources, processor), []
+    while len(found) < 7:
+        for batch in DataLoader(data, batch_size=4, collate_fn=list):
+            found.append([(item["source"], item["row"]) for item in batch])
+            if len(found) == 4:
+                data.set_shares([1.0, 0.0])
+    assert found == the_trainers(sources, 4) + the_trainers(sources, len(found), start=4, later=[1.0, 0.0])
+    assert {source for batch in found[4:] for source, _ in batch} == {0}
+    with pytest.raises(WrongUsage, match="epoch 0 begins before step 4"):
+        data.set_epoch(0)
+
+
+def test_shares_that_cannot_be_set_are_refused(world, sources, processor):
+    data = mixture(world, sources, processor)
+    for wrong in ([1.0], [0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]):
+        with pytest.raises(WrongUsage, match="shares must be 2 numbers"):
+            data.set_shares(wrong)
+    with pytest.raises(WrongUsage, match="here is one cache"):
+        dataset(world, processor).set_shares([1.0])
+    with pytest.raises(WrongUsage, match="give them to set_shares"):
+        mixture(world, Mixture(sources=tuple(Source(cache=s.cache) for s in sources), rule="ddk"), processor)
