@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SHARPNESS = 10.0
@@ -29,36 +28,52 @@ def graph_distance(
     which is the context of i within its image. The paper's loss between tokens of different images needs both
     models' token vectors, which a relation record does not have: it is left out. real (I, P): 1 at tokens, 0
     where filled up; None: nothing is.
+
+    With G = each_i (q_ij - p_ij), summed over both, the gradient is 10 (G_ij + G_ji) / (2 sqrt(R_ii R_jj))
+    off the diagonal and -sum_j (G_ij + G_ji) 10 C_ij / (2 R_ii) on it; each_i: the share of a token in the
+    mean. Holds five arrays (I, P, P) at a time beside those given.
     """
     count, length = student.shape[:2]
-    tokens = student.new_ones(count, length) if real is None else real.to(student.dtype)
-    pairs = tokens[:, :, None] * tokens[:, None, :]
-    pairs = pairs.masked_fill(torch.eye(length, dtype=torch.bool, device=student.device), 0.0)
-    absent = pairs == 0
-    theirs = _cosines(teacher).mul_(SHARPNESS).masked_fill_(absent, _FAR)
-    edges = theirs.topk(min(neighbours, max(1, length - 1)), dim=2).indices
-    each = tokens / tokens.sum(dim=1, keepdim=True)  # (I, P): of the mean over tokens
-    with torch.set_grad_enabled(slopes is not None):
-        given = student.detach().requires_grad_(slopes is not None)
-        ours = (_cosines(given) * SHARPNESS).masked_fill(absent, _FAR)
-        value = _divergence(theirs.gather(2, edges), ours.gather(2, edges), each)
-        value = value + _divergence(theirs, ours, each)
-        if slopes is None:
-            return value, None
-        (pulled,) = torch.autograd.grad((value * factors).sum(), given)
+    absent = torch.eye(length, dtype=torch.bool, device=student.device)[None]
+    each = student.new_full((count, length), 1.0 / length)
+    if real is not None:
+        each = real.to(student.dtype)
+        each = each / each.sum(dim=1, keepdim=True)
+        missing = real == 0
+        absent = absent | missing[:, :, None] | missing[:, None]
+    theirs, _ = _similarities(teacher, absent)
+    near, edges = theirs.topk(min(neighbours, max(1, length - 1)), dim=2)
+    ours, inverse = _similarities(student, absent)
+    value, local = _divergence(near, ours.gather(2, edges))
+    context, pull = _divergence(theirs, ours)
+    del theirs
+    value = torch.linalg.vecdot(value.add_(context), each)
+    if slopes is None:
+        return value, None
+    each = each * factors[:, None]
+    pull.mul_(each[:, :, None]).scatter_add_(2, edges, local.mul_(each[:, :, None]))
+    pull = pull + pull.transpose(1, 2)
+    own = torch.linalg.vecdot(pull, ours).mul_(inverse.square()).div_(-2)
+    pull.mul_(inverse[:, :, None]).mul_(inverse[:, None])
     # Rows begin on 16 bytes, without which matrix units cannot load them.
-    gradient = pulled.new_empty(count, length, -(-length // 8) * 8, dtype=slopes)[:, :, :length]
-    return value.detach(), gradient.copy_((pulled + pulled.transpose(1, 2)).div_(2))
+    gradient = pull.new_empty(count, length, -(-length // 8) * 8, dtype=slopes)[:, :, :length]
+    torch.mul(pull, SHARPNESS / 2, out=gradient)
+    gradient.diagonal(dim1=1, dim2=2).copy_(own)
+    return value, gradient
 
 
-def _cosines(gram: Tensor) -> Tensor:
-    """R_ij / sqrt(R_ii R_jj) (I, P, P); 0 where a token has no length."""
+def _similarities(gram: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+    """10 R_ij / sqrt(R_ii R_jj) (I, P, P), _FAR where absent, and 1 / sqrt(R_ii) (I, P), 0 where a token has
+    no length."""
     squares = gram.diagonal(dim1=1, dim2=2)
-    inverse = torch.where(squares > 0, squares, torch.ones_like(squares)).rsqrt() * (squares > 0)
-    return gram * inverse[:, :, None] * inverse[:, None, :]
+    inverse = squares.rsqrt().masked_fill_(squares <= 0, 0.0)
+    similar = gram * (SHARPNESS * inverse)[:, :, None]
+    return similar.mul_(inverse[:, None]).masked_fill_(absent, _FAR), inverse
 
 
-def _divergence(theirs: Tensor, ours: Tensor, each: Tensor) -> Tensor:
-    """The mean (I,) over tokens, weighted by `each` (I, P), of KL between softmaxes of rows (I, P, n)."""
+def _divergence(theirs: Tensor, ours: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) (I, P) of the softmaxes p and q of rows (I, P, n), and q - p (I, P, n)."""
     log_p, log_q = theirs.log_softmax(2), ours.log_softmax(2)
-    return (F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(2) * each).sum(1)
+    p = log_p.exp()
+    distance = torch.linalg.vecdot(p, log_p.sub_(log_q))
+    return distance, log_q.exp_().sub_(p)
