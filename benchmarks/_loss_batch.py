@@ -82,10 +82,8 @@ def for_weights(batch: dict[str, Any], weights: LossWeights) -> dict[str, Any]:
     return {**batch, "targets": planned.to(labels.device)}
 
 
-def micro_batch(of: Sizes, samples: int) -> dict[str, Any]:
-    """Hidden states (B, T, D), the head, labels and targets of a micro-batch."""
-    hidden = torch.randn(samples, of.length, of.d, device=of.device).requires_grad_()
-    weight = torch.empty(of.v, of.d, device=of.device).normal_(std=0.05).requires_grad_()
+def asked_of(of: Sizes, samples: int) -> tuple[Tensor, DistillationTargets]:
+    """Labels (B, T) and targets of a micro-batch, on the host."""
     labels = torch.full((samples, of.length), -100)
     labels[:, of.length - of.response :] = torch.randint(of.tokens, (samples, of.response))
     begin = 10
@@ -117,6 +115,14 @@ def micro_batch(of: Sizes, samples: int) -> dict[str, Any]:
         },
         relations=relations,
     )
+    return labels, targets
+
+
+def micro_batch(of: Sizes, samples: int) -> dict[str, Any]:
+    """Hidden states (B, T, D), the head, labels and targets of a micro-batch."""
+    hidden = torch.randn(samples, of.length, of.d, device=of.device).requires_grad_()
+    weight = torch.empty(of.v, of.d, device=of.device).normal_(std=0.05).requires_grad_()
+    labels, targets = asked_of(of, samples)
     return {
         "hidden": hidden,
         "weight": weight,

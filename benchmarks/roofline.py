@@ -24,7 +24,6 @@ import torch
 
 from benchmarks import _shapes
 from benchmarks._recorder import Operation, Recording, as_on_cuda, imagined
-from student.divergences import PARAMETERS
 from student.losses import LossWeights, PlannedTargets
 from student.model import DistilledStudent
 from student.stages import CE_ONLY
@@ -143,15 +142,9 @@ STEPS: dict[str, tuple[LossWeights, bool]] = {
 }
 """By name, what is recorded: the objective, and whether the student's forward and backward are in it."""
 
-DIVERGENCES: dict[str, tuple[LossWeights, bool]] = {
-    f"loss, DFT, {name}": (LossWeights(divergence="first:1" if name == "first" else name), False)
-    for name in PARAMETERS
-}
-"""The same for every divergence."""
-
 
 def recordings(steps: Sequence[str] = tuple(STEPS)) -> dict[str, Recorded]:
-    """Some of STEPS and DIVERGENCES for a micro-batch of 16 samples at LLaVA-KD's shapes, by the code as it
+    """Some of STEPS for a micro-batch of 16 samples at LLaVA-KD's shapes, by the code as it
     is."""
     with tempfile.TemporaryDirectory() as folder:
         batch = _shapes.batch_of(Path(folder), _shapes.STUDENT, samples=SAMPLES, rank=64)
@@ -179,8 +172,7 @@ def recordings(steps: Sequence[str] = tuple(STEPS)) -> dict[str, Recorded]:
             peak = recorder.peak - sum(each.numel() * each.element_size() for each in gradients)
             return Recorded(operations=recorder.operations, peak=peak)
 
-    known = STEPS | DIVERGENCES
-    return {name: record(known[name][0], whole=known[name][1]) for name in steps}
+    return {name: record(STEPS[name][0], whole=STEPS[name][1]) for name in steps}
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from benchmarks.roofline import DEVICES, SAMPLES, calibration, foretell, recordi
 from cache_schema.format.spec import TargetSpec
 from pipeline.entry_rules import limits_of
 from pipeline.targets import Asked, TargetMaker
-from student.divergences import APART, PARAMETERS
 from student.losses import Denominators, DistillationLoss, Head, LossWeights, PlannedTargets
 from tests.distillation_batches import LENGTH, SPANS, D, V, collate, make_samples
 
@@ -133,35 +132,6 @@ def test_the_loss_of_a_step_holds_at_most_a_gigabyte(losses):
     """Over weights and gradients: a chunk of logits, and the head in bfloat16."""
     for found, _ in losses:
         assert 0.9e9 < found.peak < 1e9
-
-
-FAST = ("adaptive_kl", "dbild")
-"""Those with the most launches."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-        for name in sorted({*PARAMETERS} - APART)
-    ],
-)
-def test_the_loss_with_another_divergence_takes_at_most_1_3_of_its_time(losses, name):
-    """Foretold, not measured."""
-    step = f"loss, DFT, {name}"
-    forecast = foretell(recordings((step,))[step].operations, DEVICES["H100"])
-    assert forecast.seconds <= 1.3 * losses[0][1].seconds
-    assert forecast.waits == 0
-
-
-def test_the_sinkhorn_distance_compares_all_batches_of_a_chunk_at_once(losses):
-    """Foretold, not measured: the logits of labelled positions are made twice."""
-    forecast = foretell(
-        recordings(("loss, DFT, sinkhorn",))["loss, DFT, sinkhorn"].operations, DEVICES["H100"]
-    )
-    assert forecast.seconds <= 1.7 * losses[0][1].seconds
-    assert forecast.launches < 3000
-    assert forecast.waits == 0
 
 
 def test_a_share_of_the_positions_saves_time(losses):
