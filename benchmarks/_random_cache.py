@@ -51,6 +51,7 @@ def write_cache(
     )
     writer = CacheWriter.open(folder / "cache", manifest)
     pool = random_records(random, 4 * (visual + answer), vocab, top_k)
+    rank = min(rank, visual)
     scales = np.full(rank, 100.0) if flat else 0.7 ** np.minimum(np.arange(rank), 24) * 100
     columns = np.linalg.qr(random.normal(size=(visual, rank)))[0]  # orthogonal, as the codec asks for
     factor = (columns * scales).astype(np.float32)
