@@ -17,6 +17,7 @@ from cache_schema.format.codecs.hidden import join_hidden
 from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK, positions_by_kind
 from cache_schema.format.spec import KINDS, Kind
 from models.inputs import open_recorded, pad
+from models.known import known_mask, placed_ids
 from models.pixels import look_up
 from models.stored_head import state_tensors
 from student.losses import (
@@ -31,13 +32,17 @@ from student.losses import (
 )
 from student.pixels import PixelInputs
 
+_READ_ON_HOST = ("image_sizes", "batch_num_images")
+"""Inputs whose numbers the models of transformers take one by one, as numbers of Python."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One micro-batch on one device.
 
-    inputs: what the model's forward takes: input_ids (B, T) and attention_mask (B, T) int64, pixel inputs
-    when any sample has an image, and all other inputs that the cache stores. labels (B, T) int64.
+    inputs: what the model's forward takes: input_ids (B, T) and attention_mask (B, T) int64, which are
+    `PlacedIds` and a `KnownMask`, pixel inputs when any sample has an image, and all other inputs that the
+    cache stores. labels (B, T) int64.
     rows, sample_ids, sources: of these samples; empty in an idle batch, which only keeps a rank synchronised.
     pixel_table (C, 256): where pixel_values are still bytes, their values, which they take on a device.
     teacher_ce: of each sample, the teacher's mean cross entropy in nats; where fusion ratios need it.
@@ -54,8 +59,11 @@ class Batch:
     teacher_ce: tuple[float, ...] | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on `device`."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        """The batch with its tensors on `device`, without those that are read on the host."""
+        inputs = {
+            name: tensor if name in _READ_ON_HOST else tensor.to(device, non_blocking=True)
+            for name, tensor in self.inputs.items()
+        }
         if self.pixel_table is not None and "pixel_values" in inputs:
             table = self.pixel_table.to(device, non_blocking=True)
             inputs["pixel_values"] = look_up(inputs["pixel_values"], table)
@@ -125,8 +133,10 @@ class Collator:
         length = max(len(sample.input_ids) for sample in samples)
         ids = [sample.input_ids for sample in samples]
         inputs = {
-            "input_ids": pad(ids, length, self.pad_token_id, np.int64),
-            "attention_mask": pad([np.ones_like(each) for each in ids], length, 0, np.int64),
+            "input_ids": placed_ids(pad(ids, length, self.pad_token_id, np.int64), self.image_token_id),
+            "attention_mask": known_mask(
+                pad([np.ones_like(each) for each in ids], length, 0, np.int64), sum(map(len, ids))
+            ),
         }
         inputs |= _extra_inputs(samples, length)
         inputs |= pixels

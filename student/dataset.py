@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cache_schema.datasets.image_roots import open_root
@@ -242,7 +243,8 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
             name: join([item["pixels"][name] for item in items if name in item["pixels"]]) for name in names
         }
         batch = self._opened[1].batch_of(samples, pixels)
-        return {**batch.inputs, "labels": batch.labels, "targets": batch.targets}
+        inputs = {name: each.as_subclass(Tensor) for name, each in batch.inputs.items()}
+        return {**inputs, "labels": batch.labels, "targets": batch.targets}
 
 
 def _item(sample: Sample, collator: Collator) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from cache_schema.errors import KdcacheError
 from cache_schema.format.spec import KINDS, Kind
 from models.head import Head, verified_head
+from models.known import known_mask
 from models.parts import Part, part_of
 from student.folder import freeze
 from student.losses import (
@@ -207,8 +208,9 @@ class DistilledStudent(nn.Module):
 
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The final hidden states (B, T, D), without any logits. Those at padding mean nothing."""
-        if not self.needs_mask:
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if not self.needs_mask and (mask := inputs.get("attention_mask")) is not None:
+            # One of ones: without any, transformers looks on the device for packed sequences.
+            inputs = {**inputs, "attention_mask": known_mask(torch.ones_like(mask), mask.numel())}
         hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden
 

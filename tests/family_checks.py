@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -16,10 +19,11 @@ from cache_schema import Sample, TargetSpec, open_cache
 from cache_schema.datasets.image_roots import open_root
 from cache_schema.datasets.rows import Conversation, open_dataset
 from cache_schema.progress import Silent
+from models.known import KnownMask, PlacedIds, known_mask
 from pipeline.capture import BuildConfig, build
 from pipeline.transformers_engine import TransformersEngine
 from student.checks import check_student
-from student.collate import Collator
+from student.collate import Batch, Collator
 from student.pixels import PixelInputs
 from student.stages import DFT
 from tests.tiny_families import make
@@ -32,6 +36,10 @@ ALONE = ("wide.png", "tall.png", "even.png")
 
 SPEC = TargetSpec(targets=("response", "visual", "relation", "prompt"), precision="full", top_k=8)
 UNSHARED = ("paligemma",)
+MASKED = ("paligemma", "gemma3", "gemma3_capped")
+"""Attention from image to image in both directions, which reads the mask."""
+WAITING = ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Their towers drop padding or lay out grids by numbers that are on the device."""
 UNPACKED = ("paligemma", "gemma3", "gemma3_capped")
 
 
@@ -116,6 +124,7 @@ def check_family(name: str, folder: Path) -> None:
     pictured = [sample for sample in samples if sample.images]
     with torch.inference_mode():
         together = model(**collator(pictured).inputs).logits
+    check_placeholders(model, collator(pictured), name)
     for sample in samples:
         inputs = reference_inputs(name, processor, dataset[sample.row], root)
         check_inputs(sample, inputs, model.config)
@@ -128,6 +137,39 @@ def check_family(name: str, folder: Path) -> None:
             np.testing.assert_allclose(batched, logits, rtol=1e-4, atol=1e-4)
         for image in sample_document(cache, sample.row, top=1)["images"]:
             assert image["layout"]["note"] is None, "a page lays its tokens over the picture"
+
+
+def check_placeholders(model: Any, batch: Batch, name: str) -> None:
+    """Ids that know their placeholders give the states and gradients of plain ones, bit by bit, and their
+    forward and backward pass wait for nothing: there are no values on the meta device."""
+    plain = {key: value.as_subclass(torch.Tensor) for key, value in batch.inputs.items()}
+    assert {type(value) for value in batch.inputs.values()} == {PlacedIds, KnownMask, torch.Tensor}
+    assert {type(value) for value in plain.values()} == {torch.Tensor}
+    model.train()
+
+    def run(model: Any, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        states = model.base_model(**inputs, use_cache=False).last_hidden_state
+        states.square().sum().backward()
+        found = [states.detach(), *(each.grad for each in model.parameters() if each.grad is not None)]
+        model.zero_grad()
+        return found
+
+    ours, theirs = run(model, batch.inputs), run(model, plain)
+    assert len(ours) == len(theirs) > 10
+    assert all(map(torch.equal, ours, theirs))
+    away = dict(batch.to(torch.device("meta")).inputs)
+    if name not in MASKED:  # as a student without a need of it
+        ones = torch.ones_like(away["attention_mask"])
+        away["attention_mask"] = known_mask(ones, ones.numel())
+    nowhere = copy.deepcopy(model).to("meta")
+    if name in WAITING:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            run(nowhere, away)
+    else:
+        assert run(nowhere, away)[0].shape == ours[0].shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        run(nowhere, away | {key: plain[key].to("meta") for key in ("input_ids", "attention_mask")})
+    model.eval()
 
 
 def check_inputs(sample: Sample, inputs: dict[str, torch.Tensor], config: Any) -> None:
