@@ -62,6 +62,7 @@ _WAITS = {
     "is_nonzero",
     "equal",
     "bincount",
+    "masked_scatter_backward",
 }
 
 
@@ -353,7 +354,7 @@ flop_registry[torch.ops.kdcache_recorder.attention_backward] = _attention_flops(
 
 
 class _FlashAttention(TorchFunctionMode):
-    """scaled_dot_product_attention as one kernel that keeps no matrix of scores."""
+    """scaled_dot_product_attention as one kernel that keeps no matrix of scores; addresses of no data."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -362,12 +363,14 @@ class _FlashAttention(TorchFunctionMode):
                 dtype = torch.get_autocast_dtype(query.device.type)
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             return _attention(query, key, value)
+        if func is Tensor.data_ptr:  # there are no data: what identifies them
+            return args[0].untyped_storage()._cdata
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """The losses choose what they choose on CUDA, under `imagined`."""
+    """Losses and optimizer choose what they choose on CUDA, under `imagined`."""
     with (
         patch("student.losses.products.multiplies_wide", lambda device: True),
         patch("student.losses.products.in_blocks", lambda device: False),
@@ -375,6 +378,7 @@ def as_on_cuda() -> Iterator[None]:
         patch("student.losses.positions._entropy_kernel", lambda: row_entropy),
         patch("student.losses.fused.scale_kernel_for", lambda device, dtype: scale_in_place),
         patch("student.losses.fused.memory_budget_of", lambda device: 648 * 2**20),
+        patch("student.optimize.fused", lambda device: True),
     ):
         yield
 
@@ -386,7 +390,9 @@ def imagined(guesses: dict[str, Callable[..., Any]] | None = None) -> Iterator[R
 
     Their device is called "cpu", since torch's autograd asks a build without CUDA for CUDA's guards; code
     that chooses by the device has to be told so by the caller. Copies to the host are therefore not seen.
+    The masks of transformers are made as for tensors that have values.
     """
     recorder = Recorder(guesses)
-    with FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention(), recorder:
+    real = patch("transformers.masking_utils.is_tracing", lambda *_: False)
+    with real, FakeTensorMode(allow_non_fake_inputs=True), _FlashAttention(), recorder:
         yield recorder

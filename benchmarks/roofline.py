@@ -159,6 +159,7 @@ def recordings(steps: Sequence[str] = tuple(STEPS)) -> dict[str, Recorded]:
                 vocab_size=_shapes.VOCAB,
                 trainable=("projector", "language_model"),
             ).train()
+            student.needs_mask = False  # as training finds out
             leaves = [parameter for parameter in student.parameters() if parameter.requires_grad]
             if not whole:
                 states = torch.empty(*batch.labels.shape, _shapes.STUDENT.width, requires_grad=True)

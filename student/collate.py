@@ -17,7 +17,7 @@ from cache_schema.format.codecs.hidden import join_hidden
 from cache_schema.format.records import IGNORE_INDEX, ImageRecord, Sample, TopK, positions_by_kind
 from cache_schema.format.spec import KINDS, Kind
 from models.inputs import open_recorded, pad
-from models.known import known_mask, placed_ids
+from models.known import text_inputs
 from models.pixels import look_up
 from models.stored_head import state_tensors
 from student.losses import (
@@ -132,12 +132,7 @@ class Collator:
         """The Batch of samples whose pixel inputs are at hand, joined in their order."""
         length = max(len(sample.input_ids) for sample in samples)
         ids = [sample.input_ids for sample in samples]
-        inputs = {
-            "input_ids": placed_ids(pad(ids, length, self.pad_token_id, np.int64), self.image_token_id),
-            "attention_mask": known_mask(
-                pad([np.ones_like(each) for each in ids], length, 0, np.int64), sum(map(len, ids))
-            ),
-        }
+        inputs = text_inputs(ids, length, self.pad_token_id, self.image_token_id)
         inputs |= _extra_inputs(samples, length)
         inputs |= pixels
         labels = pad([sample.labels for sample in samples], length, IGNORE_INDEX, np.int64)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cache_schema.datasets.image_roots import open_root
@@ -243,7 +242,7 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
             name: join([item["pixels"][name] for item in items if name in item["pixels"]]) for name in names
         }
         batch = self._opened[1].batch_of(samples, pixels)
-        inputs = {name: each.as_subclass(Tensor) for name, each in batch.inputs.items()}
+        inputs = {name: getattr(each, "plain", each) for name, each in batch.inputs.items()}
         return {**inputs, "labels": batch.labels, "targets": batch.targets}
 
 

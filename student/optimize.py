@@ -53,7 +53,7 @@ class Optimization:
             betas=(stage.beta1, stage.beta2),
             eps=stage.epsilon,
             weight_decay=stage.weight_decay,
-            fused=accelerator.device.type == "cuda" or None,
+            fused=fused(accelerator.device),
         )
         self._wrapped, self._optimizer = accelerator.prepare(student, optimizer)
         register_fsdp_forward_method(student, "measure")
@@ -98,12 +98,12 @@ class Optimization:
         seed: int,
         step: int,
         before: Callable[[Batch], None] = lambda batch: None,
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, Tensor]:
         """Adds up the gradients of a global batch, which `counts` counts, and clips them.
 
-        Returns `sums` of every micro-batch (M, len(sums)) float64 on the CPU, and the gradient's norm over
-        all ranks and parameters before clipping. Random numbers are those of (seed, step, rank).
-        before: called with each micro-batch on the device.
+        Returns `sums` of every micro-batch (M, len(sums)), and the gradient's norm over all ranks and
+        parameters before clipping, both on the device, for which nothing has waited: `read` does. Random
+        numbers are those of (seed, step, rank). before: called with each micro-batch on the device.
         """
         ranks = self._accelerator.num_processes
         torch.manual_seed(_seed_of(seed, step, self._accelerator.process_index))
@@ -119,7 +119,13 @@ class Optimization:
                 values.append(_sums_of(parts, ranks))
         with self._stopwatch.lap("optimizer"):
             norm = self._accelerator.clip_grad_norm_(self.student.parameters(), self._bound)
-            return torch.stack(values).cpu().double(), float(unsharded(norm))
+        return torch.stack(values), unsharded(norm)
+
+    def read(self, sums: Tensor, norm: Tensor) -> tuple[Tensor, float]:
+        """What `gradients` returned, on the host, in float64: for this alone a step waits for the device."""
+        with self._stopwatch.lap("optimizer"):
+            *found, clipped = torch.cat([sums.flatten(), norm.to(sums).reshape(1)]).tolist()
+        return torch.tensor(found, dtype=torch.float64).view(sums.shape), clipped
 
     @property
     def skips_infinite_gradients(self) -> bool:
@@ -154,9 +160,14 @@ class Optimization:
             self._accelerator.scaler.load_state_dict(saved.state.scaler)
 
 
+def fused(device: torch.device) -> bool | None:
+    """Whether AdamW is one kernel; None: as torch decides."""
+    return device.type == "cuda" or None
+
+
 def _sums_of(parts: LossParts, ranks: int) -> Tensor:
     total = parts.total.detach() / ranks
-    unsupervised = total.new_tensor(float(parts.unsupervised))
+    unsupervised = total.new_full((), float(parts.unsupervised))  # a tensor of a number is a copy, and waits
     terms = (total, *parts.by_term.values(), unsupervised, *parts.measures.values())
     return torch.stack([term.to(total) for term in terms])
 

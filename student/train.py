@@ -240,11 +240,12 @@ class _Run:
             if self.fusion is not None:
                 self.fusion.begin(micro_batches, step)
                 weigh = {"before": self.fusion.weigh}
-            terms, norm = self.optimization.gradients(
+            made = self.optimization.gradients(
                 micro_batches, agreed.counts, seed=self.config.seed, step=step, **weigh
             )
             if self.fusion is not None:
                 self.fusion.learn(step, rate, self.device)
+            terms, norm = self.optimization.read(*made)
         except Exception:
             if self.ranks.count == 1:  # the weights are still those before this step
                 self.kept.try_save()

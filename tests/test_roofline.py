@@ -1,9 +1,13 @@
 """The cost model: what it counts, and how near it comes to what a device has measured."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
+from benchmarks import _shapes
 from benchmarks._capture_forecast import target_recordings
 from benchmarks._recorder import as_on_cuda, imagined
 from benchmarks._shapes import TEACHER
@@ -12,6 +16,10 @@ from cache_schema.format.spec import TargetSpec
 from pipeline.entry_rules import limits_of
 from pipeline.targets import Asked, TargetMaker
 from student.losses import Denominators, DistillationLoss, Head, LossWeights, PlannedTargets
+from student.model import DistilledStudent
+from student.optimize import Optimization
+from student.stages import DFT, STAGES
+from student.timing import Stopwatch
 from tests.distillation_batches import LENGTH, SPANS, D, V, collate, make_samples
 
 
@@ -213,3 +221,41 @@ def test_a_capture_on_a_gpu_is_foretold_within_its_goals():
     assert max(each.launches for each in recorded["relation alone"]) == 1
     launches = sum(each.launches * count for each, count in recorded["relation alone"].items())
     assert launches < 600  # for 16 images: not one after the other
+
+
+@pytest.fixture(scope="module")
+def micro_batch(tmp_path_factory):
+    """Two samples of a tiny student, as the loader makes them of a cache."""
+    return _shapes.batch_of(tmp_path_factory.mktemp("cache"), _shapes.TINY_STUDENT, samples=2, rank=8)
+
+
+@pytest.mark.parametrize(
+    ("stage", "masked"), [("dpt", False), ("sft", False), ("dft", False), ("dft", True), ("kl_share", False)]
+)
+def test_a_whole_step_waits_for_nothing(stage, masked, micro_batch):
+    """Micro-batches, forward, losses, backward, clipping and AdamW; the host reads sums and norm once, after
+    that."""
+    selecting = replace(DFT, losses=replace(DFT.losses, kl_share=0.5))
+    stage = STAGES.get(stage, selecting)
+    targets = micro_batch.targets if stage.targets else None
+    batch = replace(micro_batch, targets=PlannedTargets.of(micro_batch.labels, targets, stage.losses))
+    accelerator = Accelerator(cpu=True, device_placement=False)
+    with imagined() as recorder, as_on_cuda():
+        student = DistilledStudent(
+            _shapes.TINY_STUDENT.build(),
+            stage.losses,
+            vocab_size=_shapes.TINY_STUDENT.vocab,
+            trainable=stage.trainable,
+        ).train()
+        student.needs_mask = masked
+        optimization = Optimization(student, stage, accelerator, Stopwatch())
+        recorder.begin()
+        made = optimization.gradients([batch, batch], batch.denominators, seed=0, step=0)
+        optimization.step(1e-3)
+        recorded = recorder.operations.copy()
+        recorder.begin()
+        optimization.read(*made)
+    names = {each.name for each in recorded}
+    assert {"attention", "attention_backward", "row_kernel", "index_copy", "_fused_adamw_"} <= names
+    assert sum(each.waits * count for each, count in recorded.items()) == 0
+    assert sum(each.waits * count for each, count in recorder.operations.items()) > 0
