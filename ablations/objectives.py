@@ -25,7 +25,7 @@ from demo.easy_vqa import KINDS
 from demo.story import DemoSettings, Story, train_text_model, unpack_teacher, write_data
 from student.answering import load_for_answers
 from student.calibration import calibration_error
-from student.divergences import PARAMETERS
+from student.divergences import OF_LOGITS, PARAMETERS
 from student.evaluate import evaluate
 from student.heldout import held_out
 from student.losses import LossWeights, sparse_kl
@@ -36,9 +36,11 @@ from student.train import train
 
 OBJECTIVES = {
     "none": {"response": 0.0, "visual": 0.0, "relation": 0.0},
-    **{name: {"divergence": name} for name in PARAMETERS},
+    **{name: {"divergence": name} for name in PARAMETERS if name not in OF_LOGITS},
     "forward_kl, dense": {"tail": "dense"},
     "taid, dense": {"divergence": "taid", "tail": "dense"},
+    "binary_kl, dense": {"divergence": "binary_kl", "tail": "dense"},
+    "binary_kl, dense, dual head": {"divergence": "binary_kl", "tail": "dense", "dual_head": True},
     "relation graph": {"relation_neighbours": 16},
     "dual head": {"dual_head": True},
     "fusion ratio": {"fusion_every": 5},

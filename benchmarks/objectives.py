@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks._loss_batch import Sizes, asked_of
 from benchmarks._recorder import as_on_cuda, imagined
 from benchmarks.roofline import DEVICES, SAMPLES, Forecast, Recorded, foretell
-from student.divergences import PARAMETERS
+from student.divergences import OF_LOGITS, PARAMETERS
 from student.losses import (
     Denominators,
     DistillationLoss,
@@ -64,7 +64,7 @@ OBJECTIVES: dict[str, tuple[str, Objective]] = {
     **{
         name: ("forward_kl", Objective(replace(_ALONE, divergence="first:1" if name == "first" else name)))
         for name in PARAMETERS
-        if name != "forward_kl"
+        if name not in {"forward_kl", *OF_LOGITS}  # those read no entries
     },
     "relation graph": ("forward_kl, relation", Objective(LossWeights(relation_neighbours=16))),
     "preference": ("forward_kl, responses", Objective(LossWeights(), pairs=True)),

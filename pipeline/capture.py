@@ -87,6 +87,8 @@ def build(config: BuildConfig, progress: Progress) -> BuildSummary:
         _tell_other_versions(commits, teacher.engine.description, progress)
         CaptureLoop(job, writer, extractor, teacher.engine, progress).run(windows, commits)
         writer.finish()
+    if job.dataset.pairs:
+        _tell_parted_pairs(config.out, progress)
     return summary_of(config.out, started, already_done=False)
 
 
@@ -137,6 +139,13 @@ def _tell_other_versions(commits: list[CommitRecord], engine: Mapping[str, str],
             f"finished shards were captured with {'; '.join(changed)}: their targets agree with the new ones "
             "up to rounding"
         )
+
+
+def _tell_parted_pairs(out: str, progress: Progress) -> None:
+    """Says how many pairs have lost one half to quarantine."""
+    lost = Counter(row.row // 2 for row in open_cache(out).quarantined())
+    if parted := sum(halves == 1 for halves in lost.values()):
+        progress.message(f"pairs of which one half alone is in quarantine, left out in training: {parted}")
 
 
 def present_manifest(out: str) -> Manifest | None:

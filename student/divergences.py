@@ -33,12 +33,16 @@ PARAMETERS: Mapping[str, Parameter | None] = {
     "first": Parameter("temperature", 0.0, positive),
     "sinkhorn": Parameter("epsilon", 0.1, positive),
     "taid": Parameter("t", 0.4, within(0.0, 1.0, "[)")),
+    "binary_kl": None,
 }
-"""By name. `student.losses.divergences` holds the formula of each but `taid`."""
+"""By name. `student.losses.divergences` holds the formula of each that is not of logits."""
 
-APART = frozenset({"taid", "sinkhorn"})
-"""The divergences whose target hangs on the student's logits, there or at other positions too:
-`student.losses.dense` computes them."""
+OF_LOGITS = frozenset({"binary_kl"})
+"""The divergences that compare logits, not distributions: they need the teacher's head and hidden states."""
+
+APART = frozenset({"taid", "sinkhorn"}) | OF_LOGITS
+"""The divergences of more than one position's events: their target hangs on the student's logits, there or at
+other positions too, or they are of logits. `student.losses.dense` computes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cache_schema.format.spec import KINDS, Kind, Target
 from cache_schema.settings import Help, Later, at_least, check, positive, within
-from student.divergences import APART, FORWARD, Divergence, by_kind
+from student.divergences import APART, FORWARD, OF_LOGITS, Divergence, by_kind
 
 Tail = Literal["bucket", "renormalize", "drop", "sampled", "dense"]
 Reduction = Literal["sample_mean", "token_mean"]
@@ -99,6 +99,9 @@ class LossWeights:
         apart = next((each.name for each in self.divergences.values() if each.name in APART), None)
         reason = "tail `dense`" if self.tail == "dense" else f"divergence {apart}"
         faults[f"kl_share below 1 does not go with {reason}"] = bool(self.apart) and self.kl_share < 1.0
+        faults["divergence binary_kl needs tail `dense`: it compares logits"] = self.tail != "dense" and any(
+            each.name in OF_LOGITS for each in self.divergences.values()
+        )
         starts = {each.value for each in self.divergences.values() if each.name == "taid"}
         faults["divergence taid needs one t for all kinds"] = len(starts) > 1
         both = self.ce > 0 and any(self.by_target.values())

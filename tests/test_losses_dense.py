@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from cache_schema.errors import WrongUsage
 from models.head import Head
 from student.losses import (
     Denominators,
@@ -13,6 +18,7 @@ from student.losses import (
     LossWeights,
     PositionTargets,
     TeacherStates,
+    sparse_kl,
 )
 from student.stages import DFT
 from tests.dense_twins import dense_kl, dense_logits
@@ -159,11 +165,11 @@ def test_other_divergences_are_those_of_a_record_of_every_token(batch, divergenc
             temperatures=torch.ones(1),
         )
     totals, slopes = [], []
-    for tail, given in (("dense", targets), ("bucket", DistillationTargets(positions=whole))):
+    for tail, held in (("dense", targets), ("bucket", DistillationTargets(positions=whole))):
         weights = LossWeights(tail=tail, divergence=divergence, relation=0.0)
         leaf = hidden.clone().requires_grad_()
         loss = DistillationLoss(weights, teacher=teacher)
-        total = loss(leaf, labels, given, student, Denominators.of(labels, given)).total
+        total = loss(leaf, labels, held, student, Denominators.of(labels, held)).total
         total.backward()
         totals.append(total.detach())
         slopes.append(leaf.grad)
@@ -177,12 +183,12 @@ def test_a_frozen_head_needs_a_log_sum_exp_and_one_vector(batch):
     hidden, labels, targets = batch
     student, teacher = head_of(ROWS, WIDTH, 1), head_of(TOKENS, THEIRS, 2)
     target = targets.positions["response"]
-    given = DistillationTargets(positions={"response": target})
+    targets = DistillationTargets(positions={"response": target})
     leaf = hidden.clone().requires_grad_()
     loss = DistillationLoss(
         LossWeights(ce=0.0, relation=0.0, tail="dense", reduction="token_mean"), teacher=teacher
     )
-    total = loss(leaf, labels, given, student, Denominators.of(labels, given)).total
+    total = loss(leaf, labels, targets, student, Denominators.of(labels, targets)).total
     total.backward()
     log_p = logits_of(teacher, target.states.at(slice(None)).double()).log_softmax(1)
     p = log_p.exp()
@@ -208,6 +214,102 @@ def test_what_is_missing_or_unlike_is_refused(batch):
         DistillationLoss(weights, teacher=other)(hidden, labels, targets, student, counts)
     with pytest.raises(Exception, match="kl_share below 1 does not go with tail `dense`"):
         LossWeights(tail="dense", kl_share=0.5)
+
+
+def bernoulli_twin(hidden, target, student, teacher, temperature):
+    """The mean over positions of T^2 times the mean over tokens of KL(1/2 || sigmoid(x)), by both events."""
+    logits = logits_of(student, hidden.reshape(-1, WIDTH))[target.positions, :TOKENS]
+    q = torch.sigmoid((logits - logits_of(teacher, target.states.at(slice(None)).double())) / temperature)
+    kl = 0.5 * (0.5 / q).log() + 0.5 * (0.5 / (1.0 - q)).log()
+    return temperature**2 * kl.mean()
+
+
+def binary_kl(hidden, labels, target, student, teacher, temperature, budget=None):
+    targets = DistillationTargets(positions={"response": target})
+    weights = LossWeights(
+        ce=0.0,
+        relation=0.0,
+        tail="dense",
+        divergence="binary_kl",
+        temperature=temperature,
+        reduction="token_mean",
+    )
+    loss = DistillationLoss(weights, teacher=teacher, memory_budget=budget)
+    return loss(hidden, labels, targets, student, Denominators.of(labels, targets)).total
+
+
+@pytest.mark.parametrize("form", [{}, {"softcap": 3.0, "logit_scale": 0.5}], ids=["linear", "capped"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_binary_kl_is_that_of_two_events_of_every_token(batch, form, temperature, budget):
+    hidden, labels, targets = batch
+    target, teacher = targets.positions["response"], head_of(TOKENS, THEIRS, 2, softcap=4.0)
+    made = head_of(ROWS, WIDTH, 1, **form)
+    found = []
+    for which in (binary_kl, bernoulli_twin):
+        leaves = [hidden.clone().requires_grad_(), *(each.clone() for each in (made.weight, made.bias))]
+        head = Head(
+            weight=leaves[1].requires_grad_(), bias=leaves[2].requires_grad_(), vocab_size=TOKENS, **form
+        )
+        if which is binary_kl:
+            total = binary_kl(leaves[0], labels, target, head, teacher, temperature, budget)
+        else:
+            total = bernoulli_twin(leaves[0], target, head, teacher, temperature)
+        total.backward()
+        assert not leaves[1].grad[TOKENS:].any()
+        found.append([total.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert found[0][0] > 0.1
+
+
+def test_binary_kl_passes_gradcheck_and_sees_a_shift_that_a_softmax_does_not(batch):
+    hidden, labels, targets = batch
+    target, teacher, student = (
+        targets.positions["response"],
+        head_of(TOKENS, THEIRS, 2),
+        head_of(ROWS, WIDTH, 1),
+    )
+    assert torch.autograd.gradcheck(
+        lambda states: binary_kl(states, labels, target, student, teacher, 2.0),
+        hidden.requires_grad_(),
+        check_undefined_grad=False,
+    )
+    assert student.bias is not None
+    shifted = Head(weight=student.weight, bias=student.bias + 3.0, vocab_size=TOKENS)
+    one, other = (binary_kl(hidden, labels, target, head, teacher, 1.0).item() for head in (student, shifted))
+    assert other > one + 0.1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 50.0, 1e5]),
+    temperature=st.sampled_from([0.5, 1.0, 4.0]),
+    seed=st.integers(0, 99),
+)
+def test_binary_kl_is_finite_and_its_slope_bounded_for_any_logits(spread, temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (spread * torch.randn(1, 3, WIDTH, generator=generator, dtype=torch.float64)).requires_grad_()
+    labels, target = torch.tensor([[-100, 1, 2]]), target_of([0, 1], states_of(2, seed))
+    weight = torch.eye(TOKENS, WIDTH, dtype=torch.float64)
+    head, teacher = Head(weight=weight), head_of(TOKENS, THEIRS, seed)
+    total = binary_kl(hidden, labels, target, head, teacher, temperature)
+    (slope,) = torch.autograd.grad(total, hidden)
+    x = (hidden[0, :2] @ weight.T - logits_of(teacher, target.states.at(slice(None)).double())) / temperature
+    expected = temperature**2 * (torch.nn.functional.softplus(x) - x / 2 - math.log(2)).mean()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-12)
+    assert total.item() >= 0.0
+    assert slope.abs().max() <= temperature / (2 * TOKENS * 2) + 1e-15
+
+
+def test_binary_kl_without_logits_is_refused():
+    with pytest.raises(WrongUsage, match="binary_kl needs tail `dense`: it compares logits"):
+        LossWeights(divergence="response=binary_kl")
+    record = target_of([0], states_of(1))
+    with pytest.raises(WrongUsage, match="take a stage with tail `dense`"):
+        sparse_kl(torch.zeros(1, 2), torch.zeros(3, 2), record, divergence="binary_kl")
+    dual = LossWeights(divergence="binary_kl", tail="dense", dual_head=True, temperature=2.0)
+    assert dual.by_head[0].divergences["response"].name == "binary_kl"
 
 
 def test_a_stage_asks_for_hidden_states_by_its_tail():

@@ -106,6 +106,16 @@ def test_far_apart_likelihoods_are_finite_and_a_pair_without_answers_counts_log_
     assert silent.total.item() == pytest.approx(math.log(2.0), abs=1e-12)
 
 
+def test_a_batch_that_does_not_fit_is_refused_as_in_every_objective():
+    hidden, weight, labels, reference = problem(samples=2)
+    labels[0, 3] = len(weight)
+    with pytest.raises(ValueError, match="label 13 is not a token: the head has 13 tokens"):
+        ours(hidden, weight, labels, reference)
+    labels[0, 3] = 1
+    with pytest.raises(ValueError, match=r"hidden must be \(B, T, D\) and labels \(B, T\)"):
+        ours(hidden[:, :-1], weight, labels, reference)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A student, its images, and caches of chosen and rejected answers to the same prompts."""

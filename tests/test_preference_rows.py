@@ -151,6 +151,16 @@ def test_what_is_no_pair_in_a_file_of_pairs_is_two_rejected_rows(tmp_path):
     assert dataset.label_of(2) == "1/chosen"
 
 
+class Told(Silent):
+    """What was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
+
+
 def rows_of(count):
     """`count` pairs of different lengths about `count // 2` images, every fourth of text alone."""
     random = np.random.default_rng(0)
@@ -188,7 +198,9 @@ def world(tmp_path_factory):
         max_length=200,
         device="cpu",
     )
-    summary = build(config, Silent())
+    told = Told()
+    summary = build(config, told)
+    assert "pairs of which one half alone is in quarantine, left out in training: 1" in told.lines
     assert (summary.captured, summary.quarantined) == (23, {"over_long": 1})
     return folder
 
@@ -252,15 +264,11 @@ def likelihood(model, processor, conversation, root, tokens):
 
 def test_a_stage_from_rows_to_its_first_loss_is_that_of_dense_logits(world, tmp_path):
     """11 pairs in one step: the mean of -log sigmoid of the margin, from both models' own logits."""
-    told = []
-
-    class Told(Silent):
-        def message(self, text):
-            told.append(text)
-
-    train(settings(world, tmp_path / "run"), Told())
+    told = Told()
+    train(settings(world, tmp_path / "run"), told)
     assert (
-        f"1 of 23 samples of {open_cache(str(world / 'cache')).url} have no partner and are left out" in told
+        f"1 of 23 samples of {open_cache(str(world / 'cache')).url} have no partner and are left out"
+        in told.lines
     )
     dataset = open_dataset(world / "rows.json")
     assert len(load_processor(world / "teacher").tokenizer) == 340

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.head import Head
-from student.divergences import BATCH, Divergence
+from student.divergences import BATCH, OF_LOGITS, Divergence
 from student.losses.batches import Batches
 from student.losses.divergences import IN_ORDER, NOTHING
 from student.losses.logit_rows import LogitRows, row_losses
@@ -80,7 +80,8 @@ def run_dense(
         entries = None if work.entries is None else work.entries.pick(chunk)
         if theirs is not None and work.states is not None:
             log_p, _ = _logits(theirs, work.states.at(chunk).to(dtype), tokens)
-            log_p = torch.log_softmax(log_p.div_(work.temperature), dim=1)
+            log_p.div_(work.temperature)
+            log_p = log_p if name in OF_LOGITS else torch.log_softmax(log_p, dim=1)
         elif entries is not None:
             log_p = spread_evenly(entries, tokens, dtype)
         states = hidden.index_select(0, index).to(dtype)  # (n, D)
@@ -88,6 +89,8 @@ def run_dense(
         logits.div_(work.temperature)
         if name in ("forward_kl", "taid"):
             values[chunk] = _forward_kl(logits, log_p, weights, tokens, work)
+        elif name in OF_LOGITS:
+            values[chunk] = _binary_kl(logits, log_p, weights, work.temperature)
         else:
             batches = None if work.batches is None else work.batches.cut(chunk)
             events = _every_token(log_p, name in IN_ORDER)
@@ -150,3 +153,17 @@ def _forward_kl(logits: Tensor, log_p: Tensor, weights: Tensor, tokens: int, wor
     logits.exp_()[:, :tokens].sub_(p)
     logits *= (weights * work.temperature)[:, None]
     return kl * work.temperature**2
+
+
+def _binary_kl(logits: Tensor, theirs: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    """(n,) T^2 times the mean over the V tokens of KL(1/2 || sigmoid(x)), x the difference of the logits of
+    student (n, V + ...) and teacher (n, V), both divided by T (DHKD's BinaryKL-Norm, arXiv 2411.08937, whose
+    sum over classes is a mean here). That is log cosh(x / 2). logits become the gradient of its weighted sum
+    before the division: T / 2V tanh(x / 2), and 0 in the padding."""
+    tokens = theirs.shape[1]
+    half = logits[:, :tokens].sub_(theirs).mul_(0.5)
+    size = half.abs()
+    value = (size + torch.log1p(torch.exp(-2.0 * size)) - math.log(2.0)).mean(dim=1)
+    half.tanh_().mul_((weights * (temperature / (2 * tokens)))[:, None])
+    logits[:, tokens:] = 0.0
+    return value * temperature**2

@@ -17,7 +17,7 @@ from torch import Tensor
 from cache_schema.errors import WrongUsage
 from cache_schema.format.records import IGNORE_INDEX
 from models.head import Head
-from student.divergences import APART, BATCH, FORWARD, Divergence
+from student.divergences import APART, BATCH, FORWARD, OF_LOGITS, Divergence
 from student.loss_weights import Tail
 from student.losses.batches import Batches
 from student.losses.dense import DenseWork
@@ -78,6 +78,8 @@ def sparse_kl(
     form = Divergence.parse(divergence)
     if form != FORWARD and tail != "bucket":
         raise WrongUsage(f"divergence {form.name} is defined with tail `bucket`, not `{tail}`")
+    if form.name in OF_LOGITS:
+        raise WrongUsage(f"divergence {form.name} needs the teacher's logits: take a stage with tail `dense`")
     entries = entries_of(target, tail=tail, temperature=temperature, dtype=dtype).of(head)
     rows = weights.nonzero()[:, 0]
     weights = weights[rows]

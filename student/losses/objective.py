@@ -90,13 +90,9 @@ class DistillationLoss:
         whatever dtype hidden and head have; that of hidden when None. Nothing waits for the device when the
         targets are `PlannedTargets` for the same weights.
         """
-        if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
-            shapes = f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
-            raise ValueError(f"hidden must be (B, T, D) and labels (B, T), not {shapes}")
         dtype, batch = wide_dtype(hidden.dtype, head.weight.dtype), DistillationTargets()
         plan = plan_of(labels, batch if targets is None else targets, self.weights)
-        if plan.label_range is not None:
-            head.check_label_range(*plan.label_range)
+        check_batch(hidden, labels, plan.label_range, head)
         counts = self._counts(plan, denominators)
         shares = plan.shares.to(dtype)  # (T, N)
         weights = shares.new_zeros(shares.shape[1])  # (N,)
@@ -222,6 +218,16 @@ class DistillationLoss:
             batches=batches,
             share=divergence.value if self.teacher_share is None else self.teacher_share,
         )
+
+
+def check_batch(hidden: Tensor, labels: Tensor, label_range: tuple[int, int] | None, head: Head) -> None:
+    """ValueError where a batch is not hidden (B, T, D) and labels (B, T), or a label is not a token.
+    label_range: the least and the greatest label, None: there is none."""
+    if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+        shapes = f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"hidden must be (B, T, D) and labels (B, T), not {shapes}")
+    if label_range is not None:
+        head.check_label_range(*label_range)
 
 
 def _samples_of(plan: Plan, length: int) -> Tensor:

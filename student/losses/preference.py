@@ -14,7 +14,7 @@ from models.head import Head
 from student.divergences import FORWARD
 from student.losses.fused import fused_losses
 from student.losses.logit_rows import LogitRows
-from student.losses.objective import LossParts
+from student.losses.objective import LossParts, check_batch
 from student.losses.plan import Layout
 from student.losses.positions import PositionWork
 from student.losses.products import KeptMatrix, wide_dtype
@@ -27,13 +27,14 @@ class PreferenceTargets(DistillationTargets):
 
     rows (C,) int64 into hidden.reshape(B * T, D): where the next label is supervised; labels, samples (C,)
     int64: that label, and whose it is. reference (B,) float64: the teacher's log-likelihood of each sample's
-    supervised labels, nats.
+    supervised labels, nats. label_range: the least and the greatest label, None: there is none.
     """
 
     rows: Tensor
     labels: Tensor
     samples: Tensor
     reference: Tensor
+    label_range: tuple[int, int] | None
 
     @classmethod
     def of(cls, labels: Tensor, reference: Tensor) -> PreferenceTargets:
@@ -41,11 +42,13 @@ class PreferenceTargets(DistillationTargets):
         if len(labels) % 2 or reference.shape != (len(labels),):
             raise ValueError(f"pairs need an even B and (B,) references, not {tuple(labels.shape)}")
         samples, places = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        supervised = labels[samples, places + 1]
         return cls(
             rows=samples * labels.shape[1] + places,
-            labels=labels[samples, places + 1],
+            labels=supervised,
             samples=samples,
             reference=reference,
+            label_range=(int(supervised.min()), int(supervised.max())) if len(supervised) else None,
         )
 
     def to(self, device: torch.device | str) -> PreferenceTargets:
@@ -90,12 +93,14 @@ class PreferenceLoss:
         compute: torch.dtype | None = None,
     ) -> LossParts:
         """As `DistillationLoss`, of targets that are PreferenceTargets; None: an idle batch, whose loss is 0.
-        `denominators` counts samples, two a pair. ValueError: a label that is not a token."""
+        `denominators` counts samples, two a pair. ValueError: shapes that do not fit, a label that is not a
+        token."""
         dtype = wide_dtype(hidden.dtype, head.weight.dtype)
         nothing = torch.zeros((), dtype=dtype, device=hidden.device)
         loss, accuracy, margin = nothing + 0.0 * hidden.sum().to(dtype), nothing, nothing
         if targets is not None:
             assert isinstance(targets, PreferenceTargets), type(targets).__name__
+            check_batch(hidden, labels, targets.label_range, head)
             pairs = max(denominators.samples / 2.0, 1.0)
             loss, accuracy, margin = self._pairs(
                 hidden.reshape(-1, hidden.shape[-1]), targets, head, world_size / pairs, compute
