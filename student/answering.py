@@ -41,14 +41,16 @@ def rows_to_ask(
     data: Path, root: ImageRoot, limit: int | None, seed: int, progress: Progress
 ) -> Iterator[tuple[int, Conversation | RowRejected]]:
     """The rows of a dataset by their number, or why one cannot be asked: what is wrong with it or its images.
-    limit: only so many, drawn by the seed. An image of several rows is opened once; those of the next rows
-    are fetched meanwhile. KdcacheError when the image root does not exist."""
+    limit: only so many, drawn by the seed. Of a pair the chosen answer alone. An image of several rows is
+    opened once; those of the next rows are fetched meanwhile. KdcacheError when the image root does not
+    exist."""
     dataset = open_dataset(data, progress)
     if dataset.first_images.any():
         require_root(root)
-    rows = list(range(len(dataset)))
+    rows = list(range(0, len(dataset), 1 + dataset.pairs))
     if limit is not None and limit < len(rows):
-        rows = sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())
+        drawn = np.random.default_rng(seed).permutation(len(rows))[:limit]
+        rows = [rows[place] for place in sorted(drawn)]
     readable: dict[str, RowRejected | None] = {}
     for row, conversation in _fetched_ahead(rows, dataset, root):
         try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cache_schema import TargetSpec, open_cache
+from cache_schema.datasets.image_roots import open_root
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.errors import RowRejected
 from cache_schema.operations.verify import verify
@@ -18,6 +19,7 @@ from cache_schema.progress import Silent
 from cache_schema.runs import read_metrics
 from models.folder import load_model, load_processor
 from pipeline.capture import BuildConfig, build
+from student.answering import rows_to_ask
 from student.order import StreamConfig
 from student.pairs import PairStream, halves
 from student.settings import TrainConfig
@@ -297,3 +299,12 @@ def test_the_example_of_the_docs_is_three_pairs(tmp_path):
     assert [each.answers for each in dataset] == [["A cat."], ["A dog."]] * 3
     assert {each.images for each in dataset} == {("cat.jpg",)}
     assert len({str(each.messages[:-1]) for each in dataset}) == 1
+
+
+def test_the_question_of_a_pair_is_asked_once(world):
+    asked = list(rows_to_ask(world / "rows.json", open_root(world / "images"), None, 0, Silent()))
+    assert [row for row, _ in asked] == list(range(0, 24, 2))
+    assert {conversation.sample_id for _, conversation in asked} == {"same/chosen"}
+    few = list(rows_to_ask(world / "rows.json", open_root(world / "images"), 5, 0, Silent()))
+    assert len(few) == 5
+    assert not any(row % 2 for row, _ in few)
