@@ -31,6 +31,7 @@ from models.folder import load_model
 from pipeline.entry_rules import cut
 from pipeline.job import open_job
 from pipeline.settings import BuildConfig
+from pipeline.transformers_engine import TransformersEngine
 
 WIDEST = 256
 NUMBERS = (4, 8, 16, 32, 64)
@@ -48,16 +49,15 @@ def answers_teacher(pictures: int) -> Teacher:
             out=str(Path(folder) / "cache"),
         )
         job = open_job(config, Silent())
-        model = load_model(SHIPPED_TEACHER, torch.float32).eval()
+        model = load_model(SHIPPED_TEACHER, torch.float32)
+        engine = TransformersEngine(model, vocab_size=job.vocab_size, pad_token_id=job.pad_token_id)
         norm = model.model.language_model.norm
         before: list[torch.Tensor] = []
         norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0][0]))
         states, labels = [], []
         for row in job.plan.order.tolist():
             sample = job.preparer.prepare(job.dataset[row])
-            ids = torch.from_numpy(sample.input_ids.astype(np.int64))
-            with torch.no_grad():
-                model.model(input_ids=ids[None], **sample.pixel_inputs)
+            engine.hidden_states([sample])
             at = sample.positions["response"]
             states.append(before.pop()[at].numpy())
             labels.append(sample.input_ids[at + 1])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, equal, from_numpy
+from torch import Tensor, equal, from_numpy, stack
 from transformers import BatchFeature
 
 _PROBES = ((23, 31), (64, 48))
@@ -62,7 +62,7 @@ class PixelTable:
                     for each in planes
                 ]
             size = (processor.size["width"], processor.size["height"])
-            made = [np.asarray(image.resize(size, resample=processor.resample)) for image in images]
+            made = [np.array(image.resize(size, resample=processor.resample)) for image in images]
             return [np.moveaxis(image, -1, 0) for image in made]
         bytes_only = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
         resized: Sequence[NDArray[np.uint8]] = processor(images=list(images), **bytes_only)["pixel_values"]
@@ -84,28 +84,44 @@ def look_up(levels: Tensor, values: Tensor) -> Tensor:
     return values.flatten()[levels.long() + rows[:, None, None]].contiguous()
 
 
-def with_table(processor: Any) -> Any:
-    """The processor, or where PixelTable has its pixels a copy of it that takes them from there."""
+def with_table(processor: Any, *, as_bytes: bool = False) -> Any:
+    """The processor, or where PixelTable has its pixels a copy of it that takes them from there.
+
+    as_bytes: its pixel_values are then bytes, a quarter as large; `table_of` has their values.
+    """
     table = PixelTable.of(processor)
     if table is None:
         return processor
     faster = copy.copy(processor)
-    faster.image_processor = _TableProcessor(processor.image_processor, table)
+    faster.image_processor = _TableProcessor(processor.image_processor, table, as_bytes=as_bytes)
     return faster
 
 
-class _TableProcessor:
-    """An image processor whose pixels come from a table, unless other settings than its own are asked for."""
+def table_of(processor: Any) -> Tensor | None:
+    """The table (C, 256) of a processor whose pixel_values are bytes, for `look_up`; else None."""
+    images = getattr(processor, "image_processor", None)
+    return images.table if isinstance(images, _TableProcessor) else None
 
-    def __init__(self, image_processor: Any, table: PixelTable) -> None:
+
+class _TableProcessor:
+    """An image processor whose pixels come from a table, unless other settings than its own are asked for.
+
+    table: (C, 256) where pixel_values are bytes, that is of type uint8; else None.
+    """
+
+    def __init__(self, image_processor: Any, table: PixelTable, *, as_bytes: bool) -> None:
         self._image_processor = image_processor
         self._table = table
+        self.table = from_numpy(table.values) if as_bytes else None
 
     def __call__(self, images: Any, **options: Any) -> Any:
         flat = [image for group in images for image in (group if isinstance(group, list) else [group])]
         plain = all(isinstance(image, Image.Image) and image.mode == "RGB" for image in flat)
         if plain and flat and set(options) <= {"return_tensors"} and options.get("return_tensors") == "pt":
-            return BatchFeature({"pixel_values": from_numpy(self._table(flat))})
+            if self.table is None:
+                return BatchFeature({"pixel_values": from_numpy(self._table(flat))})
+            levels = [from_numpy(image) for image in self._table.resized(flat)]
+            return BatchFeature({"pixel_values": levels[0][None] if len(levels) == 1 else stack(levels)})
         return self._image_processor(images, **options)
 
     def __getattr__(self, name: str) -> Any:

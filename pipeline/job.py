@@ -181,7 +181,7 @@ def open_job(config: BuildConfig, progress: Progress) -> Job:
         template=template,
         teacher_config=teacher_config,
         preparer=SamplePreparer(
-            with_table(processor),
+            with_table(processor, as_bytes=config.engine == "transformers"),
             template,
             image_token_id=image_token_id_of(teacher_config),
             image_root=root,

@@ -17,7 +17,9 @@ from cache_schema.datasets.images import OpenedImage, open_image
 from cache_schema.errors import KdcacheError, RowRejected
 from cache_schema.format.records import ImageRecord, labels_of, positions_by_kind
 from cache_schema.format.spec import Kind
+from models.pixels import table_of
 from pipeline.encode import Encoded, encode
+from pipeline.image_runs import with_short_runs
 from pipeline.private_spans import PrivateSpans, Veil
 from pipeline.settings import OverLong
 from pipeline.templates import ChatTemplate, Rendered
@@ -38,9 +40,11 @@ class PreparedSample:
 
     input_ids (T,) int32 with every image expanded; label_spans (S, 2) int32, half-open and ascending.
     token_inputs: further inputs of shape (T,) (token types). pixel_inputs: everything else the processor
-    made (pixels, grids, sizes), with the leading dimensions that the model expects. answers_kept: how many of
-    the conversation's answers are in it; answers_cut: how many were removed from its end. expansions: one per
-    image. veil: over its private tokens. seconds: time spent on reading and preparing it.
+    made (pixels, grids, sizes), with the leading dimensions that the model expects. pixel_table: (C, 256),
+    the values of pixel_values that are bytes, for `models.pixels.look_up`; None where they are values.
+    answers_kept: how many of the conversation's answers are in it; answers_cut: how many were removed from
+    its end. expansions: one per image. veil: over its private tokens. seconds: time spent on reading and
+    preparing it.
     """
 
     row: int
@@ -54,6 +58,7 @@ class PreparedSample:
     answers_cut: int = 0
     expansions: tuple[Expansion, ...] = ()
     veil: Veil | None = None
+    pixel_table: Tensor | None = None
     seconds: float = 0.0
 
     def __len__(self) -> int:
@@ -67,8 +72,11 @@ class PreparedSample:
 
     @property
     def pixel_bytes(self) -> int:
-        """Bytes that the pixel inputs hold in memory."""
-        return sum(value.nbytes for value in self.pixel_inputs.values())
+        """Bytes that the pixel inputs are, or become by their table: the same on every engine."""
+        sizes = {name: value.nbytes for name, value in self.pixel_inputs.items()}
+        if self.pixel_table is not None and "pixel_values" in sizes:
+            sizes["pixel_values"] *= self.pixel_table.itemsize
+        return sum(sizes.values())
 
 
 class SamplePreparer:
@@ -95,9 +103,9 @@ class SamplePreparer:
                 "the teacher's tokenizer is a slow one, which gives no character offsets; "
                 "save the teacher with a fast tokenizer (tokenizer.json)"
             )
-        self._processor = processor
         self._tokenizer = processor.tokenizer
         self._tokenizer.model_max_length = 1 << 60  # max_length decides; the tokenizer's own only warns
+        self._processor = with_short_runs(processor, image_token_id)
         self._template = template
         self._image_token_id = image_token_id
         self._image_root = open_root(image_root)
@@ -152,6 +160,7 @@ class SamplePreparer:
             token_inputs={name: value[0].numpy() for name, value in by_token.items()},
             pixel_inputs={name: value for name, value in encoded.rest.items() if name not in by_token},
             answers_kept=len(conversation.answers),
+            pixel_table=table_of(self._processor),
             expansions=_expansions(encoded),
             veil=None
             if self._private is None

@@ -22,6 +22,7 @@ from models.device import choose_device, device_name
 from models.folder import load_model
 from models.head import Head, verified_head
 from models.inputs import join, pad
+from models.pixels import look_up
 from pipeline.engine import same_states
 from pipeline.pack_attention import attention_by_parts
 from pipeline.packing import Pack
@@ -149,7 +150,11 @@ class TransformersEngine:
 
     def _inputs(self, packs: Sequence[Pack]) -> dict[str, Tensor]:
         made = collate(packs, pad_token_id=self._pad_token_id, multiple=_BUCKET if self._compiled else 1)
-        return {name: self._placed(value) for name, value in made.items()}
+        placed = {name: self._placed(value) for name, value in made.items()}
+        table = next((pack.first.pixel_table for pack in packs if pack.first.pixel_inputs), None)
+        if table is not None:
+            placed["pixel_values"] = look_up(placed["pixel_values"], self._placed(table))
+        return placed
 
     def _placed(self, value: Tensor) -> Tensor:
         """On the model's device, floating point in the model's dtype, as the processors' callers do. Nothing

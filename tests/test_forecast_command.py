@@ -22,6 +22,7 @@ from cache_schema.errors import KdcacheError
 from cache_schema.format.spec import TargetSpec
 from cache_schema.operations.summary import summarise
 from cache_schema.progress import Silent
+from models.pixels import look_up
 from pipeline.capture import build
 from pipeline.forecast.advice import ForecastConfig, forecast
 from pipeline.forecast.choice import build_arguments, write_command
@@ -91,7 +92,7 @@ def own_logits(folder: Path, job: Any) -> dict[int, Tensor]:
         sample = job.preparer.prepare(job.dataset[row])
         inputs = {
             "input_ids": torch.from_numpy(sample.input_ids.astype(np.int64))[None],
-            **sample.pixel_inputs,
+            **{name: look_up(levels, sample.pixel_table) for name, levels in sample.pixel_inputs.items()},
         }
         with torch.no_grad():
             logits = model(**inputs).logits[0, :, : job.vocab_size]
@@ -483,7 +484,8 @@ def test_rows_are_read_only_where_they_are_drawn(
     monkeypatch.setattr(JsonSource, "read", counted)
     found = forecast(config_of(world, data=data, samples=5, top_ks=(4,), relations=(1e-2,)), Silent())
     assert found["dataset"]["rows"] == 500
-    assert len(reads) < 5 * 3 + 5  # the sample, two for the sharing, a few for the probe
+    assert reads[:64] == list(range(64))  # whether the file is one of pairs
+    assert len(reads) - 64 < 5 * 3 + 5  # the sample, two for the sharing, a few for the probe
 
 
 @pytest.mark.parametrize(
