@@ -367,6 +367,14 @@ def test_arrays_read_here_are_those_that_zarr_reads(precision, monkeypatch) -> N
             np.testing.assert_array_equal(values, root[f"visual/{name}"][...])
             assert values.dtype == arrays[name].dtype
     assert any(path.startswith("visual/logsumexp/c/1") for path in files)
+    monkeypatch.setattr("cache_schema.format.groups.CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("cache_schema.format.groups.COLUMN_CHUNK_BYTES", 130)
+    columns = np.arange(200, dtype=np.uint16)
+    wide = write_groups({"relation": {"columns": columns, "norm": np.ones(200)}}, {})
+    np.testing.assert_array_equal(read_groups(wide)["relation"]["columns"], columns)
+    np.testing.assert_array_equal(zarr.open_group(_store(wide))["relation/columns"][...], columns)
+    chunks = [path.rpartition("/c/")[0] for path in wide if "/c/" in path]
+    assert (chunks.count("relation/columns"), chunks.count("relation/norm")) == (4, 1)
     other: dict = {}
     zarr.open_group(zarr.storage.MemoryStore(other), mode="w").create_array(
         "visual/entropy", data=np.arange(12.0).reshape(3, 4), chunks=(2, 3)

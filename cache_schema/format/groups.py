@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,11 @@ from cache_schema.format.codecs.topk import Arrays
 CHUNK_BYTES = 256 << 20
 """Arrays are one chunk up to this size; blosc takes at most 2 GiB."""
 
+COLUMN_CHUNK_BYTES = 32 << 20
+"""The same for the columns of relations, most of a shard at full rank: chunks are compressed in parallel."""
+
 _COLUMN_BLOCK = 1 << 20
+_MOST_THREADS = 8  # that compress arrays
 
 _PLAIN_TYPES = {
     name: np.dtype(name).newbyteorder("<")
@@ -35,23 +41,28 @@ Files = Mapping[str, bytes | memoryview]
 
 
 def write_groups(groups: Mapping[str, Arrays], attributes: dict[str, Any]) -> dict[str, bytes]:
-    """A zarr v3 hierarchy in memory: path inside it -> bytes. Every array carries a checksum."""
+    """A zarr v3 hierarchy in memory: path inside it -> bytes. Every array carries a checksum. Arrays, and the
+    chunks of one, are compressed in parallel."""
     files: dict[str, Any] = {}
     root = zarr.open_group(
         zarr.storage.MemoryStore(files), mode="w", zarr_format=3, attributes={"kdcache": 1, **attributes}
     )
-    for group, arrays in groups.items():
-        for name, values in arrays.items():
-            target = root.create_array(
-                f"{group}/{name}",
-                shape=values.shape,
-                dtype=values.dtype,
-                chunks=_chunks(values),
-                compressors=[_compressor(name, values), Crc32cCodec()],
-                config={"write_empty_chunks": True},
-            )
-            if values.size:
-                target[...] = values
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        written = []
+        for group, arrays in groups.items():
+            for name, values in arrays.items():
+                target = root.create_array(
+                    f"{group}/{name}",
+                    shape=values.shape,
+                    dtype=values.dtype,
+                    chunks=_chunks(name, values),
+                    compressors=[_compressor(name, values), Crc32cCodec()],
+                    config={"write_empty_chunks": True},
+                )
+                if values.size:
+                    written.append(pool.submit(target.__setitem__, ..., values))
+        for each in written:
+            each.result()
     return {path: buffer.to_bytes() for path, buffer in sorted(files.items())}
 
 
@@ -136,9 +147,10 @@ def _refuse_missing(base: str, chunks: Files, count: int) -> None:
         raise CacheDamaged(f"{base}: {len(chunks)} of {count} chunks are present")
 
 
-def _chunks(values: NDArray[Any]) -> tuple[int, ...]:
+def _chunks(name: str, values: NDArray[Any]) -> tuple[int, ...]:
     width = max(values.nbytes // max(len(values), 1), 1)
-    return (max(min(len(values), CHUNK_BYTES // width), 1), *(max(size, 1) for size in values.shape[1:]))
+    most = min(CHUNK_BYTES, COLUMN_CHUNK_BYTES) if name == "columns" else CHUNK_BYTES
+    return (max(min(len(values), most // width), 1), *(max(size, 1) for size in values.shape[1:]))
 
 
 def _compressor(name: str, values: NDArray[Any]) -> BloscCodec:
