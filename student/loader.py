@@ -21,6 +21,9 @@ Made = TypeVar("Made")
 
 _MOST_WORKERS = 8  # 1,000 samples per second
 
+_SHORT_AHEAD = 32
+"""Samples that are under way or ready where a step is one micro-batch: a quarter of a second of 8 ms each."""
+
 
 def load_ahead(
     steps: Generator[Step],
@@ -34,9 +37,9 @@ def load_ahead(
     The order of what comes out does not depend on `workers`; 0 does the work in the calling thread; None: as
     many as this process has cores, less one, from 2 to 8. Threads suffice: reading, decoding, resizing and
     array work all release the interpreter's lock. As many micro-batches are under way or ready as a step has,
-    and one more for every thread, or three for every thread where that is more: short steps keep all threads
-    busy and do not wait while a shard is read. pin: Batches come in pinned memory, from
-    which copies to a device do not wait.
+    and one more for every thread, or three for every thread where that is more; where steps are of one
+    micro-batch, _SHORT_AHEAD samples where that is more: short steps keep all threads busy and do not wait
+    while a shard is read. pin: Batches come in pinned memory, from which copies to a device do not wait.
     """
 
     def collate(part: Sequence[Located]) -> Made:
@@ -60,8 +63,9 @@ def load_ahead(
         try:
             for step in steps:
                 with consumed:
-                    size = len(step.micro_batches)
-                    ahead = max(workers + size, 3 * workers)
+                    size, samples = len(step.micro_batches), sum(map(len, step.micro_batches))
+                    short = _SHORT_AHEAD // max(samples, 1) if size == 1 else 0
+                    ahead = max(workers + size, 3 * workers, short)
                     consumed.wait_for(lambda: stopped or under_way < ahead)  # noqa: B023
                     if stopped:
                         return

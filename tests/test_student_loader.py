@@ -99,6 +99,45 @@ def test_one_slow_batch_among_short_steps_is_not_waited_for() -> None:
     batches.close()
 
 
+def test_a_pause_of_the_stream_is_not_waited_for_in_steps_of_one_sample() -> None:
+    """Samples of 4 ms for steps of 8 ms; once, for 0.2 s, none comes, as while a shard is read."""
+
+    def paused() -> Iterator[Step]:
+        for step in steps_of(60, 1):
+            if step.number == 45:
+                time.sleep(0.2)
+            yield step
+
+    def made(samples: list[int]) -> list[int]:
+        time.sleep(0.004)
+        return samples
+
+    waited = 0.0
+    batches = load_ahead(paused(), made, workers=2)  # type: ignore[arg-type]
+    next(batches)
+    for _ in range(59):
+        time.sleep(0.008)
+        before = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - before
+    assert waited < 0.1
+    batches.close()
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 32), (8, 4), (64, 3)])
+def test_what_is_ahead_of_steps_of_one_micro_batch_is_bounded_in_samples(size: int, most: int) -> None:
+    begun: list[int] = []
+    batches = load_ahead(steps_of(90, 1, size), lambda samples: begun.append(samples[0]), workers=1)  # type: ignore[arg-type,func-returns-value]
+    next(batches)
+    for _ in range(200):
+        if len(begun) >= most:
+            break
+        time.sleep(0.05)
+    time.sleep(0.1)
+    assert len(begun) == most
+    batches.close()
+
+
 def test_every_tensor_of_a_batch_is_reached_and_nothing_else_changes() -> None:
     """What is pinned, or kept while the device works on it."""
     labels, samples = make_samples(torch.Generator().manual_seed(0), SPANS, LENGTH, draws=2)

@@ -282,7 +282,9 @@ def _read_file(path: Path, told: str) -> bytes:
         if not stat.S_ISREG(state.st_mode):
             raise RowRejected("unreadable_image", f"{told} is a pipe, a socket or a device, not a file")
         _refuse_large(state.st_size, told)
-        content = file.read(LARGEST_FILE + 1)
+        content = file.read(state.st_size + 1)  # of memory for a larger file most would be given back
+        if len(content) > state.st_size:  # it has grown
+            content += file.read(LARGEST_FILE)
     _refuse_large(len(content), told)
     return content
 
