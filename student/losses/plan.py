@@ -195,11 +195,12 @@ class Plan:
         samples, offsets = marked.nonzero(as_tuple=True)
         if not weights.ce:
             samples, offsets = samples[:0], offsets[:0]
-        next_tokens = labels[samples, offsets + 1]
+        label_positions = samples * length + offsets
+        next_tokens = labels.flatten().index_select(0, label_positions + 1)
         asked = {kind: one for kind, one in targets.positions.items() if len(one) and weights.by_target[kind]}
         whole = {kind: target for kind, target in asked.items() if kind in weights.apart}
         sparse = {kind: target for kind, target in asked.items() if kind not in whole}
-        layout = _layout(sparse, samples * length + offsets, samples, batch, weights.kl_share)
+        layout = _layout(sparse, label_positions, samples, batch, weights.kl_share)
         count = len(layout.sources)
         groups = group_images(targets.relations) if weights.relation else ()
 
@@ -217,8 +218,9 @@ class Plan:
         counted = {name: counted[name] for name in TERMS if name in counted and len(counted[name][0])}
         shares = torch.zeros(len(counted), end, dtype=torch.float64, device=labels.device)
         for share, (of, places) in zip(shares, counted.values(), strict=True):
-            siblings = torch.bincount(of, minlength=batch).double()[of]
-            share[places] = 1.0 / siblings if weights.reduction == "sample_mean" else 1.0
+            siblings = torch.bincount(of, minlength=batch).double()
+            each = siblings.reciprocal_() if weights.reduction == "sample_mean" else torch.ones_like(siblings)
+            share.index_copy_(0, places, each.index_select(0, of))
 
         divergences = tuple(dict.fromkeys(weights.divergences[kind] for kind in sparse)) or (FORWARD,)
         entries, which = _requests(sparse, weights, divergences, layout)
