@@ -10,13 +10,15 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks._scale_cache import RESPONSE, SHARD, SPEC, VISUAL, image_of
+from benchmarks._scale_cache import RESPONSE, SHARD, SPEC, VISUAL, image_of, write_shards
 from benchmarks._smollm2 import IMAGE_TOKEN
 from benchmarks._stand_in import StandInEngine, StoredTargets, stand_in_folder
+from cache_schema.format.writer import CacheWriter
 from cache_schema.progress import Silent
 from models.folder import load_processor
 from pipeline import capture, extract, job
 from pipeline.capture import BuildConfig, BuildSummary, build
+from pipeline.fingerprint import weights_digest
 from pipeline.teachers import Teacher
 
 SIDE = 27  # pixels of an image and visual tokens of it, along one edge
@@ -24,9 +26,10 @@ _FOLDER = 1000  # images of a folder
 
 
 def write_data(folder: Path, rows: int) -> None:
-    """The teacher's folder, LLaVA rows of about a kilobyte each, and their images. Every second image has two
-    rows, whose system prompts differ, so that they share no targets."""
+    """The teacher's folder, and LLaVA rows of about a kilobyte each. Every second image has two rows, whose
+    system prompts differ, so that they share no targets."""
     teacher = stand_in_folder(folder / "teacher", side=SIDE, patch=1)
+    (folder / "images").mkdir()
     words = _single_tokens(teacher, RESPONSE - 1)  # and the end token
     with (folder / "data.json").open("w", encoding="utf-8") as file:
         for row in range(rows):
@@ -38,8 +41,6 @@ def write_data(folder: Path, rows: int) -> None:
             ]
             document = {"id": f"sample-{row}", "image": image, "conversations": turns}
             file.write(("[" if row == 0 else ",\n") + json.dumps(document))
-            if image_of(row) == row:
-                _write_image(folder / "images" / image, row)
         file.write("]")
 
 
@@ -54,11 +55,21 @@ def _image_path(number: int) -> str:
     return f"{number // _FOLDER:04d}/{number:09d}.ppm"
 
 
+def leave(folder: Path, rows: int) -> None:
+    """Leaves so many rows to the capture, in whole shards spread over the cache: makes their images, and
+    writes all other shards without a capture."""
+    of = job.open_job(_config(folder), Silent())
+    plan, weights = of.plan, weights_digest(folder / "teacher").result()
+    writer = CacheWriter.open(folder / "cache", of.manifest(True, weights))
+    left = np.linspace(0, plan.shards - 1, min(-(-rows // SHARD), plan.shards)).astype(np.int64)
+    for row in np.concatenate([plan.rows_of(int(shard)) for shard in left]).tolist():
+        _write_image(folder / "images" / _image_path(image_of(row)), image_of(row))
+    write_shards(writer, np.setdiff1d(np.arange(plan.shards), left).tolist())
+
+
 def _write_image(path: Path, number: int) -> None:
-    if not path.parent.exists():
-        path.parent.mkdir(parents=True)
-    color = number.to_bytes(3, "big")
-    path.write_bytes(f"P6 {SIDE} {SIDE} 255\n".encode() + color * SIDE**2)  # a PPM file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(f"P6 {SIDE} {SIDE} 255\n".encode() + number.to_bytes(3, "big") * SIDE**2)  # a PPM file
 
 
 class SwiftProcessor:
@@ -91,7 +102,18 @@ class SwiftProcessor:
 
 def build_all(folder: Path, *, rank: int = 0, world_size: int = 1) -> BuildSummary:
     """`build` of the data in `folder`; its processor, engine and target maker are stand-ins."""
-    config = BuildConfig(
+    engine, targets = StandInEngine(0.0), StoredTargets(SPEC, rank=1)
+    teacher = Teacher(engine=engine, head=engine.head, sharing=True, packing=False, batch_tokens=16384)
+    with (
+        patch.object(job, "with_table", SwiftProcessor),
+        patch.object(capture, "load_teacher", lambda of, progress: teacher),
+        patch.object(extract, "TargetMaker", lambda head, spec: targets),
+    ):
+        return build(_config(folder, rank, world_size), Silent())
+
+
+def _config(folder: Path, rank: int = 0, world_size: int = 1) -> BuildConfig:
+    return BuildConfig(
         teacher=folder / "teacher",
         data=folder / "data.json",
         image_root=str(folder / "images"),
@@ -103,11 +125,3 @@ def build_all(folder: Path, *, rank: int = 0, world_size: int = 1) -> BuildSumma
         world_size=world_size,
         prepare_threads=1,
     )
-    engine, targets = StandInEngine(0.0), StoredTargets(SPEC, rank=1)
-    teacher = Teacher(engine=engine, head=engine.head, sharing=True, packing=False, batch_tokens=16384)
-    with (
-        patch.object(job, "with_table", SwiftProcessor),
-        patch.object(capture, "load_teacher", lambda of, progress: teacher),
-        patch.object(extract, "TargetMaker", lambda head, spec: targets),
-    ):
-        return build(config, Silent())

@@ -1,17 +1,21 @@
-"""Metadata of caches as large as wished: one shard by the real writer, its record under many numbers."""
+"""Shards without a capture: the same targets under many numbers by the real writer, or their records."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from benchmarks._random_cache import random_records
+from cache_schema.format.cache import read_table
 from cache_schema.format.identity import Fingerprint
 from cache_schema.format.manifest import CommitRecord, Manifest, Plan
 from cache_schema.format.records import CapturedImage, CapturedSample, ImageRecord, Relation, TopK
+from cache_schema.format.shard import SAMPLE_SCHEMA, EncodedShard, encode_shard, write_table
 from cache_schema.format.spec import TargetSpec
 from cache_schema.format.writer import CacheWriter
 
@@ -46,14 +50,17 @@ def manifest_of(plan: Plan) -> Manifest:
     )
 
 
-def write_shard(writer: CacheWriter) -> CommitRecord:
-    """The record of the first shard, written through the real writer."""
-    random = np.random.default_rng(0)
-    pool = random_records(random, 4096, VOCAB, SPEC.top_k)
-    samples = [_sample(random, pool, row) for row in writer.manifest.plan.rows_of(0).tolist()]
-    record = writer.write_shard(0, samples, [], engine={}, seconds=1.0)
-    assert record is not None
-    return record
+def write_shards(writer: CacheWriter, shards: Iterable[int]) -> list[CommitRecord | None]:
+    """Writes shards through the real writer: the same targets, in tables of their own rows."""
+    plan, encoded, records = writer.manifest.plan, None, []
+    for index in shards:
+        rows = plan.rows_of(index)
+        if encoded is None or len(rows) != encoded.counts["samples"]:  # the last shard
+            encoded = _encoded(len(rows))
+        attempt = f"{index:012x}"
+        shard = _renamed(encoded, f"{index:05d}-{attempt}", rows)
+        records.append(writer.commit(index, attempt, shard, engine={}, seconds=1.0))
+    return records
 
 
 def commit_record(manifest: Manifest, shard: int, like: CommitRecord) -> CommitRecord:
@@ -65,6 +72,25 @@ def commit_record(manifest: Manifest, shard: int, like: CommitRecord) -> CommitR
     rows = manifest.plan.rows_of(shard)
     counts = like.counts | {"samples": len(rows)}
     return replace(like, cache=manifest.identity, shard=shard, attempt=attempt, files=files, counts=counts)
+
+
+def _renamed(encoded: EncodedShard, name: str, rows: NDArray[np.int64]) -> EncodedShard:
+    tables = {path.replace(encoded.name, name): data for path, data in encoded.tables.items()}
+    path = f"samples/{name}.arrow"
+    columns = {"row": pa.array(rows), "sample_id": pa.array([f"sample-{row}" for row in rows.tolist()])}
+    table = read_table(tables[path])
+    for field, values in columns.items():
+        table = table.set_column(SAMPLE_SCHEMA.get_field_index(field), SAMPLE_SCHEMA.field(field), values)
+    tables[path] = write_table(table)
+    longest = [[int(row), VISUAL + PROMPT + RESPONSE] for row in rows[:5]]
+    return replace(encoded, name=name, tables=tables, statistics=encoded.statistics | {"longest": longest})
+
+
+def _encoded(count: int) -> EncodedShard:
+    random = np.random.default_rng(0)
+    pool = random_records(random, 4096, VOCAB, SPEC.top_k)
+    samples = [_sample(random, pool, row) for row in range(count)]
+    return encode_shard("NAME", samples, [], SPEC)
 
 
 def _sample(random: np.random.Generator, pool: TopK, row: int) -> CapturedSample:

@@ -1,14 +1,17 @@
 """The chain of commands on caches as large as the paper's, and how its time and memory grow.
 
-    python -m benchmarks.scale [--samples 6650,66500,665000] [--records 10000000] [--out DIR] [--json FILE]
+    python -m benchmarks.scale [--samples 6650,66500,665000] [--captured N] [--records 10000000] [--out DIR]
+        [--json FILE]
 
 Samples have 859 positions with targets (729 visual, 130 response) and full metadata, in shards of 512. They
 are captured by the command `build`: rows, templates, tokens, images, batches, records, codecs, commits.
 Scaled down: the teacher takes no time and its records come from a store; 2 entries per position and
-relations of rank 1; images of 27 x 27 pixels, one of which is a visual token. Every step is a process of its
-own: its seconds, processor seconds, the memory over what it held at its start, and the most open file handles
-(looked at every 2 ms). `--records`: rows of a cache of which there are only manifest, commit records and
-sizes of samples. The data is removed at the end.
+relations of rank 1; images of 27 x 27 pixels, a visual token each, and a processor without transformers'
+overhead. `--captured N`: of a larger dataset the build finds N rows left, in whole shards spread over the
+cache; the others were written through the real writer, all with the same targets. Every step is a process of
+its own: its seconds, processor seconds, the memory over what it held at its start, and the most open file
+handles (looked at every 2 ms). `--records`: rows of a cache of which there are only manifest, commit records
+and sizes of samples. The data is removed at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from benchmarks._scale_cache import (
     commit_record,
     first_images,
     manifest_of,
-    write_shard,
+    write_shards,
 )
 from cache_schema.datasets.rows import open_dataset
 from cache_schema.format.cache import Cache, CacheIndex, open_cache
@@ -50,6 +53,7 @@ from pipeline.shard_plan import plan_rows
 from student.stream import Stream, StreamConfig
 
 STREAMED = 133_000  # samples of an epoch that are read, of which the order is made whole
+CAPTURED = "SCALE_CAPTURED"  # the variable that hands `--captured` to the steps' processes
 Step = Callable[[Path, int], dict[str, Any]]
 
 
@@ -57,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", default="6650,66500,665000")
     parser.add_argument("--records", type=int, default=10_000_000)
+    parser.add_argument("--captured", type=int, help="rows of each size that go through the capture (all)")
     parser.add_argument("--out", type=Path, help="where the data is made and removed (a temporary folder)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--step", help=argparse.SUPPRESS)
@@ -64,15 +69,22 @@ def main() -> None:
     if options.step:
         print(json.dumps(measured(options.step, options.out, int(options.samples))))
         return
+    os.environ[CAPTURED] = str(options.captured or max(sizes_of(options.samples), default=0))
     report: dict[str, dict[str, Any]] = {}
-    sizes = [int(size) for size in options.samples.split(",") if size]
-    plans = [(size, CHAIN) for size in sizes] + ([(options.records, RECORDS)] if options.records else [])
+    plans = [(size, CHAIN) for size in sizes_of(options.samples)] + (
+        [(options.records, RECORDS)] if options.records else []
+    )
     for size, steps in plans:
         with tempfile.TemporaryDirectory(dir=options.out) as folder:
             print(f"\n{size:,} samples\n{'':16} {'s':>8} {'CPU s':>8} {'MB':>8} {'handles':>8}", flush=True)
             report[str(size)] = {step: alone(step, Path(folder), size) for step in steps}
         if options.json is not None:
             options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def sizes_of(text: str) -> list[int]:
+    """The sizes in `6650,66500`."""
+    return [int(size) for size in text.split(",") if size]
 
 
 def alone(step: str, folder: Path, size: int) -> dict[str, Any]:
@@ -91,7 +103,12 @@ RESOURCES = ("seconds", "cpu_seconds", "megabytes", "handles")
 
 def measured(step: str, folder: Path, size: int) -> dict[str, Any]:
     """What a step took of this process, and what it says of itself."""
-    if step in ("build", "rebuild"):  # transformers is not what is measured, nor held by other steps
+    if step in (
+        "rows",
+        "leave",
+        "build",
+        "rebuild",
+    ):  # transformers is not what is measured, nor held by other steps
         importlib.import_module("benchmarks._scale_build")
     work, before = STEPS[step], reset_peak()
     handles, over = [0], threading.Event()
@@ -119,10 +136,18 @@ def measured(step: str, folder: Path, size: int) -> dict[str, Any]:
 
 
 def rows(folder: Path, size: int) -> dict[str, Any]:
-    """The teacher's folder, the data file and the images, which are not of the chain."""
+    """The teacher's folder and the data file, which are not of the chain."""
     from benchmarks._scale_build import write_data
 
     write_data(folder, size)
+    return {}
+
+
+def left(folder: Path, size: int) -> dict[str, Any]:
+    """All but the rows that are to be captured: see `--captured`."""
+    from benchmarks._scale_build import leave
+
+    leave(folder, int(os.environ[CAPTURED]))
     return {}
 
 
@@ -243,7 +268,8 @@ def read_manifest(folder: Path, size: int) -> dict[str, Any]:
 def commits(folder: Path, size: int) -> dict[str, Any]:
     """The records of all shards, without their files."""
     small = manifest_of(plan_rows(first_images(SHARD), shard_size=SHARD, seed=0))
-    like = write_shard(CacheWriter.open(folder / "small", small))
+    (like,) = write_shards(CacheWriter.open(folder / "small", small), [0])
+    assert like is not None
     manifest = Manifest.from_bytes((folder / "cache" / "manifest.json").read_bytes())
     for shard in range(manifest.plan.shards):
         record = commit_record(manifest, shard, like)
@@ -283,7 +309,20 @@ def order(folder: Path, size: int) -> dict[str, Any]:
     return {}
 
 
-CHAIN = ("rows", "plan", "build", "rebuild", "open", "index", "find", "inspect", "verify", "select", "stream")
+CHAIN = (
+    "rows",
+    "leave",
+    "plan",
+    "build",
+    "rebuild",
+    "open",
+    "index",
+    "find",
+    "inspect",
+    "verify",
+    "select",
+    "stream",
+)
 RECORDS = (
     "plan and write",
     "read manifest",
@@ -295,6 +334,7 @@ RECORDS = (
 )
 STEPS: dict[str, Step] = {
     "rows": rows,
+    "leave": left,
     "plan": plan,
     "build": build,
     "rebuild": rebuild,
