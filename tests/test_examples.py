@@ -24,7 +24,8 @@ def world(tmp_path_factory):
 
 
 def run_example(name, world, out, *launcher):
-    words = [EXAMPLES / name, world.student, world.cache, world.image_root, out, "5"]
+    script = ["-m", "tests.example_ranks"] if launcher else []
+    words = [*script, EXAMPLES / name, world.student, world.cache, world.image_root, out, "5"]
     # In the folder of the model: nothing of the checkout is imported by accident.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent.parent)}
     return subprocess.run(
@@ -44,6 +45,7 @@ def run_example(name, world, out, *launcher):
         ("with_accelerate.py", ()),
         ("with_accelerate.py", TWO),
         ("hf_trainer.py", ()),
+        ("hf_trainer.py", TWO),
         ("trl_sft.py", ()),
     ],
 )

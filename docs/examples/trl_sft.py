@@ -1,4 +1,4 @@
-"""Distillation from a cache with SFTTrainer of TRL, whose loss is replaced.
+"""Distillation from a cache with SFTTrainer of TRL, whose loss is replaced: on one process.
 
 python trl_sft.py STUDENT CACHE IMAGES OUT [STEPS]
 """
@@ -51,6 +51,8 @@ trainer = DistilledSFTTrainer(
     train_dataset=IterableDataset.from_generator(lambda: iter(data)),  # TRL asks for one; see the loader
     processing_class=processor,
 )
+if trainer.args.world_size > 1:  # the loss is outside of what DDP wraps: it would not share the gradients
+    sys.exit("this example is for one process; hf_trainer.py runs on several")
 trainer.train()
 trainer.save_model(out)
 processor.save_pretrained(out)
