@@ -27,7 +27,7 @@ class _Known(Tensor):
     plain: Tensor
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is a function of the C library
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return _by_plain(func, args, kwargs)
@@ -37,8 +37,9 @@ Known = TypeVar("Known", bound=_Known)
 
 
 def _around(kind: type[Known], plain: Tensor) -> Known:
-    sizes = {"strides": plain.stride(), "dtype": plain.dtype, "device": plain.device}
-    made: Known = Tensor._make_wrapper_subclass(kind, plain.shape, **sizes)
+    made: Known = Tensor._make_wrapper_subclass(
+        kind, plain.shape, strides=plain.stride(), dtype=plain.dtype, device=plain.device
+    )
     made.plain = plain
     return made
 

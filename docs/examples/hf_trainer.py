@@ -15,7 +15,7 @@ from student.model import DistilledStudent
 
 
 class Student(DistilledStudent):
-    """The loss uses the head's weight inside the forward that Trainer wraps, so that DDP sees every gradient."""
+    """The loss uses the head's weight inside the forward that Trainer wraps: DDP sees every gradient."""
 
     @property
     def config(self) -> Any:  # Trainer asks for it
