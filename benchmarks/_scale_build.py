@@ -76,7 +76,7 @@ class SwiftProcessor:
     """A Llava processor for rows of one image without the time of transformers' own: the text around the mark
     is tokenised, the mark's tokens are given, and pixels are zeros."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, **_: Any) -> None:
         self.tokenizer = processor.tokenizer
         self._image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._pixels = torch.zeros(1, 3, SIDE, SIDE)
