@@ -66,7 +66,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    steps=100,
+    steps=400,
     questions=300,
     demo=DemoSettings(test_images=400, language_model_steps=200, global_batch=8),
 )

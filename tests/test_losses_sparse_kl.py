@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student.losses import cross_entropy, relation_loss, sparse_kl
+from student.losses.fused import memory_budget_of
 from tests.dense_twins import (
     Operations,
     dense_kl,
@@ -567,3 +568,17 @@ def test_every_combination_of_what_requires_a_gradient():
         for leaf, want, grad in zip(leaves, wanted, full, strict=True):
             assert (leaf.grad is not None) == want
             assert not want or torch.equal(leaf.grad, grad)
+
+
+@pytest.mark.parametrize(
+    ("free", "budget"), [(70 << 30, 648 << 20), (4 << 30, 256 << 20), (100 << 20, 32 << 20)]
+)
+def test_chunks_of_a_gpu_are_sized_by_its_free_memory_at_the_first_step(monkeypatch, free, budget):
+    left = [free]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (left[0], 80 << 30))
+    memory_budget_of.cache_clear()
+    assert memory_budget_of(torch.device("cuda", 0)) == budget
+    left[0] = 1 << 30  # the next steps add up in the same order
+    assert memory_budget_of(torch.device("cuda", 0)) == budget
+    memory_budget_of.cache_clear()
+    assert memory_budget_of(torch.device("cpu")) == 96 << 20

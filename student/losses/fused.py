@@ -17,14 +17,17 @@ from student.losses.products import Gradients, HeadProducts, KeptMatrix
 from student.losses.relation import RelationWork, run_relations
 
 
+@cache
 def memory_budget_of(device: torch.device) -> int:
     """Bytes of logits, and of what is made from them, to hold at a time, unless told otherwise.
 
-    On a GPU every chunk reads and writes the head's float32 gradient, so that chunks must be large.
+    On a GPU every chunk reads and writes the head's float32 gradient, so that chunks must be large: 648 MiB,
+    or a sixteenth of the memory that is free when a process asks first. All its steps keep that, so that they
+    add up in one order.
     """
     if device.type != "cuda":
         return 96 * 2**20
-    return min(648 * 2**20, torch.cuda.get_device_properties(device).total_memory // 16)
+    return max(32 * 2**20, min(648 * 2**20, torch.cuda.mem_get_info(device)[0] // 16))
 
 
 def fused_losses(
