@@ -1,26 +1,23 @@
-"""An example under torchrun, after which all processes must have the same weights.
+"""An example under torchrun, each process of which prints a digest of the weights it ends with.
 
 torchrun --nproc-per-node 2 -m tests.example_ranks FILE WORDS...
 """
 
 from __future__ import annotations
 
+import hashlib
 import runpy
 import sys
-
-import torch
-import torch.distributed as dist
 
 
 def main() -> None:
     sys.argv = sys.argv[1:]
     student = runpy.run_path(sys.argv[0], run_name="__main__")["student"]
-    assert dist.get_world_size() == 2
-    for name, parameter in student.named_parameters():
-        own = parameter.detach().cpu()
-        first = own.clone()
-        dist.broadcast(first, src=0)
-        assert torch.equal(own, first), name
+    digest = hashlib.sha256()
+    for parameter in student.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    sys.stdout.write(f"weights {digest.hexdigest()}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

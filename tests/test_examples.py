@@ -52,6 +52,10 @@ def run_example(name, world, out, *launcher):
 def test_an_example_trains_a_student(world, tmp_path, name, launcher):
     ran = run_example(name, world, tmp_path / "out", *launcher)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    if launcher:
+        digests = re.findall(r"weights ([0-9a-f]{64})", ran.stdout)
+        assert len(digests) == 2
+        assert len(set(digests)) == 1, "the processes end with other weights"
     losses = [float(value) for value in re.findall(r"loss'?:? '?([0-9.]+)", ran.stdout + ran.stderr)]
     assert len(losses) >= 5
     before = AutoModelForImageTextToText.from_pretrained(world.student).state_dict()
