@@ -9,6 +9,11 @@ def held() -> int:
     return _status("VmRSS")
 
 
+def mapped() -> int:
+    """The part of it that is pages of files, which the system takes back when others need memory."""
+    return _status("RssFile")
+
+
 def peak() -> int:
     """The most that was held, of this program: `ru_maxrss` would count the one that started it too."""
     return _status("VmHWM")

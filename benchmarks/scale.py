@@ -9,8 +9,9 @@ Scaled down: the teacher takes no time and its records come from a store; 2 entr
 relations of rank 1; images of 27 x 27 pixels, a visual token each, and a processor without transformers'
 overhead. `--captured N`: of a larger dataset the build finds N rows left, in whole shards spread over the
 cache; the others were written through the real writer, all with the same targets. Every step is a process of
-its own: its seconds, processor seconds, the memory over what it held at its start, and the most open file
-handles (looked at every 2 ms). `--records`: rows of a cache of which there are only manifest, commit records
+its own: its seconds, processor seconds, the most memory over what it held at its start, how much of that is
+pages of mapped files (the system takes them back when it must), and the most open file handles (looked at
+every 2 ms). `--records`: rows of a cache of which there are only manifest, commit records
 and sizes of samples. The data is removed at the end.
 """
 
@@ -32,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._memory import peak, reset_peak
+from benchmarks._memory import mapped, peak, reset_peak
 from benchmarks._scale_cache import (
     RESPONSE,
     SHARD,
@@ -76,7 +77,8 @@ def main() -> None:
     )
     for size, steps in plans:
         with tempfile.TemporaryDirectory(dir=options.out) as folder:
-            print(f"\n{size:,} samples\n{'':16} {'s':>8} {'CPU s':>8} {'MB':>8} {'handles':>8}", flush=True)
+            names = ("s", "CPU s", "MB", "mapped", "handles")
+            print(f"\n{size:,} samples\n{'':16} {' '.join(f'{name:>8}' for name in names)}", flush=True)
             report[str(size)] = {step: alone(step, Path(folder), size) for step in steps}
         if options.json is not None:
             options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -92,25 +94,20 @@ def alone(step: str, folder: Path, size: int) -> dict[str, Any]:
     words = ["-m", "benchmarks.scale", "--step", step, "--samples", str(size), "--out", str(folder)]
     ran = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(ran.stdout)
-    numbers = [found[name] for name in ("seconds", "cpu_seconds", "megabytes", "handles")]
+    numbers = [found[name] for name in RESOURCES]
     rest = {name: value for name, value in found.items() if name not in RESOURCES}
     print(f"{step:16} {' '.join(f'{number:8g}' for number in numbers)}  {rest or ''}", flush=True)
     return found
 
 
-RESOURCES = ("seconds", "cpu_seconds", "megabytes", "handles")
+RESOURCES = ("seconds", "cpu_seconds", "megabytes", "mapped", "handles")
 
 
 def measured(step: str, folder: Path, size: int) -> dict[str, Any]:
     """What a step took of this process, and what it says of itself."""
-    if step in (
-        "rows",
-        "leave",
-        "build",
-        "rebuild",
-    ):  # transformers is not what is measured, nor held by other steps
+    if step in ("rows", "leave", "build", "rebuild"):  # transformers is not measured, nor held by other steps
         importlib.import_module("benchmarks._scale_build")
-    work, before = STEPS[step], reset_peak()
+    work, before, files = STEPS[step], reset_peak(), mapped()
     handles, over = [0], threading.Event()
 
     def look() -> None:
@@ -130,6 +127,7 @@ def measured(step: str, folder: Path, size: int) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 2),
         "cpu_seconds": round(time.process_time() - spent, 2),
         "megabytes": round((peak() - before) / 1e6),
+        "mapped": round((mapped() - files) / 1e6),
         "handles": handles[0],
         **found,
     }
