@@ -1,6 +1,7 @@
 """Folders of training runs: one reader for trainer, reports and demo."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from cache_schema.errors import KdcacheError
 from cache_schema.runs import read_metrics, read_result
 from demo.curves import draw_curves
+from views.run_report import report
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = [
@@ -50,6 +52,19 @@ def test_the_demo_draws_the_training_lines(tmp_path):
         draw_curves({"distilled": tmp_path / name}, tmp_path / "curves.png", stages=["dpt", "dpt"])
         pictures[name] = (tmp_path / "curves.png").read_bytes()
     assert pictures["now"] == pictures["no held-out"] == pictures["old"] != pictures["other"]
+
+
+def test_a_report_has_numbered_stages_first_then_others_as_they_began(tmp_path):
+    names = ["sft", "dft", "10-late", "dpt", "2-early"]
+    settings = {"trainable": [], "losses": {}, "global_batch": 1, "learning_rate": 1}
+    rest = {"student": "s", "cache": "c", "identity": {"cache": {"identity": "0"}}, "versions": {}}
+    for began, name in enumerate(names):
+        recipe = journal(tmp_path / name, LINES) / "recipe.yaml"
+        recipe.write_text(json.dumps({"stage": {"name": f"stage {name}", **settings}, **rest}))
+        os.utime(recipe, (began, began))
+    page = report(tmp_path).read_text()
+    order = sorted(names, key=lambda name: page.index(f"stage {name}"))
+    assert order == ["2-early", "10-late", "sft", "dft", "dpt"]
 
 
 def test_reports_need_no_torch():

@@ -73,13 +73,20 @@ def report(run: Path, out: Path | None = None) -> Path:
 def _stages(run: Path) -> list[StageRun]:
     folders = [run] if (run / "metrics.jsonl").is_file() else []
     if run.is_dir() and not folders:
-        numbered = (path for path in run.iterdir() if (path / "metrics.jsonl").is_file())
-        folders = sorted(numbered, key=lambda path: (len(path.name.split("-")[0]), path.name))
+        folders = sorted((path for path in run.iterdir() if (path / "metrics.jsonl").is_file()), key=_place)
     if not folders:
         raise KdcacheError(
             f"{run} holds no training run: no metrics.jsonl in it; give the --out of `kdcache train`"
         )
     return [_stage(folder) for folder in folders]
+
+
+def _place(folder: Path) -> tuple[bool, float, str]:
+    """By the number that a recipe gives a stage's folder, else by when the stage began."""
+    number, recipe = folder.name.split("-")[0], folder / "recipe.yaml"
+    if number.isdecimal():
+        return False, int(number), folder.name
+    return True, recipe.stat().st_mtime if recipe.is_file() else 0.0, folder.name
 
 
 def _stage(folder: Path) -> StageRun:
