@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -111,11 +109,10 @@ class Fusion:
         network: RatioNetwork,
         *,
         add_up: AddUp = lambda values: values,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.network = network
         self._student, self._held_out, self._weights = student, held_out, weights
-        self._add_up, self._autocast = add_up, autocast
+        self._add_up = add_up
         self._loss = DistillationLoss(_LABELS_ALONE)
         self._due = False
         self._seen: list[tuple[Batch, Tensor]] = []  # what an update reads: micro-batches and their signals
@@ -195,7 +192,7 @@ class Fusion:
         """(B, TERMS) float64: the terms of each sample."""
         loss = self._student.loss
         assert isinstance(loss, DistillationLoss)
-        with self._autocast():
+        with self._student.autocast():
             hidden = self._student.hidden_states(batch.inputs)
         return loss.by_sample(hidden, batch.labels, batch.targets, self._student.head).cpu().double()
 
@@ -205,7 +202,7 @@ class Fusion:
         samples = [cache[(first + more) % len(cache)] for more in range(min(_HELD_OUT, len(cache)))]
         batch = self._held_out.collator(samples).to(device)
         with torch.enable_grad():
-            with self._autocast():
+            with self._student.autocast():
                 hidden = self._student.hidden_states(batch.inputs)
             counts = Denominators(samples=float(len(samples)))
             parts = self._loss(hidden, batch.labels, None, self._student.head, counts)
@@ -245,11 +242,4 @@ def fusion_of(
         raise WrongUsage("fusion_every does not go with preference distillation")
     if accelerator.distributed_type == DistributedType.FSDP:
         raise WrongUsage("fusion_every does not go with FSDP: each process needs all of the trained weights")
-    return Fusion(
-        student,
-        held_out,
-        weights,
-        network or RatioNetwork.begun(seed),
-        add_up=add_up,
-        autocast=accelerator.autocast,
-    )
+    return Fusion(student, held_out, weights, network or RatioNetwork.begun(seed), add_up=add_up)

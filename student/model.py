@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +51,7 @@ class DistilledStudent(nn.Module):
     embeddings turn into logits (`check_head` proves it). Of its parameters only the `trainable` parts
     require gradients; the vision tower stays in eval mode and autograd keeps nothing of it unless it is
     trainable. needs_mask: whether padding at the right must be masked (`Optimization.tune` finds out).
+    autocast: mixed precision of `measure`; that of `forward` comes with the wrapping by accelerate.
     preference: beta of preference distillation, which then is the loss; 0: `weights` are.
     vocab_size: logits at and above it are padding of the matrix, which `Head` says how to count.
 
@@ -78,6 +79,7 @@ class DistilledStudent(nn.Module):
         self.vocab_size = vocab_size
         self.caps_logits = True
         self.needs_mask = True
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         freeze(model, trainable)
         if self.second_head is not None:
             self.second_head.requires_grad_(True)
@@ -156,9 +158,10 @@ class DistilledStudent(nn.Module):
     ) -> tuple[LossParts, Agreement]:
         """Sums over tokens (over images for the relation) of the terms, whatever the stage weighs, and the
         top-1 agreement with the teacher."""
-        hidden = self.hidden_states(inputs)
+        with self.autocast():
+            hidden = self.hidden_states(inputs)
+            compute = _autocast_dtype(hidden.device)
         targets = targets or DistillationTargets()
-        compute = _autocast_dtype(hidden.device)
         with _full_precision(hidden.device):
             parts = self.measure_loss(hidden, labels, targets, self.head, _SUMS, compute=compute)
             rows = hidden.reshape(-1, hidden.shape[-1])

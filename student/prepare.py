@@ -79,13 +79,16 @@ def prepare_student(
     stopwatch: Stopwatch,
     accelerator: Accelerator,
     progress: Progress,
-) -> tuple[DistilledStudent, Collator]:
-    """The student in training mode, still on the CPU, and the collator of its batches. IdentityMismatch when
-    it does not fit one of the caches, KdcacheError when its head is not understood."""
+) -> tuple[DistilledStudent, Collator, HeldOut | None]:
+    """The student in training mode, still on the CPU, the collator of its batches, and what it is measured
+    on, if anything. IdentityMismatch when it does not fit one of the caches, KdcacheError when its head is
+    not understood."""
     stage = config.resolved_stage
     student = load_student(config, caches[0].manifest.fingerprint.training["vocab_size"], stopwatch)
     collator = _collator(config, caches, student.model, processor, accelerator.device)
     student.check_head(torch.tensor([processor.tokenizer.encode("What is in the image?")]))
+    measured = _held_out(config, student, processor)  # while all of the student has one dtype
+    student.autocast = accelerator.autocast
     if "hidden" in stage.parts:
         _refuse_other_heads(caches)
         student.loss.teacher = head_of(caches[0], accelerator.device)
@@ -98,7 +101,7 @@ def prepare_student(
         and not _keeps_activations(config, caches, student, accelerator.device, progress)
     ):
         checkpoint_activations(student)
-    return student.train(), collator
+    return student.train(), collator, measured
 
 
 def _collator(
@@ -142,8 +145,7 @@ def _refuse_other_heads(caches: Sequence[Cache]) -> None:
         )
 
 
-def prepare_held_out(config: TrainConfig, student: DistilledStudent, processor: Any) -> HeldOut | None:
-    """What the run is measured on, if anything. IdentityMismatch as `held_out`."""
+def _held_out(config: TrainConfig, student: DistilledStudent, processor: Any) -> HeldOut | None:
     if not config.eval_cache:
         return None
     return held_out(

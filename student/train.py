@@ -32,7 +32,6 @@ from student.optimize import SUMS, Optimization
 from student.prepare import (
     make_accelerator,
     padded_batch,
-    prepare_held_out,
     prepare_student,
     rewrite_model,
     student_processor,
@@ -103,8 +102,7 @@ def _begin(
     state.interpolation = state.interpolation or Interpolation.of(stage.losses)
     stopwatch = Stopwatch(accelerator.device, state.seconds)
     processor = student_processor(config, caches[0])
-    student, collator = prepare_student(config, caches, processor, stopwatch, accelerator, progress)
-    measured = prepare_held_out(config, student, processor)
+    student, collator, measured = prepare_student(config, caches, processor, stopwatch, accelerator, progress)
     if measured is not None:
         warn_of_cache(measured.cache, progress)
         state.measure_against(measured.identity)

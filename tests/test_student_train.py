@@ -379,6 +379,27 @@ def test_gradient_checkpointing_and_bf16_change_rounding_only(world, tmp_path):
     assert losses_of(tmp_path / "bf16") != plain
 
 
+@pytest.mark.parametrize("stage", [DPT, DFT], ids=lambda stage: stage.name)
+def test_bf16_measures_the_held_out_cache_up_to_rounding(world, tmp_path, stage):
+    """The frozen parts are held in bfloat16, the trained ones in float32."""
+    found = {
+        precision: train(
+            settings(
+                world,
+                tmp_path / precision,
+                stage,
+                max_steps=1,
+                eval_cache=str(world.cache),
+                precision=precision,
+            ),
+            Silent(),
+        )["evaluation"]
+        for precision in ("fp32", "bf16")
+    }
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02, abs=0.01)
+    assert found["bf16"] != found["fp32"]
+
+
 def test_sharding_on_a_cpu_is_refused_instead_of_quietly_left_out(world, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(KdcacheError, match=r"shards on accelerators only.*launch without FSDP"):
