@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, equal, from_numpy, stack
+from torch import Tensor, equal, from_dlpack, from_numpy, stack
 from transformers import BatchFeature
 
 _PROBES = ((23, 31), (64, 48))
@@ -56,11 +58,8 @@ class PixelTable:
         named = {name for name, value in dict(processor.size).items() if value}
         if processor.do_resize and not processor.do_center_crop and named == {"height", "width"}:
             if _backend(processor) == "TorchvisionBackend":
-                planes = (from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in images)
-                return [
-                    processor.resize(each, processor.size, resample=processor.resample)[0].numpy()
-                    for each in planes
-                ]
+                options = {"size": processor.size, "resample": processor.resample}
+                return [processor.resize(_planes(each), **options)[0, :3].numpy() for each in images]
             size = (processor.size["width"], processor.size["height"])
             made = [np.array(image.resize(size, resample=processor.resample)) for image in images]
             return [np.moveaxis(image, -1, 0) for image in made]
@@ -75,6 +74,16 @@ class PixelTable:
         made = processor(text=[processor.image_token], images=[[image]], return_tensors="pt")
         others = {name for name, value in made.items() if value.shape != made["input_ids"].shape}
         return others == {"pixel_values"} and equal(made["pixel_values"], from_numpy(self([image])))
+
+
+def _planes(image: Image.Image) -> Tensor:
+    """Bytes (1, C, H, W) of an image in RGB. C is 4, where the last means nothing, if pillow has all pixels
+    in one piece of memory: that is not copied. Else 3."""
+    if hasattr(image, "__arrow_c_array__"):  # since pillow 11.2
+        with suppress(ValueError):  # in several pieces
+            memory = from_dlpack(pa.array(image).flatten())
+            return memory.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
+    return from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
 
 
 def look_up(levels: Tensor, values: Tensor) -> Tensor:

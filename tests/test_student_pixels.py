@@ -56,6 +56,7 @@ def test_the_table_gives_the_bits_of_the_processor(kind):
         Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
         for size in [(40, 56), (1, 1), (300, 7), (7, 300), (200, 200), (41, 55), (333, 217)]
     ]
+    images.append(Image.new("RGB", (2100, 2100), (1, 20, 255)))  # in two pieces of pillow's memory
     found = pixels([images[:2], [], images[2:]])
     assert found.keys() == {"pixel_values"}
     for image, ours in zip(images, found["pixel_values"], strict=True):
