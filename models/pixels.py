@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, equal, from_dlpack, from_numpy, stack
+from torch import Tensor, equal, from_numpy, stack
+from torch.utils.dlpack import from_dlpack
 from transformers import BatchFeature
 
 _PROBES = ((23, 31), (64, 48))
@@ -81,7 +82,7 @@ def _planes(image: Image.Image) -> Tensor:
     in one piece of memory: that is not copied. Else 3."""
     if hasattr(image, "__arrow_c_array__"):  # since pillow 11.2
         with suppress(ValueError):  # in several pieces
-            memory = from_dlpack(pa.array(image).flatten())
+            memory: Tensor = from_dlpack(pa.array(image).flatten())
             return memory.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
     return from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
 

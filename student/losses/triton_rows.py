@@ -244,7 +244,7 @@ def rows_on_device(
                 x = _logit(raw, offset, scale, cap, HAS_BIAS, CAPPED)
                 slope = pushed_out * tl.exp2((x - top_out) * fast)
                 if APART:
-                    slope += ce_weight * tl.exp2((x - (top + log_plain)) * _LOG2E)
+                    slope += ce_weight * tl.exp2((x - top - log_plain) * _LOG2E)
                 slope *= _slope(x, scale, cap, CAPPED)
                 slope = tl.where(raw == -infinity, 0.0, slope)
                 tl.store(target + at, slope.to(grads.dtype.element_ty))
@@ -259,7 +259,7 @@ def rows_on_device(
                     padding = pushed_pad * tl.exp2((x - top_pad) * fast)
                     slope = tl.where(at < tokens, slope, padding)
                 if APART:
-                    slope += ce_weight * tl.exp2((x - (top + log_plain)) * _LOG2E)
+                    slope += ce_weight * tl.exp2((x - top - log_plain) * _LOG2E)
                 slope *= _slope(x, scale, cap, CAPPED)
                 slope = tl.where(raw == -infinity, 0.0, slope)
                 tl.store(target + at, slope.to(grads.dtype.element_ty), mask=at < columns)
@@ -272,7 +272,7 @@ def rows_on_device(
             tl.store(target + token, slope.to(grads.dtype.element_ty), mask=real)
             alone = pushed_out * tl.exp((own - top_out) * cold)
             if APART:
-                alone += ce_weight * tl.exp(own - (top + log_plain))
+                alone += ce_weight * tl.exp(own - top - log_plain)
             alone = (alone - ce_weight) * _slope(own, scale, cap, CAPPED)
             lonely = labelled & (tl.sum(met.to(tl.int32), axis=0) == 0)
             tl.store(target + label, alone.to(grads.dtype.element_ty), mask=lonely)
