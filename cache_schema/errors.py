@@ -15,14 +15,19 @@ _UNSAFE = {
 _LONGEST_DETAIL = 240
 
 
-def shown(text: str, limit: int = 200) -> str:
-    """`text` made safe for a terminal: control characters, line ends and lone surrogates escaped, shortened
-    in its middle to about `limit` characters."""
-    if len(text) > limit:
-        text = f"{text[: 2 * limit // 3]}…{text[-(limit // 3) :]}"
+def printable(text: str, keep: str = "\n") -> str:
+    """`text` with control characters and lone surrogates escaped, but those of `keep`, so that no text can
+    move the cursor of a terminal or change its colors."""
     if text.isprintable():
         return text
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str, limit: int = 200) -> str:
+    """`text` made `printable`, line ends too, and shortened in its middle to about `limit` characters."""
+    if len(text) > limit:
+        text = f"{text[: 2 * limit // 3]}…{text[-(limit // 3) :]}"
+    escaped = printable(text, keep="")
     return escaped if len(escaped) <= 2 * limit else shown(escaped, 2 * limit)
 
 

@@ -254,7 +254,7 @@ def open_recipe(name_or_file: str) -> Recipe:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
         return _recipe_from(document, path)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise WrongUsage(f"recipe {path}: {' '.join(str(error).split())}; correct the file") from error
 
 

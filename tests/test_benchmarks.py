@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cache_schema import KdcacheError
@@ -17,11 +18,14 @@ from cache_schema.datasets.images import open_image
 from cache_schema.errors import WrongUsage
 from cache_schema.progress import Silent
 from student.benchmarks.paper import table
+from student.benchmarks.questions import load_lines
 from student.benchmarks.run import _ALL, _ready
 from student.evaluate import evaluate
 from student.settings import BENCHMARKS, EvaluateConfig
 from tests.benchmark_files import COGNITION, LETTER, PERCEPTION, SHORT, document, lines, make_eval
 from tests.tiny_models import tiny_llava
+from views import benchmark_page, terminal
+from views.benchmark_page import print_evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -316,6 +320,74 @@ def test_a_killed_run_goes_on_and_two_processes_give_the_same(folder, model, tmp
 # ---- refusals ----
 
 
+def changed(path, change):
+    """The JSON lines or the JSON list of a question file, changed in its first question."""
+    text = path.read_text()
+    rows = json.loads(text) if text.startswith("[") else list(map(json.loads, text.splitlines()))
+    rows[0] |= change
+    document(path, rows) if text.startswith("[") else lines(path, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "content", "message"),
+    [
+        ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "[" * 100_000, "line 1: not JSON"),
+        ("sqa", "scienceqa/llava_test_CQM-A.json", "[]", "has no questions"),
+        ("mmmu", "MMMU/anns_for_eval.json", "{}", "has no questions"),
+        ("mmb", "mmbench/mmbench_dev_20230712.tsv", "index\timage\n", "has no questions"),
+        ("mmmu", "MMMU/anns_for_eval.json", {"image": 7}, "the image of question .* is no text"),
+        ("sqa", "scienceqa/llava_test_CQM-A.json", {"image": ["a"]}, "the image of question 1 is no text"),
+        ("pope", "pope/llava_pope_test.jsonl", {"text": "is \ud83d there?"}, "has not the form"),
+    ],
+)
+def test_question_files_that_cannot_be_asked_are_told(tmp_path, name, path, content, message):
+    folder = make_eval(tmp_path)
+    if isinstance(content, dict):
+        changed(folder / path, content)
+    else:
+        (folder / path).write_text(content)
+    with pytest.raises(KdcacheError, match=message) as told:
+        evaluate(settings(folder, name), Silent())
+    assert Path(path).name in str(told.value)
+
+
+def test_a_line_separator_within_a_question_ends_no_line(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question_id": 1, "image": "q", "text": "a\u2028b\x85c"}\r\n', encoding="utf-8")
+    assert [line["text"] for line in load_lines(path)] == ["a\u2028b\x85c"]
+
+
+def test_an_image_that_cannot_be_read_is_told_with_its_question(tmp_path, model):
+    folder = make_eval(tmp_path / "eval")
+    (folder / "gqa/data/images/g.png").write_bytes(b"no image")
+    with pytest.raises(KdcacheError, match=r"gqa, question 200: g\.png is not an image .* goes on"):
+        evaluate(settings(folder, "gqa", model=model, out=tmp_path / "out"), Silent())
+
+
+def test_annotations_without_answers_are_told(folder, model, tmp_path):
+    entries = [{"image": f"VizWiz_test_{i}.png", "answers": []} for i in range(2)]
+    document(tmp_path / "none.json", entries)
+    config = settings(folder, "vizwiz", model=model, out=tmp_path / "out", annotations=tmp_path / "none.json")
+    with pytest.raises(KdcacheError, match=r"none\.json has not the form .*; the answers are in"):
+        evaluate(config, Silent())
+
+
+def test_damaged_lines_of_answers_are_asked_again(folder, model, tmp_path):
+    config = settings(folder, "pope", model=model, out=tmp_path / "out", max_new_tokens=4)
+    evaluate(config, Silent())
+    whole = (tmp_path / "out/answers/pope.jsonl").read_bytes()
+    part = next((tmp_path / "out/answers/pope.parts").glob("*.jsonl"))
+    kept = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(kept[0] + b"\0" * 40 + b"\n" + b"[1]\n3\n[2, null]\n\xff\n" + kept[3])
+    evaluate(config, Silent())
+    assert (tmp_path / "out/answers/pope.jsonl").read_bytes() == whole
+    later = [path for path in part.parent.glob("*.jsonl") if path != part]
+    assert [path.read_bytes().count(b"\n") for path in later] == [6 - 2]
+    (part.parent / "run.json").write_text("[]")
+    with pytest.raises(KdcacheError, match=r"run\.json is damaged; remove .*pope\.parts to ask again"):
+        evaluate(config, Silent())
+
+
 def test_answers_of_another_model_are_not_continued(folder, model, tmp_path):
     config = settings(folder, "gqa", model=model, out=tmp_path / "out", max_new_tokens=2)
     evaluate(config, Silent())
@@ -366,6 +438,27 @@ def test_settings_that_do_not_go_together(changes, message):
 
 
 # ---- the paper's rows ----
+
+
+def test_the_rows_fit_a_terminal_and_move_no_cursor(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_page, "results", Console(width=80, highlight=False))
+    monkeypatch.setattr(terminal, "results", benchmark_page.results)
+    scores = {"mmb": {"value": 100.0, "by_category": {"\x1b[2Jcats\x07": 1.0}}}
+    model = "run/[red]a student with a name of fifty characters[/]\x1b[2J"
+    print_evaluation({"benchmarks": scores, "table": table(model, {"mmb": 100.0, "mme": 75.49})})
+    told = capsys.readouterr().out
+    assert "\x1b" not in told.replace("\\x1b", "")
+    shown = told.splitlines()
+    start = shown.index("run/[red]a student with a name of fifty characters[/]\\x1b[2J")
+    names = "vqav2 gqa vizwiz sqa textvqa mme mmb mmb-cn pope mmmu avg 9 avg 10"
+    assert shown[start - 1].split() == names.split()
+    assert shown[start + 1].split() == ["-"] * 5 + ["75.5", "100.0"] + ["-"] * 5
+    assert shown[start + 2] == "LLaVA-1.5 (Vicuna-7B)"
+    row = "78.5 62.0 50.0 66.8 58.2 75.5 64.3 58.3 85.9 34.4 66.6 63.4"
+    assert shown[start + 3].split() == row.split()
+    ends = [shown[start - 1].index(name) + len(name) for name in ("vqav2", "textvqa", "avg 10")]
+    assert [shown[start + 3][:end].split()[-1] for end in ends] == ["78.5", "58.2", "63.4"]
+    assert max(map(len, shown)) <= 80
 
 
 def test_the_papers_averages_follow_from_its_rows():

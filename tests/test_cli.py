@@ -403,6 +403,11 @@ def test_a_stage_out_of_range_in_a_recipe_is_wrong_usage(tmp_path, capsys):
     code, _, err = run("train", "--recipe", recipe, *words, capsys=capsys)
     assert code == 2
     assert err == f"error: recipe {recipe}: stage dpt: epochs must be positive, not 0; correct the file\n"
+    for path, text in ((recipe, "[" * 5000), (tmp_path / "deep.toml", "a = " + "[" * 5000)):
+        path.write_text(text)
+        code, _, err = run("train", "--recipe", path, *words, capsys=capsys)
+        assert code == 2
+        assert err.startswith(f"error: recipe {path}: maximum recursion depth exceeded")
 
 
 def test_a_fault_of_the_program_says_so_and_debug_shows_where(world, cache, monkeypatch, capsys):

@@ -13,13 +13,14 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from cache_schema import Cache, KdcacheError, TargetSpec
+from cache_schema.errors import printable
 from cache_schema.format.records import Relation
 from tests.fake_caches import make_cache, tokenizer
 from views.blocks import fitted, half_blocks, heat
 from views.relation_picture import pooled, principal_factor, similarity
 from views.sample_document import recorded_images, roles_of, sample_document
 from views.sample_page import print_sample
-from views.token_text import TokenText, printable, visible
+from views.token_text import TokenText, visible
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import io
 
 import pytest
+import typer
 from rich.console import Console
 
 from cache_schema.progress import task
-from views import terminal
+from views import outcome, terminal
 from views.terminal import Bar
 
 
@@ -55,3 +56,35 @@ def test_a_task_that_fails_ends_its_bar(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError
     assert bar._bar is None, "the bar no longer draws"
     assert terminal.notes.file.getvalue().endswith("\x1b[?25h"), "the cursor is shown again"
+
+
+def test_no_text_moves_the_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control characters are told as text, whatever a library, a cache or a benchmark's file says."""
+    file = io.StringIO()
+    for name in ("notes", "results"):
+        monkeypatch.setattr(terminal, name, Console(file=file, width=200, highlight=False))
+    bar = Bar()
+    bar.begin("reading \x1b[2J", 2)
+    bar.update(1, name="\x1b]0;x\x07")
+    bar.message("two\nlines \x9b31m")
+    bar.end()
+    terminal.print_summary("\x1b[1m", {"\x1b[2m": {"\x1b[3m": "\x1b[4m"}, "list": ["\x1b[5m"]})
+    terminal.print_problems([{"file": "\x1b[6m", "what": "w", "remedy": "\u202e"}])
+    told = file.getvalue()
+    assert {c for c in told if not c.isprintable()} == {"\n"}
+    for sequence in ("\\x1b[2J", "\\x1b]0;x\\x07", "two\nlines \\x9b31m", "\\x1b[1m", "\\u202e"):
+        assert sequence in told
+
+
+def test_an_internal_error_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def fail() -> None:
+        raise ZeroDivisionError("a\n\x1b[31m" + "b" * 5000)
+
+    assert outcome.run(app, []) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: an internal error of kdcache (ZeroDivisionError: a \\x1b[31mb")
+    assert told[:-1].isprintable()
+    assert len(told) < 600

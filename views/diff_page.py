@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cache_schema.errors import printable
 from views.figures import count
 from views.terminal import results
-from views.token_text import printable
 
 VALUE = 48
 """The number of characters of a value that are shown."""

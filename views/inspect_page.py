@@ -11,9 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cache_schema.errors import printable
 from views.figures import PARTS, bin_label, count, duration, mass, progress_of, size, units_of, what_it_is
 from views.terminal import results
-from views.token_text import printable
 
 BAR = 28
 EIGHTHS = " ▏▎▍▌▋▊▉█"

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage, shown
+from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage, printable, shown
 
 _UsageError: Any = typer.BadParameter.__mro__[2]  # the base of all of typer's own errors
 
@@ -45,10 +45,13 @@ def _outcome(error: Exception) -> tuple[str, int]:
         return f"stopped: {error}", 3
     if isinstance(error, _UsageError):
         told = error.format_message()  # empty where the help was shown instead
-        return f"error: {told}" if told else "", 2
+        return f"error: {printable(told)}" if told else "", 2
     if isinstance(error, KdcacheError):
         return f"error: {error}", 2 if isinstance(error, WrongUsage) else 1
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"error: a path is too long: {shown(str(error.filename))}", 2
-    name = type(error).__name__
-    return f"error: an internal error of kdcache ({name}: {error}); --debug shows the traceback", 1
+    name, told = type(error).__name__, shown(" ".join(str(error).split()))
+    return (
+        f"error: an internal error of kdcache ({name}: {told}); --debug shows the traceback",
+        1,
+    )

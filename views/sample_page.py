@@ -19,7 +19,7 @@ from rich.text import Text
 
 from cache_schema.datasets.image_roots import ImageRoot, open_root
 from cache_schema.datasets.images import open_image
-from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.errors import KdcacheError, RowRejected, printable
 from cache_schema.format.cache import Cache
 from cache_schema.format.records import Relation
 from views.blocks import fitted, half_blocks, heat
@@ -27,7 +27,7 @@ from views.grid import framed
 from views.relation_picture import pooled, principal_factor, similarity
 from views.sample_document import find_sample, sample_document
 from views.terminal import results
-from views.token_text import printable, visible
+from views.token_text import visible
 
 ROLE_STYLE = {"prompt": "cyan", "visual": "magenta", "response": "green"}
 WRONG_STYLE = "red underline"

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from cache_schema.errors import printable
 from cache_schema.format.spec import KINDS
 
 LINE_EVERY = 60.0
@@ -52,10 +53,10 @@ class Bar:
 
     def begin(self, what: str, total: int | None) -> None:
         self.end()
-        self._what, self._fields, self._first = what, "", None
+        self._what, self._fields, self._first = printable(what), "", None
         self._began = self._told = time.monotonic()
         if not notes.is_terminal:
-            notes.print(f"{what} ...", markup=False)
+            notes.print(f"{self._what} ...", markup=False)
         self._bar = Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}", markup=False),
@@ -68,12 +69,13 @@ class Bar:
             disable=not notes.is_terminal,
         )
         self._bar.start()
-        self._task = self._bar.add_task(what, total=total, said="", left="")
+        self._task = self._bar.add_task(self._what, total=total, said="", left="")
 
     def update(self, done: int, **fields: str) -> None:
         if self._bar is None or self._task is None:
             return
-        self._fields = "  ".join(f"{name} {value}" for name, value in fields.items()) or self._fields
+        said = "  ".join(f"{name} {value}" for name, value in fields.items())
+        self._fields = printable(said) or self._fields
         self._first = done if self._first is None else self._first
         left = self._left(done)
         self._bar.update(self._task, completed=done, said=self._fields, left=left)
@@ -94,7 +96,7 @@ class Bar:
         return f"{timedelta(seconds=round(seconds))} left"
 
     def message(self, line: str) -> None:
-        notes.print(line, markup=False, soft_wrap=True)
+        notes.print(printable(line), markup=False, soft_wrap=True)
 
     def end(self) -> None:
         if self._bar is None or self._task is None:
@@ -110,9 +112,9 @@ class Bar:
 
 def print_summary(title: str, summary: dict[str, Any]) -> None:
     """The result of a command, one fact per line; nested facts are indented."""
-    results.print(title, style="bold", markup=False)
+    results.print(printable(title), style="bold", markup=False)
     for line in _facts(summary, 1):
-        results.print(line, markup=False, soft_wrap=True)
+        results.print(printable(line), markup=False, soft_wrap=True)
 
 
 def print_training(result: dict[str, Any]) -> None:
@@ -134,7 +136,7 @@ def print_problems(problems: list[dict[str, str]]) -> None:
     """Problems, one per line: the file, what is wrong, what to do."""
     for problem in problems:
         line = f"{problem['file']}: {problem['what']}; {problem['remedy']}"
-        results.print(line, markup=False, soft_wrap=True)
+        results.print(printable(line), markup=False, soft_wrap=True)
 
 
 def _facts(facts: dict[str, Any], depth: int) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import Tokenizer
 
+from cache_schema.errors import printable
+
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 4  # bytes, so tokens, of one character in UTF-8
 
@@ -79,9 +81,3 @@ class TokenText:
 def visible(text: str) -> str:
     """One token on one line: spaces and line ends as symbols, other control characters as escapes."""
     return printable(text.translate(VISIBLE))
-
-
-def printable(text: str) -> str:
-    """The text with control characters other than line ends as escapes, so that no caption can move the
-    cursor or change the terminal's colors."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -129,8 +129,6 @@ def _read_mmb(file: Path, instruction: str) -> list[Item]:
                 told={**{name: text for name, text in row.items() if name != "image"}, "options": options},
             )
         )
-    if not items:
-        raise KdcacheError(f"{file} has no rows; give the published table")
     return items
 
 

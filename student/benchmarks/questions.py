@@ -68,7 +68,7 @@ def load_json(path: Path) -> Any:
 def load_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines. KdcacheError with file and line."""
     lines = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):  # not at U+2028 within a text
         if line.strip():
             value = _parsed(path, line, number)
             if not isinstance(value, dict):
@@ -113,7 +113,7 @@ def write_xlsx(path: Path, rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         texts = [
             f"<c><v>{value}</v></c>"
-            if value.isdecimal() and (value == "0" or value[0] != "0")
+            if value.isascii() and value.isdecimal() and (value == "0" or value[0] != "0")
             else f'<c t="inlineStr"><is><t xml:space="preserve">{escape(_printable(value))}</t></is></c>'
             if value
             else "<c/>"
@@ -159,6 +159,6 @@ def _text(path: Path) -> str:
 def _parsed(path: Path, text: str, line: int) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = f"{path}, line {line}" if line else str(path)
         raise KdcacheError(f"{where}: not JSON ({first_line(error)}); give the published file") from error

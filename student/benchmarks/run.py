@@ -16,7 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
 from cache_schema.datasets.image_roots import FolderRoot, ImageRoot, open_root, unpack_embedded
-from cache_schema.errors import KdcacheError
+from cache_schema.errors import UNDECODABLE, KdcacheError, RowRejected
 from cache_schema.output import require_folder, write_text
 from cache_schema.progress import Progress, task
 from models.device import choose_device
@@ -32,7 +32,6 @@ from student.ranks import Ranks
 from student.settings import EvaluateConfig
 
 _ALL = {each.name: each for each in (VQAV2, GQA, VIZWIZ, SQA, TEXTVQA, MME, MMB, MMB_CN, POPE, MMMU)}
-_UNREADABLE = (KeyError, TypeError, IndexError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +95,8 @@ def _ready(benchmark: Benchmark, config: EvaluateConfig) -> Ready:
     if annotations is not None and not annotations.exists():
         raise KdcacheError(f"{benchmark.name}: annotations {annotations} do not exist; correct --annotations")
     try:
-        items = benchmark.read(file)
-    except _UNREADABLE as error:
+        items = _askable(benchmark.read(file), file)
+    except UNDECODABLE as error:
         raise KdcacheError(f"{file} has not the form that is published ({error!r})") from error
     for item in items:
         named = local and item.content is None and item.image
@@ -106,6 +105,17 @@ def _ready(benchmark: Benchmark, config: EvaluateConfig) -> Ready:
                 f"{benchmark.name}: {local / named} does not exist; give the folder as --image-root"
             )
     return Ready(benchmark=benchmark, questions=file, images=images, annotations=annotations, items=items)
+
+
+def _askable(items: list[Item], file: Path) -> list[Item]:
+    """The questions. KdcacheError without any; TypeError or ValueError for one that cannot be asked."""
+    if not items:
+        raise KdcacheError(f"{file} has no questions; give the published file")
+    for item in items:
+        if not isinstance(item.image, str | None):
+            raise TypeError(f"the image of question {item.question_id} is no text")
+        f"{item.question_id}{item.text}{item.image}".encode()  # lone surrogates, which JSON allows
+    return items
 
 
 def _ranks(device: str) -> Ranks:
@@ -194,10 +204,17 @@ def _ask(
         asked.append(Question(row=row, images=shown, prompt=prompt))
     done = 0
     with task(progress, f"answering {ready.benchmark.name}", len(rows)), written.part() as add:
-        for batch in answerer.answer(asked, images):
-            add({rows[place]: text for place, text in batch.items()})
-            done += len(batch)
-            progress.update(done)
+        try:
+            for batch in answerer.answer(asked, images):
+                add({rows[place]: text for place, text in batch.items()})
+                done += len(batch)
+                progress.update(done)
+        except RowRejected as error:
+            shown_by = [ready.items[row] for row in rows if (ready.items[row].image or "\n") in error.detail]
+            where = "".join(f", question {item.question_id}" for item in shown_by[:1])
+            raise KdcacheError(
+                f"{ready.benchmark.name}{where}: {error.detail}; correct it, then the same command goes on"
+            ) from error
 
 
 def _result(ready: Ready, answers: list[str], config: EvaluateConfig) -> dict[str, Any]:
@@ -213,7 +230,7 @@ def _result(ready: Ready, answers: list[str], config: EvaluateConfig) -> dict[st
         if benchmark.upload is not None:
             out = config.out / "uploads" / benchmark.name
             upload = benchmark.upload(items, answers, ready.questions, annotations, out)
-    except _UNREADABLE as error:
+    except UNDECODABLE as error:
         raise KdcacheError(
             f"{benchmark.name}: {annotations or ready.questions} has not the form that is published "
             f"({error!r}); the answers are in {path}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ class WrittenAnswers:
                 write_text(file, json.dumps(identity))
             return
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = {**json.loads(file.read_text(encoding="utf-8"))}
+        except (OSError, ValueError, TypeError) as error:
             raise KdcacheError(f"{file} is damaged; remove {self._parts} to ask again") from error
         changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
         if changed:
@@ -39,12 +39,14 @@ class WrittenAnswers:
             )
 
     def read(self) -> dict[int, str]:
-        """Every answer by the row of its question, without a line that a killed process did not finish."""
+        """Every answer by the row of its question, without lines that a stopped machine left damaged."""
         answers: dict[int, str] = {}
         for part in sorted(self._parts.glob("*.jsonl")):
             for line in part.read_bytes().split(b"\n")[:-1]:
-                row, text = json.loads(line)
-                answers[row] = text
+                with suppress(ValueError):
+                    match json.loads(line):
+                        case [int(row), str(text)]:
+                            answers[row] = text
         return answers
 
     @contextmanager
