@@ -14,6 +14,7 @@ from student.losses import (
     Denominators,
     DistillationLoss,
     DistillationTargets,
+    FactorSteps,
     Head,
     LossWeights,
     PlannedTargets,
@@ -104,7 +105,10 @@ def asked_of(of: Sizes, samples: int) -> tuple[Tensor, DistillationTargets]:
         RelationTargets(
             positions=torch.arange(begin, begin + of.visual) + of.length * b,
             sample=b,
-            factor=torch.randn(of.visual, of.rank),
+            steps=FactorSteps(
+                columns=torch.randint(-128, 128, (of.rank, of.visual), dtype=torch.int16),
+                scales=torch.rand(of.rank) / 64,
+            ),
         )
         for b in range(samples)
     )
@@ -236,7 +240,7 @@ def check_loss(of: Sizes) -> list[str]:
                 tail = target.tail_logprob[:, 0].double()
                 loss = loss + (inside + tail.exp() * (tail - masked.logsumexp(1))).mean()
             seen = z[targets.relations[0].positions][:, :tokens]
-            gram, factor = (seen @ seen.t()).double(), targets.relations[0].factor.double()
+            gram, factor = (seen @ seen.t()).double(), targets.relations[0].steps.factor().double()
             other = factor @ factor.t()
             loss = loss + 0.5 * (1 - F.cosine_similarity(gram.flatten(), other.flatten(), dim=0))
         return (loss.detach(), *torch.autograd.grad(loss, (h, w)))

@@ -100,7 +100,7 @@ def dense_step(of: Sizes, batch: dict[str, Any]) -> None:
             q = F.log_softmax(logits[part], dim=-1, dtype=torch.float32)
             loss = loss + F.kl_div(q, p, reduction="batchmean")
         seen = logits[: of.visual, : of.tokens]
-        gram, factor = (seen @ seen.t()).float(), batch["targets"].relations[0].factor.to(of.device)
+        gram, factor = (seen @ seen.t()).float(), batch["targets"].relations[0].steps.factor().to(of.device)
         loss = loss + 0.5 * (1 - F.cosine_similarity(gram.flatten(), (factor @ factor.t()).flatten(), dim=0))
     loss.backward()
 

@@ -248,7 +248,7 @@ def respan(sample: Sample, placeholders: int, image_token_id: int) -> Sample:
         positions=positions_by_kind(labels, (image.positions for image in images)),
         images=tuple(images),
         records={**sample.records, "visual": None, "prompt": None},
-        relations=[],
+        relation_records=(),
         model_inputs={},
         hidden_states={kind: each for kind, each in sample.hidden_states.items() if kind == "response"},
     )
@@ -385,16 +385,9 @@ def _entries(records: Sequence[TopK]) -> tuple[NDArray[np.int32], NDArray[np.flo
 def _relation_targets(samples: Sequence[Sample], length: int) -> tuple[RelationTargets, ...]:
     made = []
     for place, sample in enumerate(samples):
-        if not sample.relations:
+        if not sample.relation_records:
             continue
-        for image, relation in zip(sample.images, sample.relations, strict=True):
-            made.append(
-                RelationTargets(
-                    positions=torch.from_numpy(image.positions.astype(np.int64) + place * length),
-                    sample=place,
-                    factor=None if relation.factor is None else torch.from_numpy(relation.factor),
-                    gram=None if relation.gram is None else torch.from_numpy(relation.gram),
-                    norm=float(relation.norm),
-                )
-            )
+        for image, record in zip(sample.images, sample.relation_records, strict=True):
+            positions = torch.from_numpy(image.positions.astype(np.int64) + place * length)
+            made.append(RelationTargets.of(record, positions, place))
     return tuple(made)

@@ -282,7 +282,9 @@ def _sample(item: dict[str, Any]) -> Sample:
             kind: TopK(**{name: records[kind][name] for name in _TOPK}) if kind in records else None
             for kind in KINDS
         },
-        relations=[Relation(**{name: given[name] for name in _RELATION}) for given in item["relations"]],
+        relation_records=[
+            Relation(**{name: given[name] for name in _RELATION}) for given in item["relations"]
+        ],
         model_inputs=item["model_inputs"],
         source=item["source"],
     )

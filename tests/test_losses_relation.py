@@ -1,19 +1,25 @@
 """relation_loss against its dense twin, on both of its ways."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cache_schema import TargetSpec
+from cache_schema.format.codecs.relation import encode_relation
+from cache_schema.format.records import StoredRelation
 from student.losses import (
     Denominators,
     DistillationLoss,
     DistillationTargets,
     Head,
     LossWeights,
+    PlannedTargets,
     RelationTargets,
     cross_entropy,
     relation_loss,
@@ -232,6 +238,62 @@ def test_images_share_one_matrix_and_one_pass():
     close(
         torch.autograd.grad(parts.total, (hidden, weight)), torch.autograd.grad(twin, (hidden, weight)), 1e-9
     )
+
+
+def stored_relation(rank, tokens, seed=0):
+    """A record of every size of step that a cache can hold."""
+    random = np.random.default_rng(seed)
+    return StoredRelation(
+        tokens=tokens,
+        residual=0.0,
+        norm=1.0,
+        scales=random.random(rank, np.float32),
+        columns=random.integers(0, 1 << 16, (rank, tokens), np.uint16),
+        triangle=np.zeros(0, np.float16),
+    )
+
+
+def test_steps_make_the_factor_of_the_host_on_the_device():
+    """Bit by bit, for every step that 16 bits hold."""
+    stored = replace(
+        stored_relation(256, 256), columns=np.arange(1 << 16, dtype=np.uint16).reshape(256, 256).copy()
+    )
+    target = RelationTargets.of(stored, torch.arange(256), 0)
+    assert target.factor is None
+    assert target.steps.columns.dtype == torch.int16
+    made = target.steps.factor()
+    assert made.dtype == torch.float32
+    assert made.numpy().tobytes() == stored.decode().factor.tobytes()
+    assert target.to("meta").steps.columns.device.type == target.to("meta").steps.scales.device.type == "meta"
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["linear", "softcap"])
+@pytest.mark.parametrize("neighbours", [0, 2], ids=["cosine", "graph"])
+def test_records_of_all_forms_in_one_batch(softcap, neighbours):
+    """Steps of several ranks and lengths, a factor in floats and a triangle: their groups are filled up, and
+    value and gradients are those of the factors as the host decodes them."""
+    cuts = (torch.arange(0, 5), torch.arange(5, 9), torch.arange(9, 14), torch.arange(14, 18))
+    steps = [stored_relation(rank, len(cut), rank) for rank, cut in zip((3, 7, 2), cuts, strict=False)]
+    floats = replace(steps[1], columns=np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32))
+    records = [*steps, floats]
+    exact = encode_relation(steps[1].decode(), TargetSpec(relation="exact"))
+    cuts, records = (*cuts, cuts[1]), [*records, exact]
+    hidden, weight, _, _ = problem(p=18, d=4, v=30)
+    labels = torch.full((1, 18), -100)
+    weights = LossWeights(relation=1.0, relation_neighbours=neighbours)
+    found = []
+    for of in (records, [record.decode() for record in records]):
+        images = tuple(RelationTargets.of(record, cut, 0) for record, cut in zip(of, cuts, strict=True))
+        targets = PlannedTargets.of(labels, DistillationTargets(relations=images), weights)
+        head = Head(weight=weight, softcap=softcap)
+        parts = DistillationLoss(weights)(
+            hidden[None], labels, targets, head, Denominators.of(labels, targets)
+        )
+        found.append((parts.total, *torch.autograd.grad(parts.total, (hidden, weight))))
+        assert {group.steps is None for group in targets.plan.groups} == (
+            {True, False} if of is records else {True}
+        )
+    close(*found, 1e-6)
 
 
 def test_what_does_not_fit_is_refused():

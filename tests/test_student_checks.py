@@ -161,6 +161,32 @@ def test_respan_keeps_every_supervised_token(world, tmp_path):
     assert (narrower.input_ids == 2).sum() == 1
 
 
+def test_relations_stay_in_16_bits_until_they_are_on_a_device(world, tmp_path):
+    """One tensor of 16-bit columns for all images; what it makes is what the cache's samples hold."""
+    spec = TargetSpec(top_k=16, temperatures=(1.0, 2.0))
+    cache = open_cache(small_cache(world, tmp_path, spec=spec))
+    samples = [cache[index] for index in range(len(cache))]
+    collator = Collator(
+        pixels=PixelInputs(load_processor(world.student)),
+        image_root=open_root(world.image_root),
+        pad_token_id=1,
+        image_token_id=2,
+        targets=("response", "visual", "relation"),
+    )
+    batch = collator(samples)
+    (group,) = batch.targets.plan.groups
+    assert group.factor is None
+    assert group.steps.columns.dtype == torch.int16
+    moved = batch.to(torch.device("cpu")).targets.plan.groups[0].decoded()
+    factors = [relation.factor for sample in samples for relation in sample.relations]
+    places = [place for place, sample in enumerate(samples) for _ in sample.images]
+    assert len(moved.factor) == len(factors) > 2
+    for place, made in zip(moved.samples, moved.factor, strict=True):
+        factor = factors[places.index(place)]
+        assert made[: len(factor), : factor.shape[1]].numpy().tobytes() == factor.tobytes()
+        assert not made[:, factor.shape[1] :].any()
+
+
 def test_an_image_that_changed_or_vanished_is_refused(world, tmp_path):
     shutil.copytree(world.image_root, tmp_path / "images")
     moved = replace(world, image_root=tmp_path / "images")

@@ -17,8 +17,8 @@ from cache_schema.format.manifest import Manifest
 from cache_schema.format.records import (
     HiddenStates,
     ImageRecord,
-    Relation,
     Sample,
+    StoredRelation,
     TopK,
     labels_of,
     positions_by_kind,
@@ -95,7 +95,7 @@ class ShardBlock:
             positions=positions,
             images=records,
             records={kind: self._record(kind, places[kind]) for kind in KINDS},
-            relations=self._relations_of(images),
+            relation_records=self._relations_of(images),
             model_inputs={entry["name"]: _array_of(entry) for entry in row["model_inputs"]},
             hidden_states=self._hidden_states(places),
         )
@@ -114,16 +114,16 @@ class ShardBlock:
                     raise ValueError("hidden states of channels that are not there")
         return found
 
-    def _relations_of(self, images: list[dict[str, Any]]) -> list[Relation]:
+    def _relations_of(self, images: list[dict[str, Any]]) -> tuple[StoredRelation, ...]:
         if self._relations is None:
-            return []
+            return ()
         found = []
         for image in images:
             number, tokens = image["relation"], sum(end - start for start, end in image["spans"])
             if not 0 <= number < len(self._relations) or self._relations.tokens_of(number) != tokens:
                 raise ValueError(f"relation {number} is not that of an image of {tokens} tokens")
-            found.append(self._relations[number])
-        return found
+            found.append(self._relations.stored(number))
+        return tuple(found)
 
     def _decode(self, kind: str, places: Places) -> TopK:
         record = decode_topk(self._groups[kind], places, self._temperatures)

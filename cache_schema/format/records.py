@@ -7,7 +7,7 @@ t + 1 given tokens 0..t.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +104,8 @@ class Relation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRelation:
     """One image as stored: `columns` (r, P) uint16, or float32 where nothing is rounded, with `scales`
-    (r,) float32; or, with r = 0, `triangle` (P (P + 1) / 2,) float16 or float32 with one scale.
+    (r,) float32; or, with r = 0, `triangle` (P (P + 1) / 2,) float16 or float32 with one scale. See
+    `cache_schema.format.codecs.relation`.
     """
 
     tokens: int
@@ -118,6 +119,27 @@ class StoredRelation:
     def rank(self) -> int:
         """Columns of the factor; 0 for a triangle."""
         return len(self.columns)
+
+    def steps(self) -> NDArray[np.int16] | None:
+        """The columns (r, P) as numbers of steps; None where nothing is rounded, or nothing is there."""
+        if self.rank == 0 or self.columns.dtype != np.uint16:
+            return None
+        steps = self.columns & 1
+        np.negative(steps, out=steps)
+        steps ^= self.columns >> 1
+        return steps.view(np.int16)
+
+    def decode(self) -> Relation:
+        """The relation, its factor (P, r) or gram (P, P) in float32."""
+        with np.errstate(all="ignore"):
+            if self.rank == 0:
+                gram = np.zeros((self.tokens, self.tokens), np.float32)
+                gram[np.triu_indices(self.tokens)] = self.triangle.astype(np.float32) * self.scales[0]
+                return Relation(residual=self.residual, norm=self.norm, gram=gram + np.triu(gram, 1).T)
+            columns = self.columns if (steps := self.steps()) is None else steps
+            factor = np.ascontiguousarray(columns.T).astype(np.float32)  # turned while it is 16 bits
+            factor *= self.scales
+            return Relation(residual=self.residual, norm=self.norm, factor=factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,8 +219,9 @@ class Sample:
 
     input_ids, labels (T,) int32 (labels: IGNORE_INDEX where not supervised). positions: of every kind int32,
     ascending; visual ones of all images, in order. records: by kind, in the order of those positions.
-    relations: one per image. hidden_states: by kind, of those positions, as stored. source: of samples from
-    several caches, the place of this one's cache among them.
+    relation_records: one per image, as they are at hand. hidden_states: by kind, of those positions, as
+    stored; what is stored may share memory with all of its shard. source: of samples from several caches, the
+    place of this one's cache among them.
     """
 
     row: int
@@ -208,7 +231,7 @@ class Sample:
     positions: Mapping[Kind, Int32]
     images: tuple[ImageRecord, ...]
     records: Mapping[Kind, TopK | None]
-    relations: list[Relation]
+    relation_records: Sequence[Relation | StoredRelation]
     model_inputs: Mapping[str, NDArray[np.generic]]
     hidden_states: Mapping[Kind, HiddenStates] = field(default_factory=dict)
     source: int = 0
@@ -227,6 +250,11 @@ class Sample:
     def prompt_positions(self) -> Int32:
         """(N,) int32."""
         return self.positions["prompt"]
+
+    @property
+    def relations(self) -> list[Relation]:
+        """One per image, decoded anew at every call."""
+        return [each if isinstance(each, Relation) else each.decode() for each in self.relation_records]
 
     @property
     def hidden(self) -> dict[Kind, Float32]:

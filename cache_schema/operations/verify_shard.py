@@ -131,7 +131,7 @@ def _check_content(
                 and states.values.shape[1:] != (manifest.head.width,)
             ):
                 problem(f"{base}hidden_{kind}", f"{where}: not as wide as the teacher's head")
-        if "relation" in spec.targets and len(sample.relations) != len(sample.images):
+        if "relation" in spec.targets and len(sample.relation_records) != len(sample.images):
             problem(base + "relation", f"{where}: not one relation per image")
         for relation, image in zip(sample.relations, sample.images, strict=False):
             for what in relation_problems(relation, len(image.positions)):

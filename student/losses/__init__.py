@@ -9,6 +9,7 @@ from student.losses.preference import PreferenceLoss, PreferenceTargets
 from student.losses.targets import (
     Denominators,
     DistillationTargets,
+    FactorSteps,
     PositionTargets,
     RelationTargets,
     TeacherStates,
@@ -18,6 +19,7 @@ __all__ = [
     "Denominators",
     "DistillationLoss",
     "DistillationTargets",
+    "FactorSteps",
     "Head",
     "LossParts",
     "LossWeights",

@@ -15,7 +15,13 @@ from student.loss_weights import TERMS, LossWeights
 from student.losses.batches import Batches
 from student.losses.records import Entries, entries_of, no_entries, placed, spread
 from student.losses.selection import Selection, rows_by_sample
-from student.losses.targets import ON_THE_HOST, DistillationTargets, PositionTargets, RelationTargets
+from student.losses.targets import (
+    ON_THE_HOST,
+    DistillationTargets,
+    FactorSteps,
+    PositionTargets,
+    RelationTargets,
+)
 
 _GROUP_ELEMENTS = 2**24
 """Elements of the Gram matrices (I, P, P) of a group that is made before the device is known."""
@@ -72,8 +78,8 @@ class RelationGroup:
     """I images of about as many tokens, filled up to P, the most of them.
 
     lengths (I,): tokens of each. places (I, P) int64 into hidden.reshape(B * T, D), 0 where filled up; real
-    (I, P) float32: 1 at tokens, 0 where filled up; None: nothing is. Exactly one of factor (I, P, r) and gram
-    (I, P, P), 0 where filled up. samples: whose image each is.
+    (I, P) float32: 1 at tokens, 0 where filled up; None: nothing is. Exactly one of factor (I, P, r), gram
+    (I, P, P) and steps, 0 where filled up. samples: whose image each is.
     """
 
     lengths: tuple[int, ...]
@@ -82,10 +88,11 @@ class RelationGroup:
     real: Tensor | None
     factor: Tensor | None
     gram: Tensor | None
+    steps: FactorSteps | None
 
     @classmethod
     def of(cls, images: list[RelationTargets]) -> RelationGroup:
-        """One of images that have all a factor, or all a Gram matrix."""
+        """One of images of the same form."""
         lengths = tuple(len(image.positions) for image in images)
         length, device = max(lengths), images[0].positions.device
         real = None
@@ -93,14 +100,26 @@ class RelationGroup:
             real = _padded([torch.ones(size, device=device) for size in lengths], length)
         factors = [image.factor for image in images if image.factor is not None]
         grams = [image.gram for image in images if image.gram is not None]
+        steps = [image.steps for image in images if image.steps is not None]
+        rank = max([each.shape[1] for each in factors] + [len(each.columns) for each in steps], default=0)
         return cls(
             lengths=lengths,
             samples=tuple(image.sample for image in images),
             places=_padded([image.positions for image in images], length),
             real=real,
-            factor=_padded(factors, length) if factors else None,
-            gram=_padded(grams, length) if grams else None,
+            factor=_padded(factors, length, rank) if factors else None,
+            gram=_padded(grams, length, length) if grams else None,
+            steps=FactorSteps(
+                columns=_padded([each.columns for each in steps], rank, length),
+                scales=_padded([each.scales for each in steps], rank),
+            )
+            if steps
+            else None,
         )
+
+    def decoded(self) -> RelationGroup:
+        """The same with factors in place of steps."""
+        return self if self.steps is None else replace(self, factor=self.steps.factor(), steps=None)
 
     def cut(self, part: slice) -> RelationGroup:
         """Some of the images."""
@@ -118,6 +137,9 @@ class RelationGroup:
             real=None if self.real is None else change(self.real),
             factor=None if self.factor is None else change(self.factor),
             gram=None if self.gram is None else change(self.gram),
+            steps=None
+            if self.steps is None
+            else FactorSteps(columns=change(self.steps.columns), scales=change(self.steps.scales)),
         )
 
 
@@ -125,16 +147,14 @@ def group_images(images: tuple[RelationTargets, ...]) -> tuple[RelationGroup, ..
     """All images, in groups of which the longest is at most a quarter longer than the shortest."""
     groups: list[list[int]] = []
     longest = 0
-    by_length = sorted(
-        range(len(images)), key=lambda each: (images[each].factor is None, -len(images[each].positions))
-    )
+    by_length = sorted(range(len(images)), key=lambda each: (images[each].form, -len(images[each].positions)))
     for number in by_length:
         length = len(images[number].positions)
         if (
             not groups
             or len(groups[-1]) >= _GROUP_ELEMENTS // max(1, longest**2)
             or 4 * longest > 5 * length
-            or (images[groups[-1][0]].factor is None) != (images[number].factor is None)
+            or images[groups[-1][0]].form != images[number].form
         ):
             groups.append([])
             longest = length
@@ -142,15 +162,11 @@ def group_images(images: tuple[RelationTargets, ...]) -> tuple[RelationGroup, ..
     return tuple(RelationGroup.of([images[each] for each in group]) for group in groups)
 
 
-def _padded(tensors: list[Tensor], length: int) -> Tensor:
-    """(I, length, ...) of tensors (P, ...): zeros follow; a second dimension is filled up to the widest, that
-    of square ones to `length`. One that needs nothing is not copied."""
-    if len(tensors) == 1 and len(tensors[0]) == length:
-        return tensors[0][None]
-    if all(tensor.shape == tensors[0].shape and len(tensor) == length for tensor in tensors):
-        return torch.stack(tensors)
-    width = [max(tensor.shape[1] for tensor in tensors)] if tensors[0].dim() == 2 else []
-    table = tensors[0].new_zeros(len(tensors), length, *width)
+def _padded(tensors: list[Tensor], *shape: int) -> Tensor:
+    """(I, *shape) of I tensors at most as large: zeros follow. One that needs nothing is not copied."""
+    if all(tensor.shape == shape for tensor in tensors):
+        return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    table = tensors[0].new_zeros(len(tensors), *shape)
     for row, tensor in zip(table, tensors, strict=True):
         row[tuple(slice(size) for size in tensor.shape)] = tensor
     return table

@@ -110,11 +110,12 @@ def run_relations(
     lengths = [length for group in work.groups for length in group.lengths]
     # R is symmetric: dL = 2 <dR H~ A, dH~>.
     factors = (2.0 * work.weights).split([len(group.lengths) for group in work.groups])
+    groups = [group.decoded() for group in work.groups]
     values: list[Tensor] = []
     if takes_gram(head, lengths, gradients):
         gram = _in_two(gram_of(head, products), 0, products)
         moment: Tensor | None = None
-        for group, shares in zip(work.groups, factors, strict=True):
+        for group, shares in zip(groups, factors, strict=True):
             count, length = group.places.shape
             room = max(1, memory_budget // (8 * products.dtype.itemsize * max(1, length**2)))
             for start in range(0, count, room):
@@ -126,7 +127,7 @@ def run_relations(
         if moment is not None:
             _add_head_gradients(moment, products, gradients)
         return values[0] if len(values) == 1 else torch.cat(values)
-    for group, shares in zip(work.groups, factors, strict=True):
+    for group, shares in zip(groups, factors, strict=True):
         for number, length in enumerate(group.lengths):
             places = group.places[number, :length]
             states = hidden.index_select(0, places).to(products.dtype)  # (P, D)

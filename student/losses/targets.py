@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cache_schema.format.records import IGNORE_INDEX
+from cache_schema.format.records import IGNORE_INDEX, Relation, StoredRelation
 from cache_schema.format.spec import KINDS, Kind
 from models.stored_head import decoded_states
 from student.loss_weights import TERMS
@@ -90,9 +92,27 @@ def range_of(ids: Tensor, used: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FactorSteps:
+    """Factors U (P, r) of R ~= U U^T in the 16 bits that a cache has of them: columns (..., r, P) int16 and
+    scales (..., r) float32. See `cache_schema.format.codecs.relation`."""
+
+    columns: Tensor
+    scales: Tensor
+
+    def factor(self) -> Tensor:
+        """U (..., P, r) float32, bit by bit that of `StoredRelation.decode`, by one launch on a device."""
+        return (self.columns * self.scales[..., None]).mT
+
+    def to(self, device: torch.device | str) -> FactorSteps:
+        """The same on `device`."""
+        columns, scales = (each.to(device, non_blocking=True) for each in (self.columns, self.scales))
+        return FactorSteps(columns=columns, scales=scales)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RelationTargets:
-    """The teacher's Gram matrix R (P, P) of one image: exactly one of factor (P, r), R ~= factor factor^T,
-    and gram (P, P), float32.
+    """The teacher's Gram matrix R (P, P) of one image: exactly one of factor (P, r) float32, R ~= factor
+    factor^T, steps, which are such a factor as it is stored, and gram (P, P) float32.
 
     positions (P,) int64 into hidden.reshape(B * T, D); sample: whose image it is; norm: the Frobenius norm
     of R, not used by the loss (the cosine takes the norm of what is given).
@@ -102,11 +122,32 @@ class RelationTargets:
     sample: int
     factor: Tensor | None = None
     gram: Tensor | None = None
+    steps: FactorSteps | None = None
     norm: float = math.nan
 
     def __post_init__(self) -> None:
-        if (self.factor is None) == (self.gram is None):
-            raise ValueError("a relation target needs exactly one of factor and gram")
+        if sum(each is not None for each in (self.factor, self.gram, self.steps)) != 1:
+            raise ValueError("a relation target needs exactly one of factor and gram, or steps")
+
+    @classmethod
+    def of(cls, record: Relation | StoredRelation, positions: Tensor, sample: int) -> RelationTargets:
+        """That of a cache's record of an image with positions (P,): steps where the record has some."""
+        found: dict[str, Any] = {"positions": positions, "sample": sample, "norm": float(record.norm)}
+        if isinstance(record, StoredRelation):
+            if (columns := record.steps()) is not None:
+                scales = record.scales.astype(np.float32)
+                steps = FactorSteps(columns=torch.from_numpy(columns), scales=torch.from_numpy(scales))
+                return cls(**found, steps=steps)
+            record = record.decode()
+        for name in ("factor", "gram"):
+            if (matrix := getattr(record, name)) is not None:
+                found[name] = torch.from_numpy(matrix)
+        return cls(**found)
+
+    @property
+    def form(self) -> str:
+        """Which of `factor`, `gram` and `steps` it has."""
+        return next(name for name in ("factor", "gram", "steps") if getattr(self, name) is not None)
 
     def to(self, device: torch.device | str) -> RelationTargets:
         """The same target with its tensors on `device`."""
@@ -115,6 +156,7 @@ class RelationTargets:
             positions=self.positions.to(device, non_blocking=True),
             factor=None if self.factor is None else self.factor.to(device, non_blocking=True),
             gram=None if self.gram is None else self.gram.to(device, non_blocking=True),
+            steps=None if self.steps is None else self.steps.to(device),
         )
 
 

@@ -136,13 +136,6 @@ def _zigzag(steps: Float64) -> NDArray[np.uint16]:
     return np.where(steps >= 0, 2 * steps, -2 * steps - 1).astype(np.uint16)
 
 
-def _unzigzag(stored: NDArray[np.uint16]) -> NDArray[np.int16]:
-    sign = stored & 1
-    np.negative(sign, out=sign)
-    sign ^= stored >> 1
-    return sign.view(np.int16)
-
-
 def pack_relations(records: Sequence[StoredRelation]) -> Arrays:
     """The arrays of a block of images, flattened one image after the other."""
     return {
@@ -183,18 +176,10 @@ class RelationBlock:
 
     def __getitem__(self, image: int) -> Relation:
         """The relation of one image of the block, factor (P, r) or gram (P, P) in float32."""
-        stored = self.stored(image)
-        if stored.rank == 0:
-            gram = np.zeros((stored.tokens, stored.tokens), np.float32)
-            gram[np.triu_indices(stored.tokens)] = stored.triangle.astype(np.float32) * stored.scales[0]
-            return Relation(residual=stored.residual, norm=stored.norm, gram=gram + np.triu(gram, 1).T)
-        columns = _unzigzag(stored.columns) if stored.columns.dtype == np.uint16 else stored.columns
-        factor = np.ascontiguousarray(columns.T).astype(np.float32)  # turned while it is 16 bits
-        factor *= stored.scales
-        return Relation(residual=stored.residual, norm=stored.norm, factor=factor)
+        return self.stored(image).decode()
 
     def stored(self, image: int) -> StoredRelation:
-        """The record of one image as it is stored, so that it can be copied to another block unchanged."""
+        """The record of one image as it is stored. It shares the memory of the block."""
         tokens = self.tokens_of(image)
         return StoredRelation(
             tokens=tokens,
