@@ -131,13 +131,13 @@ def sweep(clock: Clock, of: Sizes, buffer: Tensor, rows: LogitRows) -> dict[str,
     half = buffer.view(torch.bfloat16)[:, : of.v]
     kernel = {"tokens": of.tokens, "temperature": 1.0, "inside_only": False, "apart": False}
     layouts = [
-        (2048, 4, 4, 1), (4096, 8, 2, 1), (4096, 8, 4, 1), (4096, 16, 2, 1), (8192, 16, 1, 1),
-        (8192, 16, 2, 1), (16384, 32, 1, 1), (8192, 32, 1, 1), (8192, 16, 2, 2),
-        (4096, 8, 4, 2), (4096, 8, 2, 3),
+        (2048, 128, 4, 1), (4096, 256, 2, 1), (4096, 256, 4, 1), (4096, 512, 2, 1), (8192, 512, 1, 1),
+        (8192, 512, 2, 1), (16384, 1024, 1, 1), (8192, 1024, 1, 1), (8192, 512, 2, 2),
+        (4096, 256, 4, 2), (4096, 256, 2, 3), (4096, 512, 1, 1),
     ]  # fmt: skip
-    for block, warps, programs, stages in layouts:
-        launch = Launch(block=block, warps=warps, programs=programs, stages=stages)
-        name = f"kernel, block {block}, {warps} warps, {programs} a processor, {stages} stages"
+    for block, threads, programs, stages in layouts:
+        launch = Launch(block=block, threads=threads, programs=programs, stages=stages)
+        name = f"kernel, block {block}, {threads} threads, {programs} a processor, {stages} stages"
         try:
             found[name] = clock.median(
                 lambda at=launch: row_kernel(buffer, rows, grads=half, launch=at, **kernel), 5

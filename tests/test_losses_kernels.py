@@ -154,7 +154,7 @@ def compare(
         bias=None if bias is None else bias.to(DEVICE),
         scale=scale,
         softcap=cap,
-        launch=kernels.Launch(block=32, warps=1, programs=1),
+        launch=kernels.Launch(block=32, threads=32, programs=1),
         **options,
     )
     assert torch.allclose(ours_kl.cpu().double(), kl, rtol=1e-5, atol=1e-6)

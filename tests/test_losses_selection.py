@@ -139,7 +139,7 @@ def test_entropies():
 @pytest.mark.parametrize("form", ["plain", "bias and cap"])
 def test_the_kernel_of_entropies(columns, form):
     kernel = pytest.importorskip("student.losses.entropy_kernel", reason="no Triton here")
-    launch = pytest.importorskip("student.losses.kernels").Launch(block=32, warps=1)
+    launch = pytest.importorskip("student.losses.kernels").Launch(block=32, threads=32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = torch.randn(5, 80) * 6
     table[2, :columns] = 3.0

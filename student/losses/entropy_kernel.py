@@ -99,6 +99,6 @@ def kernel_entropy(
         BLOCK=min(launch.block, triton.next_power_of_2(columns)),
         HAS_BIAS=bias is not None,
         CAPPED=softcap is not None,
-        num_warps=launch.warps,
+        num_warps=launch.warps(products.device),
     )
     return out

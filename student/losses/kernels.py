@@ -25,11 +25,11 @@ from student.losses.triton_rows import rows_on_device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How the kernel is laid out: columns at a time, warps a program, programs a multiprocessor, and blocks
-    under way at a time (1: none is loaded ahead)."""
+    """How the kernel is laid out: columns at a time, threads per program (no device takes more than 1,024),
+    programs per multiprocessor, and blocks under way at a time (1: none is loaded ahead)."""
 
     block: int = 8192
-    warps: int = 32
+    threads: int = 1024
     programs: int = 1
     stages: int = 1
 
@@ -39,6 +39,15 @@ class Launch:
             return (count,)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         return (min(count, self.programs * processors),)
+
+    def warps(self, device: torch.device) -> int:
+        """The warps per program, of 64 threads on some of AMD's devices."""
+        return max(self.threads // warp_size(device), 1)
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads per warp."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 LAUNCH = Launch()
@@ -157,5 +166,5 @@ def _launch(
         GRADIENT=grads is not None,
         REPORT=events is not None,
         GIVEN=pads is not None,
-        num_warps=launch.warps,
+        num_warps=launch.warps(products.device),
     )
