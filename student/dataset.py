@@ -94,7 +94,7 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
             seed=seed, global_batch=batch_size * world_size, window=window, shuffle=shuffle
         )
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._step = 0
+        self._step = self._taken = 0  # taken: batches since, by this worker of a loader
         self._weighting: Weighting | None = None  # since shares were set
         _ = self._opened
 
@@ -174,6 +174,7 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
         steps = self._opened[0].steps_per_epoch
         if self._step // steps == epoch:
             return
+        self._taken = 0
         if self._weighting is not None and epoch * steps < self._weighting.start:
             raise WrongUsage(
                 f"epoch {epoch} begins before step {self._weighting.start}, where shares were set"
@@ -199,13 +200,21 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place: `step`, the next step that is not begun, of epochs of `ceil(samples / global batch)`.
-        Where shares were set, `weighting` too. JSON values."""
-        given = {} if self._weighting is None else {"weighting": asdict(self._weighting)}
+        Where shares were set, `weighting` too. JSON values.
+
+        In a loader's worker `step` is where the iteration began and `taken` the worker's batches since. The
+        dataset outside the workers does not move: see docs/trainers.md.
+        """
+        given: dict[str, Any] = {"taken": self._taken} if self._taken else {}
+        if self._weighting is not None:
+            given["weighting"] = asdict(self._weighting)
         return {"step": self._step, **given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a place, on any number of processes with the same global batch."""
-        self._step, given, before = int(state["step"]), state.get("weighting"), self._weighting
+        """Go on at a place, on any number of processes with the same global batch; at a worker's place in the
+        worker of the same number."""
+        self._step, self._taken = int(state["step"]), int(state.get("taken", 0))
+        given, before = state.get("weighting"), self._weighting
         self._weighting = None
         if given is not None:
             self._weighting = Weighting(
@@ -218,17 +227,22 @@ class CachedSamples(IterableDataset[dict[str, Any]]):
         stream, collator = self._opened
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        start, weighting = self._step, self._weighting
-        end = (start // stream.steps_per_epoch + 1) * stream.steps_per_epoch
+        weighting = self._weighting
+        end = (self._step // stream.steps_per_epoch + 1) * stream.steps_per_epoch
+        start = min(self._step + number + self._taken * workers, end)
         for step in stream.read(start, end):
-            if (step.number - start) % workers == number:
-                mine = [located for part in step.micro_batches for located in part]
-                for located in mine if len(mine) == self._batch_size else ():
-                    self._step = step.number + 1
-                    yield _item(located.sample(), collator)
-                if self._weighting is not weighting:  # set meanwhile
-                    return
-        self._step = end
+            mine = [located for part in step.micro_batches for located in part]
+            if (step.number - start) % workers or len(mine) < self._batch_size:
+                continue
+            if worker is None:
+                self._step = step.number + 1
+            else:
+                self._taken += 1
+            for located in mine:
+                yield _item(located.sample(), collator)
+            if self._weighting is not weighting:  # set meanwhile
+                return
+        self._step, self._taken = end, 0
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch of items: the model's inputs by name, right-padded to (B, T); `labels` (B, T); `targets`,

@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +118,45 @@ def test_a_restored_place_goes_on_where_it_was(world, processor, stop):
     second.load_state_dict(state)
     rest = rows_of(loader_of(second)) + rows_of(loader_of(second))
     assert done + rest == expected
+
+
+class Workers:
+    """What torchdata's StatefulDataLoader does: its workers' copies of a dataset, asked in turn, each with
+    the state that it had after its last batch."""
+
+    def __init__(self, copies, monkeypatch, states=None, asked=0):
+        self.copies, self.asked = copies, asked
+        for copy, state in zip(copies, states or [], strict=False):
+            copy.load_state_dict(state)
+        self.states = [copy.state_dict() for copy in copies]
+        self.open = [iter(copy) for copy in copies]
+        self.patch = lambda number: monkeypatch.setattr(
+            "student.dataset.get_worker_info", lambda: SimpleNamespace(id=number, num_workers=len(copies))
+        )
+
+    def batches(self, count):
+        """The next batches, until the first worker that has none is asked."""
+        for _ in range(count):
+            number = self.asked % len(self.copies)
+            self.asked += 1
+            self.patch(number)
+            batch = [item["row"] for item in islice(self.open[number], BATCH)]
+            if not batch:
+                return
+            self.states[number] = self.copies[number].state_dict()
+            yield batch
+
+
+@pytest.mark.parametrize("stop", range(5))
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_states_of_workers_go_on_where_they_were(world, processor, monkeypatch, workers, stop):
+    expected = rows_of(loader_of(dataset(world, processor)))
+    assert len(expected) == 4
+    first = Workers([dataset(world, processor) for _ in range(workers)], monkeypatch)
+    done = list(first.batches(stop))
+    states = json.loads(json.dumps(first.states))
+    second = Workers([dataset(world, processor) for _ in range(workers)], monkeypatch, states, first.asked)
+    assert done + list(second.batches(9)) == expected
 
 
 def test_what_cannot_be_read_is_refused(world, processor):
