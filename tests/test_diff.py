@@ -224,3 +224,15 @@ def test_relation_cosine_is_that_of_the_matrices() -> None:
     for x, y in [(0, 0), (0, 1), (1, 0), (1, 1)]:
         found = relation_cosine((as_factor, as_gram)[x][0], (as_factor, as_gram)[y][1])
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_names_that_only_one_cache_has_move_no_cursor(tmp_path: Path, pictures: Path) -> None:
+    caches = [make_cache(tmp_path / name, pictures, rows=2) for name in "ab"]
+    document = diff(*caches).to_json()
+    named = "\x1b[2J[bold]library[/]"
+    document["identity"] = [{"key": named, "a": named, "b": None, "blocks": "nothing"}]
+    document["engines"] = {side: [{named: side}] for side in "ab"}
+    told = io.StringIO()
+    print_difference(document, named, "b", Console(file=told, width=200))
+    assert {c for c in told.getvalue() if not c.isprintable()} == {"\n"}
+    assert told.getvalue().count("\\x1b[2J[bold]library[/]") == 4

@@ -26,7 +26,9 @@ def print_difference(document: Mapping[str, Any], a: str, b: str, console: Conso
     console.print(heading, soft_wrap=True)
     lines = [_identity(document), _samples(document), _targets(document)]
     for good, text in lines:
-        console.print(Text("✓ " if good else "✗ ", "green" if good else "red").append(text, "default"))
+        console.print(
+            Text("✓ " if good else "✗ ", "green" if good else "red").append(printable(text), "default")
+        )
     if document["identity"] or document["engines"]:
         console.print(_differences(document))
     if document["kl"]:
@@ -83,9 +85,9 @@ def _differences(document: Mapping[str, Any]) -> Table:
         table.add_column(name, overflow="fold")
     for entry in document["identity"]:
         meaning = {"nothing": "recorded only", "allowed": "allowed"}.get(entry["blocks"], "")
-        table.add_row(entry["key"], _value(entry["a"]), _value(entry["b"]), Text(meaning, "dim"))
+        table.add_row(_value(entry["key"]), _value(entry["a"]), _value(entry["b"]), Text(meaning, "dim"))
     for name, left, right in _engines(document["engines"]):
-        table.add_row(name, _value(left), _value(right), Text("recorded only", "dim"))
+        table.add_row(_value(name), _value(left), _value(right), Text("recorded only", "dim"))
     return table
 
 
