@@ -141,6 +141,7 @@ class SamplePreparer:
         spans = self._label_spans(conversation, rendered, encoded)
         length = len(encoded.ids)
         by_token = {name: value for name, value in encoded.rest.items() if value.shape == (1, length)}
+        pixels = encoded.rest.get("pixel_values")
         return PreparedSample(
             row=conversation.row,
             sample_id=conversation.sample_id,
@@ -160,7 +161,9 @@ class SamplePreparer:
             token_inputs={name: value[0].numpy() for name, value in by_token.items()},
             pixel_inputs={name: value for name, value in encoded.rest.items() if name not in by_token},
             answers_kept=len(conversation.answers),
-            pixel_table=table_of(self._processor),
+            pixel_table=None
+            if pixels is not None and pixels.is_floating_point()
+            else table_of(self._processor),
             expansions=_expansions(encoded),
             veil=None
             if self._private is None

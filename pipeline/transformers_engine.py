@@ -151,8 +151,8 @@ class TransformersEngine:
     def _inputs(self, packs: Sequence[Pack]) -> dict[str, Tensor]:
         made = collate(packs, pad_token_id=self._pad_token_id, multiple=_BUCKET if self._compiled else 1)
         placed = {name: self._placed(value) for name, value in made.items()}
-        table = next((pack.first.pixel_table for pack in packs if pack.first.pixel_inputs), None)
-        if table is not None:
+        tables = (pack.first.pixel_table for pack in packs if pack.first.pixel_inputs)
+        if (table := next((each for each in tables if each is not None), None)) is not None:
             placed["pixel_values"] = look_up(placed["pixel_values"], self._placed(table))
         return placed
 

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor, from_numpy
 
 from models.inputs import join
@@ -38,7 +37,7 @@ class PixelInputs:
         images."""
         if self._table is not None and (flat := [image for images in samples for image in images]):
             if self.table is not None:
-                return {"pixel_values": from_numpy(np.stack(self._table.resized(flat)))}
+                return {"pixel_values": from_numpy(self._table.resized(flat))}
             return {"pixel_values": from_numpy(self._table(flat))}
         made = [self._of_sample(images) for images in samples if images]
         names = {name: None for inputs in made for name in inputs}

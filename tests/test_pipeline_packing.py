@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schema import TargetSpec, open_cache
+from cache_schema import KdcacheError, TargetSpec, open_cache
 from cache_schema.datasets.conversations import conversation_of
 from cache_schema.progress import Silent
 from models.folder import load_processor
+from models.pixels import _TableProcessor, with_table
 from models.tokens import image_token_id_of
 from pipeline.capture import BuildConfig, build
 from pipeline.packing import Pack, batches, make_pack, pack_samples
@@ -93,13 +94,15 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made | {"llava": tiny_llava(tmp_path_factory.mktemp("llava"))}
 
 
-def prepared(teacher: Path, root: Path) -> tuple[TransformersEngine, list[PreparedSample]]:
-    """The engine, and three samples about one image (multi-turn among them)."""
+def prepared(
+    teacher: Path, root: Path, *, as_bytes: bool = False
+) -> tuple[TransformersEngine, list[PreparedSample]]:
+    """The engine, and three samples about one image (multi-turn among them), whose pixels may be bytes."""
     write_png(root / "x.png", seed=0, size=(60, 36))
     processor = load_processor(teacher)
     engine = load_engine(teacher, vocab_size=len(processor.tokenizer), pad_token_id=1, device="cpu")
     preparer = SamplePreparer(
-        processor,
+        with_table(processor, as_bytes=True) if as_bytes else processor,
         load_template(processor, None if processor.chat_template else "plain"),
         image_token_id=image_token_id_of(engine.model.config),
         image_root=root,
@@ -114,6 +117,26 @@ def prepared(teacher: Path, root: Path) -> tuple[TransformersEngine, list[Prepar
         for talk in talks
     ]
     return engine, [preparer.prepare(conversation_of(row, n)) for n, row in enumerate(rows)]
+
+
+def test_pixels_as_bytes_are_not_mixed_with_others(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, plain = prepared(teachers["llava"], tmp_path)
+    _, narrow = prepared(teachers["llava"], tmp_path, as_bytes=True)
+    assert narrow[0].pixel_inputs["pixel_values"].dtype == torch.uint8
+    (theirs,), (ours,) = engine.hidden_states(plain[:1]), engine.hidden_states(narrow[:1])
+    assert torch.equal(ours, theirs)
+    for mixed in ([narrow[0], plain[1]], [plain[0], narrow[1]]):
+        with pytest.raises(KdcacheError, match="a batch must not mix"):
+            engine.hidden_states(mixed)
+    # An image processor that has a table, and does not use it for an image.
+    monkeypatch.setattr(
+        _TableProcessor, "__call__", lambda self, images, **options: self._image_processor(images, **options)
+    )
+    _, again = prepared(teachers["llava"], tmp_path, as_bytes=True)
+    assert again[0].pixel_table is None
+    assert torch.equal(engine.hidden_states(again[:1])[0], theirs)
 
 
 PACKED = ("llava", "llava_next", "idefics3")

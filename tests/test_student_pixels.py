@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlavaProcess
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from cache_schema import KdcacheError
 from models.pixels import look_up, with_table
 from student.pixels import PixelInputs
 from tests.tiny_models import IMAGE, tiny_tokenizer
@@ -68,7 +69,10 @@ def test_the_table_gives_the_bits_of_the_processor(kind):
     levels = narrow([images[:2], [], images[2:]])["pixel_values"]
     assert levels.dtype == torch.uint8
     looked_up = look_up(levels, narrow.table)
+    assert levels.is_contiguous()
     assert looked_up.is_contiguous()
+    with pytest.raises(KdcacheError, match=r"torch\.float32 where the bytes of images are expected"):
+        look_up(torch.cat([levels, found["pixel_values"]]), narrow.table)
     assert torch.equal(looked_up, found["pixel_values"])
 
 
