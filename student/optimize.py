@@ -108,7 +108,7 @@ class Optimization:
         ranks = self._accelerator.num_processes
         torch.manual_seed(_seed_of(seed, step, self._accelerator.process_index))
         values = []
-        with self.student.one_step() if len(micro_batches) > 1 else nullcontext():
+        with self.student.one_step():
             for place, moved in enumerate(on_device(micro_batches, self._accelerator.device)):
                 last = place == len(micro_batches) - 1
                 before(moved)

@@ -165,8 +165,14 @@ def _keeps_activations(
     progress: Progress,
 ) -> bool:
     """Whether the longest micro-batch fits the accelerator without recomputing activations."""
-    tokens = config.micro_batch * max(int(max(cache.index().tokens, default=0)) for cache in caches)
-    fits, estimate = activations_fit(student.model, device, tokens=tokens)
+    indices = [cache.index() for cache in caches]
+    tokens, images = (
+        config.micro_batch * max(int(max(getattr(index, name), default=0)) for index in indices)
+        for name in ("tokens", "images")
+    )
+    second = student.second_head
+    further = 0 if second is None else sum(each.numel() for each in second.parameters())
+    fits, estimate = activations_fit(student.model, device, tokens=tokens, images=images, further=further)
     progress.message(f"{estimate}: activations are {'kept' if fits else 'recomputed'}")
     return fits
 

@@ -105,23 +105,36 @@ def _to_autocast(_module: nn.Module, _inputs: Any, embeddings: Tensor) -> Tensor
     return embeddings.to(torch.get_autocast_dtype(device))
 
 
-def activations_fit(model: Any, device: torch.device, *, tokens: int) -> tuple[bool, str]:
-    """Whether a step of `tokens` keeps all activations in the free memory of an accelerator, and the estimate
-    as text.
+def activations_fit(
+    model: Any, device: torch.device, *, tokens: int, images: int, further: int = 0
+) -> tuple[bool, str]:
+    """Whether a step of `tokens` and `images` keeps all activations in the free memory of an accelerator, and
+    the estimate as text.
 
-    Trained weights take 16 bytes a number (weight, gradient, two moments), frozen ones 2. A layer of a
-    language model keeps about 34 D + 8 I bytes per token under autocast, D its width and I that of its
-    feed-forward part (57 kB measured at D = 1,024, I = 2,816). The losses take up to 2 GB.
+    Trained weights take 16 bytes a number (weight, gradient, two moments), frozen ones 2; further: trained
+    numbers outside of the model. A layer keeps about 34 D + 8 I bytes per token under autocast, D its width
+    and I that of its feed-forward part (57 kB measured at D = 1,024, I = 2,816): those of the language model,
+    and those of a trained vision tower, of one tile per image. The losses take up to 2 GB.
     """
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    config = model.config.get_text_config()
-    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    kept = tokens * config.num_hidden_layers * (34 * config.hidden_size + 8 * inner)
+    trained = further + sum(each.numel() for each in model.parameters() if each.requires_grad)
+    frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
+    kept = tokens * _kept_per_token(model.config.get_text_config())
+    if any(each.requires_grad and part_of(name) == "vision_tower" for name, each in model.named_parameters()):
+        vision = model.config.vision_config
+        side = getattr(vision, "image_size", None)
+        if not isinstance(side, int) or not hasattr(vision, "num_hidden_layers"):
+            return False, f"what a trained {vision.model_type} keeps is not known"
+        kept += images * (side // vision.patch_size) ** 2 * _kept_per_token(vision)
     needed = 16 * trained + 2 * frozen + 1.1 * kept + 2e9
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     text = f"a step keeps about {needed / 1e9:.1f} GB without recomputation, {free / 1e9:.1f} GB are free"
     return needed < 0.9 * free, text
+
+
+def _kept_per_token(config: Any) -> int:
+    """Bytes that all layers keep of a token."""
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    return int(config.num_hidden_layers * (34 * config.hidden_size + 8 * inner))
 
 
 class StepFlops:

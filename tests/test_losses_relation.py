@@ -27,7 +27,7 @@ from student.losses import (
 from student.losses.plan import group_images
 from student.losses.products import Gradients, HeadProducts
 from student.losses.relation import RelationWork, run_relations, takes_gram
-from tests.dense_twins import Operations, dense_logits, relation_twin
+from tests.dense_twins import Operations, dense_logits, imitate_wide_products, relation_twin
 
 
 def problem(p=6, d=4, v=20, r=3, seed=0, dtype=torch.float64):
@@ -219,6 +219,19 @@ def test_bfloat16_sums_in_float32(trained):
         if leaf.requires_grad:
             rounding = (true.bfloat16().double() - true).norm()
             assert (leaf.grad.double() - true).norm() < 1.05 * rounding
+
+
+def test_a_head_that_is_not_linear_has_bfloat16_factors_too(monkeypatch):
+    products = imitate_wide_products(monkeypatch)
+    p, d, v = 24, 16, 300
+    hidden, weight, _, factor = problem(p, d, v, dtype=torch.float32)
+    states = hidden.detach().bfloat16().requires_grad_()
+    relation_loss(states, weight, factor, softcap=3.0).backward()
+    assert sum(products) == 4 * p * d * v + 2 * p * p * v
+    wide = [leaf.detach().double().requires_grad_() for leaf in (states, weight)]
+    twin = relation_twin(dense_logits(*wide, softcap=3.0), factor.double() @ factor.double().T)
+    for ours, true in zip((states, weight), torch.autograd.grad(twin, wide), strict=True):
+        assert (ours.grad.double() - true).norm() < 1e-2 * true.norm()
 
 
 def test_images_share_one_matrix_and_one_pass():

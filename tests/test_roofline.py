@@ -15,10 +15,18 @@ from benchmarks.roofline import DEVICES, SAMPLES, calibration, foretell, recordi
 from cache_schema.format.spec import TargetSpec
 from pipeline.entry_rules import limits_of
 from pipeline.targets import Asked, TargetMaker
-from student.losses import Denominators, DistillationLoss, Head, LossWeights, PlannedTargets
+from student.losses import (
+    Denominators,
+    DistillationLoss,
+    Head,
+    LossWeights,
+    PlannedTargets,
+    PreferenceTargets,
+)
 from student.model import DistilledStudent
 from student.optimize import Optimization
 from student.stages import DFT, STAGES
+from student.throughput import hold_frozen
 from student.timing import Stopwatch
 from tests.distillation_batches import LENGTH, SPANS, D, V, collate, make_samples
 
@@ -229,28 +237,45 @@ def micro_batch(tmp_path_factory):
     return _shapes.batch_of(tmp_path_factory.mktemp("cache"), _shapes.TINY_STUDENT, samples=2, rank=8)
 
 
+OBJECTIVES = {
+    "kl_share": {"kl_share": 0.5},
+    "dual head": {"dual_head": True},
+    "graph": {"relation_neighbours": 3},
+    "taid": {"divergence": "taid"},
+    "other divergences": {"divergence": "response=reverse_kl,visual=adaptive_kl"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # where a head is copied
 @pytest.mark.parametrize(
-    ("stage", "masked"), [("dpt", False), ("sft", False), ("dft", False), ("dft", True), ("kl_share", False)]
+    ("stage", "micro_batches"),
+    [*((stage, 2) for stage in ("dpt", "sft", "dft", "masked", "pd", *OBJECTIVES)), ("dft", 1), ("pd", 1)],
 )
-def test_a_whole_step_waits_for_nothing(stage, masked, micro_batch):
+def test_a_whole_step_waits_for_nothing(stage, micro_batches, micro_batch):
     """Micro-batches, forward, losses, backward, clipping and AdamW; the host reads sums and norm once, after
-    that."""
-    selecting = replace(DFT, losses=replace(DFT.losses, kl_share=0.5))
-    stage = STAGES.get(stage, selecting)
+    that. A head that is trained is brought to bfloat16 once."""
+    name, losses = stage, replace(DFT.losses, **OBJECTIVES.get(stage, {}))
+    stage = STAGES.get(name, replace(DFT, losses=losses))
     targets = micro_batch.targets if stage.targets else None
-    batch = replace(micro_batch, targets=PlannedTargets.of(micro_batch.labels, targets, stage.losses))
-    accelerator = Accelerator(cpu=True, device_placement=False)
+    planned = PlannedTargets.of(micro_batch.labels, targets, stage.losses)
+    if stage.preference:
+        planned = PreferenceTargets.of(micro_batch.labels, torch.tensor([-3.0, -4.0], dtype=torch.float64))
+    batch = replace(micro_batch, targets=planned)
+    shape = _shapes.TINY_STUDENT
+    accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16")
     with imagined() as recorder, as_on_cuda():
         student = DistilledStudent(
-            _shapes.TINY_STUDENT.build(),
+            shape.build(),
             stage.losses,
-            vocab_size=_shapes.TINY_STUDENT.vocab,
+            vocab_size=shape.vocab,
             trainable=stage.trainable,
+            preference=stage.preference,
         ).train()
-        student.needs_mask = masked
+        hold_frozen(student.model, torch.bfloat16)
+        student.needs_mask = name == "masked"
         optimization = Optimization(student, stage, accelerator, Stopwatch())
         recorder.begin()
-        made = optimization.gradients([batch, batch], batch.denominators, seed=0, step=0)
+        made = optimization.gradients([batch] * micro_batches, batch.denominators, seed=0, step=0)
         optimization.step(1e-3)
         recorded = recorder.operations.copy()
         recorder.begin()
@@ -259,3 +284,6 @@ def test_a_whole_step_waits_for_nothing(stage, masked, micro_batch):
     assert {"attention", "attention_backward", "row_kernel", "index_copy", "_fused_adamw_"} <= names
     assert sum(each.waits * count for each, count in recorded.items()) == 0
     assert sum(each.waits * count for each, count in recorder.operations.items()) > 0
+    casts = shape.vocab * shape.width * (4 + 2)
+    found = sum(count for each, count in recorded.items() if each.name == "_to_copy" and each.bytes == casts)
+    assert found == (2 if name == "dual head" else "language_model" in stage.trainable)

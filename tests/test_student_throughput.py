@@ -194,7 +194,29 @@ def test_the_estimate_of_activations_is_near_what_one_gpu_measured():
     """22.1 GB over the weights of a 1.03 B student, 14,240 tokens, bf16 autocast, H100, 2026-11-26; of them
     1.9 GB of gradients."""
     config = SimpleNamespace(num_hidden_layers=24, hidden_size=1024, intermediate_size=2816)
-    empty = SimpleNamespace(parameters=list, config=SimpleNamespace(get_text_config=lambda: config))
-    fits, text = activations_fit(empty, torch.device("cpu"), tokens=14_240)
+    empty = SimpleNamespace(
+        parameters=list, named_parameters=list, config=SimpleNamespace(get_text_config=lambda: config)
+    )
+    fits, text = activations_fit(empty, torch.device("cpu"), tokens=14_240, images=16)
     assert not fits  # a CPU has no memory of its own to fill
-    assert float(text.split("about ")[1].split(" GB")[0]) == pytest.approx(22.1 - 1.9 + 2.0, rel=0.1)
+    assert estimate_of(text) == pytest.approx(22.1 - 1.9 + 2.0, rel=0.1)
+
+
+def estimate_of(text):
+    return float(text.split("about ")[1].split(" GB")[0])
+
+
+def test_a_trained_tower_and_a_second_head_are_in_the_estimate(model, monkeypatch):
+    def estimate(trainable, further=0):
+        freeze(model, trainable)
+        return activations_fit(model, torch.device("cpu"), tokens=0, images=100_000, further=further)
+
+    frozen = estimate_of(estimate(("language_model",))[1])
+    per_image = PATCHES * 2 * (34 * 32 + 8 * 64)  # of two layers
+    trained = estimate_of(estimate(("language_model", "vision_tower"))[1])
+    assert trained == pytest.approx(frozen + 1.1 * 1e5 * per_image / 1e9, abs=0.1)
+    assert estimate_of(estimate(("language_model",), further=10**9)[1]) == pytest.approx(frozen + 16, abs=0.1)
+    tower = SimpleNamespace(model_type="dynamic")
+    config = SimpleNamespace(get_text_config=model.config.get_text_config, vision_config=tower)
+    monkeypatch.setattr(model, "config", config)
+    assert estimate(("vision_tower",)) == (False, "what a trained dynamic keeps is not known")

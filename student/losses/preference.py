@@ -25,9 +25,9 @@ from student.losses.targets import Denominators, DistillationTargets
 class PreferenceTargets(DistillationTargets):
     """Pairs of a batch: samples 0, 2, 4, ... are chosen, each followed by its rejected one.
 
-    rows (C,) int64 into hidden.reshape(B * T, D): where the next label is supervised; labels, samples (C,)
-    int64: that label, and whose it is. reference (B,) float64: the teacher's log-likelihood of each sample's
-    supervised labels, nats. label_range: the least and the greatest label, None: there is none.
+    rows (C,) int64, ascending, into hidden.reshape(B * T, D): where the next label is supervised; labels,
+    samples (C,) int64: that label, and whose it is. reference (B,) float64: the teacher's log-likelihood of
+    each sample's supervised labels, nats. label_range: the least and the greatest label, None: there is none.
     """
 
     rows: Tensor
@@ -68,7 +68,7 @@ class PreferenceLoss:
 
     Two passes over the supervised positions, both in chunks of logits: the first without gradients for the
     likelihoods, on which the weights of the second depend. Differentiable once, in hidden states and head.
-    Both samples of a pair stand in one micro-batch.
+    Both samples of a pair stand in one micro-batch. Nothing waits for the device.
     """
 
     measures = ("reward_accuracy", "reward_margin")
@@ -126,7 +126,8 @@ class PreferenceLoss:
         """The scaled sum over pairs of the loss, and the sums of measures."""
         dtype = wide_dtype(hidden.dtype, head.weight.dtype)
         samples = len(targets.reference)
-        layout = Layout.of(targets.rows[:0], targets.rows)
+        nothing, numbers = targets.rows[:0], torch.arange(len(targets.rows), device=hidden.device)
+        layout = Layout(sources=targets.rows, base=nothing, kl_rows=nothing, ce_rows=numbers)
         owners = torch.arange(samples, device=hidden.device)[:, None] == targets.samples  # (B, C)
 
         def passed(weights: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

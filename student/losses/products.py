@@ -122,9 +122,9 @@ class HeadProducts:
             return torch.mm(left, right, out=out)
         return multiply_wide(left, right, out)
 
-    def narrowed(self, hidden: Tensor) -> Tensor:
-        """hidden (N, D) as it is, or as operand where that takes less memory."""
-        return hidden.to(self.operand) if self.operand.itemsize < hidden.dtype.itemsize else hidden
+    def narrowed(self, factor: Tensor) -> Tensor:
+        """A factor as it is, or as operand where that takes less memory."""
+        return factor.to(self.operand) if self.operand.itemsize < factor.dtype.itemsize else factor
 
     def batched(self, left: Tensor, right: Tensor) -> Tensor:
         """left (I, a, b) right (I, b, c) in `dtype`."""
@@ -257,12 +257,13 @@ class Gradients:
     def add(self, products: HeadProducts, grad: Tensor, index: Tensor, states: Tensor) -> None:
         """Add what grad (n, V), in the products before bias and scale, gives at positions index (n,) with
         states (n, D)."""
+        if self.bias is not None:
+            self.bias += grad.sum(dim=0)
+        grad = products.narrowed(grad)  # once for both products
         if self.hidden is not None:
             self.hidden.index_add_(0, index, products.hidden_gradient(grad))
         if self.weight is not None:
             self.weight.add(slice(0, grad.shape[1]), grad.t(), states)
-        if self.bias is not None:
-            self.bias += grad.sum(dim=0)
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:

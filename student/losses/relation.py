@@ -263,8 +263,9 @@ def _through_logits(
     for block, matrix in products.blocks(products.columns, most):
         logits = states.new_empty(len(states), len(matrix))
         products.logits(states, block, matrix, logits)
-        gram.addmm_(logits, logits.t())
-    slopes_in = products.dtype if gradients.wanted else None
+        narrow = products.narrowed(logits)
+        add_product(gram, narrow, narrow.t())
+    slopes_in = products.operand if gradients.wanted else None
     values, slopes = _distance(gram[None], teacher[None], None, neighbours, factor[None], slopes_in)
     if slopes is None:
         return values[0], None
@@ -272,7 +273,7 @@ def _through_logits(
     for block, matrix in products.blocks(products.columns, most):
         logits = states.new_empty(len(states), len(matrix))
         curve = products.logits(states, block, matrix, logits)
-        grad = products.unscale(slopes[0] @ logits, curve)
+        grad = products.unscale(products.product(slopes[0], logits), curve)
         pulled += products.product(grad, matrix)
         if gradients.weight is not None:
             gradients.weight.add(block, grad.t(), states)
