@@ -207,13 +207,14 @@ def _cholesky(matrix: Tensor, shift: float) -> Tensor:
     return root
 
 
-_starts: dict[tuple[int, int, torch.device], Tensor] = {}
+_starts: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def start_of(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows, columns) standard normal numbers, the same always, kept on the device."""
-    key = (rows, columns, device)
-    if key not in _starts:
+    """(rows, columns) standard normal numbers, the first rows of the same always, kept on the device."""
+    known = _starts.get((columns, device))
+    if known is None or len(known) < rows:
         generator = torch.Generator().manual_seed(0)
-        _starts[key] = torch.randn(rows, columns, generator=generator).to(device)
-    return _starts[key]
+        known = torch.randn(1 << max(rows - 1, 511).bit_length(), columns, generator=generator).to(device)
+        _starts[columns, device] = known
+    return known[:rows]

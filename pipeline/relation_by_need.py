@@ -130,7 +130,7 @@ def _few_steps(whole: Tensor, bound: float) -> dict[str, Tensor] | None:
                 best = as_stored(steps, scales, told)
                 if residual >= 0.97 * bound:
                     break
-        level = level * min(max(0.99 * bound / residual, 0.25), 2.0)
+        level = level * min(max(0.99 * bound / max(residual, 1e-300), 0.25), 2.0)
     return best
 
 

@@ -20,10 +20,11 @@ from cache_schema.format.codecs.topk import topk_at
 from cache_schema.format.records import IGNORE_INDEX, StoredRelation, TopK
 from cache_schema.format.spec import Kind, TargetSpec
 from models.head import Head, _padded_product
+from pipeline import relation_batch
 from pipeline.draws import counted, tail_places, uniforms
 from pipeline.entry_rules import fitted, limits_of
 from pipeline.relation import groups_of, truncate, truncated
-from pipeline.relation_batch import norm_of, quantised
+from pipeline.relation_batch import norm_of, quantised, start_of
 from pipeline.relation_by_need import gram_of, quantised_by_need, times_lower
 from pipeline.targets import Asked, TargetMaker
 
@@ -435,6 +436,42 @@ def test_stored_relations_keep_their_bound_on_every_spectrum(bound: float, scale
             assert gap <= 1.01 * bound + 1e-12
             np.testing.assert_allclose(float(found["residual"][image]), gap, rtol=0.01, atol=1e-12)
             np.testing.assert_allclose(np.linalg.norm(factor @ factor.T), np.linalg.norm(gram), rtol=0.05)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64, 65, 80, 300])
+@pytest.mark.parametrize("make", MAKERS)
+def test_matrices_without_any_noise_are_stored(make: Maker, tokens: int) -> None:
+    """Tokens all alike, one that is not zero, repeated ones, groups, none; whatever came before."""
+    states = some_hidden(-(-tokens // 4), 8).repeat(4, 1)[:tokens]
+    blocks = (torch.arange(tokens)[:, None] // 7 == torch.arange(tokens) // 7).float()
+    alone = torch.zeros(tokens, tokens)
+    alone[0, 0] = 1.0
+    whole = torch.ones(tokens, tokens)
+    grams = torch.stack([whole, alone, states @ states.T, blocks, torch.zeros(tokens, tokens)])
+    counts, norms = torch.full((5,), tokens), norm_of(grams)
+    found = make(grams, counts, norms, bound=1e-5, max_rank=1024)
+    for image, gram in enumerate(grams[:4].double().numpy()):
+        factor = factor_in(found, image)
+        assert matrix_gap(gram, factor @ factor.T) <= 1.01e-5
+    assert not found["columns"][4].any()
+    make(
+        whole.new_ones(1, 900, 900),
+        torch.tensor([900]),
+        torch.tensor([900.0]).double(),
+        bound=1e-5,
+        max_rank=1024,
+    )
+    again = make(grams, counts, norms, bound=1e-5, max_rank=1024)
+    assert all(torch.equal(values, again[name]) for name, values in found.items())
+
+
+def test_starts_of_many_sizes_are_kept_once() -> None:
+    longest = start_of(1500, 80, torch.device("cpu"))
+    assert torch.equal(start_of(7, 80, torch.device("cpu")), longest[:7])
+    kept = len(relation_batch._starts)
+    for rows in range(1, 1500, 100):
+        start_of(rows, 80, torch.device("cpu"))
+    assert len(relation_batch._starts) == kept
 
 
 def test_what_a_cpu_stores_by_need_takes_no_more_bits() -> None:
