@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from cache_schema.version import VERSION
 from demo.settings import DemoConfig, RoundsConfig
 from pipeline.settings import BuildConfig, ClusterConfig, DeriveConfig, ForecastConfig
 from student.settings import AnswersConfig, EvaluateConfig, NewStudentConfig, ScoreConfig, TrainConfig
-from views.options import by_stage, with_options
+from views.options import by_stage, read_options, with_options
 from views.outcome import run
 from views.settings import ForecastFiles, PageConfig
 from views.terminal import Bar, print_json, print_problems, print_summary, print_training
@@ -29,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+TrainOptions = Annotated[dict[str, Any], TrainConfig]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 CachePath = Annotated[str, typer.Argument(help="A cache: a folder or an fsspec URL.")]
 NewCache = Annotated[str, typer.Option(help="The new cache.")]
@@ -70,7 +71,7 @@ def rounds(config: RoundsConfig, json_: Json = False) -> None:
     """Distil on-policy in rounds: answers, their cache, training; run again to continue."""
     from demo.rounds import run_rounds
 
-    _show(run_rounds(config), json_, "rounds")
+    _show(run_rounds(config, _check_round), json_, "rounds")
 
 
 @command()
@@ -94,8 +95,7 @@ def build(config: BuildConfig, place: ClusterConfig, json_: Json = False) -> Non
     from pipeline.capture import build as build_cache
     from pipeline.cluster import build_on_cluster
 
-    on_ray = place.cluster is not None
-    made = build_on_cluster(config, place, Bar()) if on_ray else build_cache(config, Bar())
+    made = build_on_cluster(config, place, Bar()) if place.cluster is not None else build_cache(config, Bar())
     _show(made.to_json(), json_, "cache")
 
 
@@ -127,8 +127,7 @@ def inspect(
     elif sample is not None:
         print_json(sample_document(opened, sample)) if json_ else print_sample(opened, sample, images)
     else:
-        summary = summarise(opened)
-        print_json(summary) if json_ else print_summary_page(summary)
+        (print_json if json_ else print_summary_page)(summarise(opened))
 
 
 @command()
@@ -252,7 +251,7 @@ def new_student(config: NewStudentConfig, json_: Json = False) -> None:
 
 @command()
 def train(
-    options: Annotated[dict[str, Any], TrainConfig],
+    options: TrainOptions,
     image_root: list[str] | None = None,
     cache: list[str] | None = None,
     stage: str | None = None,
@@ -329,6 +328,13 @@ def report(
     from views.run_report import report as report_run
 
     _show({"report": str(report_run(run, out))}, json_, "report")
+
+
+def _check_round(words: Mapping[str, list[str]], training: Mapping[str, Any]) -> None:
+    """WrongUsage where a command of a round would end so."""
+    read_options("answers", words["answers"], AnswersConfig)
+    read_options("build", words["build"], BuildConfig, ClusterConfig)
+    TrainConfig.check_alone(training, read_options("train", words["train"], TrainOptions))
 
 
 def _show(document: dict[str, Any], json_: bool, title: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cache_schema.file_cache import FileCacheConfig
 from cache_schema.settings import DatasetImageRoot, Device, Help, at_least, check, positive, within
 from student.sources import Mixture, Source
-from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps, Stage
+from student.stages import Epochs, GlobalBatch, LearningRate, LoraRank, MaxSteps, Stage, recipe_from
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -221,6 +222,13 @@ class TrainConfig:
             and self.watch == "loss",
         }
         check(self, faults, where=f"stage {stage.name}: ")
+
+    @classmethod
+    def check_alone(cls, recipe: Any, options: Mapping[str, Any]) -> None:
+        """WrongUsage where a run with these settings would refuse the only stage of a recipe's document."""
+        (entry,) = recipe_from(recipe, "recipe").stages
+        settings = {**options, "stage": entry.stage, "cache": None, "mixture": entry.mixture}
+        cls(**settings).refuse_half_pairs()
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -253,12 +253,13 @@ def open_recipe(name_or_file: str) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-        return _recipe_from(document, path)
+        return recipe_from(document, path.stem)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise WrongUsage(f"recipe {path}: {' '.join(str(error).split())}; correct the file") from error
 
 
-def _recipe_from(document: Any, path: Path) -> Recipe:
+def recipe_from(document: Any, name: str) -> Recipe:
+    """The recipe that a document describes; name: where it has none. WrongUsage where it is no recipe."""
     if not isinstance(document, dict) or not isinstance(document.get("stages"), list):
         raise WrongUsage("it must hold a list `stages`")
     unknown = sorted(set(document) - {"name", "stages"})
@@ -283,7 +284,7 @@ def _recipe_from(document: Any, path: Path) -> Recipe:
     names = [entry.stage.name for entry in stages]
     if not names or len(set(names)) != len(names):
         raise WrongUsage(f"stage names must be distinct, not {names}")
-    name = document.get("name", path.stem)
+    name = document.get("name", name)
     if not isinstance(name, str):
         raise WrongUsage(f"name must be a text, not {name!r}")
     return Recipe(name=name, stages=tuple(stages))

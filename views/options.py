@@ -13,10 +13,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 from rich.markup import escape
 
+from cache_schema.errors import WrongUsage
 from cache_schema.settings import Only, Setting, Written, number_and_words, resolved, settings_of
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]+")
 _AS_TYPED = (int, float, str, bool, Path)
+
+UsageError: Any = typer.BadParameter.__mro__[2]
+"""The base of all of typer's own errors."""
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -51,6 +55,30 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def read_options(name: str, arguments: Sequence[str], *settings: Any) -> Any:
+    """What a command with parameters of these types would receive as the first of them. WrongUsage, with the
+    command's name, where it would end so."""
+    received: list[Any] = []
+    kinds = {f"settings_{number}": kind for number, kind in enumerate(settings)}
+
+    def command(**values: Any) -> None:
+        received.extend(values.values())
+
+    command.__annotations__ = kinds
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(one, inspect.Parameter.KEYWORD_ONLY, annotation=kinds[one]) for one in kinds]
+    )
+    line = typer.Typer(add_completion=False)
+    line.command(add_help_option=False)(with_options(command))
+    try:
+        typer.main.get_command(line).main(list(arguments), standalone_mode=False)
+    except UsageError as error:
+        raise WrongUsage(f"{name}: {error.format_message()}") from error
+    except WrongUsage as error:
+        raise WrongUsage(f"{name}: {error}") from error
+    return received[0]
 
 
 def words(text: str) -> list[str]:
@@ -152,6 +180,8 @@ def _metavar(kind: Any) -> str:
         return "|".join(map(str, arguments))
     if origin is Mapping:
         return "NUMBER,NAME=NUMBER,..."
+    if is_dataclass(kind):
+        return "NAME"
     part = resolved(arguments[0])[0]
     return "NAME,..." if get_origin(part) is Literal else "NUMBER,..."
 

@@ -7,13 +7,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 
 from cache_schema.errors import KdcacheError, StoppedEarly, WrongUsage, printable, shown
-
-_UsageError: Any = typer.BadParameter.__mro__[2]  # the base of all of typer's own errors
+from views.options import UsageError
 
 
 def run(app: typer.Typer, arguments: Sequence[str]) -> int:
@@ -43,7 +42,7 @@ def _outcome(error: Exception) -> tuple[str, int]:
     """The error line and the exit code of an exception."""
     if isinstance(error, StoppedEarly):
         return f"stopped: {error}", 3
-    if isinstance(error, _UsageError):
+    if isinstance(error, UsageError):
         told = error.format_message()  # empty where the help was shown instead
         return f"error: {printable(told)}" if told else "", 2
     if isinstance(error, KdcacheError):
