@@ -102,8 +102,9 @@ class Extractor:
         )
 
     def _run(self, packs: list[Pack]) -> list[Launched]:
-        """One batch of packs. When memory runs out, it is split in halves and the budget shrinks. It is also
-        split when the engine refuses a sample or fails on it, until that sample is alone."""
+        """One batch of packs. When memory runs out, it is split in halves and the budget shrinks; a sample
+        alone is tried once more when nothing else is in memory. It is also split when the engine refuses a
+        sample or fails on it, until that sample is alone."""
         try:
             return [self._launch(packs)]
         except RowRejected as error:
@@ -119,8 +120,13 @@ class Extractor:
                     ) from error
                 detail = f"the teacher fails on the sample: {first_line(error)}"
                 return self._apart(packs, RowRejected("forward", detail))
+        flying = list(self._flying)
+        self._flying.clear()
+        wait(flying)  # what is in transfer takes memory too
         release_memory()
         longest = max(map(len, packs))
+        if len(packs) == 1 and flying:
+            return self._run(packs)
         if len(packs) > 1:
             self.batch_tokens = max(longest, min(self.batch_tokens, longest * len(packs)) // 2)
         detail = f"{longest} tokens do not fit into memory, even alone"

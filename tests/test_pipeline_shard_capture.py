@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -115,6 +116,29 @@ def test_what_an_uncapturable_sample_was_to_bring_another_brings() -> None:
         found[1].images[0].visual.logprobs,  # type: ignore[union-attr]
         alone[1].images[0].visual.logprobs,  # type: ignore[union-attr]
     )
+
+
+def test_a_sample_for_which_records_in_transfer_leave_no_memory_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    extractor = extractor_of(engine)
+    states, fetch = engine.hidden_states, extractor._fetch
+
+    def fits_alone(samples: Sequence[PreparedSample]) -> list[Tensor]:
+        if not all(future.done() for future in extractor._flying) or samples[0].row == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return states(samples)
+
+    def late(*arguments: object) -> object:
+        time.sleep(0.05)
+        return fetch(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "hidden_states", fits_alone)
+    monkeypatch.setattr(extractor, "_fetch", late)
+    found = ShardCapture(extractor).run([a_sample(row, "a") for row in range(4)])
+    assert [isinstance(found[row], CapturedSample) for row in range(4)] == [True, True, True, False]
+    assert found[3].reason == "out_of_memory"  # type: ignore[union-attr]
 
 
 def test_an_error_on_the_host_is_raised_where_samples_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
