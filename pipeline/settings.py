@@ -149,6 +149,7 @@ class BuildConfig:
             "private spans do not go with hidden states, which hold every distribution": named
             and bool(self.spec.hidden),
             "private spans do not go with tail samples": named and self.spec.tail_samples > 0,
+            "private and private_field must not be empty": "" in (self.private, self.private_field),
         }
         check(self, faults)
 

@@ -78,9 +78,14 @@ def _by_condition(
     conditions: Mapping[str, str], caches: Sequence[Cache], catalogue: Catalogue
 ) -> dict[str, Int64]:
     """The samples of each domain: the first whose condition they meet, else REST where there are any."""
-    parsed = {name: parse(text) for name, text in conditions.items()}
-    if relative := [name for name, condition in parsed.items() if condition.quantiles]:
-        raise WrongUsage(f"domain {relative[0]} of the mixture: quantile() is for `kdcache select`")
+    parsed = {}
+    for name, text in conditions.items():
+        try:
+            parsed[name] = parse(text)
+        except WrongUsage as error:
+            raise WrongUsage(f"domain {name} of the mixture: {error}") from error
+        if parsed[name].quantiles:
+            raise WrongUsage(f"domain {name} of the mixture: quantile() is for `kdcache select`")
     fields = frozenset().union(*(condition.fields for condition in parsed.values()))
     place = np.full(len(catalogue.tokens), len(parsed))
     at = 0

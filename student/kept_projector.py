@@ -123,12 +123,14 @@ def _reduced(layers: Mapping[str, Tensor], width: int, seen: Tensor) -> tuple[di
 @torch.inference_mode()
 def _features(student: Any, image_processor: Any, images: Path | None) -> Tensor:
     """(N, D_v) features that the projector takes of some images, in float64."""
-    files = sorted(images.iterdir())[:IMAGES] if images is not None and images.is_dir() else []
-    if not files:
+    if images is None:
         raise KdcacheError(
             "the student's language model is narrower than the teacher's: the projector is fitted to images; "
             "give a folder of some with --projector-images"
         )
+    files = sorted(images.iterdir())[:IMAGES] if images.is_dir() else []
+    if not files:
+        raise KdcacheError(f"--projector-images {images} is no folder with images; give one")
     found: list[Tensor] = []
     handle = student.model.multi_modal_projector.register_forward_pre_hook(
         lambda _, inputs: found.append(inputs[0].reshape(-1, inputs[0].shape[-1]).double())
@@ -139,7 +141,9 @@ def _features(student: Any, image_processor: Any, images: Path | None) -> Tensor
                 pixels = image_processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"]
             student.get_image_features(pixels.to(student.dtype))
     except OSError as error:
-        raise KdcacheError(f"image {file} cannot be read: {first_line(error)}; remove it") from error
+        raise KdcacheError(
+            f"image {file} cannot be read: {first_line(error)}; give a folder of images alone"
+        ) from error
     finally:
         handle.remove()
     return torch.cat(found)

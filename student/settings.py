@@ -80,7 +80,7 @@ class NewStudentConfig:
     def __post_init__(self) -> None:
         alone = self.projector_images is not None and self.projector_from is None
         one = (self.experts is None) != (self.active is None)
-        many = (self.active or 0) > (self.experts or 0)
+        many = self.experts is not None and (self.active or 0) > self.experts
         check(
             self,
             {
@@ -360,7 +360,13 @@ class AnswersConfig:
     files: FileCacheConfig = field(default_factory=FileCacheConfig)
 
     def __post_init__(self) -> None:
-        check(self)
+        check(
+            self,
+            {
+                "top_p needs a temperature: greedy answers draw nothing": self.top_p < 1.0
+                and not self.temperature
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -319,9 +319,13 @@ class _Run:
             if self.state.step == self.total and self.ranks.main:
                 self.kept.write_model(self.student.trained())
             self.kept.end(fault)
-        measured["loss"] = weighted(measured, self.stage.losses)
+        watch: str = self.config.watch
+        if self.stage.preference:
+            watch = "ce"  # a held-out cache has no pairs, and so no loss
+        else:
+            measured["loss"] = weighted(measured, self.stage.losses)
         self.journal.write(self.state.step, measured, group="held-out")
-        self.state.take(measured, self.config.watch)
+        self.state.take(measured, watch)
         if self.kept.saved_step == self.state.step or self.state.best_step == self.state.step:
             self.kept.save()
 

@@ -87,6 +87,11 @@ def test_what_cannot_be_kept_is_refused(teacher, tmp_path):
     model, processor = student_of(tmp_path, 24)
     with pytest.raises(KdcacheError, match="--projector-images"):
         keep_projector(model, teacher, processor.image_processor, None)
+    with pytest.raises(KdcacheError, match=r"--projector-images .*none-here is no folder with images"):
+        keep_projector(model, teacher, processor.image_processor, tmp_path / "none-here")
+    (tmp_path / "mixed" / "folder").mkdir(parents=True)
+    with pytest.raises(KdcacheError, match=r"image .*mixed/folder cannot be read: .*give a folder of images"):
+        keep_projector(model, teacher, processor.image_processor, tmp_path / "mixed")
     other = tiny_llava(tmp_path / "other", seed=1, vision_hidden=16)
     with pytest.raises(KdcacheError, match="takes features of width 16, the student's tower gives 24"):
         keep_projector(model, other, processor.image_processor, None)

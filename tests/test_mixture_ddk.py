@@ -106,6 +106,10 @@ def test_domains_share_out_all_samples_and_hold_some_out(world):
     assert all(np.array_equal(a.held_out, b.held_out) for a, b in zip(made, again, strict=True))
     with pytest.raises(WrongUsage, match="domain nothing of the mixture has 0 samples"):
         domains_of(replace(mixture, domains={"nothing": "tokens > 9999"}), caches, catalogue, seed=3)
+    with pytest.raises(WrongUsage, match=r"domain odd of the mixture: .*no field 'token'"):
+        domains_of(replace(mixture, domains={"odd": "token > 9"}), caches, catalogue, seed=3)
+    with pytest.raises(WrongUsage, match=r"domain odd of the mixture: quantile\(\) is for `kdcache select`"):
+        domains_of(replace(mixture, domains={"odd": "tokens > quantile(0.5)"}), caches, catalogue, seed=3)
 
 
 def test_shares_are_measured_every_n_steps_and_reported(whole, tmp_path):

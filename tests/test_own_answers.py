@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cache_schema import KdcacheError
 from cache_schema.datasets.rows import open_dataset
+from cache_schema.errors import KdcacheError, WrongUsage
 from cache_schema.progress import Silent
 from student.answering import Answerer
 from student.own_answers import write_answers
@@ -89,6 +89,8 @@ def test_draws_are_those_of_the_seed(world, tmp_path):
 
 def test_what_cannot_be_done_is_told(world, tmp_path):
     (tmp_path / "there.jsonl").write_text("mine")
+    with pytest.raises(WrongUsage, match="top_p needs a temperature"):
+        answers(world, tmp_path / "new.jsonl", top_p=0.5)
     with pytest.raises(KdcacheError, match="exists; choose another --out"):
         answers(world, tmp_path / "there.jsonl")
     assert (tmp_path / "there.jsonl").read_text() == "mine"

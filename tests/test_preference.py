@@ -23,6 +23,7 @@ from student.settings import TrainConfig
 from student.stages import DFT, PD, Stage, open_recipe, stage_from
 from student.train import train
 from tests.student_caches import fake_capture, make_world
+from views.run_curves import StageRun, draw_curves
 
 BETA = 0.3
 
@@ -264,6 +265,20 @@ def test_samples_without_partner_are_told_and_too_many_are_refused(world, tmp_pa
     with pytest.raises(KdcacheError, match=r"12 of 24 samples of .* have no partner in .*fewer"):
         train(settings(world, tmp_path / "none", rejected=str(fewer)), Silent())
     assert not (tmp_path / "none" / "model").exists()
+
+
+def test_a_held_out_cache_is_measured_without_a_loss_of_pairs_and_the_labels_choose(world, tmp_path):
+    eval_cache = str(world[0].cache)
+    config = settings(world, tmp_path, eval_cache=eval_cache, eval_every=1, early_stop=9, watch="ce")
+    evaluation = train(config, Silent())["evaluation"]
+    held_out = [line for line in read_metrics(tmp_path) if line["group"] == "held-out"]
+    assert len(held_out) == 4
+    assert not any("loss" in line for line in held_out)
+    assert evaluation["ce"] == min(line["ce"] for line in held_out)
+    assert "reward of chosen less that of rejected answers" in {
+        axes.get_title(loc="left")
+        for axes in draw_curves([StageRun(name="pd", train=lines_of(tmp_path), held_out=held_out)]).axes
+    }
 
 
 def test_what_are_no_pairs_is_refused(world, tmp_path):

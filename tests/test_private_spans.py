@@ -155,6 +155,9 @@ def test_a_cache_does_not_hold_what_is_private(setting, tmp_path, way):
 def test_what_does_not_go_together_is_refused(setting, tmp_path):
     with pytest.raises(WrongUsage, match=r"--private '\(' is not a regular expression"):
         built(setting, tmp_path / "a", private="(")
+    for empty in ({"private": ""}, {"private": "x", "private_field": ""}):
+        with pytest.raises(WrongUsage, match="private and private_field must not be empty"):
+            built(setting, tmp_path / "a", **empty)
     with pytest.raises(WrongUsage, match="hidden states, which hold every distribution"):
         BuildConfig(
             teacher=setting[0],
