@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cache_schema import CacheWriter, IdentityMismatch, KdcacheError, TargetSpec, open_cache
+from cache_schema import CacheDamaged, CacheWriter, IdentityMismatch, KdcacheError, TargetSpec, open_cache
 from cache_schema.format.store import LocalStore
+from cache_schema.operations.select import select
 from cache_schema.operations.verify import verify
 from tests.cache_faults import moments
 from tests.cache_teacher import KILL_SPEC, assert_same_cache, build_cache, capture, make_manifest
@@ -160,3 +162,47 @@ def test_reopening_a_shard_captures_it_anew(tmp_path: Path, undisturbed: Path) -
     assert build_cache(tmp_path, KILL_SPEC) == [2]
     assert_same_cache(tmp_path, undisturbed)
     assert build_cache(tmp_path, KILL_SPEC) == []
+
+
+def read_whole(path: Path) -> list[int]:
+    cache = open_cache(path)
+    return [cache[number].row for number in range(len(cache))]
+
+
+@pytest.mark.parametrize("special", ["pipe", "device"])
+@pytest.mark.parametrize("folder", ["", "commits", "samples", "targets"])
+def test_pipes_and_devices_in_place_of_files_are_refused(
+    tmp_path: Path, undisturbed: Path, folder: str, special: str
+) -> None:
+    """A pipe would be waited for without end, and /dev/zero read until memory ends."""
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "cache"))
+    path = next(path for path in sorted((copy / folder).iterdir()) if path.is_file())
+    path.unlink()
+    if special == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CacheDamaged, match=f"{path.name}: .*a device, not a file"):
+        read_whole(copy)
+    problems = verify(copy).problems
+    assert any(problem.file == path.relative_to(copy).as_posix() for problem in problems)
+
+
+def test_a_file_longer_than_its_record_says_is_told(tmp_path: Path, undisturbed: Path) -> None:
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "cache"))
+    path = min((copy / "samples").iterdir())
+    with path.open("ab") as file:
+        file.truncate(path.stat().st_size + (1 << 40))  # sparse: 1 TiB that takes no disk
+    with pytest.raises(CacheDamaged, match=rf"{path.name}: truncated or altered"):
+        read_whole(copy)
+
+
+def test_a_selection_does_not_hold_the_symbolic_links_of_its_source(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "cache"))
+    path = min((copy / "samples").iterdir())
+    path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    select(str(copy), None, str(tmp_path / "selected"))
+    assert not [path for path in (tmp_path / "selected").rglob("*") if path.is_symlink()]
+    assert len(read_whole(tmp_path / "selected")) == len(read_whole(undisturbed))

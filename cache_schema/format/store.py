@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import fsspec
 
-from cache_schema.errors import KdcacheError, WrongUsage, first_line
+from cache_schema.errors import CacheDamaged, KdcacheError, WrongUsage, first_line
 from cache_schema.output import sync
 from cache_schema.patience import patiently
 
@@ -109,18 +110,24 @@ class LocalStore:
         self.url = str(root)
 
     def read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
+        return self._read(path, 0, None)
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
         with ThreadPoolExecutor(WORKERS) as pool:
             return list(pool.map(self._read_range, ranges))
 
     def _read_range(self, wanted: Range) -> bytes:
-        if wanted.whole:
-            return self.read(wanted.path)
-        with open(self.root / wanted.path, "rb") as file:
-            file.seek(wanted.start)
-            return file.read(wanted.end - wanted.start)
+        return self._read(wanted.path, wanted.start, wanted.end + wanted.whole)
+
+    def _read(self, path: str, start: int, end: int | None) -> bytes:
+        """Bytes of a regular file, no more than it holds. CacheDamaged for a pipe or a device, which may
+        never end."""
+        with open(os.open(self.root / path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise CacheDamaged(f"{self.url}/{path}: a pipe, a socket or a device, not a file")
+            file.seek(start)
+            return file.read(max(0, (state.st_size if end is None else min(end, state.st_size)) - start))
 
     def exists(self, path: str) -> bool:
         return (self.root / path).exists()

@@ -210,7 +210,7 @@ def _link(cache: Cache, writer: CacheWriter, paths: Mapping[str, str]) -> bool:
     try:
         for path, new in paths.items():
             (target.root / new).parent.mkdir(parents=True, exist_ok=True)
-            os.link(source.root / path, target.root / new)
+            os.link((source.root / path).resolve(), target.root / new)  # what a symbolic link names
             made.append(new)
     except FileNotFoundError as error:
         target.remove(made)
