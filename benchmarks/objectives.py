@@ -182,7 +182,9 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES), metavar="NAME"
     )
-    parser.add_argument("--device", choices=sorted(DEVICES), default="H100")
+    parser.add_argument(
+        "--device", choices=[name for name, each in DEVICES.items() if not each.is_host], default="H100"
+    )
     parser.add_argument(
         "--rounds",
         type=int,

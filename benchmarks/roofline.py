@@ -1,12 +1,13 @@
 """Foretells how long recorded operations take on a device, from the rates of a table.
 
-    python -m benchmarks.roofline [--device H200] [--json FILE]
+    python -m benchmarks.roofline [--device H200|H100|A100|CPU] [--json FILE]
 
 An operation takes the longer of its arithmetic and its traffic, and at least the shortest time of a kernel.
 The host starts kernels one after the other. Where nothing waits for the device, host and device run beside
 each other and the longer decides; code that waits runs them in turn. calibration.json holds the operations of
 version 0.1.0, which one H200 has measured: the table shows how far the model is off there. Not foretold:
-library start-up, caches, clocks that fall under load, other processes.
+library start-up, caches, clocks that fall under load, other processes. CPU is one core of the machine of
+LOG.md, in processor time, by the code that runs there, in float32: one sample in place of 16.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import _shapes
-from benchmarks._recorder import Operation, Recording, as_on_cuda, imagined
+from benchmarks._recorder import Operation, Recording, as_on_cpu, as_on_cuda, imagined
 from student.losses import LossWeights, PlannedTargets
 from student.model import DistilledStudent
 from student.stages import CE_ONLY
@@ -38,7 +39,8 @@ class Device:
 
     matmul: floating-point operations per second of matrix products by the dtype of their factors. memory:
     bytes per second, read plus written. kernel: seconds that the smallest kernel takes. launch: seconds of
-    the host per kernel. wait: seconds of the host per wait, beyond the work waited for.
+    the host per kernel. wait: seconds of the host per wait, beyond the work waited for. is_host: whether the
+    host does the work itself.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Device:
     kernel: float = 3e-6
     launch: float = 10e-6
     wait: float = 2e-5
+    is_host: bool = False
 
 
 _FACTORS = {"factorisation": 0.8e12}
@@ -75,6 +78,15 @@ DEVICES = {
             matmul=_rates(260e12, 18e12),
             memory=1.4e12,
         ),
+        Device(
+            name="CPU",  # products: those of the floor of benchmarks.losses, 2026-11-26
+            matmul={"bfloat16": 140e9, "float32": 140e9, "float64": 70e9, "factorisation": 1e9},
+            memory=12e9,
+            kernel=0.0,
+            launch=5e-6,
+            wait=0.0,
+            is_host=True,
+        ),
     )
 }
 
@@ -90,11 +102,13 @@ class Forecast:
     waits: int
     flops: int
     bytes: int
+    is_host: bool
 
     @property
     def seconds(self) -> float:
-        """The longer of device and host; their sum where the host waits."""
-        return self.device + self.host if self.waits else max(self.device, self.host)
+        """The longer of device and host; their sum where the host waits, or is the device."""
+        in_turn = self.waits or self.is_host
+        return self.device + self.host if in_turn else max(self.device, self.host)
 
 
 def foretell(recording: Recording, device: Device) -> Forecast:
@@ -112,7 +126,14 @@ def foretell(recording: Recording, device: Device) -> Forecast:
         flops += count * operation.flops
         moved += count * operation.bytes
     return Forecast(
-        device=busy, host=host, floor=floor, launches=launches, waits=waits, flops=flops, bytes=moved
+        device=busy,
+        host=host,
+        floor=floor,
+        launches=launches,
+        waits=waits,
+        flops=flops,
+        bytes=moved,
+        is_host=device.is_host,
     )
 
 
@@ -143,16 +164,18 @@ STEPS: dict[str, tuple[LossWeights, bool]] = {
 """By name, what is recorded: the objective, and whether the student's forward and backward are in it."""
 
 
-def recordings(steps: Sequence[str] = tuple(STEPS)) -> dict[str, Recorded]:
-    """Some of STEPS for a micro-batch of 16 samples at LLaVA-KD's shapes, by the code as it
-    is."""
+def recordings(
+    steps: Sequence[str] = tuple(STEPS), *, samples: int = SAMPLES, on_cuda: bool = True
+) -> dict[str, Recorded]:
+    """Some of STEPS for a micro-batch of samples at LLaVA-KD's shapes, by the code as it is: on CUDA under
+    autocast, or on a CPU in float32."""
     with tempfile.TemporaryDirectory() as folder:
-        batch = _shapes.batch_of(Path(folder), _shapes.STUDENT, samples=SAMPLES, rank=64)
+        batch = _shapes.batch_of(Path(folder), _shapes.STUDENT, samples=samples, rank=64)
 
     def record(weights: LossWeights, *, whole: bool) -> Recorded:
         given = batch.targets if weights != CE_ONLY else None
         targets = PlannedTargets.of(batch.labels, given, weights)
-        with imagined() as recorder, as_on_cuda():
+        with imagined() as recorder, as_on_cuda() if on_cuda else as_on_cpu():
             student = DistilledStudent(
                 _shapes.STUDENT.build(),
                 weights,
@@ -166,7 +189,7 @@ def recordings(steps: Sequence[str] = tuple(STEPS)) -> dict[str, Recorded]:
                 student.hidden_states = lambda _: states
                 leaves.append(states)
             recorder.begin()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on_cuda):
                 parts = student(batch.inputs, batch.labels, targets, batch.denominators)
             parts.total.backward()
             gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -188,13 +211,15 @@ def main() -> None:
         }
         for case in calibration()
     ]
+    device = DEVICES[arguments.device]
+    samples = 1 if device.is_host else SAMPLES
     rows += [
-        {**_row(name, found.operations, DEVICES[arguments.device]), "peak": found.peak}
-        for name, found in recordings().items()
+        {**_row(name, found.operations, device), "peak": found.peak}
+        for name, found in recordings(samples=samples, on_cuda=not device.is_host).items()
     ]
     print(
-        f"{f'{SAMPLES} samples':40} {'ms':>8} {'measured':>9} {'floor':>7} {'ratio':>6} {'launches':>9} "
-        f"{'waits':>6} {'peak MB':>8}"
+        f"{'1 sample' if samples == 1 else f'{samples} samples':40} {'ms':>8} {'measured':>9} {'floor':>7} "
+        f"{'ratio':>6} {'launches':>9} {'waits':>6} {'peak MB':>8}"
     )
     for row in rows:
         measured = f"{row['measured_ms']:9.1f}" if "measured_ms" in row else f"{'-':>9}"

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from benchmarks import _shapes
 from benchmarks._capture_forecast import target_recordings
-from benchmarks._recorder import as_on_cuda, imagined
+from benchmarks._recorder import as_on_cpu, as_on_cuda, imagined
 from benchmarks._shapes import TEACHER
 from benchmarks.roofline import DEVICES, SAMPLES, calibration, foretell, recordings
 from cache_schema.format.spec import TargetSpec
@@ -18,10 +18,13 @@ from pipeline.targets import Asked, TargetMaker
 from student.losses import (
     Denominators,
     DistillationLoss,
+    DistillationTargets,
     Head,
     LossWeights,
     PlannedTargets,
+    PositionTargets,
     PreferenceTargets,
+    RelationTargets,
 )
 from student.model import DistilledStudent
 from student.optimize import Optimization
@@ -35,6 +38,33 @@ from tests.distillation_batches import LENGTH, SPANS, D, V, collate, make_sample
 def test_the_forecast_is_within_30_percent_of_the_measurement(case):
     foretold = foretell(case["recording"], DEVICES[case["device"]]).seconds * 1e3
     assert abs(foretold / case["measured_ms"] - 1) < 0.3
+
+
+@pytest.mark.slow
+def test_the_forecast_for_a_cpu_is_within_30_percent_of_what_one_core_took():
+    """The sizes of benchmarks.losses in float32 with a trained head, processor seconds of LOG.md."""
+    count, vocab, width, entries = 1458, 151_936, 1024, 64
+    places, response = torch.arange(count), count // 2
+    samples = torch.zeros(count, dtype=torch.long)
+    record = PositionTargets(
+        positions=places,
+        samples=samples,
+        token_ids=torch.arange(entries).expand(count, entries),
+        logprobs=torch.full((count, entries), -6.0),
+        tail_logprob=torch.full((count, 1), -0.2),
+        temperatures=torch.ones(1),
+    )
+    image = RelationTargets(positions=places[:response], sample=0, factor=torch.ones(response, 64))
+    labels = torch.full((1, count + 1), -100)
+    labels[0, response + 1 :] = 5
+    targets = DistillationTargets(positions={"response": record}, relations=(image,))
+    planned, counts = PlannedTargets.of(labels, targets), Denominators.of(labels, targets)
+    with imagined() as recorder, as_on_cpu():
+        hidden = torch.empty(1, count + 1, width, requires_grad=True)
+        head = Head(weight=torch.empty(vocab, width, requires_grad=True))
+        recorder.begin()
+        DistillationLoss(LossWeights())(hidden, labels, planned, head, counts).total.backward()
+    assert abs(foretell(recorder.operations, DEVICES["CPU"]).seconds / 13.67 - 1) < 0.3
 
 
 def test_a_product_counts_its_operations_bytes_and_launch():
