@@ -6,15 +6,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache_schema.format.records import StoredRelation
 from student.losses import (
     Denominators,
     DistillationLoss,
     DistillationTargets,
-    FactorSteps,
     Head,
     LossWeights,
     PlannedTargets,
@@ -101,13 +102,18 @@ def asked_of(of: Sizes, samples: int) -> tuple[Tensor, DistillationTargets]:
             temperatures=torch.ones(1),
         )
 
+    random = np.random.default_rng(0)
     relations = tuple(
         RelationTargets(
             positions=torch.arange(begin, begin + of.visual) + of.length * b,
             sample=b,
-            steps=FactorSteps(
-                columns=torch.randint(-128, 128, (of.rank, of.visual), dtype=torch.int16),
-                scales=torch.rand(of.rank) / 64,
+            stored=StoredRelation(
+                tokens=of.visual,
+                residual=0.0,
+                norm=1.0,
+                scales=np.full(of.rank, 1 / 64, np.float32),
+                columns=random.integers(0, 256, (of.rank, of.visual), np.uint16),
+                triangle=np.zeros(0, np.float16),
             ),
         )
         for b in range(samples)
@@ -134,6 +140,12 @@ def micro_batch(of: Sizes, samples: int) -> dict[str, Any]:
         "targets": PlannedTargets.of(labels, targets).to(of.device),
         "counts": Denominators.of(labels, targets),
     }
+
+
+def factor_of(image: RelationTargets) -> Tensor:
+    """(P, r) on the device of its positions."""
+    assert image.stored is not None
+    return torch.from_numpy(image.stored.decode().factor).to(image.positions.device)
 
 
 def check_kernel(of: Sizes) -> list[str]:
@@ -240,7 +252,7 @@ def check_loss(of: Sizes) -> list[str]:
                 tail = target.tail_logprob[:, 0].double()
                 loss = loss + (inside + tail.exp() * (tail - masked.logsumexp(1))).mean()
             seen = z[targets.relations[0].positions][:, :tokens]
-            gram, factor = (seen @ seen.t()).double(), targets.relations[0].steps.factor().double()
+            gram, factor = (seen @ seen.t()).double(), factor_of(targets.relations[0]).double()
             other = factor @ factor.t()
             loss = loss + 0.5 * (1 - F.cosine_similarity(gram.flatten(), other.flatten(), dim=0))
         return (loss.detach(), *torch.autograd.grad(loss, (h, w)))

@@ -24,7 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._clock import Clock
-from benchmarks._loss_batch import Sizes, check_kernel, check_loss, for_weights, micro_batch, records
+from benchmarks._loss_batch import (
+    Sizes,
+    check_kernel,
+    check_loss,
+    factor_of,
+    for_weights,
+    micro_batch,
+    records,
+)
 from models.device import device_name
 from student.losses import DistillationLoss, Head, LossWeights
 from student.losses.fused import memory_budget_of
@@ -100,7 +108,7 @@ def dense_step(of: Sizes, batch: dict[str, Any]) -> None:
             q = F.log_softmax(logits[part], dim=-1, dtype=torch.float32)
             loss = loss + F.kl_div(q, p, reduction="batchmean")
         seen = logits[: of.visual, : of.tokens]
-        gram, factor = (seen @ seen.t()).float(), batch["targets"].relations[0].steps.factor().to(of.device)
+        gram, factor = (seen @ seen.t()).float(), factor_of(batch["targets"].relations[0]).to(of.device)
         loss = loss + 0.5 * (1 - F.cosine_similarity(gram.flatten(), (factor @ factor.t()).flatten(), dim=0))
     loss.backward()
 

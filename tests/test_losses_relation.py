@@ -273,11 +273,13 @@ def test_steps_make_the_factor_of_the_host_on_the_device():
     )
     target = RelationTargets.of(stored, torch.arange(256), 0)
     assert target.factor is None
-    assert target.steps.columns.dtype == torch.int16
-    made = target.steps.factor()
-    assert made.dtype == torch.float32
-    assert made.numpy().tobytes() == stored.decode().factor.tobytes()
-    assert target.to("meta").steps.columns.device.type == target.to("meta").steps.scales.device.type == "meta"
+    steps = group_images((target, replace(target, stored=stored)))[0].steps
+    assert steps.columns.dtype == torch.int16
+    assert steps.factor().dtype == torch.float32
+    for made in steps.factor():
+        assert made.numpy().tobytes() == stored.decode().factor.tobytes()
+    moved = group_images((target.to("meta"),))[0].steps
+    assert moved.columns.device.type == moved.scales.device.type == "meta"
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["linear", "softcap"])

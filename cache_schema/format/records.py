@@ -120,14 +120,18 @@ class StoredRelation:
         """Columns of the factor; 0 for a triangle."""
         return len(self.columns)
 
-    def steps(self) -> NDArray[np.int16] | None:
-        """The columns (r, P) as numbers of steps; None where nothing is rounded, or nothing is there."""
-        if self.rank == 0 or self.columns.dtype != np.uint16:
-            return None
-        steps = self.columns & 1
-        np.negative(steps, out=steps)
-        steps ^= self.columns >> 1
-        return steps.view(np.int16)
+    @property
+    def in_steps(self) -> bool:
+        """Whether the columns are numbers of steps."""
+        return self.rank > 0 and self.columns.dtype == np.uint16
+
+    def steps(self, into: NDArray[np.int16] | None = None) -> NDArray[np.int16]:
+        """The columns (r, P) as numbers of steps, of a record that has them. into: an array for them."""
+        steps = np.empty(self.columns.shape, np.int16) if into is None else into
+        np.right_shift(self.columns, 1, out=steps.view(np.uint16))
+        sign = self.columns & 1
+        steps ^= np.negative(sign, out=sign).view(np.int16)
+        return steps
 
     def decode(self) -> Relation:
         """The relation, its factor (P, r) or gram (P, P) in float32."""
@@ -136,7 +140,7 @@ class StoredRelation:
                 gram = np.zeros((self.tokens, self.tokens), np.float32)
                 gram[np.triu_indices(self.tokens)] = self.triangle.astype(np.float32) * self.scales[0]
                 return Relation(residual=self.residual, norm=self.norm, gram=gram + np.triu(gram, 1).T)
-            columns = self.columns if (steps := self.steps()) is None else steps
+            columns = self.steps() if self.in_steps else self.columns
             factor = np.ascontiguousarray(columns.T).astype(np.float32)  # turned while it is 16 bits
             factor *= self.scales
             return Relation(residual=self.residual, norm=self.norm, factor=factor)

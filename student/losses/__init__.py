@@ -9,7 +9,6 @@ from student.losses.preference import PreferenceLoss, PreferenceTargets
 from student.losses.targets import (
     Denominators,
     DistillationTargets,
-    FactorSteps,
     PositionTargets,
     RelationTargets,
     TeacherStates,
@@ -19,7 +18,6 @@ __all__ = [
     "Denominators",
     "DistillationLoss",
     "DistillationTargets",
-    "FactorSteps",
     "Head",
     "LossParts",
     "LossWeights",

@@ -100,8 +100,8 @@ class RelationGroup:
             real = _padded([torch.ones(size, device=device) for size in lengths], length)
         factors = [image.factor for image in images if image.factor is not None]
         grams = [image.gram for image in images if image.gram is not None]
-        steps = [image.steps for image in images if image.steps is not None]
-        rank = max([each.shape[1] for each in factors] + [len(each.columns) for each in steps], default=0)
+        stored = [image.stored for image in images if image.stored is not None]
+        rank = max((each.shape[1] for each in factors), default=0)
         return cls(
             lengths=lengths,
             samples=tuple(image.sample for image in images),
@@ -109,12 +109,7 @@ class RelationGroup:
             real=real,
             factor=_padded(factors, length, rank) if factors else None,
             gram=_padded(grams, length, length) if grams else None,
-            steps=FactorSteps(
-                columns=_padded([each.columns for each in steps], rank, length),
-                scales=_padded([each.scales for each in steps], rank),
-            )
-            if steps
-            else None,
+            steps=FactorSteps.of(stored).to(device) if stored else None,
         )
 
     def decoded(self) -> RelationGroup:

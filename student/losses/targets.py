@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,14 +93,27 @@ def range_of(ids: Tensor, used: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FactorSteps:
-    """Factors U (P, r) of R ~= U U^T in the 16 bits that a cache has of them: columns (..., r, P) int16 and
-    scales (..., r) float32. See `cache_schema.format.codecs.relation`."""
+    """Factors U (P, r) of I images in 16 bits, as a cache has them: columns (I, r, P) int16 and scales
+    (I, r) float32, 0 where filled up. See `cache_schema.format.codecs.relation`."""
 
     columns: Tensor
     scales: Tensor
 
+    @classmethod
+    def of(cls, records: Sequence[StoredRelation]) -> FactorSteps:
+        """Those of records in steps, on the host, in one piece of memory."""
+        rank, tokens = max(each.rank for each in records), max(each.tokens for each in records)
+        columns = np.empty((len(records), rank, tokens), np.int16)  # of numpy: it asks for large pages
+        scales = np.zeros((len(records), rank), np.float32)
+        for record, steps, scale in zip(records, columns, scales, strict=True):
+            record.steps(into=steps[: record.rank, : record.tokens])
+            steps[record.rank :] = 0
+            steps[: record.rank, record.tokens :] = 0
+            scale[: record.rank] = record.scales
+        return cls(columns=torch.from_numpy(columns), scales=torch.from_numpy(scales))
+
     def factor(self) -> Tensor:
-        """U (..., P, r) float32, bit by bit that of `StoredRelation.decode`, by one launch on a device."""
+        """U (I, P, r) float32, bit by bit that of `StoredRelation.decode`, by one launch on a device."""
         return (self.columns * self.scales[..., None]).mT
 
     def to(self, device: torch.device | str) -> FactorSteps:
@@ -112,7 +125,7 @@ class FactorSteps:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RelationTargets:
     """The teacher's Gram matrix R (P, P) of one image: exactly one of factor (P, r) float32, R ~= factor
-    factor^T, steps, which are such a factor as it is stored, and gram (P, P) float32.
+    factor^T, gram (P, P) float32, and stored, a cache's record in steps of such a factor, on the host.
 
     positions (P,) int64 into hidden.reshape(B * T, D); sample: whose image it is; norm: the Frobenius norm
     of R, not used by the loss (the cosine takes the norm of what is given).
@@ -122,22 +135,20 @@ class RelationTargets:
     sample: int
     factor: Tensor | None = None
     gram: Tensor | None = None
-    steps: FactorSteps | None = None
+    stored: StoredRelation | None = None
     norm: float = math.nan
 
     def __post_init__(self) -> None:
-        if sum(each is not None for each in (self.factor, self.gram, self.steps)) != 1:
-            raise ValueError("a relation target needs exactly one of factor and gram, or steps")
+        if sum(each is not None for each in (self.factor, self.gram, self.stored)) != 1:
+            raise ValueError("a relation target needs exactly one of factor and gram, or a record in steps")
 
     @classmethod
     def of(cls, record: Relation | StoredRelation, positions: Tensor, sample: int) -> RelationTargets:
-        """That of a cache's record of an image with positions (P,): steps where the record has some."""
+        """That of a cache's record of an image with positions (P,), decoded unless it is in steps."""
         found: dict[str, Any] = {"positions": positions, "sample": sample, "norm": float(record.norm)}
         if isinstance(record, StoredRelation):
-            if (columns := record.steps()) is not None:
-                scales = record.scales.astype(np.float32)
-                steps = FactorSteps(columns=torch.from_numpy(columns), scales=torch.from_numpy(scales))
-                return cls(**found, steps=steps)
+            if record.in_steps:
+                return cls(**found, stored=record)
             record = record.decode()
         for name in ("factor", "gram"):
             if (matrix := getattr(record, name)) is not None:
@@ -146,8 +157,8 @@ class RelationTargets:
 
     @property
     def form(self) -> str:
-        """Which of `factor`, `gram` and `steps` it has."""
-        return next(name for name in ("factor", "gram", "steps") if getattr(self, name) is not None)
+        """Which of `factor`, `gram` and `stored` it has."""
+        return next(name for name in ("factor", "gram", "stored") if getattr(self, name) is not None)
 
     def to(self, device: torch.device | str) -> RelationTargets:
         """The same target with its tensors on `device`."""
@@ -156,7 +167,6 @@ class RelationTargets:
             positions=self.positions.to(device, non_blocking=True),
             factor=None if self.factor is None else self.factor.to(device, non_blocking=True),
             gram=None if self.gram is None else self.gram.to(device, non_blocking=True),
-            steps=None if self.steps is None else self.steps.to(device),
         )
 
 
