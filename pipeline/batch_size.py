@@ -28,7 +28,9 @@ def batch_tokens_for(engine: Engine, sample: PreparedSample, progress: Progress)
         engine.hidden_states([sample] * _SAMPLES)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return max(_STEP, len(sample))
+        tokens = max(_STEP, len(sample))
+        progress.message(f"batches of {tokens:,} tokens: {_SAMPLES} samples do not fit into the free memory")
+        return tokens
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from cache_schema import open_cache
 from cache_schema.progress import Silent
-from pipeline.batch_size import fitting_tokens
+from pipeline.batch_size import batch_tokens_for, fitting_tokens
 from pipeline.capture import BuildConfig, build
 from pipeline.settings import BATCH_TOKENS
 from pipeline.transformers_engine import TransformersEngine
@@ -43,6 +44,22 @@ class Notes(Silent):
 
     def update(self, done: int, **fields: str) -> None:
         self.fields = fields or self.fields
+
+
+def test_a_device_too_small_for_a_few_samples_gets_small_batches_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(samples: list[Any]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    for name in ("synchronize", "empty_cache", "memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    weight = SimpleNamespace(device=torch.device("cuda", 0))
+    engine = SimpleNamespace(hidden_states=full, head=SimpleNamespace(weight=weight))
+    notes = Notes()
+    assert batch_tokens_for(engine, range(1500), notes) == 1500  # type: ignore[arg-type]
+    assert batch_tokens_for(engine, range(900), notes) == 1024  # type: ignore[arg-type]
+    assert notes.lines[0].startswith("batches of 1,500 tokens: 4 samples do not fit")
 
 
 @pytest.fixture(scope="module")
