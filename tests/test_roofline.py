@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from benchmarks import _shapes
 from benchmarks._capture_forecast import target_recordings
@@ -292,6 +293,7 @@ def test_a_whole_step_waits_for_nothing(stage, micro_batches, micro_batch):
         planned = PreferenceTargets.of(micro_batch.labels, torch.tensor([-3.0, -4.0], dtype=torch.float64))
     batch = replace(micro_batch, targets=planned)
     shape = _shapes.TINY_STUDENT
+    AcceleratorState._reset_state()  # another file may have begun one with other settings
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="bf16")
     with imagined() as recorder, as_on_cuda():
         student = DistilledStudent(
