@@ -92,8 +92,8 @@ class Stage:
         faults = {
             "trainable is empty": not self.trainable,
             "all its losses are off": not any(self.losses.by_term.values()) and not self.preference,
-            "preference does not go with other losses": bool(self.preference)
-            and any(self.losses.by_term.values()),
+            "preference does not go with other losses, nor with settings of theirs": bool(self.preference)
+            and self.losses != replace(CE_ONLY, ce=0.0),
             "its name must be letters, digits, _, - and .": not named,
         }
         check(self, faults, where=f"stage {self.name}: ")

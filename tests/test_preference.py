@@ -292,6 +292,8 @@ def test_what_are_no_pairs_is_refused(world, tmp_path):
         train(settings(world, tmp_path / "c", **watched), Silent())
     with pytest.raises(WrongUsage, match="preference does not go with other losses"):
         replace(DFT, preference=0.1)
+    with pytest.raises(WrongUsage, match="nor with settings of theirs"):
+        replace(PD, losses=replace(PD.losses, divergence="reverse_kl"))
     other = fake_capture(tmp_path / "other", teacher, made.image_root, seed=5)
     with pytest.raises(IdentityMismatch, match="two teachers"):
         train(settings(world, tmp_path / "d", rejected=str(other)), Silent())
