@@ -197,6 +197,21 @@ def test_a_file_longer_than_its_record_says_is_told(tmp_path: Path, undisturbed:
         read_whole(copy)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "commits"])
+def test_a_document_too_large_for_one_is_not_read(tmp_path: Path, undisturbed: Path, name: str) -> None:
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "cache"))
+    path = copy / name
+    path = min(path.glob("[!.]*")) if path.is_dir() else path
+    with path.open("ab") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(
+        CacheDamaged,
+        match=f"{path.name}: 1,099,511,627,776 bytes, where no document of a cache has over 536,870,912",
+    ):
+        open_cache(copy)
+    assert any(problem.file == path.relative_to(copy).as_posix() for problem in verify(copy).problems)
+
+
 def test_a_selection_does_not_hold_the_symbolic_links_of_its_source(
     tmp_path: Path, undisturbed: Path
 ) -> None:

@@ -273,8 +273,10 @@ def test_a_head_is_kept_locally_too(s3: dict[str, Any], tmp_path: Path, monkeypa
     files = FileCacheConfig(file_cache=tmp_path / "kept")
     first = open_cache(url, storage_options=s3, files=files).head_bytes()
     asked: list[str] = []
-    read = ObjectStore.read
-    monkeypatch.setattr(ObjectStore, "read", lambda self, path: (asked.append(path), read(self, path))[1])
+    read = ObjectStore.read_many
+    monkeypatch.setattr(
+        ObjectStore, "read_many", lambda s, ranges: asked.extend(r.path for r in ranges) or read(s, ranges)
+    )
     again = open_cache(url, storage_options=s3, files=files)
     assert again.head_bytes() == first == make_head()[1]
     assert not any(path.startswith("head/") for path in asked)

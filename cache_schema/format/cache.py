@@ -27,7 +27,7 @@ from cache_schema.format.records import QuarantinedRow, Sample
 from cache_schema.format.roll import rolled
 from cache_schema.format.shard import QUARANTINE_SCHEMA, check_columns, read_table
 from cache_schema.format.spec import TargetSpec
-from cache_schema.format.store import LocalStore, Range, Store, open_store
+from cache_schema.format.store import LocalStore, Range, Store, document, open_store
 from cache_schema.format.writer import MANIFEST
 
 KEPT_SHARDS = 3
@@ -90,7 +90,7 @@ class Cache:
         if kept := self._from_blocks({place: head.sha256}):
             return kept[place]
         try:
-            data = self.store.read(head.path)
+            (data,) = self.store.read_many([place])
         except FileNotFoundError as error:
             raise CacheDamaged(
                 f"{self.url}/{head.path}: missing; run the same `kdcache build` again: it is written again"
@@ -310,7 +310,8 @@ def _read_commits(store: Store, manifest: Manifest) -> dict[int, CommitRecord]:
     listed = store.listed("commits")
     found = rolled(store, listed)
     rest = [path for path in listed if path not in found and not path.startswith("commits/.")]
-    found |= zip(rest, store.read_many([Range(path, 0, listed[path].bytes) for path in rest]), strict=True)
+    wanted = [document(store, path, listed[path].bytes) for path in rest]
+    found |= zip(rest, store.read_many(wanted), strict=True)
     for path, data in sorted(found.items()):
         record = CommitRecord.from_bytes(data, f"{store.url}/{path}")
         mine = record.cache == identity and record.format_version == manifest.format_version

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from cache_schema.errors import CacheDamaged
 from cache_schema.format.sealed import seal, unseal
-from cache_schema.format.store import Listed, Range, Store
+from cache_schema.format.store import Listed, Store, document
 
 ROLL = "commits/.roll.json"
 
@@ -26,7 +26,7 @@ def write_roll(store: Store, shards: int) -> None:
         listed = store.listed("commits")
         paths = [path for path in listed if not path.startswith("commits/.")]
         if FEW < shards == len(paths):
-            records = store.read_many([Range(path, 0, listed[path].bytes) for path in paths])
+            records = store.read_many([document(store, path, listed[path].bytes) for path in paths])
             texts = dict(zip(paths, map(bytes.decode, records), strict=True))
             store.put(ROLL, seal({"format": "kdcache-roll", "records": texts}))
 

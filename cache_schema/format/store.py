@@ -24,6 +24,9 @@ from cache_schema.patience import patiently
 RANGE_BYTES = 8 << 20
 """Objects above this size are read as several ranges at once."""
 
+DOCUMENT_BYTES = 1 << 29
+"""More than any document of a cache has: a manifest of 100 million rows. Other files have declared sizes."""
+
 WORKERS = 8
 """Files of a directory read or synced at once."""
 
@@ -53,7 +56,7 @@ class Store(Protocol):
     `list` gives path -> bytes of every file below a folder, `listed` all that this one listing tells. `put`
     and `put_folder` return when the bytes are durable; a reader never sees a partial file. `create` is
     exclusive: False, and nothing changed, when the path exists. OSError when the storage fails
-    (FileNotFoundError for a missing file).
+    (FileNotFoundError for a missing file). `read` is for documents, whose size nothing declares.
     """
 
     url: str
@@ -90,6 +93,16 @@ def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] |
     return ObjectStore(text, dict(storage_options or {}))
 
 
+def document(store: Store, path: str, size: int) -> Range:
+    """All of a document that has `size` bytes. CacheDamaged where that is too large for one."""
+    if size > DOCUMENT_BYTES:
+        most = f"{DOCUMENT_BYTES:,}"
+        raise CacheDamaged(
+            f"{store.url}/{path}: {size:,} bytes, where no document of a cache has over {most}"
+        )
+    return Range(path, 0, size)
+
+
 def refuse_inside(out: str | os.PathLike[str], sources: Sequence[Store]) -> None:
     """WrongUsage when `out` lies inside one of the caches that it is made of."""
     place = open_store(out)
@@ -120,14 +133,16 @@ class LocalStore:
         return self._read(wanted.path, wanted.start, wanted.end + wanted.whole)
 
     def _read(self, path: str, start: int, end: int | None) -> bytes:
-        """Bytes of a regular file, no more than it holds. CacheDamaged for a pipe or a device, which may
-        never end."""
+        """Bytes of a regular file, no more than it holds; end None: of a document, all. CacheDamaged for a
+        pipe or a device, which may never end, and for a document that is too large for one."""
         with open(os.open(self.root / path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise CacheDamaged(f"{self.url}/{path}: a pipe, a socket or a device, not a file")
+            if end is None:
+                end = document(self, path, state.st_size).end
             file.seek(start)
-            return file.read(max(0, (state.st_size if end is None else min(end, state.st_size)) - start))
+            return file.read(max(0, min(end, state.st_size) - start))
 
     def exists(self, path: str) -> bool:
         return (self.root / path).exists()

@@ -229,7 +229,7 @@ def _copy(cache: Cache, writer: CacheWriter, record: CommitRecord, paths: Mappin
     """Copy files whose bytes are as committed, source path -> path here."""
     for file in record.files:
         if file.path in paths:
-            data = cache.store.read(file.path)
+            (data,) = cache.store.read_many([*file.whole])
             if hashlib.sha256(data).hexdigest() != file.sha256:
                 raise CacheDamaged(f"{cache.url}/{file.path}: altered; run `kdcache verify` on it")
             writer.store.put(paths[file.path], data)

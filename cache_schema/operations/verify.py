@@ -19,7 +19,7 @@ from cache_schema.errors import CacheDamaged, KdcacheError
 from cache_schema.format.manifest import CommitRecord, Manifest, commit_path
 from cache_schema.format.roll import ROLL
 from cache_schema.format.sealed import unseal
-from cache_schema.format.store import Store, open_store
+from cache_schema.format.store import Range, Store, open_store
 from cache_schema.format.writer import MANIFEST, set_aside
 from cache_schema.operations.reference_scores import SCORES
 from cache_schema.operations.verify_shard import REMAKE, Problem, check_shard
@@ -181,7 +181,8 @@ class _Verification:
                 self._problem(head.path, "missing", again)
             return
         try:
-            head.check(self.store.read(head.path), self.store.url)
+            (data,) = self.store.read_many([Range(head.path, 0, head.size)])
+            head.check(data, self.store.url)
         except CacheDamaged:
             self._problem(head.path, DAMAGED_HEAD, again)
 
