@@ -104,6 +104,12 @@ def look_up(levels: Tensor, values: Tensor) -> Tensor:
             f"pixel_values are {levels.dtype} where the bytes of images are expected: a batch must not mix "
             "images that its processor gives as bytes with others"
         )
+    if levels.device.type == "cpu":  # a fifth of the time there
+        pixels = values.new_empty(levels.shape)
+        for image, planes in zip(pixels, levels, strict=True):
+            for row, plane, found in zip(values, planes, image, strict=True):
+                torch.index_select(row, 0, plane.flatten().int(), out=found.view(-1))
+        return pixels
     rows = torch.arange(0, values.numel(), values.shape[1], device=levels.device)
     return values.flatten()[levels.long() + rows[:, None, None]].contiguous()
 
