@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from cache_schema.errors import StoppedEarly
+
 Answer = TypeVar("Answer")
 
 PATIENCE = 60.0
@@ -37,6 +39,8 @@ def patiently(ask: Callable[[], Answer], patience: float | None = None) -> Answe
     while True:
         try:
             return ask()
+        except StoppedEarly:
+            raise
         except Exception as error:  # of the driver
             if is_final(error) or time.monotonic() + wait > give_up:
                 raise

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from cache_schema.datasets.conversations import text_of
-from cache_schema.errors import KdcacheError, RowRejected, WrongUsage, first_line, shown
+from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly, WrongUsage, first_line, shown
 from pipeline.rendering import TooMuch, holds_marks, names_and_filters, render
 
 SHIPPED = ("plain", "llava_v1")
@@ -245,6 +245,8 @@ class ChatTemplate:
             raise KdcacheError(
                 f"template {self.name} is not valid Jinja (line {error.lineno}): {first_line(error)}"
             ) from error
+        except StoppedEarly:  # a signal that arrived here is no fault of the row
+            raise
         except Exception as error:  # templates call methods of strings and lists, which raise what they like
             raise RowRejected(
                 "template", f"template {self._told} refuses the row: {first_line(error)}"

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from cache_schema.datasets.image_roots import unpack_embedded
 from cache_schema.datasets.images import open_image
-from cache_schema.errors import KdcacheError, RowRejected
+from cache_schema.errors import KdcacheError, RowRejected, StoppedEarly
 
 RAMP = np.linspace(0, 1, 24 * 16).reshape(16, 24)
 
@@ -192,6 +192,18 @@ def test_whatever_a_decoder_raises_is_the_images_fault(
     assert caught.value.reason == "broken_image"
     assert len(caught.value.detail) < 500
     assert caught.value.detail.isprintable()
+
+
+def test_a_signal_while_decoding_is_no_fault_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise StoppedEarly("stopped by SIGINT")
+
+    grey8().save(tmp_path / "x.png")
+    monkeypatch.setattr(PngImageFile, "load", stopped)
+    with pytest.raises(StoppedEarly):
+        open_image(tmp_path, "x.png")
 
 
 def test_a_program_is_no_image(tmp_path: Path) -> None:

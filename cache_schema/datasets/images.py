@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cache_schema.datasets.image_roots import ImageRoot, open_root
-from cache_schema.errors import RowRejected, first_line, shown
+from cache_schema.errors import RowRejected, StoppedEarly, first_line, shown
 
 LARGEST_IMAGE = 1 << 27
 """Pixels of an image; a larger one is not decoded."""
@@ -72,6 +72,8 @@ def decode_image(path: str, content: bytes) -> OpenedImage:
             image = _to_rgb(opened)
     except UnidentifiedImageError as error:  # its text contains a memory address
         raise RowRejected("broken_image", f"{told} is not an image of a known format") from error
+    except StoppedEarly:  # a signal that arrived here is no fault of the image
+        raise
     except Exception as error:  # decoders raise arbitrary exceptions
         raise RowRejected("broken_image", f"{told}: {first_line(error)}") from error
     return OpenedImage(
