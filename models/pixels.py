@@ -48,12 +48,7 @@ class PixelTable:
 
     def __call__(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """pixel_values (images, C, H, W) of images in RGB."""
-        resized = self.resized(images)
-        pixels = np.empty(resized.shape, np.float32)
-        for number, image in enumerate(resized):
-            for channel, levels in enumerate(image):
-                np.take(self.values[channel], levels, out=pixels[number, channel], mode="clip")
-        return pixels
+        return look_up(from_numpy(self.resized(images)), from_numpy(self.values)).numpy()
 
     def resized(self, images: Sequence[Image.Image]) -> NDArray[np.uint8]:
         """Bytes (images, C, H, W) of images in RGB, in the model's size."""
