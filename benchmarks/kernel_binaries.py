@@ -70,6 +70,7 @@ def cases() -> dict[str, Callable[[], object]]:
     """What is compiled: calls of the product's functions, by name."""
     found: dict[str, Callable[[], object]] = {}
     others = (Divergence("jsd", 0.3), Divergence("reverse_kl"))
+    capped = {"bias": torch.zeros(VOCAB), "scale": 0.5, "softcap": 30.0}
     in_place, apart = {"grads": torch.bfloat16}, {"temperature": 2.0, "apart": True}
     for name, words in {
         "losses and bf16 gradient": in_place,
@@ -80,8 +81,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "truncated entries": in_place | {"inside_only": True},
         "other divergences": in_place | {"divergences": others},
         "other divergences, temperature 2": in_place | apart | {"divergences": others},
-        "bias, scale and softcap": in_place | {"bias": torch.zeros(VOCAB), "scale": 0.5, "softcap": 30.0},
-        "bias, softcap and temperature 2": in_place | apart | {"bias": torch.zeros(VOCAB), "softcap": 30.0},
+        "bias, scale and softcap": in_place | capped,
+        "bias, scale, softcap and temperature 2": in_place | apart | capped,
     }.items():
         found[name] = partial(losses, **words)
     for k in (1, 64, 256):
@@ -91,7 +92,6 @@ def cases() -> dict[str, Callable[[], object]]:
         found[f"scale {dtype}"] = partial(
             scale_in_place, torch.empty(ROWS, VOCAB, dtype=dtype), torch.ones(())
         )
-    capped = {"bias": torch.zeros(VOCAB), "scale": 0.5, "softcap": 30.0}
     found["entropy, bias and softcap"] = partial(kernel_entropy, torch.empty(ROWS, VOCAB), **capped)
     for temperatures in ((1.0,), (0.5, 1.0, 2.0)):
         found[f"k = 32, temperatures {temperatures}"] = partial(entries, 32, temperatures)

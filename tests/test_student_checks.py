@@ -161,19 +161,22 @@ def test_respan_keeps_every_supervised_token(world, tmp_path):
     assert (narrower.input_ids == 2).sum() == 1
 
 
-def test_relations_stay_in_16_bits_until_they_are_on_a_device(world, tmp_path):
-    """One tensor of 16-bit columns for all images; what it makes is what the cache's samples hold."""
-    spec = TargetSpec(top_k=16, temperatures=(1.0, 2.0))
-    cache = open_cache(small_cache(world, tmp_path, spec=spec))
-    samples = [cache[index] for index in range(len(cache))]
-    collator = Collator(
+def collator_of(world):
+    return Collator(
         pixels=PixelInputs(load_processor(world.student)),
         image_root=open_root(world.image_root),
         pad_token_id=1,
         image_token_id=2,
         targets=("response", "visual", "relation"),
     )
-    batch = collator(samples)
+
+
+def test_relations_stay_in_16_bits_until_they_are_on_a_device(world, tmp_path):
+    """One tensor of 16-bit columns for all images; what it makes is what the cache's samples hold."""
+    spec = TargetSpec(top_k=16, temperatures=(1.0, 2.0))
+    cache = open_cache(small_cache(world, tmp_path, spec=spec))
+    samples = [cache[index] for index in range(len(cache))]
+    batch = collator_of(world)(samples)
     (group,) = batch.targets.plan.groups
     assert group.factor is None
     assert group.steps.columns.dtype == torch.int16
@@ -220,14 +223,7 @@ def test_inputs_are_what_the_model_was_captured_with(world):
     """Padded ids, labels, masks and positions of a batch point at the right tokens."""
     cache = open_cache(world.cache)
     samples = [cache[index] for index in range(6)]
-    collator = Collator(
-        pixels=PixelInputs(load_processor(world.student)),
-        image_root=open_root(world.image_root),
-        pad_token_id=1,
-        image_token_id=2,
-        targets=("response", "visual", "relation"),
-    )
-    batch = collator(samples)
+    batch = collator_of(world)(samples)
     length = batch.labels.shape[1]
     for place, sample in enumerate(samples):
         count = len(sample.input_ids)

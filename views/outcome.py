@@ -50,7 +50,4 @@ def _outcome(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"error: a path is too long: {shown(str(error.filename))}", 2
     name, told = type(error).__name__, shown(" ".join(str(error).split()))
-    return (
-        f"error: an internal error of kdcache ({name}: {told}); --debug shows the traceback",
-        1,
-    )
+    return f"error: an internal error of kdcache ({name}: {told}); --debug shows the traceback", 1

@@ -96,9 +96,8 @@ def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] |
 def document(store: Store, path: str, size: int) -> Range:
     """All of a document that has `size` bytes. CacheDamaged where that is too large for one."""
     if size > DOCUMENT_BYTES:
-        most = f"{DOCUMENT_BYTES:,}"
         raise CacheDamaged(
-            f"{store.url}/{path}: {size:,} bytes, where no document of a cache has over {most}"
+            f"{store.url}/{path}: {size:,} bytes, where no document of a cache has over {DOCUMENT_BYTES:,}"
         )
     return Range(path, 0, size)
 
